@@ -1,0 +1,276 @@
+"""VGG and ResNet for small images and for ImageNet-sized ones.
+
+The ``stem="imagenet"`` form of each network has the parameter names, the shapes and the arithmetic of the
+torchvision network of the same name (``vgg11`` here is torchvision's ``vgg11_bn``), so that checkpoints fit
+both ways. The ``stem="small"`` form, for images of 8 to 64 pixels, starts with a 3x3 convolution of stride 1
+and without max pooling (ResNet), or ends in a global average and one linear classifier (VGG).
+
+Sources: VGG, Simonyan and Zisserman, arXiv 1409.1556, table 1 (columns A, B, D, E), with batch norm after
+each convolution; ResNet, He et al., arXiv 1512.03385, table 1, with the stride of a bottleneck in its 3x3
+convolution, as torchvision has it; initial weights of convolutions, He et al., arXiv 1502.01852, section 2.2
+(zero-mean normal of variance 2/n), with n counted over the outputs, as torchvision does.
+
+Letters: B batch, C channels, H and W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MODELS", "STEMS", "VGG", "Architecture", "BasicBlock", "Bottleneck", "ResNet", "build_model"]
+
+STEMS = ("small", "imagenet")
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: [B, C, H, W] -> [B, width, H/stride, W/stride]."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _shortcut(in_channels, width, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += shortcut
+        rectified: Tensor = self.relu(out)
+        return rectified
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut: [B, C, H, W] -> [B, 4 * width, H/stride, W/stride]."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, *, stride: int = 1) -> None:
+        super().__init__()
+        out_channels = width * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, out_channels, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += shortcut
+        rectified: Tensor = self.relu(out)
+        return rectified
+
+
+def _shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+    )
+
+
+class ResNet(nn.Module):
+    """A residual network of four stages: [B, C, H, W] float -> logits [B, K].
+
+    ``depths`` is the number of blocks of each stage; stage ``i`` has blocks of ``width * 2**i``.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        depths: Sequence[int],
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        stem: str = "small",
+        width: int = 64,
+    ) -> None:
+        super().__init__()
+        _check_sizes("ResNet", num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
+        if len(depths) != 4 or min(depths) < 1:
+            raise ValueError(f"ResNet: depths must be four positive block counts, got {tuple(depths)}")
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        stages = []
+        channels = width
+        for stage, depth in enumerate(depths):
+            blocks = []
+            for i in range(depth):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(block(channels, width * 2**stage, stride=stride))
+                channels = width * 2**stage * block.expansion
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, num_classes)
+        _init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
+        return logits
+
+
+class VGG(nn.Module):
+    """A plain convolutional network with batch norm: [B, C, H, W] float -> logits [B, K].
+
+    ``depths`` is the number of 3x3 convolutions of each of the five stages; stages have 1, 2, 4, 8 and 8
+    times ``width`` channels and end in a 2x2 max pool. The small form rounds odd sizes up when it pools, so
+    that images under 32 pixels pass; the imagenet form has hidden classifier layers of ``64 * width`` units
+    with dropout 0.5.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        stem: str = "small",
+        width: int = 64,
+    ) -> None:
+        super().__init__()
+        _check_sizes("VGG", num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
+        if len(depths) != 5 or min(depths) < 1:
+            raise ValueError(f"VGG: depths must be five positive convolution counts, got {tuple(depths)}")
+        features: list[nn.Module] = []
+        channels = in_channels
+        for depth, factor in zip(depths, (1, 2, 4, 8, 8), strict=True):
+            for _ in range(depth):
+                features += [
+                    nn.Conv2d(channels, factor * width, 3, padding=1),
+                    nn.BatchNorm2d(factor * width),
+                    nn.ReLU(inplace=True),
+                ]
+                channels = factor * width
+            features.append(nn.MaxPool2d(2, ceil_mode=stem == "small"))
+        self.features = nn.Sequential(*features)
+        self.avgpool = nn.AdaptiveAvgPool2d(7 if stem == "imagenet" else 1)
+        self.classifier: nn.Module
+        if stem == "imagenet":
+            self.classifier = nn.Sequential(
+                nn.Linear(channels * 7 * 7, 64 * width),
+                nn.ReLU(inplace=True),
+                nn.Dropout(),
+                nn.Linear(64 * width, 64 * width),
+                nn.ReLU(inplace=True),
+                nn.Dropout(),
+                nn.Linear(64 * width, num_classes),
+            )
+        else:
+            self.classifier = nn.Linear(channels, num_classes)
+        _init_convolutions(self)
+        for module in self.classifier.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0.0, 0.01)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
+        return logits
+
+
+def _init_convolutions(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def _check_sizes(owner: str, *, num_classes: int, in_channels: int, stem: str, width: int) -> None:
+    if stem not in STEMS:
+        raise ValueError(f"{owner}: stem must be 'small' or 'imagenet', got {stem!r}")
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{owner}: {name} must be a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What tells one network from another: the depth of each stage and, for a ResNet, the kind of block."""
+
+    depths: tuple[int, ...]
+    block: type[BasicBlock] | type[Bottleneck] | None = None
+
+    def build(self, *, num_classes: int, in_channels: int, stem: str, width: int) -> nn.Module:
+        """Return the network with fresh weights: a VGG when there is no block, else a ResNet."""
+        if self.block is None:
+            return VGG(self.depths, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
+        return ResNet(
+            self.block, self.depths, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width
+        )
+
+
+MODELS: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "vgg11": Architecture((1, 1, 2, 2, 2)),
+        "vgg13": Architecture((2, 2, 2, 2, 2)),
+        "vgg16": Architecture((2, 2, 3, 3, 3)),
+        "vgg19": Architecture((2, 2, 4, 4, 4)),
+        "resnet10": Architecture((1, 1, 1, 1), BasicBlock),
+        "resnet18": Architecture((2, 2, 2, 2), BasicBlock),
+        "resnet34": Architecture((3, 4, 6, 3), BasicBlock),
+        "resnet50": Architecture((3, 4, 6, 3), Bottleneck),
+        "resnet101": Architecture((3, 4, 23, 3), Bottleneck),
+        "resnet152": Architecture((3, 8, 36, 3), Bottleneck),
+    }
+)
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    stem: str = "small",
+    width: int = 64,
+    seed: int | None = None,
+) -> nn.Module:
+    """Build a network of ``MODELS`` by name, with fresh weights.
+
+    Every VGG here has batch norm, so torchvision's spelling ``vgg11_bn`` names the same network as ``vgg11``.
+    ``width`` is the number of channels of the first stage; 64 is the published size.
+    With ``seed`` the weights are drawn on the CPU from that seed and the global random state is left as it
+    was; without it they come from the global state.
+
+    Raises ValueError for an unknown name or stem and for sizes that are not positive integers.
+    """
+    architecture = MODELS.get(name.removesuffix("_bn") if name.startswith("vgg") else name)
+    if architecture is None:
+        raise ValueError(f"build_model: name must be one of {', '.join(MODELS)}, got {name!r}")
+    build = partial(
+        architecture.build, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width
+    )
+    if seed is None:
+        return build()
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)
+        with torch.device("cpu"):
+            return build()
+    finally:
+        torch.set_rng_state(state)
