@@ -1,0 +1,308 @@
+"""Chunk tables: parameters cut into pieces that a delta-norm kernel reads from one tensor, and their anchors.
+
+Letters: P parameter tensors, L layers, C chunks, K columns of the sums. Offsets and lengths are elements;
+names that end in ``_bytes`` are bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .shards import common_mesh, counts_here, local_part
+
+# Codes of the flags column: the dtype in the low bits, then one bit for "address is a multiple of 16 bytes".
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPE_MASK = 3
+ALIGNED = 4
+# Columns of the chunk table.
+POINTER, ANCHOR_BYTES, LENGTH, LAYER, FLAGS = range(5)
+
+ALIGN_BYTES = 16
+
+# A chunk is read by one Triton program, four tiles of 16 KiB (delta_norms.py) one after the other. Larger
+# chunks mean fewer table rows, partial sums and counter updates; smaller ones spread better. ResNet-50 in
+# fp32 is 102 MB, so 64 KiB gives 1,560 chunks, 11.8 for each of an H200's 132 multiprocessors: at worst 12 on
+# one of them, 2 % over the mean.
+CHUNK_BYTES = 64 * 1024
+
+# The last program of a layer adds the layer's partial sums, 256 rows a step of about 0.8 us (one dependent
+# read of device memory), and nothing hides the one that ends the launch. 2,048 rows are 8 steps, 6 us, 1.6 %
+# of the 386 us in which VGG-16 (138 M fp32, 90 % in one layer) is measured and refreshed at 4.3 TB/s. A layer
+# that would have more chunks gets chunks twice as long until it does not.
+LAYER_CHUNKS = 2048
+
+Position = tuple[int, int]
+Anchors = Mapping[Position, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One counted parameter: the memory this rank holds of it, its layer, and where its anchors lie."""
+
+    # Detached, and kept: while the table lives, the address it was built for cannot go to another tensor.
+    weight: Tensor
+    layer: int
+    anchor_bytes: int
+
+    def flat(self) -> Tensor:
+        """The parameter's elements in storage order, [numel], sharing its memory."""
+        return self.weight.as_strided((self.weight.numel(),), (1,))
+
+
+class DeltaTable:
+    """Parameters of one device, grouped in layers, with their anchors and the chunk table that kernels read.
+
+    Made by `build_table`. A table serves one launch at a time: two launches on different streams would share
+    its partial sums and counters. A CUDA graph that captured a launch reads this table's memory and must be
+    captured again when `builds` has changed.
+
+    Attributes: ``device``; ``persistence``; ``builds``, how often it was built; ``entries``, the counted
+    parameters; ``mesh``, the device mesh of sharded parameters or None; ``dtypes``, the dtypes met, in the
+    order of DTYPE_CODES; ``chunks`` [C, 5] int64 (address of w, offset in an anchor row in bytes, length,
+    layer, flags), sorted by layer; ``layer_chunks`` [L + 1] int64 (first chunk of each layer); ``anchors`` [1
+    or 2, S] uint8 (parameters in their own dtype and storage order, each at a multiple of 16 bytes);
+    ``partials`` [C, K] float64; ``counters`` [L + 2] int32 (chunks done per layer, layers done, and the role:
+    which row of ``anchors`` is the newer one).
+    """
+
+    device: torch.device
+    entries: tuple[Entry, ...]
+    chunks: Tensor
+    layer_chunks: Tensor
+    anchors: Tensor
+    partials: Tensor
+    counters: Tensor
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Tensor]],
+        *,
+        persistence: bool = False,
+        anchors: Anchors | None = None,
+    ) -> None:
+        self.persistence = persistence
+        self.builds = 0
+        self._layers = tuple(tuple(layer) for layer in layers)
+        self._build(anchors or {})
+
+    @property
+    def columns(self) -> int:
+        """K, the number of sums per layer: 6, with persistence 8."""
+        return 8 if self.persistence else 6
+
+    @property
+    def role(self) -> int:
+        """The row of ``anchors`` that holds the newer anchor; reading it waits for the device."""
+        return int(self.counters[-1])
+
+    def __len__(self) -> int:
+        """L, the number of layers."""
+        return len(self._layers)
+
+    def stale(self) -> bool:
+        """Whether a parameter's memory has moved or changed its size since the build, by a host check."""
+        locals_ = [local_part(tensor) for tensor in self._flat] if self.mesh is not None else self._flat
+        return list(map(Tensor.data_ptr, locals_)) != self._pointers or list(map(Tensor.numel, locals_)) != self._numels
+
+    def refresh_pointers(self) -> bool:
+        """Builds the table anew when it is stale and returns whether it was.
+
+        Anchors keep their values for every parameter whose shape and dtype have stayed; a parameter that
+        changed either is measured from its present value on.
+        """
+        if not self.stale():
+            return False
+        self._build(self.anchor_values())
+        return True
+
+    def anchor_values(self) -> dict[Position, tuple[Tensor, ...]]:
+        """Anchors by (layer, place in the layer), each shaped like its parameter and sharing the table's
+        memory.
+
+        The newest comes first; with persistence the one before it follows. A shared parameter's anchors stand
+        under each of its positions.
+        """
+        role = self.role if self.persistence else 0
+        rows = [self.anchors[role], self.anchors[1 - role]] if self.persistence else [self.anchors[0]]
+        return {
+            position: tuple(anchor_of(row, self.entries[i]) for row in rows) for position, i in self._entry_at.items()
+        }
+
+    def owners(self) -> tuple[Position, ...]:
+        """The position under which each entry is counted: the first one of a shared parameter."""
+        first: dict[int, Position] = {}
+        for position, i in self._entry_at.items():
+            first.setdefault(i, position)
+        return tuple(first[i] for i in range(len(self.entries)))
+
+    def _build(self, anchors: Anchors) -> None:
+        flat = [tensor for layer in self._layers for tensor in layer]
+        mesh = common_mesh(flat)
+        entries: list[Entry] = []
+        entry_at: dict[Position, int] = {}
+        counted: list[bool] = []
+        seen: dict[tuple[object, ...], int] = {}
+        offset_bytes = 0
+        for i_layer, layer in enumerate(self._layers):
+            for i, tensor in enumerate(layer):
+                weight = local_part(tensor).detach()
+                check_parameter(weight, f"layers[{i_layer}][{i}]", entries[0] if entries else None)
+                key = (
+                    (weight.data_ptr(), weight.dtype, weight.shape, weight.stride())
+                    if weight.numel()
+                    else (id(tensor),)
+                )
+                if key not in seen:
+                    seen[key] = len(entries)
+                    entries.append(Entry(weight, i_layer, offset_bytes))
+                    counted.append(counts_here(tensor, mesh))
+                    offset_bytes += -(-weight.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+                entry_at[i_layer, i] = seen[key]
+        device = entries[0].weight.device if entries else torch.device("cpu")
+        memory = torch.zeros(2 if self.persistence else 1, offset_bytes, dtype=torch.uint8, device=device)
+        for position, i in entry_at.items():
+            fill_anchors(memory, entries[i], anchors.get(position, ()))
+
+        self.mesh = mesh
+        self.device = device
+        self.entries = tuple(entries)
+        self.dtypes = tuple(dtype for dtype in DTYPE_CODES if any(e.weight.dtype == dtype for e in entries))
+        self.anchors = memory
+        chunks, layer_chunks = cut([e for e, here in zip(entries, counted, strict=True) if here], len(self._layers))
+        self.chunks = chunks.to(device)
+        self.layer_chunks = layer_chunks.to(device)
+        self.partials = torch.empty(len(chunks), self.columns, dtype=torch.float64, device=device)
+        self.counters = torch.zeros(len(self._layers) + 2, dtype=torch.int32, device=device)
+        self.counted = tuple(counted)
+        self.builds += 1
+        self._entry_at = entry_at
+        self._flat = flat
+        self._pointers = [local_part(tensor).data_ptr() for tensor in flat]
+        self._numels = [local_part(tensor).numel() for tensor in flat]
+
+
+def build_table(
+    layers: Sequence[Sequence[Tensor]],  # L layers, P parameters in all, each of any shape
+    *,
+    persistence: bool = False,
+    anchors: Anchors | None = None,
+) -> DeltaTable:
+    """Chunk table and anchors for the parameters of one device, grouped in layers.
+
+    Parameters are fp32, bf16, fp16 or fp64, of any size, dense in memory in any order of dimensions; a
+    parameter that occurs twice is counted once, in its first layer; a DTensor is measured on this rank's
+    shard. Anchors start as copies of the parameters, or as `anchors`, by (layer, place), where shape and
+    dtype agree. Raises TypeError for another dtype and ValueError for a gapped, overlapping, sparse, freed or
+    misaligned parameter, for parameters on several devices and for shards on several meshes.
+    """
+    return DeltaTable(layers, persistence=persistence, anchors=anchors)
+
+
+def anchor_of(
+    row: Tensor,  # [S] uint8, one row of DeltaTable.anchors
+    entry: Entry,
+) -> Tensor:
+    """The anchor of one parameter in its shape and strides, sharing the row's memory."""
+    weight = entry.weight
+    memory = row[entry.anchor_bytes : entry.anchor_bytes + weight.nbytes].view(weight.dtype)
+    return memory.as_strided(weight.shape, weight.stride())
+
+
+def fill_anchors(
+    memory: Tensor,  # [1 or 2, S] uint8
+    entry: Entry,
+    kept: tuple[Tensor, ...],
+) -> None:
+    """Sets a parameter's anchors, newest first, to the kept values, or to it where those do not fit."""
+    for i, row in enumerate(memory):
+        values = kept[i] if i < len(kept) else kept[0] if kept else entry.weight
+        fits = values.shape == entry.weight.shape and values.dtype == entry.weight.dtype
+        anchor_of(row, entry).copy_(values if fits else entry.weight)
+
+
+def check_parameter(weight: Tensor, name: str, first: Entry | None) -> None:
+    """Raises for a parameter that the kernels cannot read."""
+    if weight.layout != torch.strided:
+        raise ValueError(f"build_table: {name} must be a dense tensor, got layout {weight.layout}")
+    if weight.dtype not in DTYPE_CODES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_CODES)
+        raise TypeError(f"build_table: {name} must be one of {names}, got {weight.dtype}")
+    if weight.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"build_table: {name} must lie on a CPU or a CUDA device, got {weight.device}")
+    if first is not None and weight.device != first.weight.device:
+        raise ValueError(
+            f"build_table: {name} must lie on the device of the others, {first.weight.device}, got {weight.device}"
+        )
+    if not is_dense(weight):
+        raise ValueError(
+            f"build_table: {name} must fill its memory without gaps or overlap, "
+            f"got shape {tuple(weight.shape)} with strides {weight.stride()}"
+        )
+    if weight.numel() and weight.data_ptr() == 0:
+        raise ValueError(f"build_table: {name} must have memory, got {weight.numel()} elements with none")
+    if weight.data_ptr() % weight.element_size():
+        raise ValueError(
+            f"build_table: {name} must lie at a multiple of {weight.element_size()} bytes, "
+            f"got address {weight.data_ptr():#x}"
+        )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory without gaps or overlap, in any order of dimensions."""
+    if tensor.numel() == 0:
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def cut(entries: Sequence[Entry], layers: int) -> tuple[Tensor, Tensor]:
+    """Chunk table [C, 5] int64 and first chunk of each layer [L + 1] int64, on the CPU.
+
+    A chunk lies in one parameter. A layer without elements has one chunk of length 0, so that every layer's
+    sums are written by a program.
+    """
+    rows: list[Tensor] = []
+    starts = [0]
+    for i_layer in range(layers):
+        members = [e for e in entries if e.layer == i_layer and e.weight.numel()]
+        chunk_bytes = chunk_size([e.weight.nbytes for e in members])
+        count = 0
+        for entry in members:
+            weight = entry.weight
+            item_bytes = weight.element_size()
+            length = chunk_bytes // item_bytes
+            starts_at = torch.arange(0, weight.numel(), length, dtype=torch.int64)
+            row = torch.empty(len(starts_at), 5, dtype=torch.int64)
+            row[:, POINTER] = weight.data_ptr() + starts_at * item_bytes
+            row[:, ANCHOR_BYTES] = entry.anchor_bytes + starts_at * item_bytes
+            row[:, LENGTH] = (weight.numel() - starts_at).clamp(max=length)
+            row[:, LAYER] = i_layer
+            aligned = weight.data_ptr() % ALIGN_BYTES == 0
+            row[:, FLAGS] = DTYPE_CODES[weight.dtype] | (ALIGNED if aligned else 0)
+            rows.append(row)
+            count += len(row)
+        if not members:
+            rows.append(torch.tensor([[0, 0, 0, i_layer, ALIGNED]]))
+            count = 1
+        starts.append(starts[-1] + count)
+    chunks = torch.cat(rows) if rows else torch.empty(0, 5, dtype=torch.int64)
+    return chunks, torch.tensor(starts)
+
+
+def chunk_size(sizes_bytes: Sequence[int]) -> int:
+    """Bytes per chunk of a layer of such parameters: CHUNK_BYTES, doubled while chunks are too many."""
+    chunk_bytes = CHUNK_BYTES
+    largest = max(sizes_bytes, default=0)
+    while chunk_bytes < largest and sum(-(-size // chunk_bytes) for size in sizes_bytes) > LAYER_CHUNKS:
+        chunk_bytes *= 2
+    return chunk_bytes

@@ -1,0 +1,68 @@
+"""The plain-torch meaning of the kernels.
+
+Letters: P parameter tensors, L layers, K columns (6, with persistence 8).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .chunks import DeltaTable, anchor_of
+
+
+def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
+    """Sums over each layer's parameters of how far they are from their anchors: [L, K] float64.
+
+    Columns: l1(delta), l2(delta)^2, max |delta|, l1(w), l2(w)^2, non-finite count; with persistence also
+    dot(delta, previous delta) and l2(previous delta)^2. delta = w - anchor, in float64 for fp64 parameters,
+    else rounded once to float32; the previous delta is that between the two anchors; sums are float64. The
+    count is that of the elements whose delta is NaN or infinite (w or an anchor is, or their difference
+    overflows); it hides nothing: for such a layer the maximum and the sums are what IEEE arithmetic makes of
+    them, NaN where any term is NaN.
+
+    With `refresh` the anchor becomes w; with persistence the older anchor is overwritten and the two swap
+    roles. `out` [L, K] float64 contiguous on the table's device takes the result in place of a new tensor.
+    Sums cover this rank's shards. The table must not be stale (`ops.delta_norms` sees to that). Raises
+    ValueError for another `out`.
+    """
+    check_out(table, out)
+    sums = torch.zeros(len(table), table.columns, dtype=torch.float64, device=table.device)
+    role = table.role
+    newer = table.anchors[role]
+    older = table.anchors[1 - role] if table.persistence else newer
+    for entry, counted in zip(table.entries, table.counted, strict=True):
+        row = sums[entry.layer]
+        weight, anchor = entry.weight, anchor_of(newer, entry)
+        if counted and weight.numel():
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            w = weight.to(dtype)
+            delta = (w - anchor.to(dtype)).double()
+            w = w.double()
+            row[0] += delta.abs().sum()
+            row[1] += delta.square().sum()
+            row[2] = torch.maximum(row[2], delta.abs().amax())
+            row[3] += w.abs().sum()
+            row[4] += w.square().sum()
+            row[5] += delta.isfinite().logical_not().sum()
+            if table.persistence:
+                previous = (anchor.to(dtype) - anchor_of(older, entry).to(dtype)).double()
+                row[6] += (delta * previous).sum()
+                row[7] += previous.square().sum()
+        if refresh:
+            anchor_of(older, entry).copy_(weight)
+    if refresh and table.persistence:
+        table.counters[-1] = 1 - role
+    return sums if out is None else out.copy_(sums)
+
+
+def check_out(table: DeltaTable, out: Tensor | None) -> None:
+    """Raises ValueError unless `out` is None or a contiguous [L, K] float64 tensor on the table's device."""
+    if out is None:
+        return
+    wanted = (len(table), table.columns)
+    if out.shape != wanted or out.dtype != torch.float64 or out.device != table.device or not out.is_contiguous():
+        raise ValueError(
+            f"delta_norms: out must be a contiguous {list(wanted)} float64 tensor on {table.device}, "
+            f"got {list(out.shape)} {out.dtype} with strides {out.stride()} on {out.device}"
+        )
