@@ -1,0 +1,38 @@
+"""The values a user sets for the cache, with their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CODECS = ("fp16", "bf16", "fp32", "uint8")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How the rows of the dropped prefix are kept.
+
+    codec: "fp16" (default, saturating at 65504), "bf16", "fp32" (exact for fp32 training) or "uint8" (one scale and
+    zero point per sample and channel; half the bytes of fp16).
+    views: how many random augmentations of a sample are kept; 1 wants a dataset without randomness.
+    budget_bytes: the most the rows may take, or "auto": half of what is free on the device when a drop is decided.
+    device: None for the model's device. Another device than the model's is refused.
+    flip, shift: augmentation of cached [C, H, W] rows on the way out, drawn per sample and step: horizontal flip with
+    probability 1/2, and an integer shift of up to `shift` pixels of the row with zero fill. Off by default.
+    """
+
+    codec: str = "fp16"
+    views: int = 1
+    budget_bytes: int | str = "auto"
+    device: str | None = None
+    flip: bool = False
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODECS:
+            raise ValueError(f"CacheConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
+        if not isinstance(self.views, int) or self.views < 1:
+            raise ValueError(f"CacheConfig: views must be a whole number >= 1, got {self.views!r}")
+        if self.budget_bytes != "auto" and not (isinstance(self.budget_bytes, int) and self.budget_bytes >= 0):
+            raise ValueError(f"CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got {self.budget_bytes!r}")
+        if not isinstance(self.shift, int) or self.shift < 0:
+            raise ValueError(f"CacheConfig: shift must be pixels >= 0, got {self.shift!r}")

@@ -1,0 +1,178 @@
+"""What a layer costs and what a drop saves: FLOPs, seconds, bytes.
+
+All costs are per sample; a training step of a layer is taken as three forward passes (forward, gradient of the input,
+gradient of the weights), the usual count for convolutions and linear maps.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from learndrop_ext import ops
+from learndrop_ext.layers import Chain
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's costs per sample: forward FLOPs, forward seconds, and the shape of the row that leaves it."""
+
+    name: str
+    flops: int
+    seconds: float
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class CutChoice:
+    """Where the rows are kept: after `cut` layers (0: no rows, images go through all layers), with the reason."""
+
+    cut: int
+    row_bytes: int
+    reason: str
+
+
+def measure_layers(chain: Chain, example: torch.Tensor, *, repeats: int = 3) -> tuple[LayerCost, ...]:
+    """Forward FLOPs and seconds of each layer on a batch [B, ...], in eval mode and without gradients.
+
+    The seconds are the median of `repeats` passes after one to warm up; buffers and training flags stay as they are.
+    """
+    flags = [(m, m.training) for m in chain.modules()]
+    chain.eval()
+    costs = []
+    batch = example.shape[0]
+    with torch.no_grad():
+        x = example
+        for i in range(len(chain)):
+            layer = chain.layer(i)
+            with FlopCounterMode(display=False) as counter:
+                y = layer(x)
+            times = []
+            for _ in range(repeats):
+                _wait(x)
+                begin = time.perf_counter()
+                layer(x)
+                _wait(x)
+                times.append(time.perf_counter() - begin)
+            seconds = statistics.median(times) / batch
+            costs.append(LayerCost(layer.name, counter.get_total_flops() // batch, seconds, layer.shape))
+            x = y
+    for module, training in flags:
+        module.training = training
+    return tuple(costs)
+
+
+def forward_flops(layers: Sequence[LayerCost]) -> int:
+    """Forward FLOPs of one sample through the given layers."""
+    return sum(layer.flops for layer in layers)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a device in bytes: the GPU's, or the host's available memory for CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError("free_bytes: /proc/meminfo must hold MemAvailable; give CacheConfig(budget_bytes=...) instead")
+
+
+def copy_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float:
+    """Bytes read plus bytes written per second by a copy of `size` bytes on the device: the limit of a gather."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    times = []
+    for _ in range(4):
+        _wait(source)
+        begin = time.perf_counter()
+        target.copy_(source)
+        _wait(source)
+        times.append(time.perf_counter() - begin)
+    return 2 * size / statistics.median(times[1:])
+
+
+def choose_cut(
+    layers: Sequence[LayerCost],
+    prefix: int,
+    *,
+    kept: int,
+    rows: int,
+    codec: str,
+    budget_bytes: int,
+    bytes_per_second: float,
+) -> CutChoice:
+    """The cut within a prefix whose cached rows make the step shortest and fit into the budget.
+
+    Rows after `c` layers cost one gather of a row (its bytes read, its decoded fp32 values written) and the forward
+    pass of the frozen layers c..prefix-1. kept: the cut of the rows that there are already (0: none), which stay where no
+    later cut is better. rows: how many are kept (samples x views).
+    """
+
+    def step_seconds(cut: int) -> float:
+        shape = layers[cut - 1].shape if cut else None
+        moved = 0 if shape is None else ops.row_stride(shape, codec) + 4 * math.prod(shape)
+        return moved / bytes_per_second + sum(layer.seconds for layer in layers[cut:prefix])
+
+    best = CutChoice(kept, 0, f"rows stay after {layers[kept - 1].name}" if kept else "")
+    smallest: int | None = None
+    for cut in range(kept + 1, prefix + 1):
+        shape = layers[cut - 1].shape
+        if shape is None:
+            continue
+        row = ops.row_stride(shape, codec)
+        smallest = row if smallest is None else min(smallest, row)
+        fits = row * rows <= budget_bytes
+        if fits and (best.cut == 0 or step_seconds(cut) <= step_seconds(best.cut)):
+            best = CutChoice(cut, row, f"rows after {layers[cut - 1].name}")
+    if best.cut == 0 and prefix > 0:
+        wanted = (smallest or 0) * rows
+        reason = f"no rows: the smallest take {wanted / 1e6:,.0f} MB and the budget is {budget_bytes / 1e6:,.0f} MB"
+        return CutChoice(0, 0, reason)
+    return best
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a drop would cost once and save each epoch, in seconds."""
+
+    fill_seconds: float
+    saved_seconds: float
+
+
+def estimate(
+    layers: Sequence[LayerCost],
+    *,
+    before: tuple[int, int],
+    after: tuple[int, int],
+    epoch_seconds: float,
+    samples: int,
+    rows: int,
+) -> Estimate:
+    """Fill and saving of a drop, from the seconds of the last epoch.
+
+    before, after: (prefix, cut). An epoch's seconds are shared out by forward seconds: a live layer counts three times
+    (forward and two gradients), a frozen one behind the cut once, one before the cut not at all. The fill is one
+    forward pass of the layers between the two cuts for each of the `rows`.
+    """
+
+    def work(prefix: int, cut: int) -> float:
+        return sum(s.seconds for s in layers[cut:prefix]) + 3 * sum(s.seconds for s in layers[prefix:])
+
+    now = work(*before)
+    if now <= 0 or samples <= 0:
+        return Estimate(0.0, 0.0)
+    unit = epoch_seconds / now
+    filled = unit * sum(s.seconds for s in layers[before[1] : after[1]]) * rows / samples
+    return Estimate(filled, epoch_seconds - unit * work(*after))
+
+
+def _wait(x: torch.Tensor) -> None:
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)

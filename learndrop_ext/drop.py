@@ -1,0 +1,139 @@
+"""The only file that changes the user's model: freezing a prefix, letting it go again, and swapping what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from learndrop_ext.layers import Chain, Segment
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class _StaysInEval:
+    """Stands in for `module.train` while the module is frozen: `model.train()` passes it by."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return self.module
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a freeze changed, so that it can be undone."""
+
+    parameters: tuple[nn.Parameter, ...]
+    modules: tuple[nn.Module, ...]
+
+
+def freeze(model: nn.Module, chain: Chain, k: int) -> Frozen:
+    """Freeze the first k layers: no gradients, and eval mode whatever `model.train()` says.
+
+    BatchNorm statistics stay. Frozen parameters keep their place and state in the optimizer; with no gradient, every
+    step passes them by.
+    """
+    parameters = tuple(p for p in chain.prefix(k).parameters() if p.requires_grad)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    modules = tuple(m for m in prefix_modules(model, chain, k) if not isinstance(m.__dict__.get("train"), _StaysInEval))
+    for module in modules:
+        module.training = False
+        module.__dict__["train"] = _StaysInEval(module)
+    return Frozen(parameters, modules)
+
+
+def unfreeze(frozen: Frozen, *, training: bool) -> None:
+    """Undo a freeze: the parameters are trained again and the modules follow `model.train()`."""
+    for parameter in frozen.parameters:
+        parameter.requires_grad_(True)
+    for module in frozen.modules:
+        module.__dict__.pop("train", None)
+        module.training = training
+
+
+def prefix_modules(model: nn.Module, chain: Chain, k: int) -> list[nn.Module]:
+    """The modules of the first k layers: the chain's own, and the model's that hold nothing outside the prefix."""
+    inside = {m for i in range(k) for m in chain.layer(i).modules()}
+    outside = {m for i in range(k, len(chain)) for m in chain.layer(i).modules()}
+    leaves = {m for m in inside if next(m.children(), None) is None} - outside
+    found = [m for m in inside if m not in outside]
+    for module in model.modules():
+        below = [m for m in module.modules() if next(m.children(), None) is None]
+        if module not in inside and below and all(m in leaves for m in below):
+            found.append(module)
+    return found
+
+
+class _BehindFrozen(nn.Module):
+    """The suffix behind frozen layers that are run again at each step, without gradients."""
+
+    def __init__(self, frozen: Segment, suffix: nn.Module) -> None:
+        super().__init__()
+        self.frozen = frozen
+        self.suffix = suffix
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.no_grad():
+            x = self.frozen(x)
+        return self.suffix(x)
+
+
+class LiveModel(nn.Module):
+    """What is trained now, as one module that stays the same object: at first the whole model, after a drop the suffix.
+
+    It notes whether it was called with the batch's own input and under which autocast, which a fill has to repeat.
+    """
+
+    def __init__(self, body: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.body = body
+        self.device = device
+        self.row_shape: tuple[int, ...] | None = None
+        self.calls = 0
+        self.foreign: torch.Size | None = None
+        self.autocast: torch.dtype | None = None
+        self._expected: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.row_shape is not None and tuple(x.shape[1:]) != self.row_shape:
+            raise ValueError(
+                f"drop.model: x must be cached rows [B, {', '.join(map(str, self.row_shape))}] from drop.loader, "
+                f"got {list(x.shape)}; to evaluate on images, call the whole model"
+            )
+        if self.training:
+            self._note(x)
+        return self.body(x)
+
+    def expect(self, x: torch.Tensor) -> None:
+        """The next training call should get this batch input, or the first rows of it."""
+        self._expected = x
+
+    def _note(self, x: torch.Tensor) -> None:
+        self.calls += 1
+        kind = self.device.type
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if self._expected is None:
+            return
+        wanted, self._expected = self._expected, None
+        if x is wanted:
+            return
+        same = x.shape[1:] == wanted.shape[1:] and len(x) <= len(wanted)
+        if not (same and torch.allclose(x.float(), wanted[: len(x)].float(), rtol=1e-2, atol=1e-2)):
+            self.foreign = x.shape
+
+
+def live_body(model: nn.Module, chain: Chain, cut: int, prefix: int, wrap: Wrap | None) -> nn.Module:
+    """What is trained when `prefix` layers are frozen and the rows are those after `cut` of them, wrapped."""
+    live: nn.Module = model if prefix == 0 else chain.suffix(prefix)
+    if wrap is not None:
+        live = wrap(live)
+        if not isinstance(live, nn.Module):
+            raise TypeError(f"DropScheduler: wrap must return a torch.nn.Module, got {type(live).__name__}")
+    return _BehindFrozen(chain.segment(cut, prefix), live) if cut < prefix else live

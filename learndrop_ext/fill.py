@@ -1,0 +1,150 @@
+"""Filling a cache: images, or rows of an earlier drop, through the newly frozen layers; and the checks before it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from learndrop_ext.batches import InputKey, RestOfBatch, input_of, to_device
+from learndrop_ext.cache import ActivationCache
+from learndrop_ext.layers import Segment
+from learndrop_ext.randomness import own_randomness
+
+
+@contextlib.contextmanager
+def frozen_pass(segment: Segment, autocast: torch.dtype | None, device: torch.device) -> Iterator[None]:
+    """Eval mode, no gradients, and the autocast of the training step; the training flags come back on leaving."""
+    flags = [(m, m.training) for m in segment.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def read_batch(loader: DataLoader[Any], ids: Sequence[int]) -> Any:
+    """The batch that the loader would make of these samples, read in this process."""
+    dataset: Any = loader.dataset
+    many = getattr(dataset, "__getitems__", None)
+    samples = many(list(ids)) if callable(many) else [dataset[i] for i in ids]
+    return loader.collate_fn(samples)
+
+
+def same_image_each_time(loader: DataLoader[Any], key: InputKey, *, probes: int = 16) -> bool:
+    """Whether a few samples, read three times, give the same model input each time. The run's random state stays."""
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    ids = sorted({i * size // probes for i in range(min(probes, size))} | ({0} if size else set()))
+    with own_randomness(0):
+        first, *again = [input_of(read_batch(loader, ids), key).clone() for _ in range(3)]
+    return all(first.shape == other.shape and torch.equal(first, other) for other in again)
+
+
+def check_purity(segment: Segment, x: torch.Tensor, model: nn.Module, autocast: torch.dtype | None) -> None:
+    """Raise ValueError naming the module whose rows depend on the other samples of a batch or on the random state.
+
+    x: [B, ...], a batch of the segment's inputs, B >= 2. The first half is run twice: beside the other half and beside
+    itself, from two random states. Equal means within 1e-3 of the largest value, 2e-2 where 16-bit arithmetic is used.
+    """
+    half = len(x) // 2
+    others = torch.cat([x[:half], x[:half], x[2 * half :]])
+    outputs: list[dict[nn.Module, torch.Tensor]] = []
+    with frozen_pass(segment, autocast, x.device):
+        for seed, batch in enumerate((x, others)):
+            seen: dict[nn.Module, torch.Tensor] = {}
+
+            def note(module: nn.Module, _: Any, output: Any, seen: dict[nn.Module, torch.Tensor] = seen) -> None:
+                if isinstance(output, torch.Tensor) and output.dim() and len(output) == len(x):
+                    seen[module] = output[:half].clone()
+
+            hooks = [m.register_forward_hook(note) for m in segment.modules()]
+            try:
+                with own_randomness(seed):
+                    segment(batch)
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            outputs.append(seen)
+    names = {m: name for name, m in model.named_modules()} | {m: f"layer {m.name}" for m in segment.layers}
+    for module, wanted in outputs[0].items():
+        got = outputs[1].get(module, wanted)
+        bound = (2e-2 if autocast is not None or wanted.dtype.itemsize == 2 else 1e-3) * float(wanted.abs().max())
+        close = (wanted - got).abs() <= bound
+        if not bool((close | (wanted.isnan() & got.isnan())).all()):
+            raise ValueError(
+                "DropScheduler: the rows of a dropped layer must be a function of the sample alone, and those of "
+                f"{names.get(module, type(module).__name__)} ({type(module).__name__}) change with the other samples "
+                "of the batch or the random state, in eval mode too; drop only the layers before it"
+            )
+
+
+def fill_from_images(
+    loader: DataLoader[Any],
+    ids: torch.Tensor,
+    slots: torch.Tensor,
+    segment: Segment,
+    cache: ActivationCache,
+    rest: RestOfBatch,
+    *,
+    views: int,
+    batch_size: int,
+    seed: int,
+    autocast: torch.dtype | None,
+    workers: bool = True,
+) -> None:
+    """Read the samples `ids` [n] once per view and keep the rows that leave the segment at slots * views + view.
+
+    ids, slots: [n] int64 (CPU). The samples are read by the loader's workers (not for a few: workers=False) and
+    collate_fn; `seed` fixes the random state they see, so that the same call fills the same rows again, and the run's
+    own random state stays.
+    """
+    groups = list(zip(ids.split(batch_size), slots.split(batch_size), strict=True))
+    reader = rebuilt(loader, [group.tolist() for group, _ in groups], persistent=False, workers=workers)
+    with own_randomness(seed), frozen_pass(segment, autocast, cache.device):
+        for view in range(views):
+            for (_, where), batch in zip(groups, reader, strict=True):
+                at = where * views + view
+                batch = to_device(batch, cache.device)
+                rest.put(batch, at)
+                cache.append(at, segment(input_of(batch, rest.key)))
+
+
+def fill_from_rows(
+    old: ActivationCache, segment: Segment, cache: ActivationCache, *, batch_size: int, autocast: torch.dtype | None
+) -> None:
+    """Run the rows of an earlier drop through the newly dropped layers: no image is read."""
+    filled = torch.nonzero(old.filled).flatten()
+    with frozen_pass(segment, autocast, cache.device):
+        for at in filled.split(batch_size):
+            cache.append(at, segment(old.gather(at)))
+
+
+def rebuilt(
+    loader: DataLoader[Any], batch_sampler: Any, *, persistent: bool = True, workers: bool = True
+) -> DataLoader[Any]:
+    """The user's loader with another batch sampler and everything else as it was, but for what is switched off."""
+    options: dict[str, Any] = {}
+    if loader.num_workers > 0 and workers:
+        options = {
+            "num_workers": loader.num_workers,
+            "prefetch_factor": loader.prefetch_factor,
+            "persistent_workers": loader.persistent_workers and persistent,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "timeout": loader.timeout,
+        }
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=loader.generator,
+        **options,
+    )

@@ -1,0 +1,459 @@
+"""DropScheduler: measures, scores, decides, drops and fills, once an epoch, like a learning-rate scheduler."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from learndrop_ext import costs, drop, fill
+from learndrop_ext.batches import InputKey, RestOfBatch, input_of, to_device
+from learndrop_ext.cache import ActivationCache
+from learndrop_ext.config import CacheConfig
+from learndrop_ext.deltas import Deltas, LayerChange
+from learndrop_ext.layers import Chain, Segment, split_layers
+from learndrop_ext.loader import DropLoader, Rows, check_loader
+from learndrop_ext.policy import Decision, Policy, Situation, StoppedLearning
+from learndrop_ext.randomness import own_randomness
+from learndrop_ext.scores import scores
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one `step()` saw and did. Tuples have one entry for each of the L layers, None where a layer was dropped.
+
+    epoch: epochs done. prefix, cut: layers dropped after this step, and after how many of them rows are kept. relative,
+    cosine, scores: of the layers. epoch_seconds: of the epoch's loop; measure_seconds, fill_seconds: of this step.
+    samples: trained in the epoch. forward_flops: of the epoch's steps; fill_flops: of the fill.
+    row_bytes, cache_bytes: of one row and of all rows kept after this step.
+    """
+
+    epoch: int
+    prefix: int
+    cut: int
+    reason: str
+    learning_rate: float
+    relative: tuple[float | None, ...]
+    cosine: tuple[float | None, ...]
+    scores: tuple[float | None, ...]
+    epoch_seconds: float
+    measure_seconds: float
+    fill_seconds: float
+    samples: int
+    forward_flops: int
+    fill_flops: int
+    row_bytes: int
+    cache_bytes: int
+
+
+class DropScheduler:
+    """Drops the layers that have stopped learning from the training step, forward and backward.
+
+    model: any module that torch.fx can trace, with one tensor as its input (see `split_layers`); it stays whole, for
+    evaluation and saving, and stays the caller's. optimizer: holds the model's parameters; it is never changed, and
+    the learning rate stays the caller's. loader: a DataLoader over a dataset with ids.
+
+    policy: scores -> Decision; `StoppedLearning()` by default. epochs: length of the run if it is known, so that a drop
+    that cannot earn its fill back is not made. cache: a `CacheConfig`, a codec's name, or None for no rows at all (the
+    frozen prefix is then run at each step: "freeze only"). views: random augmentations kept of each sample, for a
+    dataset with randomness. wrap: applied to the live model now and after every drop (`torch.compile`,
+    DistributedDataParallel). input: place of the model's input in a batch that is no tensor. layers: module names to
+    split at, see `split_layers`. seed: of the views and moves drawn.
+
+    Use `loader` and `model` of this object in the training loop and call `step()` after each epoch. `history` holds one
+    `Record` per step.
+
+    Raises TypeError or ValueError, before anything is changed, for a loader without ids, a dataset that gives another
+    image for the same id at each reading while views is 1, an optimizer that holds none of the model's parameters, a
+    cache on another device than the model's, or a model that cannot be split.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loader: DataLoader[Any],
+        *,
+        policy: Policy | None = None,
+        epochs: int | None = None,
+        cache: CacheConfig | str | None = "fp16",
+        views: int | None = None,
+        wrap: drop.Wrap | None = None,
+        input: InputKey = 0,
+        layers: Sequence[str] | None = None,
+        seed: int = 0,
+        check_input: bool = True,
+    ) -> None:
+        check_loader(loader)
+        config = _cache_config(cache, views)
+        device = _device_of(model)
+        if config.device is not None and torch.device(config.device).type != device.type:
+            raise ValueError(
+                f"DropScheduler: cache must be on the model's device, {device}, "
+                f"got CacheConfig(device={config.device!r})"
+            )
+        _check_optimizer(optimizer, model)
+        if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
+            raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
+        if config.views == 1 and cache is not None and not fill.same_image_each_time(loader, input):
+            raise ValueError(
+                "DropScheduler: loader must give the same image for the same id at each reading, got another one, and a "
+                "cached row would freeze it; give views=V to keep V random views of each sample, or a dataset without "
+                "randomness"
+            )
+        size = len(loader.dataset)  # type: ignore[arg-type]
+        batch = min(size, 32)
+        with own_randomness(seed):
+            example = input_of(to_device(fill.read_batch(loader, range(batch)), device), input)
+        self.chain: Chain = split_layers(model, example[:2], layers=layers)
+        self.costs = costs.measure_layers(self.chain, example)
+        self.full = model
+        self.optimizer = optimizer
+        self.policy: Policy = StoppedLearning() if policy is None else policy
+        self.epochs = epochs
+        self.config = config
+        self.keeps_rows = cache is not None
+        self.wrap = wrap
+        self.seed = seed
+        self.check_input = check_input
+        self.device = device
+        self.example = example
+        self.history: list[Record] = []
+        self.prefix = 0
+        self.cuts: list[int] = []  # the cut of every fill since images were read
+        self.loader = DropLoader(loader, key=input, device=device, config=config, seed=seed)
+        self.loader.fetch_missing = self._fetch_missing
+        self.model = drop.LiveModel(drop.live_body(model, self.chain, 0, 0, wrap), device)
+        self.loader.on_first = self.model.expect
+        self.model.train(model.training)
+        self._frozen: list[drop.Frozen] = []
+        self._deltas = Deltas([list(self.chain.layer(i).parameters()) for i in range(len(self.chain))])
+        self._bytes_per_second: float | None = None
+
+    @property
+    def cut(self) -> int:
+        """After how many layers the rows are kept; 0 while images are read."""
+        return self.cuts[-1] if self.cuts else 0
+
+    def step(self) -> Record:
+        """Measure the epoch that ended, decide, and where it says so drop: fill the cache and go on with the suffix.
+
+        Raises RuntimeError when the epoch has not ended or `drop.model` was not what was trained, ValueError for
+        weights that are not finite (named); the model, the optimizer and the rows are then as before.
+        """
+        self.loader.check_epoch_done()
+        self._check_trained()
+        begin = time.perf_counter()
+        changes = self._deltas.measure()
+        self._check_finite(changes)
+        gone: tuple[None, ...] = (None,) * self.prefix
+        measured = (*gone, *scores(changes))
+        measure_seconds = time.perf_counter() - begin
+        samples, epoch_seconds = self.loader.samples, self.loader.seconds
+        forward_flops = samples * costs.forward_flops(self.costs[self.cut :])
+        choices = self._choices()
+        estimates = [self._estimate(k, choices[k].cut) for k in range(len(self.chain))]
+        situation = Situation(
+            epoch=len(self.history) + 1,
+            epochs=self.epochs,
+            prefix=self.prefix,
+            layers=self.chain.names,
+            scores=(*(r.scores for r in self.history), measured),
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            fill_seconds=tuple(e.fill_seconds for e in estimates),
+            saved_seconds=tuple(e.saved_seconds for e in estimates),
+        )
+        decision = self._decide(situation)
+        begin = time.perf_counter()
+        before, reason, fill_flops = self.cut, decision.reason, 0
+        if decision.prefix > self.prefix:
+            choice = choices[decision.prefix]
+            filled = self._drop(decision.prefix, choice.cut)
+            fill_flops = filled * costs.forward_flops(self.costs[before : choice.cut])
+            reason = f"{reason}; {choice.reason}"
+        rows = self.loader.rows
+        record = Record(
+            epoch=situation.epoch,
+            prefix=self.prefix,
+            cut=self.cut,
+            reason=reason,
+            learning_rate=situation.learning_rate,
+            relative=(*gone, *(c.relative for c in changes)),
+            cosine=(*gone, *(c.cosine for c in changes)),
+            scores=measured,
+            epoch_seconds=epoch_seconds,
+            measure_seconds=measure_seconds,
+            fill_seconds=time.perf_counter() - begin if fill_flops else 0.0,
+            samples=samples,
+            forward_flops=forward_flops,
+            fill_flops=fill_flops,
+            row_bytes=rows.cache.row_bytes if rows is not None else 0,
+            cache_bytes=rows.cache.nbytes if rows is not None else 0,
+        )
+        self.history.append(record)
+        return record
+
+    def undrop(self) -> None:
+        """Train the whole model again, from images: the dropped layers are live and the rows are freed."""
+        for frozen in reversed(self._frozen):
+            drop.unfreeze(frozen, training=self.full.training)
+        self._free_rows()
+        self._frozen, self.cuts, self.prefix = [], [], 0
+        self._show(drop.live_body(self.full, self.chain, 0, 0, self.wrap))
+        self._deltas = Deltas([list(self.chain.layer(i).parameters()) for i in range(len(self.chain))])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the model, the optimizer and the rows, as plain values and tensors, for `torch.save`."""
+        return {
+            "layers": list(self.chain.names),
+            "prefix": self.prefix,
+            "cuts": list(self.cuts),
+            "epochs_loaded": self.loader.epochs,
+            "seen": self.loader.batches.seen.clone(),
+            "view_offset": self.loader.view_offset.clone(),
+            "generator": self.loader.generator.get_state(),
+            "autocast": None if self.model.autocast is None else str(self.model.autocast).removeprefix("torch."),
+            "fingerprint": _fingerprint(self.chain, self.prefix),
+            "deltas": self._deltas.state_dict(),
+            "history": [dataclasses.asdict(record) for record in self.history],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`; load the model's own state first.
+
+        Dropped layers are dropped again and their rows filled again, through the same cuts.
+
+        Raises ValueError, before anything is changed, when the state is of another model or the dropped layers'
+        weights are not those that it was saved with; RuntimeError when layers were already dropped here.
+        """
+        if list(self.chain.names) != state["layers"]:
+            raise ValueError(
+                "DropScheduler.load_state_dict: state must be of a model with the layers "
+                f"{', '.join(self.chain.names)}; got {', '.join(state['layers'])}"
+            )
+        if len(state["seen"]) != self.loader.size:
+            raise ValueError(
+                f"DropScheduler.load_state_dict: state must be of a dataset with {self.loader.size} samples, "
+                f"got {len(state['seen'])}"
+            )
+        if self.prefix:
+            raise RuntimeError(
+                "DropScheduler.load_state_dict: wanted a scheduler that has not dropped yet, call undrop()"
+            )
+        if _fingerprint(self.chain, state["prefix"]) != state["fingerprint"]:
+            raise ValueError(
+                "DropScheduler.load_state_dict: the dropped layers must have the weights and buffers that the state "
+                "was saved with, and they differ; load the model's state_dict first"
+            )
+        self.loader.epochs = state["epochs_loaded"]
+        self.loader.batches.seen = state["seen"].clone()
+        self.loader.view_offset = state["view_offset"].clone()
+        self.loader.generator.set_state(state["generator"])
+        self.model.autocast = None if state["autocast"] is None else getattr(torch, state["autocast"])
+        for cut in state["cuts"]:
+            self._drop(max(cut, 1), cut)
+        if state["prefix"] > self.prefix:
+            self._drop(state["prefix"], self.cut)
+        self._deltas.load_state_dict(state["deltas"])
+        self.history = [_record(values) for values in state["history"]]
+
+    def _check_trained(self) -> None:
+        if self.model.calls == 0:
+            raise RuntimeError(
+                "drop.step: wanted drop.model to be trained on drop.loader, got an epoch without a call of it"
+            )
+        if self.check_input and self.model.foreign is not None:
+            raise RuntimeError(
+                "drop.step: drop.model must get the batch's input as drop.loader gave it, got another tensor "
+                f"{list(self.model.foreign)}; what the loop does to images it would do to cached rows too: move it "
+                "into the dataset or the model, or say check_input=False where it is meant for both"
+            )
+
+    def _check_finite(self, changes: Sequence[LayerChange]) -> None:
+        for name, change in zip(self.chain.names[self.prefix :], changes, strict=True):
+            if change.nonfinite:
+                raise ValueError(
+                    f"drop.step: weights must be finite, got {change.nonfinite} NaN or inf in layer {name}"
+                )
+
+    def _decide(self, situation: Situation) -> Decision:
+        decision = self.policy(situation)
+        last = len(self.chain) - 1
+        if not self.prefix <= decision.prefix <= last:
+            raise ValueError(f"drop.step: policy must decide on {self.prefix}..{last} layers, got {decision.prefix}")
+        return decision
+
+    def _choices(self) -> list[costs.CutChoice]:
+        """For each prefix length, where its rows would be kept."""
+        if not self.keeps_rows:
+            return [costs.CutChoice(0, 0, "frozen, no rows kept")] * len(self.chain)
+        if self._bytes_per_second is None:
+            self._bytes_per_second = costs.copy_bytes_per_second(self.device)
+        budget = self.config.budget_bytes
+        if not isinstance(budget, int):
+            budget = costs.free_bytes(self.device) // 2
+        rows = len(self._ids()) * self.config.views
+        return [
+            costs.choose_cut(
+                self.costs,
+                k,
+                kept=self.cut,
+                rows=rows,
+                codec=self.config.codec,
+                budget_bytes=budget,
+                bytes_per_second=self._bytes_per_second,
+            )
+            for k in range(len(self.chain))
+        ]
+
+    def _estimate(self, prefix: int, cut: int) -> costs.Estimate:
+        return costs.estimate(
+            self.costs,
+            before=(self.prefix, self.cut),
+            after=(prefix, cut),
+            epoch_seconds=self.loader.seconds,
+            samples=self.loader.samples,
+            rows=len(self._ids()) * self.config.views,
+        )
+
+    def _ids(self) -> torch.Tensor:
+        """The samples to keep rows of: all, or those drawn so far where they are less than half."""
+        seen = self.loader.batches.seen
+        return torch.nonzero(seen).flatten() if 2 * int(seen.sum()) < len(seen) else torch.arange(len(seen))
+
+    def _drop(self, prefix: int, cut: int) -> int:
+        """Fill rows after `cut` layers, freeze `prefix` layers and go on with the rest; the number of rows filled.
+
+        All that can fail comes before anything that the user sees is changed.
+        """
+        before = self.cut
+        rows = self.loader.rows
+        filled = 0
+        if cut > before:
+            rows = self._filled(before, cut)
+            filled = int(rows.cache.filled.sum())
+        body = drop.live_body(self.full, self.chain, cut, prefix, self.wrap)
+        self._frozen.append(drop.freeze(self.full, self.chain, prefix))
+        if cut > before:
+            self._free_rows()
+            self.cuts.append(cut)
+        self.loader.rows = rows
+        self._deltas.drop_first(prefix - self.prefix)
+        self.prefix = prefix
+        self._show(body)
+        return filled
+
+    def _filled(self, before: int, cut: int) -> Rows:
+        segment = self.chain.segment(before, cut)
+        shape = self.chain.layer(cut - 1).shape
+        assert shape is not None
+        autocast, views = self.model.autocast, self.config.views
+        moving = self.config.flip or self.config.shift > 0
+        old = self.loader.rows
+        ids = self._ids()
+        probe = self.example[:8] if old is None else old.cache.gather(torch.nonzero(old.cache.filled).flatten()[:8])
+        fill.check_purity(segment, probe, self.full, autocast)
+        self.loader.check_size()
+        slots = len(ids) * views if old is None else len(old.cache.filled)
+        cache = ActivationCache(slots, shape, codec=self.config.codec, device=self.device, moving=moving)
+        batch_size = self._batch_size()
+        if old is not None:
+            fill.fill_from_rows(old.cache, segment, cache, batch_size=batch_size, autocast=autocast)
+            return Rows(old.slots, cache, old.rest)
+        where = torch.full((self.loader.size,), -1, dtype=torch.int64)
+        where[ids] = torch.arange(len(ids))
+        rest = RestOfBatch(slots, key=self.loader.key, device=self.device)
+        made = Rows(where, cache, rest)
+        self._read(ids, made, segment)
+        return made
+
+    def _read(self, ids: torch.Tensor, rows: Rows, segment: Segment, *, workers: bool = True) -> None:
+        fill.fill_from_images(
+            self.loader.user,
+            ids,
+            rows.slots[ids],
+            segment,
+            rows.cache,
+            rows.rest,
+            views=self.config.views,
+            batch_size=self._batch_size(),
+            seed=self.seed,
+            autocast=self.model.autocast,
+            workers=workers,
+        )
+
+    def _fetch_missing(self, ids: torch.Tensor) -> None:
+        """Give samples that were never drawn before a drop their rows, and only them."""
+        rows = self.loader.rows
+        assert rows is not None
+        views = self.config.views
+        used = len(rows.cache.filled) // views
+        rows.cache.grow((used + len(ids)) * views)
+        rows.rest.grow((used + len(ids)) * views)
+        rows.slots[ids] = torch.arange(used, used + len(ids))
+        self._read(ids, rows, self.chain.prefix(self.cut), workers=len(ids) > 4 * self._batch_size())
+
+    def _batch_size(self) -> int:
+        size = getattr(self.loader.user.batch_sampler, "batch_size", None)
+        return size if isinstance(size, int) else 128
+
+    def _show(self, body: nn.Module) -> None:
+        training = self.model.training
+        self.model.body = body
+        self.model.train(training)
+        self.model.row_shape = self.chain.layer(self.cut - 1).shape if self.cut else None
+
+    def _free_rows(self) -> None:
+        if self.loader.rows is not None:
+            self.loader.rows.cache.close()
+            self.loader.rows = None
+
+
+def _cache_config(cache: CacheConfig | str | None, views: int | None) -> CacheConfig:
+    if isinstance(cache, str):
+        cache = CacheConfig(codec=cache)
+    if cache is not None and not isinstance(cache, CacheConfig):
+        raise TypeError(f"DropScheduler: cache must be a CacheConfig, a codec or None, got {type(cache).__name__}")
+    config = cache if cache is not None else CacheConfig()
+    return config if views is None else dataclasses.replace(config, views=views)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"DropScheduler: model must be a torch.nn.Module, got {type(model).__name__}")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "no parameters"
+        raise ValueError(f"DropScheduler: model must have its parameters on one device, got {found}")
+    return devices.pop()
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"DropScheduler: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = list(model.parameters())
+    if not any(id(p) in held for p in own):
+        raise ValueError(f"DropScheduler: optimizer must hold the model's parameters, got none of its {len(own)}")
+
+
+def _fingerprint(chain: Chain, prefix: int) -> str:
+    """SHA-256 over the names, shapes and bytes of the first layers' parameters and buffers."""
+    digest = hashlib.sha256()
+    for i in range(prefix):
+        layer = chain.layer(i)
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            digest.update(f"{layer.name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _record(values: dict[str, Any]) -> Record:
+    return Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
