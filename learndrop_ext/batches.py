@@ -108,7 +108,7 @@ class RestOfBatch:
     def get(self, slots: torch.Tensor, model_input: torch.Tensor) -> Any:
         """The batch at `slots` [B] int64 (CPU) with `model_input` in the place of the images."""
         where = slots if self.device.type == "cpu" else slots.to(self.device, non_blocking=True)
-        leaves = []
+        leaves: list[Any] = []
         for i, stack in enumerate(self.stacks):
             if i == self.place:
                 leaves.append(model_input)

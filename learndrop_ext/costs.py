@@ -111,8 +111,8 @@ def choose_cut(
     """The cut within a prefix whose cached rows make the step shortest and fit into the budget.
 
     Rows after `c` layers cost one gather of a row (its bytes read, its decoded fp32 values written) and the forward
-    pass of the frozen layers c..prefix-1. kept: the cut of the rows that there are already (0: none), which stay where no
-    later cut is better. rows: how many are kept (samples x views).
+    pass of the frozen layers c..prefix-1. kept: the cut of the rows that there are already (0: none), which stay where
+    no later cut is better. rows: how many are kept (samples x views).
     """
 
     def step_seconds(cut: int) -> float:

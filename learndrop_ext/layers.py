@@ -22,8 +22,10 @@ from torch.utils import _pytree as pytree
 _NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _NORM_FUNCTIONS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
 _RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU)
-_RANDOM_FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
-_RANDOM_FUNCTIONS += ("dropout_", "alpha_dropout_", "feature_dropout", "rrelu", "stochastic_depth", "drop_path")
+_RANDOM_FUNCTIONS = frozenset(
+    ("dropout", "dropout1d", "dropout2d", "dropout3d", "dropout_", "feature_dropout", "rrelu")
+    + ("alpha_dropout", "alpha_dropout_", "feature_alpha_dropout", "stochastic_depth", "drop_path")
+)
 
 
 class Layer(nn.Module):

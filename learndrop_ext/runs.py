@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int, str], None]
 class Recipe:
     """Everything that a run depends on but its kind: SGD with Nesterov momentum under a one-cycle learning rate.
 
-    epochs and batch_size count as usual, lr is the peak. amp: None or "bf16" autocast. codec, views, flip, shift: of the
+    epochs and batch_size count as usual, lr is the peak. amp: None or "bf16" autocast. codec, views: of the
     cache. threshold, patience, warmup: of `StoppedLearning`. most: the share of the layers that may be dropped.
     """
 

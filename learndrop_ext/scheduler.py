@@ -104,8 +104,8 @@ class DropScheduler:
             raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
         if config.views == 1 and cache is not None and not fill.same_image_each_time(loader, input):
             raise ValueError(
-                "DropScheduler: loader must give the same image for the same id at each reading, got another one, and a "
-                "cached row would freeze it; give views=V to keep V random views of each sample, or a dataset without "
+                "DropScheduler: loader must give the same image for the same id at each reading, got another one, and "
+                "a cached row would freeze it; give views=V to keep V random views of each sample, or a dataset without "
                 "randomness"
             )
         size = len(loader.dataset)  # type: ignore[arg-type]
@@ -456,4 +456,5 @@ def _fingerprint(chain: Chain, prefix: int) -> str:
 
 
 def _record(values: dict[str, Any]) -> Record:
-    return Record(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return Record(**fields)
