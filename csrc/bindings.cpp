@@ -1,19 +1,147 @@
-// learndrop_ext._C: raw pointers and sizes in, exceptions out. learndrop_ext/ops.py checks the arguments.
+// learndrop_ext._C: raw pointers and sizes in, exceptions out. learndrop_ext/ops.py has checked the
+// arguments.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "cpu/simd.h"
+#include "row_ops.h"
+#ifdef LEARNDROP_CUDA_ARCHITECTURES
+#include "cuda/device.h"
+#endif
 
 namespace py = pybind11;
+using namespace learndrop;
 
 namespace {
 
-// The architectures that the CUDA code was compiled for, comma-separated; empty in a build without CUDA.
-const char* cuda_architectures() {
-#ifdef LEARNDROP_CUDA_ARCHITECTURES
-  return LEARNDROP_CUDA_ARCHITECTURES;
-#else
-  return "";
+using Shape = std::array<int64_t, 3>;      // height, width, channels
+using Strides = std::array<int64_t, 4>;    // of B, height, width, channels, in values
+using Target = std::pair<int, uintptr_t>;  // device number and stream; device -1 is the CPU
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+RowShape row_shape(const Shape& shape) { return {shape[0], shape[1], shape[2]}; }
+
+#ifndef LEARNDROP_CUDA_ARCHITECTURES
+[[noreturn]] void refuse_cuda() { throw std::runtime_error("learndrop_ext._C was built without CUDA"); }
 #endif
+
+void append_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t rows,
+                 int dtype, int64_t batch, const Shape& shape, const Strides& strides, uintptr_t index,
+                 int threads, const Target& target) {
+  const Append append{pointer<void>(cache),
+                      cache_rows,
+                      cache_stride_bytes,
+                      static_cast<Codec>(codec),
+                      pointer<const void>(rows),
+                      static_cast<Dtype>(dtype),
+                      batch,
+                      row_shape(shape),
+                      strides[0],
+                      strides[1],
+                      strides[2],
+                      strides[3],
+                      pointer<const int64_t>(index)};
+  const py::gil_scoped_release release;
+  if (target.first < 0) return cpu::append_rows(append, threads);
+#ifdef LEARNDROP_CUDA_ARCHITECTURES
+  cuda::append_rows(append, target.first, pointer<void>(target.second));
+#else
+  refuse_cuda();
+#endif
+}
+
+void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t out,
+                 int dtype, int64_t batch, const Shape& shape, uintptr_t index, uintptr_t flip,
+                 uintptr_t shift, int threads, const Target& target) {
+  const Gather gather{pointer<const void>(cache),
+                      cache_rows,
+                      cache_stride_bytes,
+                      static_cast<Codec>(codec),
+                      pointer<void>(out),
+                      static_cast<Dtype>(dtype),
+                      batch,
+                      row_shape(shape),
+                      pointer<const int64_t>(index),
+                      pointer<const uint8_t>(flip),
+                      pointer<const int32_t>(shift)};
+  const py::gil_scoped_release release;
+  if (target.first < 0) return cpu::gather_rows(gather, threads);
+#ifdef LEARNDROP_CUDA_ARCHITECTURES
+  cuda::gather_rows(gather, target.first, pointer<void>(target.second));
+#else
+  refuse_cuda();
+#endif
+}
+
+// The position of the first index outside [0, rows), or -1.
+int64_t first_outside(uintptr_t index, int64_t batch, int64_t rows) {
+  const int64_t* first = pointer<const int64_t>(index);
+  const int64_t* last = first + batch;
+  const int64_t* found = std::find_if(first, last, [rows](int64_t row) { return row < 0 || row >= rows; });
+  return found == last ? -1 : found - first;
+}
+
+// A row that the index names twice, or -1.
+int64_t first_repeated(uintptr_t index, int64_t batch) {
+  const int64_t* first = pointer<const int64_t>(index);
+  if (std::is_sorted(first, first + batch)) {
+    const int64_t* found = std::adjacent_find(first, first + batch);
+    return found == first + batch ? -1 : *found;
+  }
+  std::vector<int64_t> sorted(first, first + batch);
+  std::sort(sorted.begin(), sorted.end());
+  const auto found = std::adjacent_find(sorted.begin(), sorted.end());
+  return found == sorted.end() ? -1 : *found;
+}
+
+py::dict build_info() {
+  py::dict info;
+#ifdef LEARNDROP_CUDA_ARCHITECTURES
+  const cuda::Device device = cuda::describe_device();
+  info["cuda_architectures"] = LEARNDROP_CUDA_ARCHITECTURES;
+  info["cuda_runtime"] = device.runtime;
+  info["driver"] = device.driver;
+  info["gpus"] = device.gpus;
+#else
+  info["cuda_architectures"] = "";
+  info["cuda_runtime"] = "";
+  info["driver"] = "";
+  info["gpus"] = std::vector<std::string>();
+#endif
+  info["cpu_simd"] = cpu::converter().name;
+  return info;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("cuda_architectures", &cuda_architectures); }
+PYBIND11_MODULE(_C, m) {
+  if (const char* simd = std::getenv("LEARNDROP_SIMD")) cpu::select_simd(simd);
+  m.def("build_info", &build_info);
+  m.def("select_simd", &cpu::select_simd, py::arg("name"));
+  m.def(
+      "header_bytes",
+      [](int codec, const Shape& shape) { return header_bytes(static_cast<Codec>(codec), row_shape(shape)); },
+      py::arg("codec"), py::arg("shape"));
+  m.def(
+      "row_bytes",
+      [](int codec, const Shape& shape) { return row_bytes(static_cast<Codec>(codec), row_shape(shape)); },
+      py::arg("codec"), py::arg("shape"));
+  m.def("first_outside", &first_outside, py::arg("index"), py::arg("batch"), py::arg("rows"));
+  m.def("first_repeated", &first_repeated, py::arg("index"), py::arg("batch"));
+  m.def("append_rows", &append_rows, py::arg("cache"), py::arg("cache_rows"), py::arg("cache_stride_bytes"),
+        py::arg("codec"), py::arg("rows"), py::arg("dtype"), py::arg("batch"), py::arg("shape"),
+        py::arg("strides"), py::arg("index"), py::arg("threads"), py::arg("target"));
+  m.def("gather_rows", &gather_rows, py::arg("cache"), py::arg("cache_rows"), py::arg("cache_stride_bytes"),
+        py::arg("codec"), py::arg("out"), py::arg("dtype"), py::arg("batch"), py::arg("shape"),
+        py::arg("index"), py::arg("flip"), py::arg("shift"), py::arg("threads"), py::arg("target"));
+}

@@ -1,1 +1,44 @@
-def cuda_architectures() -> str: ...
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    cuda_architectures: str
+    cuda_runtime: str
+    driver: str
+    gpus: list[str]
+    cpu_simd: str
+
+def build_info() -> BuildInfo: ...
+def select_simd(name: str) -> None: ...
+def header_bytes(codec: int, shape: tuple[int, int, int]) -> int: ...
+def row_bytes(codec: int, shape: tuple[int, int, int]) -> int: ...
+def first_outside(index: int, batch: int, rows: int) -> int: ...
+def first_repeated(index: int, batch: int) -> int: ...
+def append_rows(
+    cache: int,
+    cache_rows: int,
+    cache_stride_bytes: int,
+    codec: int,
+    rows: int,
+    dtype: int,
+    batch: int,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int, int],
+    index: int,
+    threads: int,
+    target: tuple[int, int],
+) -> None: ...
+def gather_rows(
+    cache: int,
+    cache_rows: int,
+    cache_stride_bytes: int,
+    codec: int,
+    out: int,
+    dtype: int,
+    batch: int,
+    shape: tuple[int, int, int],
+    index: int,
+    flip: int,
+    shift: int,
+    threads: int,
+    target: tuple[int, int],
+) -> None: ...

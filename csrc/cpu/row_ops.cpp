@@ -1,0 +1,317 @@
+// append_rows and gather_rows on the CPU: one piece of work is a few rows, or a slice of one row.
+#include "row_ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu/simd.h"
+#include "cpu/threads.h"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace learndrop::cpu {
+namespace {
+
+// Waking a thread costs about 10 us, in which one core moves 100 KB; below this the calling thread does all.
+constexpr int64_t kSerialBytes = 256 << 10;
+// A piece that one thread takes at a time: long against the 0.1 us of taking it, short against the call.
+constexpr int64_t kPieceBytes = 32 << 10;
+// An output beyond this is written past the caches: it would be evicted before it is read, and a write that
+// passes through them first reads the line (2 + 4 + 4 bytes a value for fp16 to fp32 instead of 2 + 4).
+constexpr int64_t kStreamBytes = 8 << 20;
+// Pixels of a strided image are collected here before they are encoded: half of a 32 KB L1.
+constexpr int64_t kScratchBytes = 16 << 10;
+// Channel counts that do not fill vectors are repeated to a multiple of 16, the lanes of AVX-512.
+constexpr int64_t kLanes = 16;
+constexpr int64_t kRepeatBelow = 64;
+
+// Rounds to nearest and keeps subnormals whatever the calling thread was set to (torch.set_flush_denormal).
+class DefaultRounding {
+#if defined(__x86_64__)
+ public:
+  DefaultRounding() { _mm_setcsr(0x1f80); }
+  ~DefaultRounding() { _mm_setcsr(saved_); }
+  DefaultRounding(const DefaultRounding&) = delete;
+  DefaultRounding& operator=(const DefaultRounding&) = delete;
+
+ private:
+  unsigned int saved_ = _mm_getcsr();
+#endif
+};
+
+// How a call is cut into pieces: every row into `slices` of `length` units (pixels, or lines).
+struct Plan {
+  int64_t slices, length, grain;
+  int threads;
+  bool stream;
+};
+
+Plan plan(int64_t batch, int64_t units, int64_t unit_bytes, int64_t written_bytes, int threads,
+          bool divisible) {
+  const int64_t row_work = units * unit_bytes;
+  Plan p{1, units, 1, batch * row_work < kSerialBytes ? 1 : threads, written_bytes > kStreamBytes};
+  if (divisible && p.threads > 1 && batch < 4 * p.threads) {
+    const int64_t wanted = (4 * p.threads + batch - 1) / batch;
+    const int64_t useful = std::max<int64_t>(1, row_work / kPieceBytes);
+    p.length = std::max<int64_t>(1, (units + std::min(wanted, useful) - 1) / std::min(wanted, useful));
+    p.slices = (units + p.length - 1) / p.length;
+  }
+  p.grain = std::max<int64_t>(1, kPieceBytes / std::max<int64_t>(1, p.length * unit_bytes));
+  return p;
+}
+
+// Calls slice(b, first, last), first and last in units, for every slice of every row.
+template <class Slice>
+void for_each_slice(int64_t batch, int64_t units, const Plan& p, const Slice& slice) {
+  parallel_for(batch * p.slices, p.grain, p.threads, [&](int64_t first, int64_t last) {
+    const DefaultRounding rounding;
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t start = item % p.slices * p.length;
+      slice(item / p.slices, start, std::min(start + p.length, units));
+    }
+  });
+}
+
+// How often the channels are repeated so that they fill vectors.
+int64_t repeats(int64_t channels) { return channels % kLanes != 0 && channels < kRepeatBelow ? kLanes : 1; }
+
+// The per-channel arrays of a uint8 row, repeated.
+class ChannelTable {
+ public:
+  explicit ChannelTable(int64_t channels)
+      : channels_(channels), width_(channels * repeats(channels)), first_(width_), second_(width_) {}
+
+  float* first() { return first_.data(); }
+  float* second() { return second_.data(); }
+  int64_t width() const { return width_; }
+
+  void repeat() {
+    for (int64_t c = channels_; c < width_; ++c) {
+      first_[c] = first_[c - channels_];
+      second_[c] = second_[c - channels_];
+    }
+  }
+
+  // Calls part(first pixel, pixels, channels) for the part that fills vectors and for the pixels left over.
+  template <class Part>
+  void for_each_part(int64_t pixels, const Part& part) const {
+    const int64_t times = width_ / channels_;
+    const int64_t whole = pixels / times;
+    if (whole > 0) part(0, whole, width_);
+    if (whole * times < pixels) part(whole * times, pixels - whole * times, channels_);
+  }
+
+ private:
+  int64_t channels_, width_;
+  std::vector<float> first_, second_;
+};
+
+// Collects pixels of a strided row: out [last - first, C] values of T.
+template <class T>
+void collect(const Append& a, const T* row, int64_t first, int64_t last, T* out) {
+  const int64_t channels = a.shape.channels;
+  while (first < last) {
+    const int64_t y = first / a.shape.width, x = first % a.shape.width;
+    const int64_t count = std::min(a.shape.width - x, last - first);
+    const T* line = row + y * a.stride_h + x * a.stride_w;
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < count; ++i) out[i * channels + c] = line[i * a.stride_w + c * a.stride_c];
+    }
+    first += count;
+    out += count * channels;
+  }
+}
+
+// Calls encode(first pixel, pixels, values) with dense values [pixels, C] until [first, last) of row b is
+// done.
+template <class Encode>
+void for_each_dense(const Append& a, int64_t b, int64_t first, int64_t last, const Encode& encode) {
+  const int64_t size = value_bytes(a.dtype);
+  const auto* row = static_cast<const unsigned char*>(a.rows) + b * a.stride_b * size;
+  const int64_t pixel_bytes = a.shape.channels * size;
+  if (is_dense(a)) {
+    encode(first, last - first, row + first * pixel_bytes);
+    return;
+  }
+  const int64_t step = std::max<int64_t>(1, kScratchBytes / pixel_bytes);
+  std::vector<uint32_t> scratch((std::min(step, last - first) * pixel_bytes + 3) / 4);
+  for (; first < last; first += step) {
+    const int64_t end = std::min(first + step, last);
+    if (size == 4) {
+      collect(a, reinterpret_cast<const uint32_t*>(row), first, end, scratch.data());
+    } else {
+      collect(a, reinterpret_cast<const uint16_t*>(row), first, end,
+              reinterpret_cast<uint16_t*>(scratch.data()));
+    }
+    encode(first, end - first, scratch.data());
+  }
+}
+
+// Turns the extent of each channel into zero and scale (for the header) and inverse (for the encoder).
+void fit(const float* low, const float* high, const uint32_t* magnitude, int64_t channels, float* zero,
+         float* scale, float* inverse) {
+  constexpr uint32_t infinity = 0x7f800000;
+  for (int64_t c = 0; c < channels; ++c) {
+    const float range = high[c] - low[c];
+    const bool finite = magnitude[c] < infinity && range <= std::numeric_limits<float>::max();
+    const bool constant = finite && range < kSmallestRange;
+    // The addition turns -0 into 0: which of the two is the minimum would depend on the order of the search.
+    zero[c] = finite ? low[c] + 0.0f : 0.0f;
+    scale[c] = !finite ? std::numeric_limits<float>::quiet_NaN() : constant ? 0.0f : range / 255.0f;
+    inverse[c] = !finite || constant ? 0.0f : 255.0f / range;
+  }
+}
+
+void append_uint8(const Append& a, int64_t b, unsigned char* row) {
+  const Converter& convert = converter();
+  const int dtype = static_cast<int>(a.dtype);
+  const int64_t channels = a.shape.channels, size = value_bytes(a.dtype);
+  ChannelTable extent(channels);
+  const int64_t width = extent.width();
+  std::vector<uint32_t> magnitude(width, 0);
+  std::fill_n(extent.first(), width, std::numeric_limits<float>::infinity());
+  std::fill_n(extent.second(), width, -std::numeric_limits<float>::infinity());
+  for_each_dense(a, b, 0, a.shape.pixels(), [&](int64_t, int64_t pixels, const void* values) {
+    extent.for_each_part(pixels, [&](int64_t first, int64_t count, int64_t across) {
+      const auto* in = static_cast<const unsigned char*>(values) + first * channels * size;
+      convert.extent[dtype](in, count, across, extent.first(), extent.second(), magnitude.data());
+    });
+  });
+  for (int64_t c = channels; c < width; ++c) {
+    const int64_t own = c % channels;
+    extent.first()[own] = std::min(extent.first()[own], extent.first()[c]);
+    extent.second()[own] = std::max(extent.second()[own], extent.second()[c]);
+    magnitude[own] = std::max(magnitude[own], magnitude[c]);
+  }
+  float* const scale = reinterpret_cast<float*>(row);
+  float* const zero = scale + channels;
+  ChannelTable steps(channels);
+  fit(extent.first(), extent.second(), magnitude.data(), channels, zero, scale, steps.second());
+  std::copy_n(zero, channels, steps.first());
+  steps.repeat();
+  uint8_t* const payload = row + header_bytes(a.codec, a.shape);
+  std::memset(zero + channels, 0, payload - reinterpret_cast<unsigned char*>(zero + channels));
+  for_each_dense(a, b, 0, a.shape.pixels(), [&](int64_t start, int64_t pixels, const void* values) {
+    steps.for_each_part(pixels, [&](int64_t first, int64_t count, int64_t across) {
+      const auto* in = static_cast<const unsigned char*>(values) + first * channels * size;
+      convert.quantise[dtype](in, payload + (start + first) * channels, count, across, steps.first(),
+                              steps.second());
+    });
+  });
+}
+
+// Reads runs of pixels of one cache row.
+class RowReader {
+ public:
+  RowReader(const Gather& g, int64_t b, bool stream)
+      : g_(g),
+        row_(static_cast<const unsigned char*>(g.cache) + g.index[b] * g.cache_stride_bytes),
+        payload_(row_ + header_bytes(g.codec, g.shape)),
+        table_(g.codec == Codec::uint8 ? g.shape.channels : 0),
+        stream_(stream) {
+    if (g.codec != Codec::uint8) return;
+    const int64_t channels = g.shape.channels;
+    const float* scale = reinterpret_cast<const float*>(row_);
+    std::copy_n(scale + channels, channels, table_.first());
+    std::copy_n(scale, channels, table_.second());
+    table_.repeat();
+  }
+
+  void read(int64_t first, int64_t pixels, void* out) {
+    const Converter& convert = converter();
+    const int dtype = static_cast<int>(g_.dtype);
+    const int64_t channels = g_.shape.channels;
+    const unsigned char* in = payload_ + first * channels * value_bytes(g_.codec);
+    if (g_.codec != Codec::uint8) {
+      convert.decode[static_cast<int>(g_.codec)][dtype](in, out, pixels * channels, stream_);
+      return;
+    }
+    table_.for_each_part(pixels, [&](int64_t start, int64_t count, int64_t across) {
+      auto* to = static_cast<unsigned char*>(out) + start * channels * value_bytes(g_.dtype);
+      convert.dequantise[dtype](in + start * channels, to, count, across, table_.first(), table_.second(),
+                                stream_);
+    });
+  }
+
+ private:
+  const Gather& g_;
+  const unsigned char* row_;
+  const unsigned char* payload_;
+  ChannelTable table_;
+  bool stream_;
+};
+
+// Writes lines [first, last) of a flipped and shifted row; `out` is the row's.
+void gather_lines(const Gather& g, int64_t b, int64_t first, int64_t last, unsigned char* out) {
+  const int64_t height = g.shape.height, width = g.shape.width;
+  const int64_t pixel_bytes = g.shape.channels * value_bytes(g.dtype);
+  const bool flip = g.flip != nullptr && g.flip[b] != 0;
+  const int64_t dy = g.shift == nullptr ? 0 : g.shift[2 * b],
+                dx = g.shift == nullptr ? 0 : g.shift[2 * b + 1];
+  const int64_t left = std::clamp<int64_t>(dx, 0, width), right = std::clamp<int64_t>(width + dx, 0, width);
+  RowReader reader(g, b, false);
+  for (int64_t y = first; y < last; ++y) {
+    unsigned char* const line = out + y * width * pixel_bytes;
+    const int64_t from = y - dy;
+    if (from < 0 || from >= height || left >= right) {
+      std::memset(line, 0, width * pixel_bytes);
+      continue;
+    }
+    std::memset(line, 0, left * pixel_bytes);
+    std::memset(line + right * pixel_bytes, 0, (width - right) * pixel_bytes);
+    if (!flip) {
+      reader.read(from * width + left - dx, right - left, line + left * pixel_bytes);
+      continue;
+    }
+    for (int64_t x = left; x < right; ++x)
+      reader.read(from * width + width - 1 - (x - dx), 1, line + x * pixel_bytes);
+  }
+}
+
+}  // namespace
+
+void append_rows(const Append& a, int threads) {
+  if (a.batch == 0 || a.shape.values() == 0) return;
+  const int64_t pixels = a.shape.pixels(), size = value_bytes(a.codec);
+  const int64_t unit_bytes = a.shape.channels * (value_bytes(a.dtype) + size);
+  const Plan p = plan(a.batch, pixels, unit_bytes, a.batch * row_bytes(a.codec, a.shape), threads,
+                      a.codec != Codec::uint8);
+  auto* const cache = static_cast<unsigned char*>(a.cache);
+  for_each_slice(a.batch, pixels, p, [&](int64_t b, int64_t first, int64_t last) {
+    unsigned char* const row = cache + a.index[b] * a.cache_stride_bytes;
+    if (a.codec == Codec::uint8) {
+      append_uint8(a, b, row);
+      return;
+    }
+    const auto encode = converter().encode[static_cast<int>(a.codec)][static_cast<int>(a.dtype)];
+    for_each_dense(a, b, first, last, [&](int64_t start, int64_t count, const void* values) {
+      encode(values, row + start * a.shape.channels * size, count * a.shape.channels, p.stream);
+    });
+  });
+}
+
+void gather_rows(const Gather& g, int threads) {
+  if (g.batch == 0 || g.shape.values() == 0) return;
+  const bool moved = g.flip != nullptr || g.shift != nullptr;
+  const int64_t pixel_bytes = g.shape.channels * value_bytes(g.dtype);
+  const int64_t pixel_work = pixel_bytes + g.shape.channels * value_bytes(g.codec);
+  const int64_t units = moved ? g.shape.height : g.shape.pixels();
+  const Plan p = plan(g.batch, units, moved ? g.shape.width * pixel_work : pixel_work,
+                      g.batch * g.shape.pixels() * pixel_bytes, threads, true);
+  auto* const out = static_cast<unsigned char*>(g.out);
+  for_each_slice(g.batch, units, p, [&](int64_t b, int64_t first, int64_t last) {
+    unsigned char* const row = out + b * g.shape.pixels() * pixel_bytes;
+    if (moved) {
+      gather_lines(g, b, first, last, row);
+    } else {
+      RowReader(g, b, p.stream).read(first, last - first, row + first * pixel_bytes);
+    }
+  });
+}
+
+}  // namespace learndrop::cpu

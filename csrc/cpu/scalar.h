@@ -1,0 +1,102 @@
+// The meaning of each conversion, one value at a time; the instruction sets give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "row_ops.h"
+
+namespace learndrop::cpu {
+// Internal linkage: each file is compiled for its own instruction set, and the linker must not merge their
+// copies.
+namespace {
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+constexpr uint32_t kInfinityBits = 0x7f800000;
+constexpr uint32_t kQuietNan = 0x7fc00000;
+
+struct Scalar {
+  static constexpr int lanes = 1;
+  using Float = float;
+  using Bits = uint32_t;
+
+  static float load(const float* p) { return *p; }
+  static float load(const Bf16* p) { return from_bits(uint32_t{p->bits} << 16); }
+  static float load(const Fp16* p) {
+    const uint32_t sign = (p->bits & 0x8000u) << 16;
+    const uint32_t magnitude = p->bits & 0x7fffu;
+    if (magnitude > 0x7c00) return from_bits(kQuietNan);
+    if (magnitude == 0x7c00) return from_bits(sign | kInfinityBits);
+    // A subnormal is its integer times 2^-24; a normal's exponent bias differs by 127 - 15.
+    if (magnitude < 0x0400) return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
+    return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+  }
+  static float load(const uint8_t* p) { return static_cast<float>(*p); }
+
+  static void store(float* p, float v) { *p = v; }
+  static void store(Bf16* p, float v) {
+    const uint32_t bits = to_bits(v);
+    const bool nan = (bits & 0x7fffffff) > kInfinityBits;
+    p->bits = static_cast<uint16_t>((nan ? kQuietNan : bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+  static void store(Fp16* p, float v) {
+    const uint32_t bits = to_bits(v);
+    const uint32_t sign = (bits >> 16) & 0x8000;
+    const uint32_t magnitude = bits & 0x7fffffff;
+    uint32_t half;
+    if (magnitude > kInfinityBits) {
+      p->bits = 0x7e00;
+      return;
+    }
+    if (magnitude >= to_bits(65520.0f)) {
+      half = 0x7c00;
+    } else if (magnitude >= to_bits(0x1p-14f)) {
+      half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    } else {
+      // The last bit of a float near 0.5 is 2^-24, that of a subnormal half: the addition rounds.
+      half = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+    }
+    p->bits = static_cast<uint16_t>(sign | half);
+  }
+  static void store(uint8_t* p, float v) { *p = static_cast<uint8_t>(to_bits(v + 0x1.8p23f)); }
+
+  static float saturate(float v) {
+    const float low = v > kLargestFp16 ? kLargestFp16 : v;
+    return low < -kLargestFp16 ? -kLargestFp16 : low;
+  }
+  // Into [0, 255], NaN to 0.
+  static float clamp_byte(float v) {
+    const float positive = v > 0.0f ? v : 0.0f;
+    return positive < 255.0f ? positive : 255.0f;
+  }
+  static float add(float a, float b) { return a + b; }
+  static float subtract(float a, float b) { return a - b; }
+  static float multiply(float a, float b) { return a * b; }
+  static float minimum(float a, float b) { return a < b ? a : b; }
+  static float maximum(float a, float b) { return a > b ? a : b; }
+  static uint32_t magnitude(float v) { return to_bits(v) & 0x7fffffff; }
+  static uint32_t maximum_bits(uint32_t a, uint32_t b) { return a > b ? a : b; }
+  static uint32_t load_bits(const uint32_t* p) { return *p; }
+  static void store_bits(uint32_t* p, uint32_t v) { *p = v; }
+};
+
+}  // namespace
+}  // namespace learndrop::cpu

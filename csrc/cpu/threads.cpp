@@ -1,0 +1,120 @@
+#include "cpu/threads.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace learndrop::cpu {
+namespace {
+
+using Body = std::function<void(int64_t, int64_t)>;
+
+struct Job {
+  const Body& body;
+  const int64_t count, grain;
+  std::atomic<int64_t> next{0};
+  std::mutex error_mutex;
+  std::exception_ptr error;
+
+  void work() noexcept {
+    for (;;) {
+      const int64_t first = next.fetch_add(grain);
+      if (first >= count) return;
+      try {
+        body(first, std::min(first + grain, count));
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(error_mutex);
+        if (!error) error = std::current_exception();
+        next.store(count);
+      }
+    }
+  }
+};
+
+class Pool {
+ public:
+  const pid_t process = getpid();
+
+  // False when another call has the threads.
+  bool run(Job& job, int helpers) {
+    const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock()) return false;
+    grow(helpers);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      places_ = std::min(helpers, workers_);
+    }
+    wake_.notify_all();
+    job.work();
+    std::unique_lock<std::mutex> lock(mutex_);
+    // Who has not woken by now finds no place: a late thread delays nobody.
+    places_ = 0;
+    idle_.wait(lock, [this] { return active_ == 0; });
+    return true;
+  }
+
+ private:
+  void grow(int helpers) {
+    while (workers_ < helpers) {
+      try {
+        std::thread([this] { serve(); }).detach();
+      } catch (const std::system_error&) {
+        return;
+      }
+      ++workers_;
+    }
+  }
+
+  void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return places_ > 0; });
+      --places_;
+      ++active_;
+      Job* const job = job_;
+      lock.unlock();
+      job->work();
+      lock.lock();
+      if (--active_ == 0) idle_.notify_one();
+    }
+  }
+
+  std::mutex turn_;  // held by the call that has the threads
+  std::mutex mutex_;
+  std::condition_variable wake_, idle_;
+  Job* job_ = nullptr;
+  int workers_ = 0, places_ = 0, active_ = 0;
+};
+
+// A forked child has the parent's pool but not its threads, and its mutexes may be locked for good: it gets a
+// pool of its own. Pools are never deleted, because their threads sleep in them until the process ends.
+Pool& pool() {
+  static std::atomic<Pool*> current{nullptr};
+  Pool* found = current.load();
+  while (found == nullptr || found->process != getpid()) {
+    Pool* const made = new Pool;
+    if (current.compare_exchange_strong(found, made)) return *made;
+    delete made;
+  }
+  return *found;
+}
+
+}  // namespace
+
+void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {
+  if (count <= 0) return;
+  const int64_t pieces = (count + grain - 1) / grain;
+  const int helpers = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;
+  Job job{body, count, grain, {}, {}, {}};
+  if (helpers < 1 || !pool().run(job, helpers)) job.work();
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace learndrop::cpu

@@ -1,0 +1,17 @@
+// What CUDA this build and this machine have.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace learndrop::cuda {
+
+struct Device {
+  std::string runtime;            // version the module was built with, "13.0"
+  std::string driver;             // newest version the driver admits, empty without a driver
+  std::vector<std::string> gpus;  // their names, empty without a driver
+};
+
+Device describe_device();
+
+}  // namespace learndrop::cuda
