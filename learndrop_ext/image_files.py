@@ -1,0 +1,259 @@
+"""Readers of image files in their published forms: IDX, CIFAR pickles, class folders of JPEG.
+
+Every reader checks what it reads and raises IntegrityError, which names the file, the form wanted and what
+was found. Letters: N samples, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import pickle
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "IntegrityError",
+    "find_file",
+    "list_class_folders",
+    "read_cifar",
+    "read_cifar_names",
+    "read_idx",
+    "read_jpeg",
+]
+
+JPEG_SUFFIXES = (".jpg", ".jpeg")
+
+
+class IntegrityError(ValueError):
+    """A data file is missing or is not what its form promises; ``path`` is the file."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type[IntegrityError], tuple[Path, str]]:
+        return type(self), (self.path, self.problem)
+
+
+def find_file(folder: Path, name: str, *, suffixes: Sequence[str] = ("",)) -> Path:
+    """Return the first of ``folder/name + suffix`` that is a file, else raise IntegrityError."""
+    for suffix in suffixes:
+        path = folder / (name + suffix)
+        if path.is_file():
+            return path
+    others = "".join(f", nor with the ending {suffix}" for suffix in suffixes[1:])
+    raise IntegrityError(folder / (name + suffixes[0]), f"no such file{others}")
+
+
+def read_idx(path: Path, *, dims: int) -> Tensor:
+    """Read an IDX file of bytes with ``dims`` dimensions, gzipped when its name ends in .gz: a uint8 tensor.
+
+    Source: "The IDX file format" on the MNIST page of LeCun, Cortes and Burges: two zero bytes, the type (8
+    for unsigned bytes), the number of dimensions, each size as a big-endian 32-bit integer, then the values
+    in C order.
+    """
+    try:
+        with _open(path) as file:
+            head = file.read(4 + 4 * dims)
+            if len(head) < 4 + 4 * dims:
+                raise IntegrityError(path, f"an IDX header has {4 + 4 * dims} bytes, got {len(head)}")
+            magic, *sizes = struct.unpack(f">{1 + dims}I", head)
+            if magic != 0x800 + dims:
+                raise IntegrityError(
+                    path,
+                    f"the IDX magic number must be {0x800 + dims} (bytes, {dims} dimensions), got {magic}",
+                )
+            wanted = math.prod(sizes)
+            if wanted == 0:
+                raise IntegrityError(path, f"must hold at least one sample, got the shape {sizes}")
+            data = bytearray()
+            while chunk := file.read(min(wanted + 1 - len(data), 1 << 24)):
+                data += chunk
+    except (OSError, EOFError, zlib.error) as error:
+        raise IntegrityError(path, f"could not be read to its end: {error}") from error
+    if len(data) != wanted:
+        got = f"more than {wanted}" if len(data) > wanted else str(len(data))
+        raise IntegrityError(path, f"the header promises {sizes}, {wanted} bytes of values, got {got}")
+    return torch.frombuffer(data, dtype=torch.uint8).view(sizes)
+
+
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+class _Dtype:
+    """Stands for numpy.dtype in a CIFAR pickle; its state adds nothing for single bytes."""
+
+    def __init__(self, name: str | bytes, *_: object) -> None:
+        self.name = name.decode("ascii", "replace") if isinstance(name, bytes) else str(name)
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+class _Array:
+    """Stands for numpy.ndarray in a CIFAR pickle and keeps the state that numpy would have been given."""
+
+    def __init__(self) -> None:
+        self.state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+def _reconstruct(*_: object) -> _Array:
+    return _Array()
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes must be encoded as latin1, got {encoding!r}")
+    return text.encode("latin1")
+
+
+# What the original files name (numpy has moved _reconstruct with release 2.0), and the spelling of bytes in
+# files that Python 3 wrote again. Nothing of numpy itself is called.
+_STAND_INS: dict[tuple[str, str], Callable[..., object]] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _CifarUnpickler(pickle.Unpickler):
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        super().__init__(file, encoding="bytes")
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = _STAND_INS.get((module, name))
+        if found is None:
+            raise IntegrityError(
+                self.path, f"refused: it asks for {module}.{name}, which no CIFAR file holds"
+            )
+        return found
+
+
+def _unpickle(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            content = _CifarUnpickler(path, file).load()
+    except IntegrityError:
+        raise
+    except Exception as error:
+        raise IntegrityError(path, f"is not a whole pickle: {type(error).__name__}: {error}") from error
+    if not isinstance(content, dict):
+        raise IntegrityError(path, f"must hold a dictionary, got {type(content).__name__}")
+    return {k.decode("latin1") if isinstance(k, bytes) else str(k): v for k, v in content.items()}
+
+
+def read_cifar(path: Path, *, labels: str, classes: int) -> tuple[Tensor, Tensor]:
+    """Read one CIFAR batch: uint8 images [N, 3, 32, 32] and int64 labels [N] from the list named ``labels``.
+
+    Source: "the CIFAR-10 and CIFAR-100 datasets", the python version: a pickled dictionary whose ``data``
+    is a uint8 array [N, 3072] of red, green and blue planes, each 32 by 32 in C order. The pickle is read
+    with stand-ins for the array types; any other global is refused before it is imported.
+    """
+    content = _unpickle(path)
+    images = _images(path, content.get("data"))
+    values = content.get(labels)
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise IntegrityError(path, f"{labels!r} must be a list of integers, got {type(values).__name__}")
+    if len(values) != len(images):
+        raise IntegrityError(
+            path, f"{labels!r} must hold {len(images)} labels, one an image, got {len(values)}"
+        )
+    check_labels(path, min(values), max(values), classes=classes)
+    return images, torch.tensor(values, dtype=torch.int64)
+
+
+def _images(path: Path, array: object) -> Tensor:
+    state = array.state if isinstance(array, _Array) else None
+    if not isinstance(state, tuple) or len(state) != 5:
+        raise IntegrityError(path, f"'data' must be a numpy array, got {type(array).__name__.lstrip('_')}")
+    _, shape, dtype, fortran, data = state
+    name = dtype.name if isinstance(dtype, _Dtype) else type(dtype).__name__
+    if name not in ("u1", "|u1", "uint8") or fortran or not isinstance(data, bytes):
+        raise IntegrityError(
+            path, f"'data' must be a uint8 array in C order, got {name}, fortran order {fortran}"
+        )
+    sizes = shape if isinstance(shape, tuple) and [type(n) for n in shape] == [int, int] else (0, 0)
+    if sizes[0] < 1 or sizes[1] != 3072:
+        raise IntegrityError(path, f"'data' must be [N, 3072], got {shape}")
+    if len(data) != math.prod(sizes):
+        raise IntegrityError(path, f"'data' of {sizes} must hold {math.prod(sizes)} bytes, got {len(data)}")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, 3, 32, 32)
+
+
+def read_cifar_names(path: Path, *, key: str, classes: int) -> tuple[str, ...]:
+    """Read the class names of a CIFAR meta file; where there is no such file, the numbers are the names."""
+    if not path.is_file():
+        return tuple(str(label) for label in range(classes))
+    names = _unpickle(path).get(key)
+    if not isinstance(names, list) or len(names) != classes:
+        raise IntegrityError(path, f"{key!r} must be a list of {classes} names")
+    return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names)
+
+
+def check_labels(path: Path, lowest: int, highest: int, *, classes: int) -> None:
+    """Raise IntegrityError unless all labels, given by their extremes, are in [0, classes)."""
+    if lowest < 0 or highest >= classes:
+        raise IntegrityError(
+            path, f"labels must be from 0 to {classes - 1}, got {lowest if lowest < 0 else highest}"
+        )
+
+
+def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) -> dict[str, tuple[Path, ...]]:
+    """Return the JPEG files below each class folder, classes and files sorted by name.
+
+    With ``classes`` the folders must be exactly these. Raises IntegrityError for a missing folder, a folder
+    without classes, another set of classes and a class without JPEG files.
+    """
+    if not folder.is_dir():
+        raise IntegrityError(folder, "no such folder")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not names:
+        raise IntegrityError(folder, "must hold one folder a class, got none")
+    if classes is not None and names != sorted(classes):
+        raise IntegrityError(folder, f"must hold the class folders {sorted(classes)}, got {names}")
+    found = {}
+    for name in names:
+        files = sorted(entry for entry in (folder / name).iterdir() if entry.suffix.lower() in JPEG_SUFFIXES)
+        if not files:
+            raise IntegrityError(folder / name, "must hold JPEG files, got none")
+        found[name] = tuple(files)
+    return found
+
+
+def read_jpeg(path: Path, *, size: int) -> Tensor:
+    """Read an image: uint8 [3, size, size], the middle square scaled to ``size`` (bilinear, antialiased)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise IntegrityError(path, f"is not a whole image: {error}") from error
+    width, height = image.size
+    if (width, height) != (size, size):
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        image = image.resize(
+            (size, size),
+            Image.Resampling.BILINEAR,
+            box=(left, top, left + side, top + side),
+            reducing_gap=3.0,
+        )
+    return (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+    )
