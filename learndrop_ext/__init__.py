@@ -6,4 +6,30 @@ from importlib.metadata import version
 
 __version__ = version("learndrop_ext")
 
-__all__ = ["__version__"]
+from learndrop_ext.cache import ActivationCache
+from learndrop_ext.config import CacheConfig
+from learndrop_ext.deltas import Deltas, LayerChange
+from learndrop_ext.layers import Chain, Layer, split_layers
+from learndrop_ext.policy import Decision, Fixed, Policy, Situation, StoppedLearning
+from learndrop_ext.scheduler import DropScheduler, Record
+from learndrop_ext.scores import score, scores
+
+__all__ = [
+    "ActivationCache",
+    "CacheConfig",
+    "Chain",
+    "Decision",
+    "Deltas",
+    "DropScheduler",
+    "Fixed",
+    "Layer",
+    "LayerChange",
+    "Policy",
+    "Record",
+    "Situation",
+    "StoppedLearning",
+    "__version__",
+    "score",
+    "scores",
+    "split_layers",
+]

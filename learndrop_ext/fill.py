@@ -106,7 +106,7 @@ def fill_from_images(
     own random state stays.
     """
     groups = list(zip(ids.split(batch_size), slots.split(batch_size), strict=True))
-    reader = rebuilt(loader, [group.tolist() for group, _ in groups], persistent=False, workers=workers)
+    reader = rebuilt(loader, [group.tolist() for group, _ in groups], fill_seed=seed, workers=workers)
     with own_randomness(seed), frozen_pass(segment, autocast, cache.device):
         for view in range(views):
             for (_, where), batch in zip(groups, reader, strict=True):
@@ -127,15 +127,19 @@ def fill_from_rows(
 
 
 def rebuilt(
-    loader: DataLoader[Any], batch_sampler: Any, *, persistent: bool = True, workers: bool = True
+    loader: DataLoader[Any], batch_sampler: Any, *, fill_seed: int | None = None, workers: bool = True
 ) -> DataLoader[Any]:
-    """The user's loader with another batch sampler and everything else as it was, but for what is switched off."""
+    """The user's loader with another batch sampler and everything else as it was.
+
+    For a fill (fill_seed) its generator is one of its own, so that the user's does not move, and no worker outlives it.
+    """
+    generator = loader.generator if fill_seed is None else torch.Generator().manual_seed(fill_seed)
     options: dict[str, Any] = {}
     if loader.num_workers > 0 and workers:
         options = {
             "num_workers": loader.num_workers,
             "prefetch_factor": loader.prefetch_factor,
-            "persistent_workers": loader.persistent_workers and persistent,
+            "persistent_workers": loader.persistent_workers and fill_seed is None,
             "multiprocessing_context": loader.multiprocessing_context,
             "timeout": loader.timeout,
         }
@@ -145,6 +149,6 @@ def rebuilt(
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
-        generator=loader.generator,
+        generator=generator,
         **options,
     )

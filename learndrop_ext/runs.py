@@ -212,6 +212,11 @@ def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | 
     return 100 * int(right) / len(images)
 
 
+def default_policy(recipe: Recipe) -> Policy:
+    """The policy that the recipe's threshold, patience, warmup and most describe."""
+    return StoppedLearning(recipe.threshold, recipe.patience, recipe.warmup, most=recipe.most)
+
+
 def compare(
     split: Split,
     recipe: Recipe,
@@ -229,8 +234,9 @@ def compare(
     baseline, _ = train("baseline", split, recipe, on_epoch=on_epoch, progress=progress)
     out["baseline"] = dataclasses.asdict(baseline)
     yield out
-    policy = StoppedLearning(recipe.threshold, recipe.patience, recipe.warmup, most=recipe.most)
-    dropping, _ = train("learndrop", split, recipe, policy=policy, on_epoch=on_epoch, progress=progress)
+    dropping, _ = train(
+        "learndrop", split, recipe, policy=default_policy(recipe), on_epoch=on_epoch, progress=progress
+    )
     out["learndrop"] = dataclasses.asdict(dropping)
     out["speedup"] = baseline.seconds / dropping.seconds
     yield out
