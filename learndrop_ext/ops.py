@@ -1,11 +1,190 @@
-"""The package's only door to its compiled extension and to its Triton kernels."""
+"""The package's only door to its compiled extension and to its Triton kernels.
+
+B rows in a batch, R rows in a cache, S bytes from one cache row to the next. A row is one sample's values: [C, H, W]
+(kept channels last) or any other shape. Codecs: fp32, bf16, fp16 (clamped to +-65504), uint8 (one scale and zero
+point per channel of each row). Their exact meaning stands in csrc/row_ops.h, and as plain torch in row_ops_reference.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+import torch
 from torch import Tensor
 
+from . import _C
 from .kernels import reference
 from .kernels.chunks import DeltaTable
+
+CODECS = ("fp32", "bf16", "fp16", "uint8")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_ROW = 2**31 - 1
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What this build and this machine have.
+
+    cuda_architectures: those that the CUDA code was compiled for. cuda_runtime, driver: CUDA versions, None where
+    there is none. cpu_simd: "avx512", "avx2" or "portable". threads: torch's number of CPU threads.
+    """
+
+    version: str
+    cuda_compiled: bool
+    cuda_architectures: tuple[str, ...]
+    cuda_runtime: str | None
+    driver: str | None
+    gpus: tuple[str, ...]
+    triton: str | None
+    torch: str
+    cpu_simd: str
+    threads: int
+
+
+def backend_info() -> BackendInfo:
+    """What this build and this machine have: CUDA, driver, GPUs, Triton, torch, CPU instructions."""
+    build = _C.build_info()
+    architectures = tuple(build["cuda_architectures"].split(",")) if build["cuda_architectures"] else ()
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return BackendInfo(
+        version=version("learndrop_ext"),
+        cuda_compiled=bool(architectures),
+        cuda_architectures=architectures,
+        cuda_runtime=build["cuda_runtime"] or None,
+        driver=build["driver"] or None,
+        gpus=tuple(build["gpus"]),
+        triton=triton,
+        torch=torch.__version__,
+        cpu_simd=build["cpu_simd"],
+        threads=torch.get_num_threads(),
+    )
+
+
+def row_bytes(values: Sequence[int], codec: str) -> int:
+    """Bytes that one row of shape `values` takes: its values, and for uint8 a header of 8 bytes a channel.
+
+    Raises ValueError for an unknown codec and for a shape without values or of 2^31 values and more.
+    """
+    return _C.row_bytes(_codec("row_bytes", codec), _image("row_bytes", values, codec))
+
+
+def row_stride(values: Sequence[int], codec: str, *, align: int = 128) -> int:
+    """`row_bytes` rounded up to a multiple of `align`, itself a multiple of 128; raises ValueError as it does."""
+    if align < 128 or align % 128:
+        raise ValueError(f"row_stride: align must be a multiple of 128, got {align}")
+    used = _C.row_bytes(_codec("row_stride", codec), _image("row_stride", values, codec))
+    return -(-used // align) * align
+
+
+def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16") -> None:
+    """Writes row b of `rows` into row index[b] of `cache`, encoded.
+
+    cache: [R, S] uint8, contiguous, S = row_stride(shape, codec), CPU or CUDA. rows: [B, *shape] fp32, bf16 or fp16 on
+    the cache's device; [B, C, H, W] in any memory format, stored channels last. index: [B] int64 without repeats, on
+    the CPU, or on the cache's device: there it is not read by the host, a bad index traps in the kernel and the
+    outcome of a repeated one is open. Bytes of a cache row beyond row_bytes(shape, codec) stay as they are. On CUDA
+    the work is put on the current stream. Raises TypeError, ValueError, IndexError, or RuntimeError for a CUDA cache in
+    a build without CUDA, before anything is written.
+    """
+    name = "append_rows"
+    code = _codec(name, codec)
+    if rows.dtype not in DTYPES:
+        raise TypeError(f"{name}: rows must be float32, bfloat16 or float16, got {rows.dtype}")
+    if rows.ndim < 1:
+        raise ValueError(f"{name}: rows must be [B, *shape], got {_shape(rows)}")
+    if rows.device != cache.device:
+        raise ValueError(f"{name}: rows must be on the cache's device {cache.device}, got {rows.device}")
+    shape = rows.shape[1:]
+    image = _image(name, shape, codec)
+    _check_cache(name, cache, shape, codec)
+    index = _checked_index(name, cache, index)
+    if len(index) != len(rows):
+        raise ValueError(f"{name}: index must be [{len(rows)}], one for each row, got {_shape(index)}")
+    if index.device.type == "cpu" and (repeated := _C.first_repeated(index.data_ptr(), len(index))) >= 0:
+        raise ValueError(f"{name}: index must name no row twice, got {repeated} twice")
+    rows = rows.detach().resolve_neg()
+    if rows.ndim > 2 and rows.ndim != 4:
+        rows = rows.contiguous()
+    index = index.to(cache.device)
+    _C.append_rows(
+        cache.data_ptr(),
+        *cache.shape,
+        code,
+        rows.data_ptr(),
+        DTYPES.index(rows.dtype),
+        len(rows),
+        image,
+        _strides(rows, image),
+        index.data_ptr(),
+        torch.get_num_threads(),
+        _target(name, cache),
+    )
+
+
+def gather_rows(
+    cache: Tensor,
+    index: Tensor,
+    shape: Sequence[int],
+    *,
+    codec: str = "fp16",
+    dtype: torch.dtype = torch.float32,
+    flip: Tensor | None = None,
+    shift: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Reads rows index[b] of `cache`: [B, *shape] of `dtype`, channels last for [C, H, W] rows.
+
+    cache: [R, S] uint8 as written by `append_rows` with the same shape and codec. index: [B] int64, on the CPU, or on
+    the cache's device: there it is not read by the host, and a bad index traps in the kernel. dtype: float32, bfloat16
+    or float16, whatever the codec. flip: [B] bool or uint8, mirrors a row in x; shift: [B, 2] integers (dy, dx),
+    moves what is then there down by dy and right by dx and fills with zeros; both only for [C, H, W]. out: written and
+    returned instead of a new tensor. On CUDA the work is put on the current stream, and with index, flip (uint8 or
+    bool), shift (int32) and out on the device the call can be captured in a CUDA graph. Raises TypeError, ValueError,
+    IndexError, or RuntimeError for a CUDA cache in a build without CUDA, before anything is allocated.
+    """
+    name = "gather_rows"
+    code = _codec(name, codec)
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    image = _image(name, shape, codec)
+    _check_cache(name, cache, shape, codec)
+    index = _checked_index(name, cache, index)
+    B = len(index)
+    _check_moves(name, B, shape, flip, shift)
+    if out is None:
+        out = torch.empty(B, *shape, dtype=dtype, device=cache.device, memory_format=_memory_format(shape))
+    else:
+        _check_out(name, out, (B, *shape), dtype, cache.device)
+    # One pixel: a flip changes nothing and a shift leaves nothing, and the row is not cut into channels (see _image).
+    one_pixel = len(shape) == 3 and shape[1] * shape[2] == 1
+    index = index.to(cache.device)
+    flipped = None if flip is None or one_pixel else flip.to(cache.device).contiguous()
+    moved = None if shift is None or one_pixel else _int32(shift).to(cache.device).contiguous()
+    _C.gather_rows(
+        cache.data_ptr(),
+        *cache.shape,
+        code,
+        out.data_ptr(),
+        DTYPES.index(dtype),
+        B,
+        image,
+        index.data_ptr(),
+        0 if flipped is None else flipped.data_ptr(),
+        0 if moved is None else moved.data_ptr(),
+        torch.get_num_threads(),
+        _target(name, cache),
+    )
+    if one_pixel and shift is not None:
+        out.masked_fill_((shift != 0).any(1).to(cache.device)[:, None, None, None], 0)
+    return out
 
 
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
@@ -21,3 +200,158 @@ def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) 
 
         return triton_form.delta_norms(table, refresh=refresh, out=out)
     return reference.delta_norms(table, refresh=refresh, out=out)
+
+
+def _codec(name: str, codec: str) -> int:
+    if codec not in CODECS:
+        raise ValueError(f"{name}: codec must be one of {', '.join(CODECS)}, got {codec!r}")
+    return CODECS.index(codec)
+
+
+def _image(name: str, shape: Sequence[int], codec: str) -> tuple[int, int, int]:
+    """A row's (height, width, channels) as csrc/row_ops.h counts them; a row that is no image is one channel.
+
+    So is, for uint8, an image of one pixel: a scale and zero point for each of its values would be larger than they.
+    """
+    D = math.prod(shape)
+    if min(shape, default=1) < 1 or D > LARGEST_ROW:
+        raise ValueError(f"{name}: a row must have 1 to {LARGEST_ROW} values, got shape {tuple(shape)}")
+    if len(shape) != 3 or (codec == "uint8" and shape[1] * shape[2] == 1):
+        return 1, D, 1
+    return shape[1], shape[2], shape[0]
+
+
+def _strides(rows: Tensor, image: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Strides of batch, height, width and channel in values, for rows [B], [B, D], [B, C, H, W] or contiguous."""
+    if rows.ndim == 4 and image != (1, image[1], 1):
+        return rows.stride(0), rows.stride(2), rows.stride(3), rows.stride(1)
+    return rows.stride(0), 0, rows.stride(1) if rows.ndim in (2, 4) else 1, 1
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _check_cache(name: str, cache: Tensor, shape: Sequence[int], codec: str) -> None:
+    if cache.dtype != torch.uint8:
+        raise TypeError(f"{name}: cache must be uint8, got {cache.dtype}")
+    if cache.ndim != 2 or not cache.is_contiguous():
+        raise ValueError(f"{name}: cache must be contiguous [R, S], got {_shape(cache)} with strides {cache.stride()}")
+    if cache.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: cache must be on the CPU or a CUDA device, got {cache.device}")
+    if cache.device.type == "cuda" and not _C.build_info()["cuda_architectures"]:
+        _refuse_cuda(name, cache)
+    least = row_stride(shape, codec)
+    if cache.shape[1] < least or cache.shape[1] % 128:
+        raise ValueError(
+            f"{name}: S must be {least} or a larger multiple of 128 for {codec} rows of shape {tuple(shape)}, "
+            f"got {cache.shape[1]}"
+        )
+    if len(cache) and cache.data_ptr() % 16:
+        raise ValueError(f"{name}: cache must lie at a multiple of 16 bytes, got address {cache.data_ptr():#x}")
+
+
+def _refuse_cuda(name: str, cache: Tensor) -> NoReturn:
+    raise RuntimeError(
+        f"{name}: cache is on {cache.device}, but learndrop_ext was built without CUDA: install the CUDA toolkit and "
+        "build it again with LEARNDROP_CUDA=1"
+    )
+
+
+def _checked_index(name: str, cache: Tensor, index: Tensor) -> Tensor:
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name}: index must be int64, got {index.dtype}")
+    if index.ndim != 1:
+        raise ValueError(f"{name}: index must be [B], got {_shape(index)}")
+    if index.device.type != "cpu":
+        if index.device != cache.device:
+            raise ValueError(f"{name}: index must be on the CPU or {cache.device}, got {index.device}")
+        return index.contiguous()
+    index = index.contiguous()
+    bad = _C.first_outside(index.data_ptr(), len(index), len(cache))
+    if bad >= 0:
+        raise IndexError(f"{name}: index must be in [0, {len(cache)}), got {int(index[bad])} at position {bad}")
+    return index
+
+
+def _check_moves(name: str, B: int, shape: Sequence[int], flip: Tensor | None, shift: Tensor | None) -> None:
+    if (flip is not None or shift is not None) and len(shape) != 3:
+        raise ValueError(f"{name}: flip and shift need rows of shape [C, H, W], got {tuple(shape)}")
+    if flip is not None:
+        if flip.dtype not in (torch.bool, torch.uint8):
+            raise TypeError(f"{name}: flip must be bool or uint8, got {flip.dtype}")
+        if flip.shape != (B,):
+            raise ValueError(f"{name}: flip must be [{B}], got {_shape(flip)}")
+    if shift is not None:
+        if shift.dtype not in INTEGERS:
+            raise TypeError(f"{name}: shift must be of an integer type, got {shift.dtype}")
+        if shift.shape != (B, 2):
+            raise ValueError(f"{name}: shift must be [{B}, 2], got {_shape(shift)}")
+
+
+def _check_out(name: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if out.dtype != dtype:
+        raise TypeError(f"{name}: out must be {dtype}, got {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"{name}: out must be {list(shape)}, got {_shape(out)}")
+    if out.device != device:
+        raise ValueError(f"{name}: out must be on the cache's device {device}, got {out.device}")
+    if not out.is_contiguous(memory_format=_memory_format(shape[1:])):
+        order = "channels last" if len(shape) == 4 else "contiguous"
+        raise ValueError(f"{name}: out must be {order}, got strides {out.stride()}")
+    if out.requires_grad:
+        raise ValueError(f"{name}: out must not require grad")
+
+
+def _memory_format(shape: Sequence[int]) -> torch.memory_format:
+    return torch.channels_last if len(shape) == 3 else torch.contiguous_format
+
+
+def _int32(shift: Tensor) -> Tensor:
+    # No row is longer than LARGEST_ROW, so that a shift beyond it is the same as that.
+    if shift.dtype == torch.int64:
+        shift = shift.clamp(-LARGEST_ROW, LARGEST_ROW)
+    return shift.to(torch.int32)
+
+
+def _target(name: str, cache: Tensor) -> tuple[int, int]:
+    if cache.device.type == "cpu":
+        return -1, 0
+    return cache.get_device(), torch.cuda.current_stream(cache.device).cuda_stream
+
+
+@torch.library.custom_op("learndrop::append_rows", mutates_args=("cache",))
+def _append_rows(cache: Tensor, rows: Tensor, index: Tensor, codec: str) -> None:
+    append_rows(cache, rows, index, codec=codec)
+
+
+@_append_rows.register_fake
+def _(cache: Tensor, rows: Tensor, index: Tensor, codec: str) -> None:
+    _codec("append_rows", codec)
+
+
+@torch.library.custom_op("learndrop::gather_rows", mutates_args=())
+def _gather_rows(
+    cache: Tensor,
+    index: Tensor,
+    shape: Sequence[int],
+    codec: str,
+    dtype: torch.dtype,
+    flip: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    return gather_rows(cache, index, shape, codec=codec, dtype=dtype, flip=flip, shift=shift)
+
+
+@_gather_rows.register_fake
+def _(
+    cache: Tensor,
+    index: Tensor,
+    shape: Sequence[int],
+    codec: str,
+    dtype: torch.dtype,
+    flip: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    _codec("gather_rows", codec)
+    return cache.new_empty((index.shape[0], *shape), dtype=dtype).to(memory_format=_memory_format(shape))
