@@ -10,6 +10,7 @@ from learndrop_ext.cache import ActivationCache
 from learndrop_ext.config import CacheConfig
 from learndrop_ext.deltas import Deltas, LayerChange
 from learndrop_ext.layers import Chain, Layer, split_layers
+from learndrop_ext.ops import backend_info
 from learndrop_ext.policy import Decision, Fixed, Policy, Situation, StoppedLearning
 from learndrop_ext.scheduler import DropScheduler, Record
 from learndrop_ext.scores import score, scores
@@ -29,6 +30,7 @@ __all__ = [
     "Situation",
     "StoppedLearning",
     "__version__",
+    "backend_info",
     "score",
     "scores",
     "split_layers",

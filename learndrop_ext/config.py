@@ -27,6 +27,11 @@ class CacheConfig:
     flip: bool = False
     shift: int = 0
 
+    @property
+    def moving(self) -> bool:
+        """Whether rows are flipped or shifted on the way out."""
+        return self.flip or self.shift > 0
+
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(f"CacheConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}")

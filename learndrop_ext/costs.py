@@ -107,12 +107,14 @@ def choose_cut(
     codec: str,
     budget_bytes: int,
     bytes_per_second: float,
+    moving: bool = False,
 ) -> CutChoice:
     """The cut within a prefix whose cached rows make the step shortest and fit into the budget.
 
     Rows after `c` layers cost one gather of a row (its bytes read, its decoded fp32 values written) and the forward
     pass of the frozen layers c..prefix-1. kept: the cut of the rows that there are already (0: none), which stay where
-    no later cut is better. rows: how many are kept (samples x views).
+    no later cut is better. rows: how many are kept (samples x views). moving: only [C, H, W] rows, to be flipped or
+    shifted, will do.
     """
 
     def step_seconds(cut: int) -> float:
@@ -124,7 +126,7 @@ def choose_cut(
     smallest: int | None = None
     for cut in range(kept + 1, prefix + 1):
         shape = layers[cut - 1].shape
-        if shape is None:
+        if shape is None or (moving and len(shape) != 3):
             continue
         row = ops.row_stride(shape, codec)
         smallest = row if smallest is None else min(smallest, row)
@@ -132,7 +134,9 @@ def choose_cut(
         if fits and (best.cut == 0 or step_seconds(cut) <= step_seconds(best.cut)):
             best = CutChoice(cut, row, f"rows after {layers[cut - 1].name}")
     if best.cut == 0 and prefix > 0:
-        wanted = (smallest or 0) * rows
+        if smallest is None:
+            return CutChoice(0, 0, "no rows: no cut within the prefix has rows that can be kept as asked")
+        wanted = smallest * rows
         reason = f"no rows: the smallest take {wanted / 1e6:,.0f} MB and the budget is {budget_bytes / 1e6:,.0f} MB"
         return CutChoice(0, 0, reason)
     return best

@@ -309,6 +309,7 @@ class DropScheduler:
                 codec=self.config.codec,
                 budget_bytes=budget,
                 bytes_per_second=self._bytes_per_second,
+                moving=self.config.moving,
             )
             for k in range(len(self.chain))
         ]
@@ -355,14 +356,13 @@ class DropScheduler:
         shape = self.chain.layer(cut - 1).shape
         assert shape is not None
         autocast, views = self.model.autocast, self.config.views
-        moving = self.config.flip or self.config.shift > 0
         old = self.loader.rows
         ids = self._ids()
         probe = self.example[:8] if old is None else old.cache.gather(torch.nonzero(old.cache.filled).flatten()[:8])
         fill.check_purity(segment, probe, self.full, autocast)
         self.loader.check_size()
         slots = len(ids) * views if old is None else len(old.cache.filled)
-        cache = ActivationCache(slots, shape, codec=self.config.codec, device=self.device, moving=moving)
+        cache = ActivationCache(slots, shape, codec=self.config.codec, device=self.device, moving=self.config.moving)
         batch_size = self._batch_size()
         if old is not None:
             fill.fill_from_rows(old.cache, segment, cache, batch_size=batch_size, autocast=autocast)

@@ -1,0 +1,510 @@
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation
+
+
+class Net(nn.Module):
+    """Three convolutions and a classifier: four layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1, stride=2)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.conv3 = nn.Conv2d(6, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.conv3(x).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def data(count: int = 24) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(count, 3, 8, 8, generator=generator), torch.randint(0, 5, (count,), generator=generator)
+    )
+
+
+def parts(dataset: Dataset[Any] | None = None, **options: Any) -> tuple[Net, torch.optim.Optimizer, DataLoader[Any]]:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    settings: dict[str, Any] = {"batch_size": 8, "shuffle": True, "generator": torch.Generator().manual_seed(1)} | options
+    return model, optimizer, DataLoader(dataset if dataset is not None else data(), **settings)
+
+
+def epoch(drop: DropScheduler, optimizer: torch.optim.Optimizer) -> list[float]:
+    losses = []
+    drop.full.train()
+    for x, y in drop.loader:
+        loss = nn.functional.cross_entropy(drop.model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+class Jittered(Dataset[Any]):
+    """Another image at each reading."""
+
+    def __init__(self) -> None:
+        self.data = data()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = self.data[index]
+        return x + torch.rand(()), y
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from data()
+
+
+def test_the_eight_line_loop_works_with_all_defaults() -> None:
+    model, optimizer, loader = parts()
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
+    drop = DropScheduler(model, optimizer, loader)
+    for _ in range(3):
+        for x, y in drop.loader:
+            loss = nn.functional.cross_entropy(drop.model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+        drop.step()
+    assert [record.epoch for record in drop.history] == [1, 2, 3]
+
+
+def test_step_records_what_it_saw_and_did() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    record = drop.step()
+    assert drop.chain.names == ("conv1", "conv2", "conv3", "fc")
+    assert (record.epoch, record.prefix, record.cut) == (1, 2, 2)
+    assert record.reason == "set by hand; rows after conv2"
+    assert record.learning_rate == 0.05
+    assert record.samples == 24
+    # Multiplies and adds of 3x3 convolutions on 8x8 and 4x4 outputs, and of the classifier.
+    conv1, conv2, conv3, fc = 2 * 64 * 4 * 27, 2 * 16 * 6 * 36, 2 * 16 * 8 * 54, 2 * 8 * 5
+    assert record.forward_flops == 24 * (conv1 + conv2 + conv3 + fc)
+    assert record.fill_flops == 24 * (conv1 + conv2)
+    assert record.row_bytes == 256  # 6 x 4 x 4 fp16 values are 192 bytes, padded to 128
+    assert record.cache_bytes == 24 * 256
+    assert all(value is not None and value > 0 for value in record.relative)
+    assert record.cosine == (None,) * 4
+    epoch(drop, optimizer)
+    record = drop.step()
+    assert record.forward_flops == 24 * (conv3 + fc)
+    assert record.fill_flops == 0
+    assert record.scores[:2] == (None, None)
+    assert record.scores[2] is not None
+
+
+def test_after_a_drop_no_image_is_read_and_the_prefix_stays() -> None:
+    read: list[int] = []
+
+    class Counted(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            read.append(index)
+            return super().__getitem__(index)
+
+        __getitems__ = None
+
+    model, optimizer, loader = parts(Counted(*data().tensors))
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2, 2: 3}))
+    epoch(drop, optimizer)
+    drop.step()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    read.clear()
+    epoch(drop, optimizer)
+    drop.step()
+    assert drop.prefix == 3
+    epoch(drop, optimizer)
+    assert read == []
+    after = model.state_dict()
+    for name, value in before.items():
+        same = torch.equal(value, after[name])
+        assert same == name.startswith(("conv1", "bn1", "conv2", "bn2")), name
+
+
+def test_the_model_stays_whole() -> None:
+    model, optimizer, loader = parts()
+    keys = list(model.state_dict())
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
+    epoch(drop, optimizer)
+    drop.step()
+    epoch(drop, optimizer)
+    model.train()
+    running = model.bn1.running_mean.clone()
+    assert not model.bn1.training
+    assert model.conv3.training
+    model(torch.randn(4, 3, 8, 8))
+    assert torch.equal(model.bn1.running_mean, running)
+    model.eval()
+    x = torch.stack([data()[i][0] for i in range(8)])
+    with torch.no_grad():
+        rows = drop.loader.rows
+        assert rows is not None
+        assert torch.equal(model(x), drop.model.eval()(rows.cache.gather(torch.arange(8))))
+    assert list(model.state_dict()) == keys
+    assert list(copy.deepcopy(model).state_dict()) == keys
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+
+
+def test_views_keep_several_readings_of_each_sample() -> None:
+    model, optimizer, loader = parts(Jittered())
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}), views=4, cache="fp32")
+    epoch(drop, optimizer)
+    record = drop.step()
+    assert record.cache_bytes == 24 * 4 * record.row_bytes
+    rows = drop.loader.rows
+    assert rows is not None
+    views = rows.cache.gather(torch.arange(4))
+    assert len({float(view.sum()) for view in views}) == 4
+    seen = []
+    for _ in range(4):
+        images = {}
+        for x, y in drop.loader:
+            del y
+            for row in x:
+                images[float(row.sum())] = row
+        seen.append(set(images))
+        drop.loader.position = None
+    assert len(set.union(*seen)) == 96  # each epoch draws another view of each sample
+    assert all(len(one) == 24 for one in seen)
+
+
+def test_a_random_dataset_is_refused_and_the_ways_out_are_named() -> None:
+    model, optimizer, loader = parts(Jittered())
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"same image for the same id .* views=V .* without randomness"):
+        DropScheduler(model, optimizer, loader)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_labels_and_the_rest_of_the_batch_stay_with_their_rows() -> None:
+    class Dicts(Dataset[Any]):
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            x, y = data()[index]
+            return {"label": y, "image": x, "id": index, "name": f"n{index}"}
+
+    model, optimizer, loader = parts(Dicts())
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), input="image", cache="fp32")
+    for _ in range(2):
+        order = []
+        for batch in drop.loader:
+            assert list(batch) == ["label", "image", "id", "name"]
+            assert batch["name"] == [f"n{i}" for i in batch["id"].tolist()]
+            for i, label in zip(batch["id"].tolist(), batch["label"].tolist(), strict=True):
+                assert label == int(data()[i][1])
+            order += batch["id"].tolist()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(drop.model(batch["image"]), batch["label"]).backward()
+            optimizer.step()
+        assert sorted(order) == list(range(24))
+        drop.step()
+    assert drop.prefix == 2
+
+
+def test_wrap_is_applied_at_the_start_and_after_every_drop() -> None:
+    wrapped = []
+
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+            wrapped.append(sum(p.numel() for p in module.parameters() if p.requires_grad))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.module(x)
+
+    model, optimizer, loader = parts()
+    live = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1, 2: 3}), wrap=Wrapper)
+    drop_model = live.model
+    for _ in range(2):
+        epoch(live, optimizer)
+        live.step()
+    assert live.model is drop_model
+    conv1, conv2, conv3, fc = 3 * 4 * 9 + 4 + 8, 4 * 6 * 9 + 6 + 12, 6 * 8 * 9 + 8, 8 * 5 + 5
+    assert wrapped == [conv1 + conv2 + conv3 + fc, conv2 + conv3 + fc, fc]
+    with pytest.raises(TypeError, match=r"wrap must return a torch.nn.Module, got NoneType"):
+        DropScheduler(*parts(), wrap=lambda module: None)  # type: ignore[arg-type,return-value]
+
+
+def test_undrop_trains_the_whole_model_again() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    drop.step()
+    drop.undrop()
+    assert drop.prefix == 0
+    assert drop.cut == 0
+    before = model.conv1.weight.clone()
+    drop.policy = Fixed({})
+    epoch(drop, optimizer)
+    drop.step()
+    assert not torch.equal(model.conv1.weight, before)
+    assert model.bn1.training
+
+
+def test_a_budget_that_is_too_small_keeps_no_rows_and_says_so() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache=CacheConfig(budget_bytes=1000))
+    epoch(drop, optimizer)
+    record = drop.step()
+    assert (record.prefix, record.cut, record.cache_bytes) == (2, 0, 0)
+    assert "no rows: the smallest take" in record.reason
+    before = model.conv1.weight.clone()
+    epoch(drop, optimizer)
+    assert torch.equal(model.conv1.weight, before)
+
+
+def test_a_sampler_of_few_samples_fills_only_those_and_fetches_the_others_when_drawn() -> None:
+    class Chosen:
+        ids = [3, 5, 7, 9]
+
+        def __iter__(self) -> Iterator[int]:
+            return iter(self.ids)
+
+        def __len__(self) -> int:
+            return len(self.ids)
+
+    chosen = Chosen()
+    model, optimizer, loader = parts(sampler=chosen, shuffle=False, batch_size=2)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
+    epoch(drop, optimizer)
+    drop.step()
+    rows = drop.loader.rows
+    assert rows is not None
+    assert len(rows.cache.filled) == 4
+    chosen.ids = [9, 11, 3, 0]
+    got = [(x, y) for x, y in drop.loader]
+    assert len(rows.cache.filled) == 6
+    images, labels = data().tensors
+    ids = torch.tensor(chosen.ids)
+    with torch.no_grad():
+        wanted = drop.chain.prefix(2).eval()(images[ids])
+    torch.testing.assert_close(torch.cat([x for x, _ in got]), wanted)
+    assert torch.equal(torch.cat([y for _, y in got]), labels[ids])
+
+
+@pytest.mark.parametrize("drops", [{1: 2}, {1: 1, 2: 3}, {}])
+def test_a_resumed_run_equals_the_uninterrupted_one(drops: dict[int, int]) -> None:
+    def run(stop: int | None) -> tuple[list[float], Net, DropScheduler]:
+        model, optimizer, loader = parts()
+        drop = DropScheduler(model, optimizer, loader, policy=Fixed(drops))
+        losses: list[float] = []
+        for done in range(5):
+            if done == stop:
+                saved = io.BytesIO()
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "drop": drop.state_dict()}
+                torch.save(state, saved)
+                order = loader.generator.get_state()
+                saved.seek(0)
+                loaded = torch.load(saved, weights_only=True)
+                model, optimizer, loader = parts()
+                loader.generator.set_state(order)
+                model.load_state_dict(loaded["model"])
+                optimizer.load_state_dict(loaded["optimizer"])
+                drop = DropScheduler(model, optimizer, loader, policy=Fixed(drops))
+                drop.load_state_dict(loaded["drop"])
+            losses += epoch(drop, optimizer)
+            drop.step()
+        return losses, model, drop
+
+    wanted, whole, before = run(None)
+    for stop in (2, 3):
+        got, resumed, after = run(stop)
+        assert got == wanted
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name])
+        assert [r.scores for r in after.history] == [r.scores for r in before.history]
+
+
+def test_load_state_dict_refuses_another_model_or_other_weights() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    drop.step()
+    state = drop.state_dict()
+    with pytest.raises(RuntimeError, match=r"scheduler that has not dropped yet"):
+        drop.load_state_dict(state)
+    torch.manual_seed(9)
+    other = Net()
+    fresh = DropScheduler(other, torch.optim.SGD(other.parameters(), lr=0.1), loader)
+    with pytest.raises(ValueError, match=r"weights and buffers that the state was saved with.*load the model's state_dict"):
+        fresh.load_state_dict(state)
+    assert fresh.prefix == 0
+    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    another = DropScheduler(small, torch.optim.SGD(small.parameters(), lr=0.1), loader)
+    with pytest.raises(ValueError, match=r"layers 0, 3; got conv1, conv2, conv3, fc"):
+        another.load_state_dict(state)
+    state["seen"] = state["seen"][:-1]
+    with pytest.raises(ValueError, match=r"dataset with 24 samples, got 23"):
+        fresh.load_state_dict(state)
+
+
+def test_step_before_an_epoch_ended_is_refused() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader)
+    with pytest.raises(RuntimeError, match=r"finished epoch of drop.loader, got none"):
+        drop.step()
+    next(iter(drop.loader))
+    with pytest.raises(RuntimeError, match=r"finished epoch of drop.loader \(3 batches\), got 1 batches"):
+        drop.step()
+    epoch(drop, optimizer)
+    drop.step()
+    with pytest.raises(RuntimeError, match=r"got none since the last step"):
+        drop.step()
+    assert len(drop.history) == 1
+
+
+def test_step_names_the_layer_with_weights_that_are_not_finite() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}))
+    epoch(drop, optimizer)
+    with torch.no_grad():
+        model.conv3.weight[0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
+    with pytest.raises(ValueError, match=r"weights must be finite, got 2 NaN or inf in layer conv3"):
+        drop.step()
+    assert drop.prefix == 0
+    assert drop.history == []
+
+
+def test_step_refuses_a_loop_that_trains_something_else() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader)
+    for _ in drop.loader:
+        pass
+    with pytest.raises(RuntimeError, match=r"wanted drop.model to be trained"):
+        drop.step()
+    drop = DropScheduler(model, optimizer, loader)
+    for x, _ in drop.loader:
+        drop.model(2 * x)
+    with pytest.raises(RuntimeError, match=r"must get the batch's input .* got another tensor \[8, 3, 8, 8\]"):
+        drop.step()
+    drop = DropScheduler(model, optimizer, loader, check_input=False)
+    for x, _ in drop.loader:
+        drop.model(2 * x)
+    drop.step()
+
+
+def test_the_dropped_model_refuses_images() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    drop.step()
+    with pytest.raises(ValueError, match=r"cached rows \[B, 6, 4, 4\] .* got \[4, 3, 8, 8\]; to evaluate on images"):
+        drop.model(torch.randn(4, 3, 8, 8))
+
+
+def test_a_policy_that_goes_back_or_too_far_is_refused() -> None:
+    for wanted in (-1, 4):
+        model, optimizer, loader = parts()
+
+        def policy(situation: Situation, wanted: int = wanted) -> Decision:
+            return Decision(wanted, "because")
+
+        drop = DropScheduler(model, optimizer, loader, policy=policy)
+        epoch(drop, optimizer)
+        with pytest.raises(ValueError, match=rf"policy must decide on 0..3 layers, got {wanted}"):
+            drop.step()
+        assert drop.prefix == 0
+
+
+def test_bad_arguments_are_refused_before_anything_is_changed() -> None:
+    model, optimizer, loader = parts()
+    flags = [m.training for m in model.modules()]
+    weights = copy.deepcopy(model.state_dict())
+    stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"loader": DataLoader(Stream())}, TypeError, r"dataset with ids .*got an IterableDataset, Stream"),
+        ({"loader": [1, 2]}, TypeError, r"loader must be a torch DataLoader, got list"),
+        ({"loader": DataLoader(data(), batch_size=None)}, ValueError, r"batch_size or batch_sampler"),
+        ({"optimizer": stranger}, ValueError, r"optimizer must hold the model's parameters, got none of its 12"),
+        ({"optimizer": 3}, TypeError, r"optimizer must be a torch.optim.Optimizer, got int"),
+        ({"model": 3}, TypeError, r"model must be a torch.nn.Module, got int"),
+        ({"model": nn.ReLU()}, ValueError, r"parameters on one device, got no parameters"),
+        ({"cache": 3}, TypeError, r"cache must be a CacheConfig, a codec or None, got int"),
+        ({"cache": "fp8"}, ValueError, r"codec must be one of fp16, bf16, fp32, uint8, got 'fp8'"),
+        ({"cache": CacheConfig(device="cuda")}, ValueError, r"cache must be on the model's device, cpu, got .*cuda"),
+        ({"views": 0}, ValueError, r"views must be a whole number >= 1, got 0"),
+        ({"epochs": 0}, ValueError, r"epochs must be a whole number >= 1 or None, got 0"),
+        ({"input": 7}, ValueError, r"input must be the place of the model's input in a batch, got 7"),
+        ({"layers": ["nope"]}, ValueError, r"layers must name modules of the model, got 'nope'"),
+    ]
+    for change, error, message in cases:
+        arguments: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader} | change
+        with pytest.raises(error, match=message):
+            DropScheduler(arguments.pop("model"), arguments.pop("optimizer"), arguments.pop("loader"), **arguments)
+    assert [m.training for m in model.modules()] == flags
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_a_fill_that_fails_leaves_everything_as_it_was() -> None:
+    class Breaks(TensorDataset):
+        broken = False
+
+        def __getitem__(self, index: int) -> Any:
+            if self.broken and index == 20:
+                raise OSError("disk gone")
+            return super().__getitem__(index)
+
+        __getitems__ = None
+
+    dataset = Breaks(*data().tensors)
+    model, optimizer, loader = parts(dataset)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    dataset.broken = True
+    with pytest.raises(OSError, match="disk gone"):
+        drop.step()
+    assert drop.prefix == 0
+    assert drop.loader.rows is None
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.train().bn1.training
+    dataset.broken = False
+    epoch(drop, optimizer)
+    drop.step()
+    assert drop.prefix == 2
+
+
+def test_a_prefix_that_is_no_function_of_the_sample_is_refused() -> None:
+    class BatchStatistics(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn1 = nn.BatchNorm2d(4, track_running_stats=False)
+
+    torch.manual_seed(0)
+    model = BatchStatistics()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    drop = DropScheduler(model, optimizer, DataLoader(data(), batch_size=8), policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    with pytest.raises(ValueError, match=r"those of bn1 \(BatchNorm2d\) change with the other samples"):
+        drop.step()
+    assert drop.prefix == 0
