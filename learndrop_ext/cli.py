@@ -92,7 +92,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--image-size", type=_count, metavar="PIXELS", help="side of Imagenette's images (default: 128)")
     data.add_argument("--augment", choices=["none", "standard"], help="random shift and flip (default: by dataset)")
     recipe = parser.add_argument_group("recipe (defaults depend on the dataset)")
-    recipe.add_argument("--model", metavar="NAME", help="vgg11, vgg13, vgg16, vgg19, resnet10, resnet18, ..., resnet152")
+    recipe.add_argument(
+        "--model", metavar="NAME", help="vgg11, vgg13, vgg16, vgg19, resnet10, resnet18, ..., resnet152"
+    )
     recipe.add_argument("--stem", choices=["small", "imagenet"], help="3x3 for small images or 7x7 (default: by size)")
     recipe.add_argument("--width", type=_count, metavar="N", help="channels of the first stage")
     recipe.add_argument("--epochs", type=_count, metavar="N", help="passes over the training images")
@@ -103,7 +105,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--amp", choices=["bf16"], help="mixed precision")
     dropping = parser.add_argument_group("dropping")
     dropping.add_argument("--codec", choices=CODECS, default="fp16", help="how cached activations are stored")
-    dropping.add_argument("--views", type=_count, metavar="V", help="augmented views kept of an image (default: 4 or 1)")
+    dropping.add_argument(
+        "--views", type=_count, metavar="V", help="augmented views kept of an image (default: 4 or 1)"
+    )
     dropping.add_argument("--threshold", type=float, default=0.3, metavar="X", help="a score under this has stopped")
     dropping.add_argument("--patience", type=_count, default=2, metavar="N", help="for so many measurements")
     dropping.add_argument("--warmup", type=int, default=2, metavar="N", help="epochs before the first drop")
@@ -125,7 +129,9 @@ def _recipe(args: argparse.Namespace) -> tuple[Any, Any]:
     split = load_dataset(args.dataset, args.data_root, limit=args.limit, size=args.image_size)
     augment = args.augment or preset.get("augment")
     augment = None if augment == "none" else augment
-    chosen = {k: preset[k] if getattr(args, k) is None else getattr(args, k) for k in ("model", "width", "epochs", "lr")}
+    chosen = {
+        k: preset[k] if getattr(args, k) is None else getattr(args, k) for k in ("model", "width", "epochs", "lr")
+    }
     batch_size = args.batch_size or preset["batch_size"]
     if args.data_root is not None and args.dataset == "imagenette":
         split = dataclasses.replace(split, train=split.train.decoded(), test=split.test.decoded())
@@ -167,9 +173,7 @@ def _compare(args: argparse.Namespace) -> int:
     with report.Reporter(args.out) as reporter, _Bar() as bar:
         result: dict[str, Any] = {}
         try:
-            for result in runs.compare(  # noqa: B007
-                split, recipe, rivals=args.rivals, on_epoch=reporter.add, progress=bar
-            ):
+            for result in runs.compare(split, recipe, rivals=args.rivals, on_epoch=reporter.add, progress=bar):
                 result["config"] |= {"dataset": args.dataset, "limit": args.limit}
                 reporter.write(result)
         except KeyboardInterrupt:
@@ -185,9 +189,7 @@ def _train(args: argparse.Namespace) -> int:
     name = "baseline" if args.plain else "learndrop"
     with report.Reporter(args.out) as reporter, _Bar() as bar:
         try:
-            trained, model = runs.train(
-                name, split, recipe, policy=policy, on_epoch=reporter.add, progress=bar
-            )
+            trained, model = runs.train(name, split, recipe, policy=policy, on_epoch=reporter.add, progress=bar)
         except KeyboardInterrupt:
             return _interrupted(args.out, bar)
         config = dataclasses.asdict(recipe) | {"dataset": args.dataset, "limit": args.limit}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 CODECS = ("fp16", "bf16", "fp32", "uint8")
@@ -41,3 +42,13 @@ class CacheConfig:
             raise ValueError(f"CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got {self.budget_bytes!r}")
         if not isinstance(self.shift, int) or self.shift < 0:
             raise ValueError(f"CacheConfig: shift must be pixels >= 0, got {self.shift!r}")
+
+
+def cache_config(cache: CacheConfig | str | None, views: int | None) -> CacheConfig:
+    """The configuration that the arguments of DropScheduler mean. Raises TypeError or ValueError for others."""
+    if isinstance(cache, str):
+        cache = CacheConfig(codec=cache)
+    if cache is not None and not isinstance(cache, CacheConfig):
+        raise TypeError(f"DropScheduler: cache must be a CacheConfig, a codec or None, got {type(cache).__name__}")
+    config = cache if cache is not None else CacheConfig()
+    return config if views is None else dataclasses.replace(config, views=views)

@@ -137,3 +137,24 @@ def live_body(model: nn.Module, chain: Chain, cut: int, prefix: int, wrap: Wrap 
         if not isinstance(live, nn.Module):
             raise TypeError(f"DropScheduler: wrap must return a torch.nn.Module, got {type(live).__name__}")
     return _BehindFrozen(chain.segment(cut, prefix), live) if cut < prefix else live
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of all parameters of a model. Raises TypeError or ValueError where there is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"DropScheduler: model must be a torch.nn.Module, got {type(model).__name__}")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "no parameters"
+        raise ValueError(f"DropScheduler: model must have its parameters on one device, got {found}")
+    return devices.pop()
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise TypeError or ValueError for an optimizer that holds none of the model's parameters."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"DropScheduler: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = list(model.parameters())
+    if not any(id(p) in held for p in own):
+        raise ValueError(f"DropScheduler: optimizer must hold the model's parameters, got none of its {len(own)}")

@@ -234,9 +234,7 @@ def compare(
     baseline, _ = train("baseline", split, recipe, on_epoch=on_epoch, progress=progress)
     out["baseline"] = dataclasses.asdict(baseline)
     yield out
-    dropping, _ = train(
-        "learndrop", split, recipe, policy=default_policy(recipe), on_epoch=on_epoch, progress=progress
-    )
+    dropping, _ = train("learndrop", split, recipe, policy=default_policy(recipe), on_epoch=on_epoch, progress=progress)
     out["learndrop"] = dataclasses.asdict(dropping)
     out["speedup"] = baseline.seconds / dropping.seconds
     yield out

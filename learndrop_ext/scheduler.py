@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,41 +14,14 @@ from torch.utils.data import DataLoader
 from learndrop_ext import costs, drop, fill
 from learndrop_ext.batches import InputKey, RestOfBatch, input_of, to_device
 from learndrop_ext.cache import ActivationCache
-from learndrop_ext.config import CacheConfig
+from learndrop_ext.config import CacheConfig, cache_config
 from learndrop_ext.deltas import Deltas, LayerChange
+from learndrop_ext.history import Record, fingerprint, record_of
 from learndrop_ext.layers import Chain, Segment, split_layers
 from learndrop_ext.loader import DropLoader, Rows, check_loader
 from learndrop_ext.policy import Decision, Policy, Situation, StoppedLearning
 from learndrop_ext.randomness import own_randomness
 from learndrop_ext.scores import scores
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one `step()` saw and did. Tuples have one entry for each of the L layers, None where a layer was dropped.
-
-    epoch: epochs done. prefix, cut: layers dropped after this step, and after how many of them rows are kept. relative,
-    cosine, scores: of the layers. epoch_seconds: of the epoch's loop; measure_seconds, fill_seconds: of this step.
-    samples: trained in the epoch. forward_flops: of the epoch's steps; fill_flops: of the fill.
-    row_bytes, cache_bytes: of one row and of all rows kept after this step.
-    """
-
-    epoch: int
-    prefix: int
-    cut: int
-    reason: str
-    learning_rate: float
-    relative: tuple[float | None, ...]
-    cosine: tuple[float | None, ...]
-    scores: tuple[float | None, ...]
-    epoch_seconds: float
-    measure_seconds: float
-    fill_seconds: float
-    samples: int
-    forward_flops: int
-    fill_flops: int
-    row_bytes: int
-    cache_bytes: int
 
 
 class DropScheduler:
@@ -92,14 +63,14 @@ class DropScheduler:
         check_input: bool = True,
     ) -> None:
         check_loader(loader)
-        config = _cache_config(cache, views)
-        device = _device_of(model)
+        config = cache_config(cache, views)
+        device = drop.device_of(model)
         if config.device is not None and torch.device(config.device).type != device.type:
             raise ValueError(
                 f"DropScheduler: cache must be on the model's device, {device}, "
                 f"got CacheConfig(device={config.device!r})"
             )
-        _check_optimizer(optimizer, model)
+        drop.check_optimizer(optimizer, model)
         if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
             raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
         if config.views == 1 and cache is not None and not fill.same_image_each_time(loader, input):
@@ -220,7 +191,7 @@ class DropScheduler:
             "view_offset": self.loader.view_offset.clone(),
             "generator": self.loader.generator.get_state(),
             "autocast": None if self.model.autocast is None else str(self.model.autocast).removeprefix("torch."),
-            "fingerprint": _fingerprint(self.chain, self.prefix),
+            "fingerprint": fingerprint(self.chain, self.prefix),
             "deltas": self._deltas.state_dict(),
             "history": [dataclasses.asdict(record) for record in self.history],
         }
@@ -247,7 +218,7 @@ class DropScheduler:
             raise RuntimeError(
                 "DropScheduler.load_state_dict: wanted a scheduler that has not dropped yet, call undrop()"
             )
-        if _fingerprint(self.chain, state["prefix"]) != state["fingerprint"]:
+        if fingerprint(self.chain, state["prefix"]) != state["fingerprint"]:
             raise ValueError(
                 "DropScheduler.load_state_dict: the dropped layers must have the weights and buffers that the state "
                 "was saved with, and they differ; load the model's state_dict first"
@@ -262,7 +233,7 @@ class DropScheduler:
         if state["prefix"] > self.prefix:
             self._drop(state["prefix"], self.cut)
         self._deltas.load_state_dict(state["deltas"])
-        self.history = [_record(values) for values in state["history"]]
+        self.history = [record_of(values) for values in state["history"]]
 
     def _check_trained(self) -> None:
         if self.model.calls == 0:
@@ -414,47 +385,3 @@ class DropScheduler:
         if self.loader.rows is not None:
             self.loader.rows.cache.close()
             self.loader.rows = None
-
-
-def _cache_config(cache: CacheConfig | str | None, views: int | None) -> CacheConfig:
-    if isinstance(cache, str):
-        cache = CacheConfig(codec=cache)
-    if cache is not None and not isinstance(cache, CacheConfig):
-        raise TypeError(f"DropScheduler: cache must be a CacheConfig, a codec or None, got {type(cache).__name__}")
-    config = cache if cache is not None else CacheConfig()
-    return config if views is None else dataclasses.replace(config, views=views)
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"DropScheduler: model must be a torch.nn.Module, got {type(model).__name__}")
-    devices = {p.device for p in model.parameters()}
-    if len(devices) != 1:
-        found = ", ".join(sorted(map(str, devices))) or "no parameters"
-        raise ValueError(f"DropScheduler: model must have its parameters on one device, got {found}")
-    return devices.pop()
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"DropScheduler: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    own = list(model.parameters())
-    if not any(id(p) in held for p in own):
-        raise ValueError(f"DropScheduler: optimizer must hold the model's parameters, got none of its {len(own)}")
-
-
-def _fingerprint(chain: Chain, prefix: int) -> str:
-    """SHA-256 over the names, shapes and bytes of the first layers' parameters and buffers."""
-    digest = hashlib.sha256()
-    for i in range(prefix):
-        layer = chain.layer(i)
-        for tensor in [*layer.parameters(), *layer.buffers()]:
-            digest.update(f"{layer.name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _record(values: dict[str, Any]) -> Record:
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return Record(**fields)

@@ -72,7 +72,10 @@ def test_rows_are_those_of_their_samples() -> None:
 
 def test_a_collate_fn_of_the_users_is_used() -> None:
     def collate(samples: list[Any]) -> tuple[torch.Tensor, dict[str, Any]]:
-        return torch.stack([x for x, _ in samples]), {"y": torch.stack([y for _, y in samples]), "tag": ["a"] * len(samples)}
+        return torch.stack([x for x, _ in samples]), {
+            "y": torch.stack([y for _, y in samples]),
+            "tag": ["a"] * len(samples),
+        }
 
     drop = scheduler(DataLoader(data(), batch_size=4, collate_fn=collate))
     for _ in range(2):
@@ -161,6 +164,8 @@ def test_an_entry_that_is_not_per_sample_is_refused() -> None:
     drop = scheduler(DataLoader(data(), batch_size=4, collate_fn=collate))
     for x, _ in drop.loader:
         drop.model(x)
-    with pytest.raises(ValueError, match=r"every entry of a batch must be a tensor of 4 rows .* got a float at batch\[1\]"):
+    with pytest.raises(
+        ValueError, match=r"every entry of a batch must be a tensor of 4 rows .* got a float at batch\[1\]"
+    ):
         drop.step()
     assert drop.prefix == 0

@@ -43,7 +43,11 @@ def parts(dataset: Dataset[Any] | None = None, **options: Any) -> tuple[Net, tor
     torch.manual_seed(0)
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    settings: dict[str, Any] = {"batch_size": 8, "shuffle": True, "generator": torch.Generator().manual_seed(1)} | options
+    settings: dict[str, Any] = {
+        "batch_size": 8,
+        "shuffle": True,
+        "generator": torch.Generator().manual_seed(1),
+    } | options
     return model, optimizer, DataLoader(dataset if dataset is not None else data(), **settings)
 
 
@@ -285,7 +289,8 @@ def test_a_budget_that_is_too_small_keeps_no_rows_and_says_so() -> None:
 
 def test_a_sampler_of_few_samples_fills_only_those_and_fetches_the_others_when_drawn() -> None:
     class Chosen:
-        ids = [3, 5, 7, 9]
+        def __init__(self) -> None:
+            self.ids = [3, 5, 7, 9]
 
         def __iter__(self) -> Iterator[int]:
             return iter(self.ids)
@@ -356,7 +361,9 @@ def test_load_state_dict_refuses_another_model_or_other_weights() -> None:
     torch.manual_seed(9)
     other = Net()
     fresh = DropScheduler(other, torch.optim.SGD(other.parameters(), lr=0.1), loader)
-    with pytest.raises(ValueError, match=r"weights and buffers that the state was saved with.*load the model's state_dict"):
+    with pytest.raises(
+        ValueError, match=r"weights and buffers that the state was saved with.*load the model's state_dict"
+    ):
         fresh.load_state_dict(state)
     assert fresh.prefix == 0
     small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
