@@ -129,6 +129,8 @@ def summarize(result: Mapping[str, Any]) -> str:
     if "baseline" not in result or "learndrop" not in result:
         return ""
     baseline, dropping = result["baseline"], result["learndrop"]
+    if not dropping["drops"]:
+        return "No layer was dropped: both runs did the same work, and dropping can claim no difference between them."
     difference = dropping["accuracy"] - baseline["accuracy"]
     saved = 100 * (1 - dropping["forward_flops"] / baseline["forward_flops"])
     speedup = result.get("speedup", baseline["seconds"] / dropping["seconds"])

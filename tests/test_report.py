@@ -129,8 +129,15 @@ def test_format_table_of_unended_comparisons() -> None:
 
 
 def test_format_table_of_slower_and_better_drops() -> None:
-    text = format_table({"baseline": numbers(10.0, 1e12, 90.0), "learndrop": numbers(20.0, 1.5e12, 91.0)})
+    text = format_table({"baseline": numbers(10.0, 1e12, 90.0), "learndrop": numbers(20.0, 1.5e12, 91.0, DROP)})
     assert "(0.50x as fast), with 50.0 % more forward FLOPs and a test accuracy 1.00 points higher." in text
+
+
+def test_format_table_claims_nothing_without_a_drop() -> None:
+    text = format_table({"baseline": numbers(10.0, 1e12, 90.0), "learndrop": numbers(5.0, 1e12, 90.0)})
+    assert text.endswith(
+        "\n\nNo layer was dropped: both runs did the same work, and dropping can claim no difference between them."
+    )
 
 
 def test_format_table_shortens_many_drops() -> None:
