@@ -44,27 +44,29 @@ def measure_layers(chain: Chain, example: torch.Tensor, *, repeats: int = 3) -> 
     The seconds are the median of `repeats` passes after one to warm up; buffers and training flags stay as they are.
     """
     flags = [(m, m.training) for m in chain.modules()]
-    chain.eval()
     costs = []
     batch = example.shape[0]
-    with torch.no_grad():
-        x = example
-        for i in range(len(chain)):
-            layer = chain.layer(i)
-            with FlopCounterMode(display=False) as counter:
-                y = layer(x)
-            times = []
-            for _ in range(repeats):
-                _wait(x)
-                begin = time.perf_counter()
-                layer(x)
-                _wait(x)
-                times.append(time.perf_counter() - begin)
-            seconds = statistics.median(times) / batch
-            costs.append(LayerCost(layer.name, counter.get_total_flops() // batch, seconds, layer.shape))
-            x = y
-    for module, training in flags:
-        module.training = training
+    chain.eval()
+    try:
+        with torch.no_grad():
+            x = example
+            for i in range(len(chain)):
+                layer = chain.layer(i)
+                with FlopCounterMode(display=False) as counter:
+                    y = layer(x)
+                times = []
+                for _ in range(repeats):
+                    _wait(x)
+                    begin = time.perf_counter()
+                    layer(x)
+                    _wait(x)
+                    times.append(time.perf_counter() - begin)
+                seconds = statistics.median(times) / batch
+                costs.append(LayerCost(layer.name, counter.get_total_flops() // batch, seconds, layer.shape))
+                x = y
+    finally:
+        for module, training in flags:
+            module.training = training
     return tuple(costs)
 
 
