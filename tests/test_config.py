@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from learndrop_ext.config import CacheConfig
+
+
+def test_cache_config_defaults() -> None:
+    config = CacheConfig()
+    assert (config.codec, config.views, config.budget_bytes) == ("fp16", 1, "auto")
+    assert (config.flip, config.shift) == (False, 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"codec": "fp16"},
+        {"codec": "bf16"},
+        {"codec": "fp32"},
+        {"codec": "uint8"},
+        {"views": 8},
+        {"budget_bytes": 0},
+        {"budget_bytes": 1 << 40},
+        {"flip": True, "shift": 2},
+    ],
+)
+def test_cache_config_takes(arguments: dict[str, Any]) -> None:
+    config = CacheConfig(**arguments)
+    assert {name: getattr(config, name) for name in arguments} == arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"codec": "fp8"}, "CacheConfig: codec must be one of fp16, bf16, fp32, uint8, got 'fp8'"),
+        ({"views": 0}, "CacheConfig: views must be a whole number >= 1, got 0"),
+        ({"views": 1.5}, r"CacheConfig: views must be a whole number >= 1, got 1\.5"),
+        ({"budget_bytes": -1}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got -1"),
+        ({"budget_bytes": "8GB"}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got '8GB'"),
+        ({"shift": -1}, "CacheConfig: shift must be pixels >= 0, got -1"),
+        ({"shift": 0.5}, r"CacheConfig: shift must be pixels >= 0, got 0\.5"),
+    ],
+)
+def test_cache_config_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**arguments)
+
+
+def test_cache_config_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        CacheConfig().codec = "fp32"  # type: ignore[misc]
