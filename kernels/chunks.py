@@ -1,7 +1,7 @@
 """Chunk tables: parameters cut into pieces that a delta-norm kernel reads from one tensor, and their anchors.
 
-Letters: P parameter tensors, L layers, C chunks, K columns of the sums. Offsets and lengths are elements;
-names that end in ``_bytes`` are bytes.
+Letters: P parameter tensors, L layers, C chunks, G groups of chunks, S bytes of an anchor row, K columns of
+the sums. Offsets and lengths are elements; names that end in ``_bytes`` are bytes.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 DTYPE_MASK = 3
 ALIGNED = 4
 # Columns of the chunk table.
-POINTER, ANCHOR_BYTES, LENGTH, LAYER, FLAGS = range(5)
+ADDRESS, ANCHOR_BYTES, LENGTH, LAYER, FLAGS = range(5)
 
 ALIGN_BYTES = 16
 
-# A chunk is read by one Triton program, four tiles of 16 KiB (delta_norms.py) one after the other. Larger
-# chunks mean fewer table rows, partial sums and counter updates; smaller ones spread better. ResNet-50 in
-# fp32 is 102 MB, so 64 KiB gives 1,560 chunks, 11.8 for each of an H200's 132 multiprocessors: at worst 12 on
-# one of them, 2 % over the mean.
-CHUNK_BYTES = 64 * 1024
+# One Triton program reduces one chunk (tiles and multiprocessors: delta_norms.py). Small chunks spread the
+# work evenly, large ones have fewer table rows (40 bytes each), partial sums (64) and counter updates. 32 KiB
+# of parameters are 96 KiB of traffic with refresh: the rows add 0.1 %. ResNet-50 in fp32, 102 MB, is 3,120
+# chunks, 23.6 for each of an H200's 132 multiprocessors: 24 on the busiest, 2 % over the mean; 64 KiB would
+# leave 12 over 11.8 in little more than one wave.
+CHUNK_BYTES = 32 * 1024
 
-# The last program of a layer adds the layer's partial sums, 256 rows a step of about 0.8 us (one dependent
-# read of device memory), and nothing hides the one that ends the launch. 2,048 rows are 8 steps, 6 us, 1.6 %
-# of the 386 us in which VGG-16 (138 M fp32, 90 % in one layer) is measured and refreshed at 4.3 TB/s. A layer
-# that would have more chunks gets chunks twice as long until it does not.
-LAYER_CHUNKS = 2048
+# Chunks whose partial sums are added by one program in one step, before a layer's last program adds those of
+# its groups. Reading them is one round trip to device memory, about 1 us, and nothing hides the two that end
+# the launch. In one level the 15,100 chunks of VGG-16's classifier would be 118 such steps one after the
+# other, a third of its 386 us.
+GROUP_CHUNKS = 128
 
 Position = tuple[int, int]
 Anchors = Mapping[Position, tuple[Tensor, ...]]
@@ -61,18 +62,19 @@ class DeltaTable:
     captured again when `builds` has changed.
 
     Attributes: ``device``; ``persistence``; ``builds``, how often it was built; ``entries``, the counted
-    parameters; ``mesh``, the device mesh of sharded parameters or None; ``dtypes``, the dtypes met, in the
-    order of DTYPE_CODES; ``chunks`` [C, 5] int64 (address of w, offset in an anchor row in bytes, length,
-    layer, flags), sorted by layer; ``layer_chunks`` [L + 1] int64 (first chunk of each layer); ``anchors`` [1
-    or 2, S] uint8 (parameters in their own dtype and storage order, each at a multiple of 16 bytes);
-    ``partials`` [C, K] float64; ``counters`` [L + 2] int32 (chunks done per layer, layers done, and the role:
+    parameters, and ``counted``, which of them are in this rank's sums; ``mesh``, the device mesh of sharded
+    parameters or None; ``chunks`` [C, 5] int64 (address of w, offset in an anchor row in bytes, length,
+    layer, flags), sorted by layer; ``starts`` [L + 1, 2] int64 (first chunk and first group of each layer);
+    ``anchors`` [1 or 2, S] uint8 (parameters in their own dtype and storage order, each at a multiple of 16
+    bytes); ``partials`` [C + G, 8] float64 (sums of chunks, then of groups); ``counters`` [G + L + 2] int32
+    (chunks done of each group, groups done of each layer, layers done; the last is no counter but the role:
     which row of ``anchors`` is the newer one).
     """
 
     device: torch.device
     entries: tuple[Entry, ...]
     chunks: Tensor
-    layer_chunks: Tensor
+    starts: Tensor
     anchors: Tensor
     partials: Tensor
     counters: Tensor
@@ -170,13 +172,13 @@ class DeltaTable:
         self.mesh = mesh
         self.device = device
         self.entries = tuple(entries)
-        self.dtypes = tuple(dtype for dtype in DTYPE_CODES if any(e.weight.dtype == dtype for e in entries))
         self.anchors = memory
-        chunks, layer_chunks = cut([e for e, here in zip(entries, counted, strict=True) if here], len(self._layers))
+        chunks, starts = cut([e for e, here in zip(entries, counted, strict=True) if here], len(self._layers))
+        groups = int(starts[-1, 1])
         self.chunks = chunks.to(device)
-        self.layer_chunks = layer_chunks.to(device)
-        self.partials = torch.empty(len(chunks), self.columns, dtype=torch.float64, device=device)
-        self.counters = torch.zeros(len(self._layers) + 2, dtype=torch.int32, device=device)
+        self.starts = starts.to(device)
+        self.partials = torch.empty(len(chunks) + groups, 8, dtype=torch.float64, device=device)
+        self.counters = torch.zeros(groups + len(self._layers) + 2, dtype=torch.int32, device=device)
         self.counted = tuple(counted)
         self.builds += 1
         self._entry_at = entry_at
@@ -266,43 +268,35 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def cut(entries: Sequence[Entry], layers: int) -> tuple[Tensor, Tensor]:
-    """Chunk table [C, 5] int64 and first chunk of each layer [L + 1] int64, on the CPU.
+    """Chunk table [C, 5] int64 and the first chunk and group of each layer [L + 1, 2] int64, on the CPU.
 
-    A chunk lies in one parameter. A layer without elements has one chunk of length 0, so that every layer's
-    sums are written by a program.
+    A chunk lies in one parameter, a group in one layer. A layer without elements has one chunk of length 0,
+    so that every layer's sums are written by a program.
     """
     rows: list[Tensor] = []
-    starts = [0]
+    starts = [(0, 0)]
     for i_layer in range(layers):
         members = [e for e in entries if e.layer == i_layer and e.weight.numel()]
-        chunk_bytes = chunk_size([e.weight.nbytes for e in members])
-        count = 0
-        for entry in members:
-            weight = entry.weight
-            item_bytes = weight.element_size()
-            length = chunk_bytes // item_bytes
-            starts_at = torch.arange(0, weight.numel(), length, dtype=torch.int64)
-            row = torch.empty(len(starts_at), 5, dtype=torch.int64)
-            row[:, POINTER] = weight.data_ptr() + starts_at * item_bytes
-            row[:, ANCHOR_BYTES] = entry.anchor_bytes + starts_at * item_bytes
-            row[:, LENGTH] = (weight.numel() - starts_at).clamp(max=length)
-            row[:, LAYER] = i_layer
-            aligned = weight.data_ptr() % ALIGN_BYTES == 0
-            row[:, FLAGS] = DTYPE_CODES[weight.dtype] | (ALIGNED if aligned else 0)
-            rows.append(row)
-            count += len(row)
-        if not members:
-            rows.append(torch.tensor([[0, 0, 0, i_layer, ALIGNED]]))
-            count = 1
-        starts.append(starts[-1] + count)
+        cuts = [cut_entry(entry) for entry in members] or [torch.tensor([[0, 0, 0, i_layer, ALIGNED]])]
+        rows += cuts
+        count = sum(map(len, cuts))
+        chunk, group = starts[-1]
+        starts.append((chunk + count, group + -(-count // GROUP_CHUNKS)))
     chunks = torch.cat(rows) if rows else torch.empty(0, 5, dtype=torch.int64)
     return chunks, torch.tensor(starts)
 
 
-def chunk_size(sizes_bytes: Sequence[int]) -> int:
-    """Bytes per chunk of a layer of such parameters: CHUNK_BYTES, doubled while chunks are too many."""
-    chunk_bytes = CHUNK_BYTES
-    largest = max(sizes_bytes, default=0)
-    while chunk_bytes < largest and sum(-(-size // chunk_bytes) for size in sizes_bytes) > LAYER_CHUNKS:
-        chunk_bytes *= 2
-    return chunk_bytes
+def cut_entry(entry: Entry) -> Tensor:
+    """Rows of the chunk table for one parameter with elements, on the CPU."""
+    weight = entry.weight
+    item_bytes = weight.element_size()
+    length = CHUNK_BYTES // item_bytes
+    first = torch.arange(0, weight.numel(), length, dtype=torch.int64)
+    aligned = weight.data_ptr() % ALIGN_BYTES == 0
+    rows = torch.empty(len(first), 5, dtype=torch.int64)
+    rows[:, ADDRESS] = weight.data_ptr() + first * item_bytes
+    rows[:, ANCHOR_BYTES] = entry.anchor_bytes + first * item_bytes
+    rows[:, LENGTH] = (weight.numel() - first).clamp(max=length)
+    rows[:, LAYER] = entry.layer
+    rows[:, FLAGS] = DTYPE_CODES[weight.dtype] | (ALIGNED if aligned else 0)
+    return rows
