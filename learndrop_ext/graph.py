@@ -60,13 +60,14 @@ def steady(x: torch.Tensor) -> Iterator[None]:
 
 
 def node_shapes(root: nn.Module, graph: fx.Graph, x: torch.Tensor) -> dict[str, tuple[int, ...] | None]:
-    """Shape of every node's value where it is one floating-point tensor, else None."""
+    """Shape of every node's value where it is one floating-point tensor, else None; of the input in any dtype."""
     shapes: dict[str, tuple[int, ...] | None] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
-            is_rows = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0
+            fits = isinstance(value, torch.Tensor) and (value.is_floating_point() or n.op == "placeholder")
+            is_rows = fits and value.dim() > 0
             shapes[n.name] = tuple(value.shape) if is_rows else None
             return value
 
