@@ -9,6 +9,8 @@ from torch.utils import _pytree as pytree
 
 InputKey = int | str
 
+_TUPLE = "a tuple of values"
+
 
 def _per_sample_list(value: Any) -> bool:
     plain = isinstance(value, list | tuple) and not hasattr(value, "_fields") and len(value) > 0
@@ -59,11 +61,12 @@ class RestOfBatch:
         self.device = device
         self.spec: Any = None
         self.stacks: list[Any] = []
+        self.kinds: list[str] = []  # of the leaves: what one sample's value is
         self.place = -1  # of the input among the leaves
 
     def put(self, batch: Any, slots: torch.Tensor) -> None:
         """Keep the rest of a batch of B samples at `slots` [B] int64 (CPU). Raises ValueError for an entry that is not
-        per sample, or a batch of another structure than the first."""
+        per sample, or a batch of another structure, or with entries of another shape or dtype, than the first."""
         count = len(slots)
         model_input = input_of(batch, self.key)
         leaves, spec = _flatten(batch)
@@ -74,8 +77,18 @@ class RestOfBatch:
                     f"DropScheduler: every entry of a batch must be a tensor of {count} rows or a list of {count} "
                     f"values, one a sample, got {_describe(leaf)} at batch{path}"
                 )
+        if self.spec is not None and spec != self.spec:
+            raise ValueError(f"DropScheduler: all batches must have one structure, got {spec} after {self.spec}")
+        kinds = [_kind(leaf) for _, leaf in leaves]
+        for i, (path, _) in enumerate(leaves):
+            if self.kinds and i != self.place and kinds[i] != self.kinds[i]:
+                raise ValueError(
+                    f"DropScheduler: entries of all batches must be alike, wanted {self.kinds[i]} as in the first, "
+                    f"got {kinds[i]} at batch{path}"
+                )
         if self.spec is None:
             self.spec = spec
+            self.kinds = kinds
             self.place = next(i for i, (_, leaf) in enumerate(leaves) if leaf is model_input)
             self.stacks = [
                 [None] * self.slots
@@ -83,8 +96,6 @@ class RestOfBatch:
                 else leaf.new_zeros((0 if i == self.place else self.slots, *leaf.shape[1:]), device=self.device)
                 for i, (_, leaf) in enumerate(leaves)
             ]
-        elif spec != self.spec:
-            raise ValueError(f"DropScheduler: all batches must have one structure, got {spec} after {self.spec}")
         where = slots.to(self.device)
         for i, (_, leaf) in enumerate(leaves):
             if i == self.place:
@@ -113,10 +124,17 @@ class RestOfBatch:
             if i == self.place:
                 leaves.append(model_input)
             elif isinstance(stack, list):
-                leaves.append([stack[slot] for slot in slots.tolist()])
+                values = [stack[slot] for slot in slots.tolist()]
+                leaves.append(tuple(values) if self.kinds[i] == _TUPLE else values)
             else:
                 leaves.append(stack.index_select(0, where))
         return pytree.tree_unflatten(leaves, self.spec)
+
+
+def _kind(leaf: Any) -> str:
+    if isinstance(leaf, torch.Tensor):
+        return f"{leaf.dtype} rows {list(leaf.shape[1:])}"
+    return _TUPLE if isinstance(leaf, tuple) else "a list of values"
 
 
 def _has_rows(leaf: Any) -> bool:
