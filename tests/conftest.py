@@ -1,0 +1,73 @@
+"""What all tests share: memory that nobody wrote is poison, a GPU is never skipped in silence, real data where it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if not torch.cuda.is_available():
+    # Read by Triton when it is imported: its kernels then run on the CPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("LEARNDROP_REQUIRE_CUDA") == "1":
+        pytest.fail("LEARNDROP_REQUIRE_CUDA=1 wants a GPU, and torch.cuda.is_available() is False", pytrace=False)
+    pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """torch.empty gives NaN (the largest value for integers), so that a value that nobody wrote is seen.
+
+    Not on a GPU: the mode that fills memory also refuses operators that training needs there.
+    """
+    if request.node.get_closest_marker("cuda") is not None:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def torchvision_stub() -> ModuleType:
+    """torchvision, also where its compiled operators are for another build of torch; skips where it is missing."""
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            LIBRARIES.append(library)
+    return pytest.importorskip("torchvision")
+
+
+#: A library's operators go with it.
+LIBRARIES: list[torch.library.Library] = []
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with real MNIST and CIFAR-10 in their original form.
+
+    LEARNDROP_DATA, or unpacked from shared/data beside the checkout; skips where there is neither.
+    """
+    if named := os.environ.get("LEARNDROP_DATA"):
+        return Path(named)
+    unpack = ROOT.parent / "shared" / "data" / "unpack.py"
+    if not unpack.exists():
+        pytest.skip("no real data: LEARNDROP_DATA is not set")
+    root = tmp_path_factory.mktemp("data")
+    subprocess.run([sys.executable, unpack, root, "mnist", "cifar10"], check=True, capture_output=True)
+    return root
