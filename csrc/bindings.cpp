@@ -2,6 +2,7 @@
 // arguments.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <array>
@@ -104,6 +105,19 @@ int64_t first_repeated(uintptr_t index, int64_t batch) {
   return found == sorted.end() ? -1 : *found;
 }
 
+// Asks for 2 MB pages in memory that has not been touched yet: 51 MB are then 25 page faults instead of
+// 12,500, each of which costs 1 to 2 us on a virtual machine. A kernel that has none says no, which is no
+// error.
+void advise_huge_pages(uintptr_t address, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t page = 4096;
+  const uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+  if (first < last) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);
+#else
+  static_cast<void>(address), static_cast<void>(bytes);
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
 #ifdef LEARNDROP_CUDA_ARCHITECTURES
@@ -128,10 +142,7 @@ PYBIND11_MODULE(_C, m) {
   if (const char* simd = std::getenv("LEARNDROP_SIMD")) cpu::select_simd(simd);
   m.def("build_info", &build_info);
   m.def("select_simd", &cpu::select_simd, py::arg("name"));
-  m.def(
-      "header_bytes",
-      [](int codec, const Shape& shape) { return header_bytes(static_cast<Codec>(codec), row_shape(shape)); },
-      py::arg("codec"), py::arg("shape"));
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   m.def(
       "row_bytes",
       [](int codec, const Shape& shape) { return row_bytes(static_cast<Codec>(codec), row_shape(shape)); },

@@ -7,11 +7,11 @@ point per channel of each row). Their exact meaning stands in csrc/row_ops.h, an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ CODECS = ("fp32", "bf16", "fp16", "uint8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_ROW = 2**31 - 1
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+# glibc takes a block above 32 MB from the kernel anew each time; its pages are then touched for the first time.
+FRESH_BYTES = 32 << 20
+CUDA_COMPILED = bool(_C.build_info()["cuda_architectures"])
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,14 @@ def row_bytes(values: Sequence[int], codec: str) -> int:
 
     Raises ValueError for an unknown codec and for a shape without values or of 2^31 values and more.
     """
-    return _C.row_bytes(_codec("row_bytes", codec), _image("row_bytes", values, codec))
+    return _geometry("row_bytes", tuple(values), codec)[2]
 
 
 def row_stride(values: Sequence[int], codec: str, *, align: int = 128) -> int:
     """`row_bytes` rounded up to a multiple of `align`, itself a multiple of 128; raises ValueError as it does."""
     if align < 128 or align % 128:
         raise ValueError(f"row_stride: align must be a multiple of 128, got {align}")
-    used = _C.row_bytes(_codec("row_stride", codec), _image("row_stride", values, codec))
-    return -(-used // align) * align
+    return -(-_geometry("row_stride", tuple(values), codec)[2] // align) * align
 
 
 def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16") -> None:
@@ -95,20 +98,20 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
     a build without CUDA, before anything is written.
     """
     name = "append_rows"
-    code = _codec(name, codec)
     if rows.dtype not in DTYPES:
         raise TypeError(f"{name}: rows must be float32, bfloat16 or float16, got {rows.dtype}")
     if rows.ndim < 1:
         raise ValueError(f"{name}: rows must be [B, *shape], got {_shape(rows)}")
     if rows.device != cache.device:
         raise ValueError(f"{name}: rows must be on the cache's device {cache.device}, got {rows.device}")
-    shape = rows.shape[1:]
-    image = _image(name, shape, codec)
-    _check_cache(name, cache, shape, codec)
+    shape = tuple(rows.shape[1:])
+    code, image, used = _geometry(name, shape, codec)
+    _check_cache(name, cache, shape, codec, used)
     index = _checked_index(name, cache, index)
-    if len(index) != len(rows):
-        raise ValueError(f"{name}: index must be [{len(rows)}], one for each row, got {_shape(index)}")
-    if index.device.type == "cpu" and (repeated := _C.first_repeated(index.data_ptr(), len(index))) >= 0:
+    B = rows.shape[0]
+    if index.shape[0] != B:
+        raise ValueError(f"{name}: index must be [{B}], one for each row, got {_shape(index)}")
+    if index.device.type == "cpu" and (repeated := _C.first_repeated(index.data_ptr(), B)) >= 0:
         raise ValueError(f"{name}: index must name no row twice, got {repeated} twice")
     rows = rows.detach().resolve_neg()
     if rows.ndim > 2 and rows.ndim != 4:
@@ -116,11 +119,12 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
     index = index.to(cache.device)
     _C.append_rows(
         cache.data_ptr(),
-        *cache.shape,
+        cache.shape[0],
+        cache.shape[1],
         code,
         rows.data_ptr(),
         DTYPES.index(rows.dtype),
-        len(rows),
+        B,
         image,
         _strides(rows, image),
         index.data_ptr(),
@@ -151,26 +155,29 @@ def gather_rows(
     IndexError, or RuntimeError for a CUDA cache in a build without CUDA, before anything is allocated.
     """
     name = "gather_rows"
-    code = _codec(name, codec)
     if dtype not in DTYPES:
         raise TypeError(f"{name}: dtype must be float32, bfloat16 or float16, got {dtype}")
-    image = _image(name, shape, codec)
-    _check_cache(name, cache, shape, codec)
+    shape = tuple(shape)
+    code, image, used = _geometry(name, shape, codec)
+    _check_cache(name, cache, shape, codec, used)
     index = _checked_index(name, cache, index)
-    B = len(index)
+    B = index.shape[0]
     _check_moves(name, B, shape, flip, shift)
     if out is None:
-        out = torch.empty(B, *shape, dtype=dtype, device=cache.device, memory_format=_memory_format(shape))
+        out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=_memory_format(shape))
+        if out.nbytes >= FRESH_BYTES and cache.device.type == "cpu":
+            _C.advise_huge_pages(out.data_ptr(), out.nbytes)
     else:
         _check_out(name, out, (B, *shape), dtype, cache.device)
-    # One pixel: a flip changes nothing and a shift leaves nothing, and the row is not cut into channels (see _image).
+    # One pixel: a flip changes nothing and a shift leaves nothing, and the row is not cut into channels (see _geometry).
     one_pixel = len(shape) == 3 and shape[1] * shape[2] == 1
     index = index.to(cache.device)
     flipped = None if flip is None or one_pixel else flip.to(cache.device).contiguous()
     moved = None if shift is None or one_pixel else _int32(shift).to(cache.device).contiguous()
     _C.gather_rows(
         cache.data_ptr(),
-        *cache.shape,
+        cache.shape[0],
+        cache.shape[1],
         code,
         out.data_ptr(),
         DTYPES.index(dtype),
@@ -202,23 +209,23 @@ def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) 
     return reference.delta_norms(table, refresh=refresh, out=out)
 
 
-def _codec(name: str, codec: str) -> int:
+@functools.lru_cache(maxsize=256)
+def _geometry(name: str, shape: tuple[int, ...], codec: str) -> tuple[int, tuple[int, int, int], int]:
+    """The codec's number, a row's (height, width, channels) as csrc/row_ops.h counts them, and its bytes.
+
+    A row that is no image is one channel. So is, for uint8, an image of one pixel: a scale and zero point for each of
+    its values would be larger than they are.
+    """
     if codec not in CODECS:
         raise ValueError(f"{name}: codec must be one of {', '.join(CODECS)}, got {codec!r}")
-    return CODECS.index(codec)
-
-
-def _image(name: str, shape: Sequence[int], codec: str) -> tuple[int, int, int]:
-    """A row's (height, width, channels) as csrc/row_ops.h counts them; a row that is no image is one channel.
-
-    So is, for uint8, an image of one pixel: a scale and zero point for each of its values would be larger than they.
-    """
     D = math.prod(shape)
     if min(shape, default=1) < 1 or D > LARGEST_ROW:
-        raise ValueError(f"{name}: a row must have 1 to {LARGEST_ROW} values, got shape {tuple(shape)}")
-    if len(shape) != 3 or (codec == "uint8" and shape[1] * shape[2] == 1):
-        return 1, D, 1
-    return shape[1], shape[2], shape[0]
+        raise ValueError(f"{name}: a row must have 1 to {LARGEST_ROW} values, got shape {shape}")
+    image = (1, D, 1)
+    if len(shape) == 3 and not (codec == "uint8" and shape[1] * shape[2] == 1):
+        image = (shape[1], shape[2], shape[0])
+    code = CODECS.index(codec)
+    return code, image, _C.row_bytes(code, image)
 
 
 def _strides(rows: Tensor, image: tuple[int, int, int]) -> tuple[int, int, int, int]:
@@ -232,30 +239,27 @@ def _shape(tensor: Tensor) -> list[int]:
     return list(tensor.shape)
 
 
-def _check_cache(name: str, cache: Tensor, shape: Sequence[int], codec: str) -> None:
+def _check_cache(name: str, cache: Tensor, shape: tuple[int, ...], codec: str, used: int) -> None:
     if cache.dtype != torch.uint8:
         raise TypeError(f"{name}: cache must be uint8, got {cache.dtype}")
     if cache.ndim != 2 or not cache.is_contiguous():
         raise ValueError(f"{name}: cache must be contiguous [R, S], got {_shape(cache)} with strides {cache.stride()}")
-    if cache.device.type not in ("cpu", "cuda"):
+    place = cache.device.type
+    if place not in ("cpu", "cuda"):
         raise ValueError(f"{name}: cache must be on the CPU or a CUDA device, got {cache.device}")
-    if cache.device.type == "cuda" and not _C.build_info()["cuda_architectures"]:
-        _refuse_cuda(name, cache)
-    least = row_stride(shape, codec)
-    if cache.shape[1] < least or cache.shape[1] % 128:
-        raise ValueError(
-            f"{name}: S must be {least} or a larger multiple of 128 for {codec} rows of shape {tuple(shape)}, "
-            f"got {cache.shape[1]}"
+    if place == "cuda" and not CUDA_COMPILED:
+        raise RuntimeError(
+            f"{name}: cache is on {cache.device}, but learndrop_ext was built without CUDA: install the CUDA toolkit "
+            "and build it again with LEARNDROP_CUDA=1"
         )
-    if len(cache) and cache.data_ptr() % 16:
+    R, S = cache.shape
+    if used > S or S % 128:
+        raise ValueError(
+            f"{name}: S must be {-(-used // 128) * 128} or a larger multiple of 128 for {codec} rows of shape {shape}, "
+            f"got {S}"
+        )
+    if R and cache.data_ptr() % 16:
         raise ValueError(f"{name}: cache must lie at a multiple of 16 bytes, got address {cache.data_ptr():#x}")
-
-
-def _refuse_cuda(name: str, cache: Tensor) -> NoReturn:
-    raise RuntimeError(
-        f"{name}: cache is on {cache.device}, but learndrop_ext was built without CUDA: install the CUDA toolkit and "
-        "build it again with LEARNDROP_CUDA=1"
-    )
 
 
 def _checked_index(name: str, cache: Tensor, index: Tensor) -> Tensor:
@@ -268,9 +272,10 @@ def _checked_index(name: str, cache: Tensor, index: Tensor) -> Tensor:
             raise ValueError(f"{name}: index must be on the CPU or {cache.device}, got {index.device}")
         return index.contiguous()
     index = index.contiguous()
-    bad = _C.first_outside(index.data_ptr(), len(index), len(cache))
+    R = cache.shape[0]
+    bad = _C.first_outside(index.data_ptr(), index.shape[0], R)
     if bad >= 0:
-        raise IndexError(f"{name}: index must be in [0, {len(cache)}), got {int(index[bad])} at position {bad}")
+        raise IndexError(f"{name}: index must be in [0, {R}), got {int(index[bad])} at position {bad}")
     return index
 
 
@@ -327,7 +332,7 @@ def _append_rows(cache: Tensor, rows: Tensor, index: Tensor, codec: str) -> None
 
 @_append_rows.register_fake
 def _(cache: Tensor, rows: Tensor, index: Tensor, codec: str) -> None:
-    _codec("append_rows", codec)
+    _geometry("append_rows", tuple(rows.shape[1:]), codec)
 
 
 @torch.library.custom_op("learndrop::gather_rows", mutates_args=())
@@ -353,5 +358,5 @@ def _(
     flip: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    _codec("gather_rows", codec)
+    _geometry("gather_rows", tuple(shape), codec)
     return cache.new_empty((index.shape[0], *shape), dtype=dtype).to(memory_format=_memory_format(shape))

@@ -87,7 +87,8 @@ def _encode_uint8(values: Tensor) -> Tensor:
 def _decode_uint8(bytes_: Tensor, D: int, channels: int) -> Tensor:
     """fp32 values [B, D], channels last: zero + scale * step."""
     header = -(-8 * channels // 16) * 16
-    scale, zero = bytes_[:, : 8 * channels].contiguous().view(torch.float32).split(channels, 1)
+    table = bytes_[:, : 8 * channels].contiguous().view(torch.float32)
+    scale, zero = table[:, :channels], table[:, channels:]
     steps = bytes_[:, header : header + D].reshape(len(bytes_), -1, channels).float()
     return (zero[:, None] + scale[:, None] * steps).reshape(len(bytes_), D)
 

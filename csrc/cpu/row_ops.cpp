@@ -17,8 +17,9 @@
 namespace learndrop::cpu {
 namespace {
 
-// Waking a thread costs about 10 us, in which one core moves 100 KB; below this the calling thread does all.
-constexpr int64_t kSerialBytes = 256 << 10;
+// Two threads gather 128 rows of 512 fp16 values (0.4 MB) in 15 us, one in 12.5 us; at 2048 values they need
+// 50 us against 73 us (Xeon 2.5 GHz, 2 cores). Below this the calling thread does all.
+constexpr int64_t kSerialBytes = 512 << 10;
 // A piece that one thread takes at a time: long against the 0.1 us of taking it, short against the call.
 constexpr int64_t kPieceBytes = 32 << 10;
 // An output beyond this is written past the caches: it would be evicted before it is read, and a write that

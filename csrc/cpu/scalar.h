@@ -40,14 +40,14 @@ struct Scalar {
 
   static float load(const float* p) { return *p; }
   static float load(const Bf16* p) { return from_bits(uint32_t{p->bits} << 16); }
+  // Without branches, so that the compiler makes vectors of it: a half's bits shifted to a float's places are
+  // the value times 2^-112, subnormals included.
   static float load(const Fp16* p) {
     const uint32_t sign = (p->bits & 0x8000u) << 16;
-    const uint32_t magnitude = p->bits & 0x7fffu;
-    if (magnitude > 0x7c00) return from_bits(kQuietNan);
-    if (magnitude == 0x7c00) return from_bits(sign | kInfinityBits);
-    // A subnormal is its integer times 2^-24; a normal's exponent bias differs by 127 - 15.
-    if (magnitude < 0x0400) return from_bits(sign | to_bits(static_cast<float>(magnitude) * 0x1p-24f));
-    return from_bits(sign | ((magnitude << 13) + (112u << 23)));
+    const uint32_t magnitude = (p->bits & 0x7fffu) << 13;
+    const uint32_t finite = to_bits(from_bits(magnitude) * 0x1p112f);
+    const uint32_t bits = sign | (magnitude >= 0x7c00u << 13 ? kInfinityBits : finite);
+    return from_bits(magnitude > 0x7c00u << 13 ? kQuietNan : bits);
   }
   static float load(const uint8_t* p) { return static_cast<float>(*p); }
 
@@ -61,20 +61,12 @@ struct Scalar {
     const uint32_t bits = to_bits(v);
     const uint32_t sign = (bits >> 16) & 0x8000;
     const uint32_t magnitude = bits & 0x7fffffff;
-    uint32_t half;
-    if (magnitude > kInfinityBits) {
-      p->bits = 0x7e00;
-      return;
-    }
-    if (magnitude >= to_bits(65520.0f)) {
-      half = 0x7c00;
-    } else if (magnitude >= to_bits(0x1p-14f)) {
-      half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    } else {
-      // The last bit of a float near 0.5 is 2^-24, that of a subnormal half: the addition rounds.
-      half = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
-    }
-    p->bits = static_cast<uint16_t>(sign | half);
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // The last bit of a float near 0.5 is 2^-24, that of a subnormal half: the addition rounds.
+    const uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+    const uint32_t finite = magnitude < to_bits(0x1p-14f) ? subnormal : normal;
+    const uint32_t half = sign | (magnitude >= to_bits(65520.0f) ? 0x7c00 : finite);
+    p->bits = static_cast<uint16_t>(magnitude > kInfinityBits ? 0x7e00 : half);
   }
   static void store(uint8_t* p, float v) { *p = static_cast<uint8_t>(to_bits(v + 0x1.8p23f)); }
 
