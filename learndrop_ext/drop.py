@@ -72,7 +72,7 @@ def prefix_modules(model: nn.Module, chain: Chain, k: int) -> list[nn.Module]:
 
 
 class _BehindFrozen(nn.Module):
-    """The suffix behind frozen layers that are run again at each step, without gradients."""
+    """The suffix behind frozen layers that are run again at each step, in eval mode and without gradients."""
 
     def __init__(self, frozen: Segment, suffix: nn.Module) -> None:
         super().__init__()
@@ -80,8 +80,16 @@ class _BehindFrozen(nn.Module):
         self.suffix = suffix
 
     def forward(self, x: torch.Tensor) -> Any:
-        with torch.no_grad():
-            x = self.frozen(x)
+        # A dropout module that the suffix uses too follows model.train().
+        shared = [m for m in self.frozen.modules() if m.training]
+        for module in shared:
+            module.training = False
+        try:
+            with torch.no_grad():
+                x = self.frozen(x)
+        finally:
+            for module in shared:
+                module.training = True
         return self.suffix(x)
 
 
