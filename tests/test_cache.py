@@ -166,7 +166,7 @@ def test_cache_refuses_before_it_writes(
 
 def test_cache_refuses_a_first_row_without_noting_its_dtype() -> None:
     cache = ActivationCache(1, (2,), codec="fp32", device=CPU)
-    with pytest.raises(TypeError, match="rows must be float32, bfloat16 or float16, got torch.float64"):
+    with pytest.raises(TypeError, match=r"rows must be float32, bfloat16 or float16, got torch\.float64"):
         cache.append(ids(0), rows(1, 2).double())
     cache.append(ids(0), rows(1, 2))
     assert torch.equal(cache.gather(ids(0)), rows(1, 2))
