@@ -21,9 +21,9 @@ from .reference import check_out
 
 # An H200 moves 4.3 TB/s, 33 bytes a ns for each of its 132 multiprocessors. With about 0.8 us from a read's issue to
 # its data, each must have 26 KB in flight. A tile of 8 KiB is issued as a whole, from the parameter and from one or two
-# anchors: 16 or 24 KiB in flight for one program. It takes 64 registers a thread, with persistence 96, so that 8 or 5
-# programs fit on a multiprocessor: two of them reading are enough, the others may compute. 128 threads read a row of
-# 2 KiB in vectors of 16 bytes; the 4 rows of a tile meet in one thread's registers, so that the running sums need
+# anchors: 16 or 24 KiB in flight for one program. It takes 64 to 70 registers a thread, with persistence 96, so that 7
+# or 5 programs fit on a multiprocessor: two of them reading are enough, the others may compute. 128 threads read a row
+# of 2 KiB in vectors of 16 bytes; the 4 rows of a tile meet in one thread's registers, so that the running sums need
 # neither shared memory nor shuffles before the chunk's end.
 WARPS = 4
 TILE_ROWS = 4
@@ -87,6 +87,7 @@ def _top(x):
 
 @triton.jit
 def _load(p, o, m, MASKED: tl.constexpr):
+    """[R, T * V]"""
     if MASKED:
         return tl.load(p + o, mask=m, other=0.0)
     else:
@@ -94,16 +95,27 @@ def _load(p, o, m, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _by_thread(x, T: tl.constexpr):
+    """The vector that each thread holds of each row as an axis: [R, T * V] to [R, T, V], nothing moved.
+
+    Tiles are loaded in two dimensions because Triton then has no choice but to lay rows across threads; given three it
+    deals the rows among the threads of a warp in some versions (3.6).
+    """
+    return tl.reshape(x, [x.shape[0], T, x.shape[1] // T])
+
+
+@triton.jit
 def _add_tile(
     p_w,
     p_newer,
     p_older,
-    o,  # [R, T, V]
-    m,  # [R, T, V], read only where MASKED
+    o,  # [R, T * V]
+    m,  # [R, T * V], read only where MASKED
     sums,  # 8 running sums, [T] each
     MASKED: tl.constexpr,
     REFRESH: tl.constexpr,
     PERSISTENCE: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Adds one tile to the running sums and writes its anchor.
 
@@ -120,6 +132,10 @@ def _add_tile(
         else:
             tl.store(p_older + o, b_w)
 
+    b_w = _by_thread(b_w, T)
+    b_newer = _by_thread(b_newer, T)
+    if PERSISTENCE:
+        b_older = _by_thread(b_older, T)
     s_l1, s_l2, s_top, s_w1, s_w2, s_bad, s_dot, s_previous = sums
     if b_w.dtype == tl.float64:
         b_delta = b_w - b_newer
@@ -183,7 +199,7 @@ def _chunk_sums(
     p_older = tl.multiple_of(p_older.to(tl.pointer_type(ELEMENT), bitcast=True), 16)
     V: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
     ROW: tl.constexpr = T * V
-    o_row = tl.arange(0, T)[None, :, None] * V + tl.arange(0, V)[None, None, :]
+    o_row = tl.arange(0, ROW)[None, :]
     zeros = tl.zeros([T], tl.float64)
     counts = tl.zeros([T], tl.int32)
     if ELEMENT.primitive_bitwidth == 64:
@@ -194,15 +210,15 @@ def _chunk_sums(
     # The hint holds for the rounded address only, which is another value than the tail's.
     p_w = tl.multiple_of((address & -16).to(tl.pointer_type(ELEMENT), bitcast=True), 16)
     full = tl.where(aligned, length // (R * ROW), 0)
-    o = tl.arange(0, R)[:, None, None] * ROW + o_row
+    o = tl.arange(0, R)[:, None] * ROW + o_row
     for i_tile in range(0, full):
         i = i_tile * (R * ROW)
-        sums = _add_tile(p_w + i, p_newer + i, p_older + i, o, o, sums, False, REFRESH, PERSISTENCE)
+        sums = _add_tile(p_w + i, p_newer + i, p_older + i, o, o, sums, False, REFRESH, PERSISTENCE, T)
     # A row at a time: a whole tile, each element with its own address and mask, takes twice the registers.
     p_w = address.to(tl.pointer_type(ELEMENT), bitcast=True)
     for i in range(full * (R * ROW), length, ROW):
         m = o_row < tl.minimum(length - i, ROW).to(tl.int32)
-        sums = _add_tile(p_w + i, p_newer + i, p_older + i, o_row, m, sums, True, REFRESH, PERSISTENCE)
+        sums = _add_tile(p_w + i, p_newer + i, p_older + i, o_row, m, sums, True, REFRESH, PERSISTENCE, T)
 
     s_l1, s_l2, s_top, s_w1, s_w2, s_bad, s_dot, s_previous = sums
     return (
