@@ -244,6 +244,7 @@ def compare(
             result, _ = train(rival, split, recipe, policy=same, caches=False, on_epoch=on_epoch, progress=progress)
         else:
             fitting = max(1, int(dropping.seconds / baseline.seconds * recipe.epochs))
+            out["config"]["short_epochs"] = fitting
             short = dataclasses.replace(recipe, epochs=fitting)
             result, _ = train(rival, split, short, on_epoch=on_epoch, progress=progress)
         out[rival] = dataclasses.asdict(result)

@@ -1,0 +1,194 @@
+"""Runs the tests, then the benchmark suites and the training comparisons, and writes one JSON file for this machine.
+
+    python bench/run.py [--suites kernels training] [--data-root DIR] [--out bench/results] [--name NAME]
+
+A red test gives no number. The form of the file is that of `docs/results.md`; `bench/table.py` makes the tables from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learndrop_ext import backend_info, costs, runs
+from learndrop_ext.cli import PRESETS
+from learndrop_ext.datasets import load_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: dataset, model, seeds; what a machine without a GPU can finish, and what needs one.
+CPU_TRAINING = [("digits", "resnet10", 3)]
+GPU_TRAINING = [
+    *[(data, model, 1) for data in ("mnist", "cifar10", "imagenette") for model in ("vgg11", "resnet18", "resnet50")],
+    ("cifar10", "resnet152", 1),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--suites", nargs="+", choices=["kernels", "training"], default=["kernels", "training"])
+    parser.add_argument("--data-root", type=Path, help="folder with the original files of the image sets")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--name", help="name of the file (default: GPU or CPU)")
+    args = parser.parse_args()
+    passed = run_tests()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = describe_machine(passed)
+    result: dict[str, Any] = {
+        "machine": machine,
+        "limits": {"copy_gb_s": costs.copy_bytes_per_second(torch.device(device), size=1 << 28) / 1e9},
+        "records": [],
+    }
+    if "kernels" in args.suites:
+        result["records"] += kernel_records(device, result["limits"]["copy_gb_s"])
+    if "training" in args.suites:
+        for record in training_records(device, args.data_root):
+            result["records"].append(record)
+            print(f"{record['run']:<12} {record['dataset']} {record['model']} {record['seconds']:.1f} s", flush=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = args.name or re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["cpu"]).lower()).strip("-")
+    path = args.out / f"{name}.json"
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(path)
+    print(path)
+    return 0
+
+
+def run_tests() -> int:
+    """The number of tests that passed; ends the program when one failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "tests.xml"
+        code = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}"], cwd=ROOT, check=False
+        ).returncode
+        if code != 0:
+            sys.exit("bench/run.py: a test failed, so no number is written")
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+        assert suite is not None
+        count = {key: int(suite.get(key, "0")) for key in ("tests", "skipped", "failures", "errors")}
+    return count["tests"] - count["skipped"] - count["failures"] - count["errors"]
+
+
+def describe_machine(passed: int) -> dict[str, Any]:
+    info = backend_info()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "triton": info.triton,
+        "cuda": torch.version.cuda,
+        "driver": info.driver,
+        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "tests_passed": passed,
+    }
+
+
+def kernel_records(device: str, copy_gb_s: float) -> Iterator[dict[str, Any]]:
+    """One record for each of our benchmarks and peer of it; without a peer one with peer None.
+
+    A benchmark says in `extra_info` what it is: suite, case, contender ("learndrop" or the peer's name), bytes (moved at
+    least, read plus written) and launches (counted by the profiler, or None).
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "benchmarks.json"
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pytest", "-q", "--benchmark-only", "--benchmark-save-data"),
+                f"--benchmark-json={file}",
+                *map(str, sorted((ROOT / "bench").glob("bench_*.py"))),
+            ],
+            cwd=folder,
+            check=True,
+        )
+        found = json.loads(file.read_text())["benchmarks"]
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for benchmark in found:
+        info = benchmark["extra_info"]
+        cases.setdefault((info["suite"], info["case"]), {})[info["contender"]] = benchmark
+    for (suite, case), contenders in sorted(cases.items()):
+        ours = contenders.pop("learndrop", None)
+        if ours is None:
+            continue
+        times = sorted(ours["stats"]["data"])
+        median = statistics.median(times)
+        p20, p80 = (times[int(share * (len(times) - 1))] for share in (0.2, 0.8))
+        moved = ours["extra_info"]["bytes"]
+        record = {
+            "suite": suite,
+            "case": case,
+            "device": device,
+            "bytes": moved,
+            "median_s": median,
+            "p20_s": p20,
+            "p80_s": p80,
+            "gb_s": moved / median / 1e9,
+            "share_of_limit": moved / median / 1e9 / copy_gb_s,
+            "launches": ours["extra_info"].get("launches"),
+        }
+        for peer, benchmark in sorted(contenders.items()) or [(None, None)]:
+            peer_median = statistics.median(benchmark["stats"]["data"]) if benchmark else None
+            ratio = peer_median / median if peer_median is not None else None
+            yield record | {"peer": peer, "peer_median_s": peer_median, "ratio": ratio}
+
+
+def training_records(device: str, root: Path | None) -> Iterator[dict[str, Any]]:
+    """One record for each run of each comparison: baseline, learndrop, freeze-only, short."""
+    for dataset, model, seeds in GPU_TRAINING if device == "cuda" else CPU_TRAINING:
+        if dataset != "digits" and root is None:
+            print(f"training on {dataset}: not run, it needs --data-root", flush=True)
+            continue
+        split = load_dataset(dataset, root)
+        preset = PRESETS[dataset] | ({"model": model})
+        for seed in range(seeds):
+            augment = preset.get("augment")
+            recipe = runs.Recipe(
+                **{key: preset[key] for key in ("model", "width", "epochs", "batch_size", "lr")},
+                stem="small" if split.size <= 64 else "imagenet",
+                seed=seed,
+                device=device,
+                amp="bf16" if device == "cuda" else None,
+                augment=augment,
+                views=4 if augment else 1,
+            )
+            result: dict[str, Any] = {}
+            for result in runs.compare(split, recipe, rivals=("freeze-only", "short")):  # noqa: B007
+                pass
+            for run in ("baseline", "learndrop", "freeze-only", "short"):
+                yield {
+                    "suite": "training",
+                    "run": run,
+                    "model": model,
+                    "dataset": dataset,
+                    "recipe": dataclasses.asdict(recipe),
+                    "policy": {"learndrop": "StoppedLearning", "freeze-only": "Fixed, same drops"}.get(run),
+                    "cache": recipe.codec if run == "learndrop" else None,
+                    "seed": seed,
+                    "device": device,
+                    "epochs": result["config"]["short_epochs"] if run == "short" else recipe.epochs,
+                    **result[run],
+                }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

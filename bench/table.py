@@ -1,0 +1,114 @@
+"""Writes the tables of README.md between their markers from the files in bench/results/.
+
+python bench/table.py [--check]      with --check: exit 1 when a table is not what the files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ("baseline", "learndrop", "freeze-only", "short")
+
+
+def training_table(results: list[dict[str, Any]]) -> str:
+    """Means over the seeds, one line a run."""
+    lines = [
+        "| machine | dataset, model | run | epochs | wall clock | of which fill | forward FLOPs | test accuracy | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    has_gpu = False
+    for result in results:
+        machine = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['machine']['cores']} cores"
+        groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+        for record in result["records"]:
+            if record["suite"] == "training":
+                has_gpu = has_gpu or bool(result["machine"]["gpu"])
+                key = (record["dataset"], record["model"])
+                groups.setdefault(key, {}).setdefault(record["run"], []).append(record)
+        for (dataset, model), by_run in groups.items():
+            base = mean(by_run["baseline"], "seconds")
+            flops = mean(by_run["baseline"], "forward_flops")
+            for run in RUNS:
+                if run not in by_run:
+                    continue
+                records = by_run[run]
+                seconds = mean(records, "seconds")
+                share = 100 * (mean(records, "forward_flops") / flops - 1)
+                cells = [
+                    machine,
+                    f"{dataset}, {model}",
+                    run,
+                    f"{mean(records, 'epochs'):g}",
+                    f"{seconds:.1f} s" + ("" if run == "baseline" else f" ({base / seconds:.2f}x)"),
+                    f"{mean(records, 'fill_seconds'):.2f} s",
+                    f"{mean(records, 'forward_flops') / 1e9:,.0f} G"
+                    + ("" if run == "baseline" else f" ({share:+.1f} %)"),
+                    f"{mean(records, 'accuracy'):.2f} %",
+                    str(len(records)),
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    if not has_gpu:
+        lines.append("| a GPU: MNIST, CIFAR-10, Imagenette | VGG, ResNet | | | not measured | | | | |")
+    return "\n".join(lines)
+
+
+def kernel_table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| machine | suite, case | time | GB/s | of a copy | peer | times as fast |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    has_gpu = False
+    for result in results:
+        machine = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['machine']['cores']} cores"
+        for record in result["records"]:
+            if record["suite"] == "training":
+                continue
+            has_gpu = has_gpu or record["device"] == "cuda"
+            ratio = "" if record["ratio"] is None else f"{record['ratio']:.2f}"
+            cells = [machine, f"{record['suite']}, {record['case']}", f"{record['median_s'] * 1e3:.3f} ms"]
+            cells += [f"{record['gb_s']:.1f}", f"{100 * record['share_of_limit']:.0f} %", record["peer"] or "", ratio]
+            lines.append(f"| {' | '.join(cells)} |")
+    if not has_gpu:
+        lines.append("| a GPU | all | not measured | | | | |")
+    return "\n".join(lines)
+
+
+TABLES = {"README.md": {"training": training_table}, "docs/results.md": {"kernels": kernel_table}}
+
+
+def mean(records: list[dict[str, Any]], key: str) -> float:
+    return statistics.fmean(record[key] for record in records)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    results = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
+    stale = []
+    for name, tables in TABLES.items():
+        path = ROOT / name
+        text = path.read_text()
+        for mark, make in tables.items():
+            between = re.compile(f"(<!-- table:{mark} -->\n).*?(<!-- /table:{mark} -->)", re.DOTALL)
+            if not between.search(text):
+                sys.exit(f"bench/table.py: {name} must have the markers of table:{mark}, got none")
+            table = make(results)
+            text = between.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+        if text != path.read_text():
+            stale.append(name)
+            if not args.check:
+                path.write_text(text)
+    print("changed: " + ", ".join(stale) if stale else "all tables are as the files say")
+    return 1 if stale and args.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
