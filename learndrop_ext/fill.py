@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from learndrop_ext.batches import InputKey, RestOfBatch, input_of, to_device
 from learndrop_ext.cache import ActivationCache
-from learndrop_ext.layers import Segment
+from learndrop_ext.layers import Layer, Segment
 from learndrop_ext.randomness import own_randomness
 
 
@@ -41,7 +41,8 @@ def read_batch(loader: DataLoader[Any], ids: Sequence[int]) -> Any:
 def same_image_each_time(loader: DataLoader[Any], key: InputKey, *, probes: int = 16) -> bool:
     """Whether a few samples, read three times, give the same model input each time. The run's random state stays."""
     size = len(loader.dataset)  # type: ignore[arg-type]
-    ids = sorted({i * size // probes for i in range(min(probes, size))} | ({0} if size else set()))
+    probes = min(probes, size)
+    ids = [i * size // probes for i in range(probes)]
     with own_randomness(0):
         first, *again = [input_of(read_batch(loader, ids), key).clone() for _ in range(3)]
     return all(first.shape == other.shape and torch.equal(first, other) for other in again)
@@ -50,39 +51,63 @@ def same_image_each_time(loader: DataLoader[Any], key: InputKey, *, probes: int 
 def check_purity(segment: Segment, x: torch.Tensor, model: nn.Module, autocast: torch.dtype | None) -> None:
     """Raise ValueError naming the module whose rows depend on the other samples of a batch or on the random state.
 
-    x: [B, ...], a batch of the segment's inputs, B >= 2. The first half is run twice: beside the other half and beside
+    x: [B, ...], a batch of the segment's inputs, B >= 1. The first half is run twice: beside the other half and beside
     itself, from two random states. Equal means within 1e-3 of the largest value, 2e-2 where 16-bit arithmetic is used.
+    The module named is the innermost that makes different rows of equal ones.
     """
+    if len(x) == 1:
+        x = torch.cat([x, torch.zeros_like(x)])
     half = len(x) // 2
     others = torch.cat([x[:half], x[:half], x[2 * half :]])
-    outputs: list[dict[nn.Module, torch.Tensor]] = []
     with frozen_pass(segment, autocast, x.device):
-        for seed, batch in enumerate((x, others)):
-            seen: dict[nn.Module, torch.Tensor] = {}
-
-            def note(module: nn.Module, _: Any, output: Any, seen: dict[nn.Module, torch.Tensor] = seen) -> None:
-                if isinstance(output, torch.Tensor) and output.dim() and len(output) == len(x):
-                    seen[module] = output[:half].clone()
-
-            hooks = [m.register_forward_hook(note) for m in segment.modules()]
-            try:
-                with own_randomness(seed):
-                    segment(batch)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            outputs.append(seen)
-    names = {m: name for name, m in model.named_modules()} | {m: f"layer {m.name}" for m in segment.layers}
-    for module, wanted in outputs[0].items():
-        got = outputs[1].get(module, wanted)
-        bound = (2e-2 if autocast is not None or wanted.dtype.itemsize == 2 else 1e-3) * float(wanted.abs().max())
-        close = (wanted - got).abs() <= bound
-        if not bool((close | (wanted.isnan() & got.isnan())).all()):
+        first, second = (_seen_rows(segment, batch, half, seed) for seed, batch in enumerate((x, others)))
+    layers = [m for m in segment.layers if isinstance(m, Layer)]
+    names: dict[nn.Module, str] = {m: f"{name} ({type(m).__name__})" for name, m in model.named_modules()}
+    names |= {part: f"layer {m.name}" for m in layers for part in (m, m.train_graph, m.eval_graph)}
+    for module, (came, left) in first.items():
+        came_again, left_again = second.get(module, (came, left))
+        if _alike(came, came_again, autocast) and not _alike(left, left_again, autocast):
             raise ValueError(
                 "DropScheduler: the rows of a dropped layer must be a function of the sample alone, and those of "
-                f"{names.get(module, type(module).__name__)} ({type(module).__name__}) change with the other samples "
-                "of the batch or the random state, in eval mode too; drop only the layers before it"
+                f"{names.get(module, type(module).__name__)} change with the other samples of the "
+                "batch or the random state, in eval mode too; drop only the layers before it"
             )
+
+
+def _seen_rows(
+    segment: Segment, batch: torch.Tensor, half: int, seed: int
+) -> dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """What enters and what leaves each module for the first half of a batch, the innermost modules first."""
+    came: dict[nn.Module, torch.Tensor] = {}
+    seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def is_rows(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == len(batch)
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and is_rows(inputs[0]):
+            came[module] = inputs[0][:half].clone()
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        if module in came and is_rows(output):
+            seen[module] = came[module], output[:half].clone()
+
+    hooks = [h for m in segment.modules() for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        with own_randomness(seed):
+            segment(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _alike(wanted: torch.Tensor, got: torch.Tensor, autocast: torch.dtype | None) -> bool:
+    if not wanted.is_floating_point():
+        return torch.equal(wanted, got)
+    relative = 2e-2 if autocast is not None or wanted.dtype.itemsize == 2 else 1e-3
+    bound = relative * float(wanted.abs().max()) if wanted.numel() else 0.0
+    return bool((((wanted - got).abs() <= bound) | (wanted == got) | (wanted.isnan() & got.isnan())).all())
 
 
 def fill_from_images(
