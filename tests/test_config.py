@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from learndrop_ext.config import CacheConfig
+from learndrop_ext.config import CacheConfig, cache_config
 
 
 def test_cache_config_defaults() -> None:
@@ -51,3 +51,30 @@ def test_cache_config_refuses(arguments: dict[str, Any], message: str) -> None:
 def test_cache_config_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         CacheConfig().codec = "fp32"  # type: ignore[misc]
+
+
+# cache, views, what they mean
+MEANT: list[tuple[CacheConfig | str | None, int | None, CacheConfig]] = [
+    (None, None, CacheConfig()),
+    (None, 4, CacheConfig(views=4)),
+    ("uint8", None, CacheConfig(codec="uint8")),
+    ("fp32", 2, CacheConfig(codec="fp32", views=2)),
+    (CacheConfig(flip=True, views=3), None, CacheConfig(flip=True, views=3)),
+    (CacheConfig(flip=True, views=3), 5, CacheConfig(flip=True, views=5)),
+]
+
+
+@pytest.mark.parametrize(("cache", "views", "wanted"), MEANT)
+def test_cache_config_of_the_schedulers_arguments(
+    cache: CacheConfig | str | None, views: int | None, wanted: CacheConfig
+) -> None:
+    assert cache_config(cache, views) == wanted
+
+
+def test_cache_config_of_other_arguments_is_refused() -> None:
+    with pytest.raises(TypeError, match="DropScheduler: cache must be a CacheConfig, a codec or None, got int"):
+        cache_config(5, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"CacheConfig: codec must be one of .*, got 'png'"):
+        cache_config("png", None)
+    with pytest.raises(ValueError, match="CacheConfig: views must be a whole number >= 1, got 0"):
+        cache_config(None, 0)

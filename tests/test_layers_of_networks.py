@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -93,24 +89,6 @@ def test_split_layers_gives_the_shape_of_each_row(
         assert chain.prefix(i + 1)(x).shape == (3, *shape)
 
 
-@pytest.fixture(scope="module")
-def torchvision_models() -> Iterator[ModuleType]:
-    """torchvision.models, whose import wants two operators; a build for another torch cannot load its own."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        pytest.skip("torchvision is not installed")
-    library = None
-    if not hasattr(torch.ops.torchvision, "nms"):
-        try:
-            torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
-        except OSError:
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            for operator in ("nms", "qnms"):
-                library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield importlib.import_module("torchvision.models")
-    del library
-
-
 # constructor, arguments, image size, layers, first three names, last name
 TORCHVISION: list[tuple[str, dict[str, Any], int, int, tuple[str, str, str], str]] = [
     ("alexnet", {}, 64, 8, ("features.0", "features.3", "features.6"), "classifier.6"),
@@ -173,7 +151,7 @@ TORCHVISION: list[tuple[str, dict[str, Any], int, int, tuple[str, str, str], str
     ("name", "arguments", "size", "length", "first", "last"), TORCHVISION, ids=[case[0] for case in TORCHVISION]
 )
 def test_split_layers_of_torchvision_networks(
-    torchvision_models: ModuleType,
+    torchvision_stub: ModuleType,
     name: str,
     arguments: dict[str, Any],
     size: int,
@@ -182,14 +160,14 @@ def test_split_layers_of_torchvision_networks(
     last: str,
 ) -> None:
     weights = {"weights": None} if name.islower() else {}
-    model = getattr(torchvision_models, name)(num_classes=5, **weights, **arguments)
+    model = getattr(torchvision_stub.models, name)(num_classes=5, **weights, **arguments)
     chain = split_layers(model, torch.randn(2, 3, size, size))
     assert (len(chain), chain.names[:3], chain.names[-1]) == (length, first, last)
     assert {id(p) for p in chain.parameters()} == {id(p) for p in model.parameters()}
 
 
-def test_chain_of_a_network_with_auxiliary_heads_gives_them_in_train_mode_only(torchvision_models: ModuleType) -> None:
-    model = torchvision_models.googlenet(weights=None, num_classes=5, init_weights=False)
+def test_chain_of_a_network_with_auxiliary_heads_gives_them_in_train_mode_only(torchvision_stub: ModuleType) -> None:
+    model = torchvision_stub.models.googlenet(weights=None, num_classes=5, init_weights=False)
     x = torch.randn(2, 3, 64, 64)
     chain = split_layers(model, x)
     heads = chain.train()(x)
