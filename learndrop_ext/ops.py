@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .kernels import reference
 from .kernels.chunks import DeltaTable
+from .kernels.reference import check_out
 
 CODECS = ("fp32", "bf16", "fp16", "uint8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -197,16 +197,37 @@ def gather_rows(
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
     """Sums over each layer's parameters of how far they are from their anchors: [L, 6] or [L, 8] float64.
 
-    Columns, `refresh`, `out` and what it raises: `kernels.reference.delta_norms`. A table whose parameters
-    have moved is built anew first. A CUDA table takes one launch of the Triton kernel on the current stream
-    and no synchronisation; a CPU table the reference.
+    Columns, `refresh`, `out` and what it raises: `kernels.reference.delta_norms`. A table whose parameters have moved is
+    built anew first. A CUDA table takes one launch of the Triton kernel on the current stream and no synchronisation; a
+    CPU table one pass over memory in C++ on torch's number of threads, which changes no bit of the result.
     """
     table.refresh_pointers()
     if table.device.type == "cuda":
         from .kernels import delta_norms as triton_form
 
         return triton_form.delta_norms(table, refresh=refresh, out=out)
-    return reference.delta_norms(table, refresh=refresh, out=out)
+    check_out(table, out)
+    sums = torch.empty(len(table), table.columns, dtype=torch.float64) if out is None else out
+    _C.delta_norms(
+        chunks=table.chunks.data_ptr(),
+        chunk_count=len(table.chunks),
+        starts=table.starts.data_ptr(),
+        layers=len(table),
+        anchors=table.anchors.data_ptr(),
+        row_bytes=table.anchors.shape[1],
+        role=table.counters[-1:].data_ptr(),
+        partials=table.partials.data_ptr(),
+        out=sums.data_ptr(),
+        persistence=table.persistence,
+        refresh=refresh,
+        threads=torch.get_num_threads(),
+    )
+    return sums
+
+
+def _check_codec(name: str, codec: str) -> None:
+    if codec not in CODECS:
+        raise ValueError(f"{name}: codec must be one of {', '.join(CODECS)}, got {codec!r}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -216,8 +237,7 @@ def _geometry(name: str, shape: tuple[int, ...], codec: str) -> tuple[int, tuple
     A row that is no image is one channel. So is, for uint8, an image of one pixel: a scale and zero point for each of
     its values would be larger than they are.
     """
-    if codec not in CODECS:
-        raise ValueError(f"{name}: codec must be one of {', '.join(CODECS)}, got {codec!r}")
+    _check_codec(name, codec)
     D = math.prod(shape)
     if min(shape, default=1) < 1 or D > LARGEST_ROW:
         raise ValueError(f"{name}: a row must have 1 to {LARGEST_ROW} values, got shape {shape}")
@@ -332,7 +352,7 @@ def _append_rows(cache: Tensor, rows: Tensor, index: Tensor, codec: str) -> None
 
 @_append_rows.register_fake
 def _(cache: Tensor, rows: Tensor, index: Tensor, codec: str) -> None:
-    _geometry("append_rows", tuple(rows.shape[1:]), codec)
+    _check_codec("append_rows", codec)
 
 
 @torch.library.custom_op("learndrop::gather_rows", mutates_args=())
@@ -358,5 +378,5 @@ def _(
     flip: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    _geometry("gather_rows", tuple(shape), codec)
+    _check_codec("gather_rows", codec)
     return cache.new_empty((index.shape[0], *shape), dtype=dtype).to(memory_format=_memory_format(shape))
