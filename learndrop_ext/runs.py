@@ -230,11 +230,13 @@ def compare(
     rivals: "freeze-only" (the same drops, but the frozen prefix is run at each step) and "short" (the plain recipe with
     as many epochs as fit into the seconds that dropping took). The dict has the form that `--json` prints.
     """
+    policy = default_policy(recipe)
+    CacheConfig(codec=recipe.codec, views=recipe.views)
     out: dict[str, Any] = {"config": dataclasses.asdict(recipe)}
     baseline, _ = train("baseline", split, recipe, on_epoch=on_epoch, progress=progress)
     out["baseline"] = dataclasses.asdict(baseline)
     yield out
-    dropping, _ = train("learndrop", split, recipe, policy=default_policy(recipe), on_epoch=on_epoch, progress=progress)
+    dropping, _ = train("learndrop", split, recipe, policy=policy, on_epoch=on_epoch, progress=progress)
     out["learndrop"] = dataclasses.asdict(dropping)
     out["speedup"] = baseline.seconds / dropping.seconds
     yield out
