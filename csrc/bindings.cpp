@@ -19,6 +19,10 @@
 namespace py = pybind11;
 using namespace learndrop;
 
+namespace learndrop {
+void bind_delta_norms(py::module_& m);
+}
+
 namespace {
 
 using Shape = std::array<int64_t, 3>;      // height, width, channels
@@ -155,4 +159,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather_rows", &gather_rows, py::arg("cache"), py::arg("cache_rows"), py::arg("cache_stride_bytes"),
         py::arg("codec"), py::arg("out"), py::arg("dtype"), py::arg("batch"), py::arg("shape"),
         py::arg("index"), py::arg("flip"), py::arg("shift"), py::arg("threads"), py::arg("target"));
+  bind_delta_norms(m);
 }

@@ -42,3 +42,17 @@ def gather_rows(
     threads: int,
     target: tuple[int, int],
 ) -> None: ...
+def delta_norms(
+    chunks: int,
+    chunk_count: int,
+    starts: int,
+    layers: int,
+    anchors: int,
+    row_bytes: int,
+    role: int,
+    partials: int,
+    out: int,
+    persistence: bool,
+    refresh: bool,
+    threads: int,
+) -> None: ...
