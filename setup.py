@@ -52,13 +52,22 @@ def architectures(nvcc: str) -> str:
     return ";".join([*(f"{number}-real" for number in admitted[:-1]), admitted[-1]])
 
 
+def find_ninja() -> str:
+    """The ninja of the build environment: on PATH under pip's build isolation, else where its package says."""
+    import ninja
+
+    found = shutil.which("ninja") or shutil.which("ninja", path=ninja.BIN_DIR)
+    if found is None:
+        raise SystemExit("the build needs ninja, and none was found on PATH or in the package ninja: pip install ninja")
+    return found
+
+
 class CMakeBuild(build_ext):
     """Configures and builds the CMake target _C in place of a compiler call."""
 
     def build_extension(self, ext: Extension) -> None:
         """Builds `ext` into the place that setuptools expects."""
         import cmake
-        import ninja
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -67,7 +76,7 @@ class CMakeBuild(build_ext):
         nvcc = nvcc_to_use()
         options = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_MAKE_PROGRAM": f"{ninja.BIN_DIR}/ninja",
+            "CMAKE_MAKE_PROGRAM": find_ninja(),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "LEARNDROP_OUTPUT_DIR": str(target.parent),
