@@ -47,3 +47,10 @@ def test_chain_segment_refuses_layers_outside_the_chain(start: int, stop: int) -
     chain = split_layers(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.ones(2, 4))
     with pytest.raises(IndexError, match=rf"Chain: layers must be within 0..2 and in order, got {start}..{stop}"):
         chain.segment(start, stop)
+
+
+def test_chain_starts_with_what_stands_before_the_first_weights() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.MaxPool2d(2), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    chain = split_layers(model, torch.rand(2, 3, 8, 8))
+    assert chain.names == ("2", "4")
+    assert [chain.layer(i).shape for i in range(2)] == [(3, 4, 4), (3, 4, 4)]

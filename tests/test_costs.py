@@ -106,6 +106,8 @@ CUTS = [
     # 8x the bytes behind `expand` cost 21.5 ms more than its forward pass of 1 ms saves.
     (CHEAP, 2, 0, 10, 10**9, CutChoice(1, 1024, "rows after stem")),
     (CHEAP, 3, 0, 10, 10**9, CutChoice(3, 1024, "rows after squeeze")),
+    # Of two that cost the same the later one: less is run again.
+    ((CHEAP[0], CHEAP[0]), 2, 0, 10, 10**9, CutChoice(2, 1024, "rows after stem")),
     # Rows that are there already stay where the later ones are larger, and go where the later ones are better.
     (CHEAP, 2, 1, 10, 10**9, CutChoice(1, 0, "rows stay after stem")),
     (CHEAP, 3, 1, 10, 10**9, CutChoice(3, 1024, "rows after squeeze")),
