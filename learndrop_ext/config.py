@@ -36,7 +36,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(f"CacheConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
-        if not isinstance(self.views, int) or self.views < 1:
+        if not isinstance(self.views, int) or isinstance(self.views, bool) or self.views < 1:
             raise ValueError(f"CacheConfig: views must be a whole number >= 1, got {self.views!r}")
         if self.budget_bytes != "auto" and not (isinstance(self.budget_bytes, int) and self.budget_bytes >= 0):
             raise ValueError(f"CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got {self.budget_bytes!r}")

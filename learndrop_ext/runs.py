@@ -17,7 +17,7 @@ from learndrop_ext import costs
 from learndrop_ext.config import CacheConfig
 from learndrop_ext.datasets import ImageSet, Split, make_loader
 from learndrop_ext.layers import split_layers
-from learndrop_ext.models import build_model
+from learndrop_ext.models import MODELS, build_model
 from learndrop_ext.policy import Fixed, Policy, StoppedLearning
 from learndrop_ext.scheduler import DropScheduler
 
@@ -50,6 +50,12 @@ class Recipe:
     patience: int = 2
     warmup: int = 2
     most: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.model.removesuffix("_bn") not in MODELS:
+            raise ValueError(f"Recipe: model must be one of {', '.join(MODELS)}, got {self.model!r}")
+        default_policy(self)
+        CacheConfig(codec=self.codec, views=self.views)
 
 
 @dataclass(frozen=True)
@@ -152,12 +158,16 @@ def train(
             total_loss += loss.detach()
             done += 1
             progress(name, done, steps, f"epoch {epoch}/{recipe.epochs}")
-        reason, scores, prefix = "", None, 0
+        reason, prefix = "", 0
+        scores = relative = cosine = None
         if drop is not None:
             before = drop.prefix
             record = drop.step()
             reason, prefix = record.reason, record.prefix
-            scores = dict(zip(drop.chain.names, record.scores, strict=True))
+            scores, relative, cosine = (
+                dict(zip(drop.chain.names, values, strict=True))
+                for values in (record.scores, record.relative, record.cosine)
+            )
             fill_seconds += record.fill_seconds
             measure_seconds += record.measure_seconds
             forward_flops += record.forward_flops + record.fill_flops
@@ -183,6 +193,8 @@ def train(
                 "layers": len(drop.chain) if drop is not None else len(chain),
                 "lr": lr,
                 "scores": scores,
+                "relative": relative,
+                "cosine": cosine,
                 "reason": reason,
             }
         )
@@ -231,7 +243,6 @@ def compare(
     as many epochs as fit into the seconds that dropping took). The dict has the form that `--json` prints.
     """
     policy = default_policy(recipe)
-    CacheConfig(codec=recipe.codec, views=recipe.views)
     out: dict[str, Any] = {"config": dataclasses.asdict(recipe)}
     baseline, _ = train("baseline", split, recipe, on_epoch=on_epoch, progress=progress)
     out["baseline"] = dataclasses.asdict(baseline)
@@ -245,7 +256,7 @@ def compare(
             same = Fixed({d.epoch: d.prefix for d in dropping.drops})
             result, _ = train(rival, split, recipe, policy=same, caches=False, on_epoch=on_epoch, progress=progress)
         else:
-            fitting = max(1, int(dropping.seconds / baseline.seconds * recipe.epochs))
+            fitting = max(1, int(min(1.0, dropping.seconds / baseline.seconds) * recipe.epochs))
             out["config"]["short_epochs"] = fitting
             short = dataclasses.replace(recipe, epochs=fitting)
             result, _ = train(rival, split, short, on_epoch=on_epoch, progress=progress)
