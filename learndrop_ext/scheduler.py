@@ -16,6 +16,7 @@ from learndrop_ext.batches import InputKey, RestOfBatch, input_of, to_device
 from learndrop_ext.cache import ActivationCache
 from learndrop_ext.config import CacheConfig, cache_config
 from learndrop_ext.deltas import Deltas, LayerChange
+from learndrop_ext.distributed import from_rank_zero, share_buffers
 from learndrop_ext.history import Record, fingerprint, record_of
 from learndrop_ext.layers import Chain, Segment, split_layers
 from learndrop_ext.loader import DropLoader, Rows, check_loader
@@ -141,7 +142,7 @@ class DropScheduler:
             fill_seconds=tuple(e.fill_seconds for e in estimates),
             saved_seconds=tuple(e.saved_seconds for e in estimates),
         )
-        decision = self._decide(situation)
+        decision, choices = from_rank_zero((self._decide(situation), choices))
         begin = time.perf_counter()
         before, reason, fill_flops = self.cut, decision.reason, 0
         if decision.prefix > self.prefix:
@@ -308,6 +309,7 @@ class DropScheduler:
         before = self.cut
         rows = self.loader.rows
         filled = 0
+        share_buffers(self.chain.prefix(prefix).buffers())
         if cut > before:
             rows = self._filled(before, cut)
             filled = int(rows.cache.filled.sum())

@@ -18,7 +18,7 @@ HOME = {"learndrop_ext": "learndrop_ext", "kernels": "learndrop_ext.kernels"}
 
 #: In the order the data flows: a file imports only what stands before it.
 FLOW: list[str] = [
-    *("config", "randomness", "row_ops_reference", "ops", "models", "image_files", "image_set", "datasets"),
+    *("config", "distributed", "randomness", "row_ops_reference", "ops", "models", "image_files", "image_set", "datasets"),
     *("graph", "layers", "deltas", "scores", "policy", "costs", "batches", "cache", "drop", "fill", "loader"),
     *("history", "scheduler", "plots", "report", "runs", "cli"),
 ]
