@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Builds the CPU code with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of the row ops under them.
+# Wants the test requirements in the environment's python, and GCC; takes one to two minutes. Other tests can be named:
+#     bench/sanitize.sh tests/test_delta_norms.py
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [ $# -eq 0 ]; then set -- tests/test_ops.py tests/test_ops_refusals.py; fi
+python=$(command -v python)
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+
+LEARNDROP_CUDA=0 LEARNDROP_SANITIZE=address,undefined \
+  "$python" -m pip install --quiet --no-deps --target "$site" .
+
+# Python itself frees little at its end: leaks are not looked for.
+libasan=$("${CXX:-g++}" -print-file-name=libasan.so)
+libstdcxx=$("${CXX:-g++}" -print-file-name=libstdc++.so)
+mkdir "$site/tests"
+cp "$@" tests/conftest.py "$site/tests"
+cd "$site"
+LD_PRELOAD="$libasan $libstdcxx" PYTHONPATH="$site" \
+  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+  "$python" -m pytest -q -p no:cacheprovider --rootdir "$site" -W error tests
