@@ -57,6 +57,15 @@ def _from_magnitude(bits):
 
 
 @triton.jit
+def _widen(x):
+    """In fp32. bf16 by its bits: Triton's interpreter takes its subnormals for 0."""
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
 def _scale_exponent(magnitude):
     """Exponent field of the fp32 power of two that brings a magnitude near 1, within what fp32 holds."""
     return tl.minimum(tl.maximum(254 - (magnitude >> 23), 1), 254)
@@ -151,8 +160,8 @@ def _add_tile(
             s_dot += _sum(b_delta * b_previous)
             s_previous += _sum(b_previous * b_previous)
     else:
-        b_w = b_w.to(tl.float32)
-        b_newer = b_newer.to(tl.float32)
+        b_w = _widen(b_w)
+        b_newer = _widen(b_newer)
         b_delta = b_w - b_newer
         b_size = _magnitude(b_delta)
         b_top = _top(b_size)
@@ -172,7 +181,7 @@ def _add_tile(
         s_w2 += _sum(b_w * b_w).to(tl.float64) * u_w * u_w
 
         if PERSISTENCE:
-            b_previous = b_newer - b_older.to(tl.float32)
+            b_previous = b_newer - _widen(b_older)
             e_previous = _scale_exponent(_top(_magnitude(b_previous)))
             u_previous = _unscale(e_previous)
             b_previous = b_previous * _scale(e_previous)[None, :, None]
@@ -343,11 +352,11 @@ def delta_norms_kernel(
                 tl.store(p_role, tl.load(p_role) ^ SWAP)
 
 
-def constants(table: DeltaTable, *, refresh: bool) -> dict[str, int | bool]:
-    """The kernel's compile-time arguments for a table."""
+def constants(*, refresh: bool, persistence: bool) -> dict[str, int | bool]:
+    """The kernel's compile-time arguments."""
     return {
         "REFRESH": refresh,
-        "PERSISTENCE": table.persistence,
+        "PERSISTENCE": persistence,
         "R": TILE_ROWS,
         "T": 32 * WARPS,
         "GROUP": GROUP_CHUNKS,
@@ -375,7 +384,7 @@ def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) 
                 sums,
                 len(table),
                 table.anchors.shape[1],
-                **constants(table, refresh=refresh),
+                **constants(refresh=refresh, persistence=table.persistence),
                 num_warps=WARPS,
             )
     return sums
