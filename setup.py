@@ -13,6 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_ARCHITECTURES = ("80", "90", "100")
+TOOLKIT = "/usr/local/cuda"
 
 
 def find_nvcc() -> str | None:
@@ -21,7 +22,7 @@ def find_nvcc() -> str | None:
         if found := shutil.which(named):
             return found
         raise SystemExit(f"CUDACXX must name a CUDA compiler that can be run, got {named!r}")
-    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    homes = (os.environ.get("CUDA_HOME"), TOOLKIT)
     places = [f"{home}/bin/nvcc" for home in homes if home]
     return next((found for found in map(shutil.which, ["nvcc", *places]) if found), None)
 
