@@ -9,6 +9,9 @@ Letters: L layers, C chunks, G groups of chunks, S bytes of an anchor row, K col
 a tile, T threads of a row, V elements of a thread's 16-byte vector.
 """
 
+# What Triton compiles has no Python types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import torch

@@ -49,7 +49,7 @@ class PendingChanges:
         self._host = [to_host(one) for one in sums]
         self._events = []
         for device in {one.device for one in sums if one.is_cuda}:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(device))
             self._events.append(event)
 
