@@ -21,6 +21,7 @@ using namespace learndrop;
 
 namespace learndrop {
 void bind_delta_norms(py::module_& m);
+void bind_disk_rows(py::module_& m);
 }
 
 namespace {
@@ -160,4 +161,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("codec"), py::arg("out"), py::arg("dtype"), py::arg("batch"), py::arg("shape"),
         py::arg("index"), py::arg("flip"), py::arg("shift"), py::arg("threads"), py::arg("target"));
   bind_delta_norms(m);
+  bind_disk_rows(m);
 }

@@ -56,3 +56,35 @@ def delta_norms(
     refresh: bool,
     threads: int,
 ) -> None: ...
+def crc32c(data: bytes | bytearray | memoryview, portable: bool = False) -> int: ...
+def read_rows(
+    file: tuple[int, int, int, int, int, int],
+    slots: int,
+    count: int,
+    into: int,
+    into_stride_bytes: int,
+    checksums: int,
+    threads: int,
+) -> int: ...
+def write_rows(
+    file: tuple[int, int, int, int, int, int],
+    slots: int,
+    count: int,
+    rows: int,
+    rows_stride_bytes: int,
+    checksums: int,
+    threads: int,
+) -> None: ...
+def pin(address: int, bytes: int, device: int | None) -> None: ...
+def unpin(address: int) -> None: ...
+def host_rows_to_device(
+    source: int,
+    source_stride_bytes: int,
+    index: int,
+    count: int,
+    into: int,
+    into_stride_bytes: int,
+    row_bytes: int,
+    kernel: bool,
+    target: tuple[int, int],
+) -> None: ...

@@ -1,0 +1,71 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cerrno>
+#include <system_error>
+
+#include "disk_rows.h"
+
+namespace py = pybind11;
+
+namespace learndrop {
+namespace {
+
+using File = std::array<int64_t, 6>;  // the members of RowFile
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+RowFile row_file(const File& file) {
+  return {static_cast<int>(file[0]), file[1], file[2], file[3], file[4], file[5]};
+}
+
+// Runs without the GIL; an error of the file becomes the OSError that Python would raise.
+template <class Call>
+auto released(const Call& call) {
+  try {
+    const py::gil_scoped_release release;
+    return call();
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw py::error_already_set();
+  }
+}
+
+int64_t read_rows(const File& file, uintptr_t slots, int64_t count, uintptr_t into, int64_t into_stride_bytes,
+                  uintptr_t checksums, int threads) {
+  return released([&] {
+    return cpu::read_rows(row_file(file), pointer<const int64_t>(slots), count, pointer<void>(into),
+                          into_stride_bytes, pointer<const uint32_t>(checksums), threads);
+  });
+}
+
+void write_rows(const File& file, uintptr_t slots, int64_t count, uintptr_t rows, int64_t rows_stride_bytes,
+                uintptr_t checksums, int threads) {
+  released([&] {
+    cpu::write_rows(row_file(file), pointer<const int64_t>(slots), count, pointer<const void>(rows),
+                    rows_stride_bytes, pointer<uint32_t>(checksums), threads);
+  });
+}
+
+uint32_t crc32c(const py::buffer& data, bool portable) {
+  const py::buffer_info info = data.request();
+  const auto bytes = static_cast<std::size_t>(info.size * info.itemsize);
+  return portable ? cpu::crc32c_portable(info.ptr, bytes) : cpu::crc32c(info.ptr, bytes);
+}
+
+}  // namespace
+
+void bind_disk_rows(py::module_& m) {
+  m.def("crc32c", &crc32c, py::arg("data"), py::arg("portable") = false);
+  m.def("read_rows", &read_rows, py::arg("file"), py::arg("slots"), py::arg("count"), py::arg("into"),
+        py::arg("into_stride_bytes"), py::arg("checksums"), py::arg("threads"));
+  m.def("write_rows", &write_rows, py::arg("file"), py::arg("slots"), py::arg("count"), py::arg("rows"),
+        py::arg("rows_stride_bytes"), py::arg("checksums"), py::arg("threads"));
+}
+
+}  // namespace learndrop

@@ -1,0 +1,294 @@
+"""Rows of a cache in one file that is written aside, synced and renamed: complete and right, or refused.
+
+A file is a header page, the rows, and a tail: the manifest (JSON), one byte a slot that says whether it was written, and
+one CRC-32C a slot. The header holds the lengths, the tail's checksum and its own. While a file is filled it is called
+`<name>.part`, has no header, and its tables are in memory; what a killed process left of it is written over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import re
+import struct
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learndrop_ext import ops, tier_ops
+from learndrop_ext.tier_ops import PAGE_BYTES, Places
+
+MAGIC = b"LDROWS\r\n"
+VERSION = 1
+# magic, version, and the tail's offset, manifest bytes, bytes and checksum. The page's last four bytes are its checksum.
+HEADER = struct.Struct("<8sIQQQI")
+# So many reads keep the queue of an NVMe disk filled; the threads sleep while it works.
+THREADS = 8
+
+
+class CacheFileError(ValueError):
+    """A file that holds no rows that may be used: damaged, of another version, or of another cache."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All that the rows of a cache depend on.
+
+    weights: SHA-256 of the prefix's parameters and buffers. cut: layers before the rows. samples: of the dataset.
+    dataset: what it is and how it transforms, see `describe`. autocast: dtype of the frozen pass, "" for none. seed: of
+    the views drawn.
+    """
+
+    weights: str
+    cut: int
+    codec: str
+    views: int
+    samples: int
+    dataset: str
+    autocast: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the rows of a file are: `slots` places for rows of `shape`, kept with `codec` as `stored_shape`."""
+
+    codec: str
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    dtype: str
+    moving: bool
+    slots: int
+    row_bytes: int
+    stride_bytes: int
+    fingerprint: Fingerprint
+
+
+def describe(dataset: Any) -> str:
+    """A dataset in words that are the same in the next run: its type, repr and transforms, without addresses."""
+    parts = [f"{type(dataset).__module__}.{type(dataset).__qualname__}", repr(dataset)]
+    parts += [f"{name}={getattr(dataset, name)!r}" for name in ("transform", "transforms") if hasattr(dataset, name)]
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(parts))
+
+
+@dataclass
+class _Handle:
+    """An open file; a part goes with it. A forked child does not own it."""
+
+    descriptor: int
+    part: Path | None
+    process: int = dataclasses.field(default_factory=os.getpid)
+
+
+def _release(handle: _Handle) -> None:
+    if handle.process != os.getpid():
+        return
+    if handle.part is not None:
+        handle.part.unlink(missing_ok=True)
+    # A forked child keeps the descriptor, and with it the lock, which another cache may want.
+    fcntl.flock(handle.descriptor, fcntl.LOCK_UN)
+    os.close(handle.descriptor)
+
+
+class DiskRows:
+    """R rows by slot in one file at `path`, read and written by several threads without the GIL.
+
+    A new one is `<path>.part` until `commit`, and goes when it is closed before; one made by `open` is at `path` until
+    a row is written, which makes it a part again: rows at `path` never change in place.
+    """
+
+    def __init__(self, path: Path, places: Places, *, _descriptor: int | None = None) -> None:
+        self.path = path
+        self.places = places
+        self.checksums = torch.zeros(0, dtype=torch.int32)
+        if _descriptor is None:
+            with _told(path, "must be written by one cache at a time, in a folder that is there"):
+                descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                _lock(descriptor, fcntl.LOCK_EX)
+                os.ftruncate(descriptor, 0)
+            self._handle = _Handle(descriptor, self.part)
+        else:
+            self._handle = _Handle(_descriptor, None)
+        self._finalizer = weakref.finalize(self, _release, self._handle)
+
+    @property
+    def part(self) -> Path:
+        """The name while it is filled."""
+        return self.path.with_name(self.path.name + ".part")
+
+    @property
+    def committed(self) -> bool:
+        """Whether the file at `path` holds exactly these rows."""
+        return self._handle.part is None
+
+    def grow(self, slots: int, *, first: int) -> None:
+        """Make room for `slots` rows in all, and take the disk space of those from `first` on now, so that a full disk
+        is met before the work is done. Raises OSError."""
+        if self.committed and slots <= len(self.checksums):
+            return
+        self._unseal()
+        if first < slots:
+            begin = self.places.begin(first)
+            size = self.places.end(slots) - begin
+            with _told(self.path, f"must have {size:,} bytes of disk space for {slots - first} rows"):
+                os.posix_fallocate(self._handle.descriptor, begin, size)
+        more = max(0, slots - len(self.checksums))
+        self.checksums = torch.cat([self.checksums, self.checksums.new_zeros(more)])
+
+    def read(self, slots: Tensor, into: Tensor) -> None:
+        """Read the rows at slots [n] int64 into `into` [n, S] uint8 (CPU).
+
+        Raises CacheFileError for a row that does not have its checksum, OSError when the file cannot be read.
+        """
+        with _told(self.path, f"must give {len(slots)} rows"):
+            bad = tier_ops.read_rows(self.places, self._handle.descriptor, slots, into, self.checksums, threads=THREADS)
+        if bad is not None:
+            raise CacheFileError(
+                f"cache file {self.path}: row {int(slots[bad])} must have the checksum it was written with, got another: "
+                "the file was altered or cut; delete it, and its rows are computed again"
+            )
+
+    def write(self, slots: Tensor, rows: Tensor) -> None:
+        """Write rows [n, S] uint8 (CPU) to slots [n] int64. Raises OSError; these slots then hold no rows."""
+        self._unseal()
+        with _told(self.path, f"must have disk space for {len(slots)} rows of {self.places.row_bytes:,} bytes"):
+            tier_ops.write_rows(self.places, self._handle.descriptor, slots, rows, self.checksums, threads=THREADS)
+
+    def commit(self, manifest: Manifest, filled: Tensor) -> None:
+        """Make the rows a file at `path` in place of what was there; filled: [R] bool. Raises OSError: `path` is then as
+        it was, and the rows can still be read and committed again."""
+        self._unseal()
+        text = json.dumps(dataclasses.asdict(manifest), sort_keys=True).encode()
+        tail = text + filled.to(torch.uint8).numpy().tobytes() + self.checksums[: manifest.slots].numpy().tobytes()
+        tail_offset = self.places.end(manifest.slots)
+        page = HEADER.pack(MAGIC, VERSION, tail_offset, len(text), len(tail), tier_ops.crc32c(tail))
+        page += bytes(PAGE_BYTES - 4 - len(page))
+        page += struct.pack("<I", tier_ops.crc32c(page))
+        descriptor = self._handle.descriptor
+        with _told(self.path, "must have disk space for its tables"):
+            os.ftruncate(descriptor, tail_offset)
+            _write_all(descriptor, tail, tail_offset)
+            _write_all(descriptor, page, 0)
+            os.fsync(descriptor)
+            os.rename(self.part, self.path)
+            self._handle.part = None
+            _sync_folder(self.path)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+    def _unseal(self) -> None:
+        """Make a committed file a part again, before it changes."""
+        if not self.committed:
+            return
+        with _told(self.path, "must not be read by another process while rows are written"):
+            _lock(self._handle.descriptor, fcntl.LOCK_EX)
+            os.rename(self.path, self.part)
+            self._handle.part = self.part
+            _sync_folder(self.path)
+
+    def close(self) -> None:
+        """Close the file; one that was not committed is deleted."""
+        self._finalizer()
+
+
+def open_rows(path: Path, fingerprint: Fingerprint) -> tuple[DiskRows, Manifest, Tensor]:
+    """The rows of a committed file, what they are, and which were written [R] bool.
+
+    Raises FileNotFoundError, or CacheFileError naming what is wrong first: a damaged or cut header or tail, another
+    version, or the first difference of the fingerprint. Rows are checked when they are read.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        with _told(path, "must not be written by another process"):
+            _lock(descriptor, fcntl.LOCK_SH)
+        manifest, filled, checksums = _read_tables(path, descriptor)
+        for field in dataclasses.fields(Fingerprint):
+            wanted, got = getattr(fingerprint, field.name), getattr(manifest.fingerprint, field.name)
+            if wanted != got:
+                raise CacheFileError(
+                    f"cache file {path}: its rows must be of {field.name} {wanted!r}, got rows of {field.name} {got!r}"
+                )
+    except BaseException:
+        os.close(descriptor)
+        raise
+    places = Places(manifest.row_bytes, manifest.stride_bytes)
+    rows = DiskRows(path, places, _descriptor=descriptor)
+    rows.checksums = checksums
+    return rows, manifest, filled
+
+
+def _read_tables(path: Path, descriptor: int) -> tuple[Manifest, Tensor, Tensor]:
+    def refuse(what: str, wanted: object, got: object) -> CacheFileError:
+        return CacheFileError(f"cache file {path}: {what} must be {wanted}, got {got}")
+
+    size = os.fstat(descriptor).st_size
+    page = os.pread(descriptor, PAGE_BYTES, 0)
+    if len(page) < PAGE_BYTES:
+        raise refuse("the header", f"{PAGE_BYTES} bytes", f"a file of {size}")
+    magic, version, tail_offset, text_bytes, tail_bytes, tail_checksum = HEADER.unpack(page[: HEADER.size])
+    if magic != MAGIC:
+        raise refuse("the first bytes", MAGIC, magic)
+    stored, computed = struct.unpack("<I", page[-4:])[0], tier_ops.crc32c(page[:-4])
+    if stored != computed:
+        raise refuse("the header's checksum", f"{computed:#010x}", f"{stored:#010x}")
+    if version != VERSION:
+        raise refuse("the version", VERSION, version)
+    if size != tail_offset + tail_bytes:
+        raise refuse("the file", f"{tail_offset + tail_bytes:,} bytes long", f"{size:,}")
+    tail = bytearray(os.pread(descriptor, tail_bytes, tail_offset))
+    computed = tier_ops.crc32c(tail)
+    if tail_checksum != computed:
+        raise refuse("the checksum of manifest and tables", f"{tail_checksum:#010x}", f"{computed:#010x}")
+    manifest = _manifest(json.loads(tail[:text_bytes]))
+    row_bytes = ops.row_bytes(manifest.stored_shape, manifest.codec)
+    if manifest.row_bytes != row_bytes:
+        raise refuse(f"row_bytes of {manifest.codec} rows {manifest.stored_shape}", row_bytes, manifest.row_bytes)
+    filled = torch.frombuffer(tail, dtype=torch.uint8, count=manifest.slots, offset=text_bytes).bool()
+    checksums = torch.zeros(manifest.slots, dtype=torch.int32)
+    checksums.view(torch.uint8).copy_(torch.frombuffer(tail, dtype=torch.uint8)[text_bytes + manifest.slots :])
+    return manifest, filled, checksums
+
+
+def _manifest(values: dict[str, Any]) -> Manifest:
+    values["fingerprint"] = Fingerprint(**values["fingerprint"])
+    values["shape"], values["stored_shape"] = tuple(values["shape"]), tuple(values["stored_shape"])
+    return Manifest(**values)
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while len(view):
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(errno.EBUSY, "another one has it open") from None
+
+
+@contextmanager
+def _told(path: Path, wanted: str) -> Iterator[None]:
+    """Say of an OSError what was wanted of which file; its type and number stay."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, f"cache file {path}: {wanted}, got {error.strerror}") from error
