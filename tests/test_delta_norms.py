@@ -27,7 +27,9 @@ Form = Callable[..., Tensor]
 
 
 def triton_form() -> Form:
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if DEVICE == "cpu" and triton.__version__.startswith("3.6."):
+        pytest.skip("the interpreter of Triton 3.6 makes loop bounds from arrays as numpy no longer allows")
     from learndrop_ext.kernels import delta_norms
 
     return delta_norms.delta_norms
