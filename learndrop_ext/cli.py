@@ -11,8 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from learndrop_ext import __version__
+import torch
+
+from learndrop_ext import __version__, backend_info, report, runs
 from learndrop_ext.config import CODECS
+from learndrop_ext.datasets import load_dataset
+from learndrop_ext.runs import Recipe
 
 RIVALS = ("freeze-only", "short")
 INTERRUPTED = 130
@@ -104,14 +108,20 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: cuda where there is one")
     recipe.add_argument("--amp", choices=["bf16"], help="mixed precision")
     dropping = parser.add_argument_group("dropping")
-    dropping.add_argument("--codec", choices=CODECS, default="fp16", help="how cached activations are stored")
+    dropping.add_argument("--codec", choices=CODECS, default=Recipe.codec, help="how cached activations are stored")
     dropping.add_argument(
         "--views", type=_count, metavar="V", help="augmented views kept of an image (default: 4 or 1)"
     )
-    dropping.add_argument("--threshold", type=float, default=0.3, metavar="X", help="a score under this has stopped")
-    dropping.add_argument("--patience", type=_count, default=2, metavar="N", help="for so many measurements")
-    dropping.add_argument("--warmup", type=int, default=2, metavar="N", help="epochs before the first drop")
-    dropping.add_argument("--most", type=float, default=1.0, metavar="X", help="largest share of layers to drop")
+    dropping.add_argument(
+        "--threshold", type=float, default=Recipe.threshold, metavar="X", help="a score under this has stopped"
+    )
+    dropping.add_argument(
+        "--patience", type=_count, default=Recipe.patience, metavar="N", help="for so many measurements"
+    )
+    dropping.add_argument("--warmup", type=int, default=Recipe.warmup, metavar="N", help="epochs before the first drop")
+    dropping.add_argument(
+        "--most", type=float, default=Recipe.most, metavar="X", help="largest share of layers to drop"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("learndrop-report"), metavar="DIR", help="where files go")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -119,11 +129,6 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
 
 def _recipe(args: argparse.Namespace) -> tuple[Any, Any]:
     """The split and the recipe that the options ask for."""
-    import torch
-
-    from learndrop_ext.datasets import load_dataset
-    from learndrop_ext.runs import Recipe
-
     preset = PRESETS[args.dataset]
     device = _device(args.device, torch.cuda.is_available())
     split = load_dataset(args.dataset, args.data_root, limit=args.limit, size=args.image_size)
@@ -167,8 +172,6 @@ def _device(name: str, has_cuda: bool) -> str:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from learndrop_ext import report, runs
-
     split, recipe = _recipe(args)
     with report.Reporter(args.out) as reporter, _Bar() as bar:
         result: dict[str, Any] = {}
@@ -182,8 +185,6 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from learndrop_ext import report, runs
-
     split, recipe = _recipe(args)
     policy = None if args.plain else runs.default_policy(recipe)
     name = "baseline" if args.plain else "learndrop"
@@ -200,8 +201,6 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from learndrop_ext import backend_info
-
     found = dataclasses.asdict(backend_info())
     if args.json:
         print(json.dumps(found))
@@ -213,8 +212,6 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _print(result: dict[str, Any], args: argparse.Namespace) -> int:
-    from learndrop_ext import report
-
     if args.json:
         print(json.dumps(result))
     else:

@@ -50,7 +50,7 @@ class StoppedLearning:
     known, the epochs left are taken to be as many as were done. `most` bounds the share of layers that may be dropped.
     """
 
-    threshold: float = 0.1
+    threshold: float = 0.2
     patience: int = 2
     warmup: int = 2
     smoothing: float = 0.5

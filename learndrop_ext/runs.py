@@ -46,10 +46,10 @@ class Recipe:
     augment: str | None = None
     codec: str = "fp16"
     views: int = 1
-    threshold: float = 0.1
-    patience: int = 2
-    warmup: int = 2
-    most: float = 1.0
+    threshold: float = StoppedLearning.threshold
+    patience: int = StoppedLearning.patience
+    warmup: int = StoppedLearning.warmup
+    most: float = StoppedLearning.most
 
     def __post_init__(self) -> None:
         if self.model.removesuffix("_bn") not in MODELS:

@@ -21,7 +21,7 @@ FIRST_RESTS = (0.0, 0.9, 0.9, 0.9)
 TWO_REST = (0.0, 0.0, 0.9, 0.9)
 MIDDLE_RESTS = (0.9, 0.0, 0.0, 0.9)
 ALL_REST = (0.0, 0.0, 0.0, 0.0)
-QUICK = StoppedLearning(warmup=0, patience=2, smoothing=0.0)
+QUICK = StoppedLearning(threshold=0.1, warmup=0, patience=2, smoothing=0.0)
 STOPPED = "scores under 0.1 for 2 measurements"
 
 # policy, situation, prefix, reason
@@ -29,7 +29,7 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
     ("warm-up", StoppedLearning(warmup=2), after(ALL_REST, ALL_REST), 0, "warm-up: epoch 2 of 2"),
     ("warm-up keeps the prefix", StoppedLearning(warmup=2), after(ALL_REST, prefix=1), 1, "warm-up: epoch 1 of 2"),
     ("warm-up does not count", StoppedLearning(warmup=2), after(*[ALL_REST] * 3), 0, "stem still learns: score 0.00"),
-    ("first after warm-up", StoppedLearning(warmup=2), after(*[ALL_REST] * 4), 3, STOPPED),
+    ("first after warm-up", StoppedLearning(0.1, warmup=2), after(*[ALL_REST] * 4), 3, STOPPED),
     ("all learn", QUICK, after(MOVING, MOVING), 0, "stem still learns: score 0.90"),
     ("too few measurements", QUICK, after(ALL_REST), 0, "stem still learns: score 0.00"),
     ("no measurement", QUICK, after(epoch=1), 0, "no score yet"),
@@ -58,7 +58,7 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
     ),
     (
         "half at most",
-        StoppedLearning(warmup=0, most=0.5, smoothing=0.0),
+        StoppedLearning(0.1, warmup=0, most=0.5, smoothing=0.0),
         after(ALL_REST, ALL_REST),
         2,
         STOPPED,
