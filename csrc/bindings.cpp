@@ -22,7 +22,7 @@ using namespace learndrop;
 namespace learndrop {
 void bind_delta_norms(py::module_& m);
 void bind_disk_rows(py::module_& m);
-}
+}  // namespace learndrop
 
 namespace {
 

@@ -251,9 +251,10 @@ def _read_tables(path: Path, descriptor: int) -> tuple[Manifest, Tensor, Tensor]
     row_bytes = ops.row_bytes(manifest.stored_shape, manifest.codec)
     if manifest.row_bytes != row_bytes:
         raise refuse(f"row_bytes of {manifest.codec} rows {manifest.stored_shape}", row_bytes, manifest.row_bytes)
-    filled = torch.frombuffer(tail, dtype=torch.uint8, count=manifest.slots, offset=text_bytes).bool()
+    tables = torch.frombuffer(tail, dtype=torch.uint8)[text_bytes:]
+    filled = tables[: manifest.slots].bool()
     checksums = torch.zeros(manifest.slots, dtype=torch.int32)
-    checksums.view(torch.uint8).copy_(torch.frombuffer(tail, dtype=torch.uint8)[text_bytes + manifest.slots :])
+    checksums.view(torch.uint8).copy_(tables[manifest.slots :])
     return manifest, filled, checksums
 
 

@@ -23,6 +23,8 @@ def test_cache_config_defaults() -> None:
         {"views": 8},
         {"budget_bytes": 0},
         {"budget_bytes": 1 << 40},
+        {"host_bytes": "auto", "disk_bytes": 5, "disk_dir": "rows"},
+        {"disk_dir": "rows"},
         {"flip": True, "shift": 2},
     ],
 )
@@ -39,6 +41,9 @@ def test_cache_config_takes(arguments: dict[str, Any]) -> None:
         ({"views": 1.5}, r"CacheConfig: views must be a whole number >= 1, got 1\.5"),
         ({"budget_bytes": -1}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got -1"),
         ({"budget_bytes": "8GB"}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got '8GB'"),
+        ({"host_bytes": -1}, "CacheConfig: host_bytes must be bytes >= 0 or 'auto', got -1"),
+        ({"disk_bytes": 0.5}, r"CacheConfig: disk_bytes must be bytes >= 0 or 'auto', got 0\.5"),
+        ({"disk_bytes": 1}, "CacheConfig: disk_dir must be a folder where disk_bytes is 1, got None"),
         ({"shift": -1}, "CacheConfig: shift must be pixels >= 0, got -1"),
         ({"shift": 0.5}, r"CacheConfig: shift must be pixels >= 0, got 0\.5"),
     ],

@@ -266,7 +266,9 @@ def test_cache_wants_a_path_for_a_disk_budget() -> None:
     with pytest.raises(ValueError, match="ActivationCache: path must be given with a disk budget, got None"):
         ActivationCache(1, (2,), codec="fp32", device=CPU, budgets=Budgets(0, 0, 1))
     cache = ActivationCache(1, (2,), codec="fp32", device=CPU)
-    with pytest.raises(ValueError, match=r"ActivationCache.spill: budgets must have no disk for a cache without a path"):
+    with pytest.raises(
+        ValueError, match=r"ActivationCache.spill: budgets must have no disk for a cache without a path"
+    ):
         cache.spill(Budgets(0, 0, 1))
     with pytest.raises(ValueError, match=r"ActivationCache.save: the cache must have a path, got None"):
         cache.save(PRINT)
