@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -142,6 +143,21 @@ def choose_cut(
         reason = f"no rows: the smallest take {wanted / 1e6:,.0f} MB and the budget is {budget_bytes / 1e6:,.0f} MB"
         return CutChoice(0, 0, reason)
     return best
+
+
+def choose_cuts(layers: Sequence[LayerCost], *, budgets_bytes: Sequence[int], **options: Any) -> list[CutChoice]:
+    """The cut for each prefix length 0..L-1 by the first of the budgets, from the fastest tiers on, that some cut fits.
+
+    options: those of `choose_cut`.
+    """
+    choices = []
+    for prefix in range(len(layers)):
+        for budget in budgets_bytes:
+            choice = choose_cut(layers, prefix, budget_bytes=budget, **options)
+            if choice.cut:
+                break
+        choices.append(choice)
+    return choices
 
 
 @dataclass(frozen=True)

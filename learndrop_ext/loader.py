@@ -121,18 +121,32 @@ class DropLoader:
         # A DataLoader draws its workers' seed before the sampler draws the order: draw it too, so that the order is
         # the one that training on images would have had.
         torch.empty((), dtype=torch.int64).random_(generator=self.user.generator)
-        views = self.config.views
-        for ids in self.batches:
-            index = torch.as_tensor(ids, dtype=torch.int64)
-            missing = index[rows.slots[index] < 0]
-            if len(missing):
-                assert self.fetch_missing is not None
-                self.fetch_missing(missing.unique())
-            at = rows.slots[index] * views
-            if views > 1:
-                at += (self.view_offset[index] + self.epochs) % views
-            flip, shift = self._moves(len(index))
-            yield rows.rest.get(at, rows.cache.gather(at, flip=flip, shift=shift))
+        drawn = (self._draw(rows, torch.as_tensor(ids, dtype=torch.int64)) for ids in self.batches)
+        if not rows.cache.plan.staging:
+            for at, flip, shift in drawn:
+                yield rows.rest.get(at, rows.cache.gather(at, flip=flip, shift=shift))
+            return
+        # Rows of the slower tiers are read while the batch before them trains.
+        ahead = next(drawn, None)
+        while ahead is not None:
+            at, flip, shift = ahead
+            x = rows.cache.gather(at, flip=flip, shift=shift)
+            ahead = next(drawn, None)
+            if ahead is not None:
+                rows.cache.prefetch(ahead[0])
+            yield rows.rest.get(at, x)
+
+    def _draw(self, rows: Rows, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Slots, flips and shifts of the samples of one batch."""
+        missing = index[rows.slots[index] < 0]
+        if len(missing):
+            assert self.fetch_missing is not None
+            self.fetch_missing(missing.unique())
+        at = rows.slots[index] * self.config.views
+        if self.config.views > 1:
+            at += (self.view_offset[index] + self.epochs) % self.config.views
+        flip, shift = self._moves(len(index))
+        return at, flip, shift
 
     def _moves(self, count: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         flip = shift = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from learndrop_ext.loader import DropLoader, Rows, check_loader
 from learndrop_ext.policy import Decision, Policy, Situation, StoppedLearning
 from learndrop_ext.randomness import own_randomness
 from learndrop_ext.scores import scores
+from learndrop_ext.tiers import budgets_of
 
 
 class DropScheduler:
@@ -268,23 +271,17 @@ class DropScheduler:
             return [costs.CutChoice(0, 0, "frozen, no rows kept")] * len(self.chain)
         if self._bytes_per_second is None:
             self._bytes_per_second = costs.copy_bytes_per_second(self.device)
-        budget = self.config.budget_bytes
-        if not isinstance(budget, int):
-            budget = costs.free_bytes(self.device) // 2
-        rows = len(self._ids()) * self.config.views
-        return [
-            costs.choose_cut(
-                self.costs,
-                k,
-                kept=self.cut,
-                rows=rows,
-                codec=self.config.codec,
-                budget_bytes=budget,
-                bytes_per_second=self._bytes_per_second,
-                moving=self.config.moving,
-            )
-            for k in range(len(self.chain))
-        ]
+        budgets = budgets_of(self.config, self.device)
+        on_device = budgets.device or 0
+        return costs.choose_cuts(
+            self.costs,
+            kept=self.cut,
+            rows=len(self._ids()) * self.config.views,
+            codec=self.config.codec,
+            budgets_bytes=(on_device, on_device + budgets.host + budgets.disk),
+            bytes_per_second=self._bytes_per_second,
+            moving=self.config.moving,
+        )
 
     def _estimate(self, prefix: int, cut: int) -> costs.Estimate:
         return costs.estimate(
@@ -335,7 +332,16 @@ class DropScheduler:
         fill.check_purity(segment, probe, self.full, autocast)
         self.loader.check_size()
         slots = len(ids) * views if old is None else len(old.cache.filled)
-        cache = ActivationCache(slots, shape, codec=self.config.codec, device=self.device, moving=self.config.moving)
+        folder = self.config.disk_dir
+        cache = ActivationCache(
+            slots,
+            shape,
+            codec=self.config.codec,
+            device=self.device,
+            moving=self.config.moving,
+            budgets=budgets_of(self.config, self.device),
+            path=None if folder is None else Path(folder) / f"rows-{os.getpid()}-{cut}.bin",
+        )
         batch_size = self._batch_size()
         if old is not None:
             fill.fill_from_rows(old.cache, segment, cache, batch_size=batch_size, autocast=autocast)

@@ -9,6 +9,7 @@ from learndrop_ext.costs import (
     Estimate,
     LayerCost,
     choose_cut,
+    choose_cuts,
     copy_bytes_per_second,
     estimate,
     forward_flops,
@@ -162,3 +163,13 @@ def test_estimate(
     got = estimate(FOUR, before=before, after=after, epoch_seconds=seconds, samples=samples, rows=rows)
     assert got.fill_seconds == pytest.approx(wanted.fill_seconds)
     assert got.saved_seconds == pytest.approx(wanted.saved_seconds)
+
+
+def test_choose_cuts_takes_the_first_budget_that_a_cut_fits() -> None:
+    layers = (LayerCost("a", 0, 1.0, (64,)), LayerCost("b", 0, 1.0, (32,)), LayerCost("c", 0, 1.0, (10,)))
+    options = {"kept": 0, "rows": 10, "codec": "fp32", "bytes_per_second": 1e9}
+    cuts = {
+        budgets: [choice.cut for choice in choose_cuts(layers, budgets_bytes=budgets, **options)]
+        for budgets in ((2560, 9999), (1280, 2560), (1280, 1280), (0, 0))
+    }
+    assert cuts == {(2560, 9999): [0, 1, 2], (1280, 2560): [0, 1, 2], (1280, 1280): [0, 0, 2], (0, 0): [0, 0, 0]}

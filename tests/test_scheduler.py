@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -515,3 +516,25 @@ def test_a_prefix_that_is_no_function_of_the_sample_is_refused() -> None:
     with pytest.raises(ValueError, match=r"those of bn1 \(BatchNorm2d\) change with the other samples"):
         drop.step()
     assert drop.prefix == 0
+
+
+def test_rows_spill_to_disk_and_train_the_same(tmp_path: Path) -> None:
+    def run(cache: CacheConfig) -> tuple[list[float], DropScheduler]:
+        model, optimizer, loader = parts()
+        drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1, 2: 3}), cache=cache)
+        losses = []
+        for _ in range(4):
+            losses += epoch(drop, optimizer)
+            drop.step()
+        return losses, drop
+
+    wanted, _ = run(CacheConfig(codec="fp32"))
+    # 24 rows after conv1 take 1 KiB each: 2 KiB hold none beside the areas that rows from the disk go through.
+    got, drop = run(CacheConfig(codec="fp32", budget_bytes=2048, disk_bytes=1 << 20, disk_dir=str(tmp_path)))
+    assert got == wanted
+    rows = drop.loader.rows
+    assert rows is not None
+    assert rows.cache.plan.disk > 0
+    assert len(list(tmp_path.iterdir())) == 1
+    drop.undrop()
+    assert list(tmp_path.iterdir()) == []
