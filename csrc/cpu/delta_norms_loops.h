@@ -197,7 +197,7 @@ void chunk_sums(const void* w, const void* newer, const void* older, void* targe
     add(padded[0], padded[1], padded[2]);
   }
   // After the loop, from the cache: the chunk is small.
-  if (target != nullptr) std::memcpy(target, p_w, whole_bytes + rest_bytes);
+  if (target != nullptr && n > 0) std::memcpy(target, p_w, whole_bytes + rest_bytes);
   write_sums(running, sums);
 }
 
