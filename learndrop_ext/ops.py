@@ -250,7 +250,7 @@ def _geometry(name: str, shape: tuple[int, ...], codec: str) -> tuple[int, tuple
 
 def _strides(rows: Tensor, image: tuple[int, int, int]) -> tuple[int, int, int, int]:
     """Strides of batch, height, width and channel in values, for rows [B], [B, D], [B, C, H, W] or contiguous."""
-    if rows.ndim == 4 and image != (1, image[1], 1):
+    if rows.ndim == 4 and image == (rows.shape[2], rows.shape[3], rows.shape[1]):
         return rows.stride(0), rows.stride(2), rows.stride(3), rows.stride(1)
     return rows.stride(0), 0, rows.stride(1) if rows.ndim in (2, 4) else 1, 1
 

@@ -20,7 +20,7 @@ from learndrop_ext import row_ops_reference as reference
 BEST = _C.build_info()["cpu_simd"]
 SETS = ("portable", "avx2", "avx512")[: ("portable", "avx2", "avx512").index(BEST) + 1]
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-IMAGES = [(64, 8, 8), (3, 5, 7), (1, 9, 4), (70, 3, 3), (100, 4, 5), (16, 1, 1), (2, 1, 6)]
+IMAGES = [(64, 8, 8), (3, 5, 7), (1, 9, 4), (70, 3, 3), (100, 4, 5), (16, 1, 1), (2, 1, 6), (1, 1, 2), (1, 3, 1)]
 FLAT = [(), (1,), (17,), (256,), (2, 3), (5, 1, 2, 3)]
 NAN, INF = math.nan, math.inf
 

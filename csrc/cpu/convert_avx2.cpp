@@ -8,7 +8,6 @@ namespace {
 
 struct Avx2 {
   static constexpr int lanes = 8;
-  static constexpr int copy_bytes = 32;
   using Float = __m256;
   using Bits = __m256i;
 
@@ -50,16 +49,6 @@ struct Avx2 {
         _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
   }
-
-  static void stream(float* p, __m256 v) { _mm256_stream_ps(p, v); }
-  template <class Half>
-  static void stream(Half* p, __m256 v) {
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
-  }
-  static void stream_copy(const void* in, void* out) {
-    _mm256_stream_si256(static_cast<__m256i*>(out), _mm256_loadu_si256(static_cast<const __m256i*>(in)));
-  }
-  static void fence() { _mm_sfence(); }
 
   // min and max give their second operand where one is NaN.
   static __m256 saturate(__m256 v) {

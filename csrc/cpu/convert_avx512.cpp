@@ -8,7 +8,6 @@ namespace {
 
 struct Avx512 {
   static constexpr int lanes = 16;
-  static constexpr int copy_bytes = 64;
   using Float = __m512;
   using Bits = __m512i;
 
@@ -38,7 +37,13 @@ struct Avx512 {
     return _mm512_cvtps_ph(quiet(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 
-  static void store(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
+  // In two halves: 128 x 100,352 fp16 to fp32 take 8.0 ms of one core with them, 8.9 ms with whole lines,
+  // and 8.6 ms with stores that bypass the caches, which also leave nothing there for the reader (Xeon 2.5
+  // GHz, Cascade Lake).
+  static void store(float* p, __m512 v) {
+    _mm256_storeu_ps(p, _mm512_castps512_ps256(v));
+    _mm256_storeu_pd(reinterpret_cast<double*>(p + 8), _mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+  }
   template <class Half>
   static void store(Half* p, __m512 v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
@@ -46,16 +51,6 @@ struct Avx512 {
   static void store(uint8_t* p, __m512 v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }
-
-  static void stream(float* p, __m512 v) { _mm512_stream_ps(p, v); }
-  template <class Half>
-  static void stream(Half* p, __m512 v) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
-  }
-  static void stream_copy(const void* in, void* out) {
-    _mm512_stream_si512(static_cast<__m512i*>(out), _mm512_loadu_si512(in));
-  }
-  static void fence() { _mm_sfence(); }
 
   // min and max give their second operand where one is NaN.
   static __m512 saturate(__m512 v) {

@@ -1,18 +1,13 @@
 // The loops of Converter, written once over an instruction set V (Scalar, Avx2, Avx512).
 #pragma once
 
+#include <cstring>
+
 #include "cpu/convert.h"
 #include "cpu/scalar.h"
 
 namespace learndrop::cpu {
 namespace {
-
-template <class Out>
-int64_t values_until_aligned(const Out* out, int64_t alignment_bytes, int64_t n) {
-  const auto past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % alignment_bytes);
-  const int64_t values = past == 0 ? 0 : (alignment_bytes - past) / static_cast<int64_t>(sizeof(Out));
-  return values < n ? values : n;
-}
 
 template <class V, bool saturate, class In, class Out>
 inline void convert_block(const In* in, Out* out) {
@@ -21,40 +16,17 @@ inline void convert_block(const In* in, Out* out) {
 }
 
 template <class V, bool saturate, class In, class Out>
-void convert(const void* in_pointer, void* out_pointer, int64_t n, bool stream) {
+void convert(const void* in_pointer, void* out_pointer, int64_t n) {
   const In* in = static_cast<const In*>(in_pointer);
   Out* out = static_cast<Out*>(out_pointer);
   int64_t i = 0;
-  if constexpr (V::lanes > 1) {
-    if (stream) {
-      const int64_t head = values_until_aligned(out, V::lanes * sizeof(Out), n);
-      for (; i < head; ++i) convert_block<Scalar, saturate>(in + i, out + i);
-      for (; i + V::lanes <= n; i += V::lanes) {
-        const auto value = V::load(in + i);
-        V::stream(out + i, saturate ? V::saturate(value) : value);
-      }
-      V::fence();
-    }
-  }
   for (; i + V::lanes <= n; i += V::lanes) convert_block<V, saturate>(in + i, out + i);
   for (; i < n; ++i) convert_block<Scalar, saturate>(in + i, out + i);
 }
 
-template <class V, int bytes>
-void copy(const void* in_pointer, void* out_pointer, int64_t n, bool stream) {
-  const auto* in = static_cast<const unsigned char*>(in_pointer);
-  auto* out = static_cast<unsigned char*>(out_pointer);
-  const int64_t size = n * bytes;
-  int64_t i = 0;
-  if constexpr (V::lanes > 1) {
-    if (stream) {
-      i = values_until_aligned(out, V::copy_bytes, size);
-      std::memcpy(out, in, static_cast<size_t>(i));
-      for (; i + V::copy_bytes <= size; i += V::copy_bytes) V::stream_copy(in + i, out + i);
-      V::fence();
-    }
-  }
-  std::memcpy(out + i, in + i, static_cast<size_t>(size - i));
+template <int bytes>
+void copy(const void* in, void* out, int64_t n) {
+  std::memcpy(out, in, static_cast<size_t>(n * bytes));
 }
 
 template <class V, class In>
@@ -110,22 +82,13 @@ inline typename V::Float dequantised(const uint8_t* in, const float* zero, const
 
 template <class V, class Out>
 void dequantise(const uint8_t* in, void* out_pointer, int64_t pixels, int64_t channels, const float* zero,
-                const float* scale, bool stream) {
+                const float* scale) {
   Out* out = static_cast<Out*>(out_pointer);
-  stream = stream && channels % V::lanes == 0 && values_until_aligned(out, V::lanes * sizeof(Out), 1) == 0;
   for (int64_t p = 0; p < pixels; ++p, in += channels, out += channels) {
     int64_t c = 0;
-    if constexpr (V::lanes > 1) {
-      if (stream) {
-        for (; c < channels; c += V::lanes) V::stream(out + c, dequantised<V>(in + c, zero + c, scale + c));
-      }
-    }
     for (; c + V::lanes <= channels; c += V::lanes)
       V::store(out + c, dequantised<V>(in + c, zero + c, scale + c));
     for (; c < channels; ++c) Scalar::store(out + c, dequantised<Scalar>(in + c, zero + c, scale + c));
-  }
-  if constexpr (V::lanes > 1) {
-    if (stream) V::fence();
   }
 }
 
@@ -133,12 +96,12 @@ template <class V>
 constexpr Converter converter(const char* name) {
   return {
       name,
-      {{copy<V, 4>, convert<V, false, Bf16, float>, convert<V, false, Fp16, float>},
-       {convert<V, false, float, Bf16>, copy<V, 2>, convert<V, false, Fp16, Bf16>},
+      {{copy<4>, convert<V, false, Bf16, float>, convert<V, false, Fp16, float>},
+       {convert<V, false, float, Bf16>, copy<2>, convert<V, false, Fp16, Bf16>},
        {convert<V, true, float, Fp16>, convert<V, true, Bf16, Fp16>, convert<V, true, Fp16, Fp16>}},
-      {{copy<V, 4>, convert<V, false, float, Bf16>, convert<V, false, float, Fp16>},
-       {convert<V, false, Bf16, float>, copy<V, 2>, convert<V, false, Bf16, Fp16>},
-       {convert<V, false, Fp16, float>, convert<V, false, Fp16, Bf16>, copy<V, 2>}},
+      {{copy<4>, convert<V, false, float, Bf16>, convert<V, false, float, Fp16>},
+       {convert<V, false, Bf16, float>, copy<2>, convert<V, false, Bf16, Fp16>},
+       {convert<V, false, Fp16, float>, convert<V, false, Fp16, Bf16>, copy<2>}},
       {extent<V, float>, extent<V, Bf16>, extent<V, Fp16>},
       {quantise<V, float>, quantise<V, Bf16>, quantise<V, Fp16>},
       {dequantise<V, float>, dequantise<V, Bf16>, dequantise<V, Fp16>},

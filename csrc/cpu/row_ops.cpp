@@ -17,14 +17,12 @@
 namespace learndrop::cpu {
 namespace {
 
-// Two threads gather 128 rows of 512 fp16 values (0.4 MB) in 15 us, one in 12.5 us; at 2048 values they need
-// 50 us against 73 us (Xeon 2.5 GHz, 2 cores). Below this the calling thread does all.
-constexpr int64_t kSerialBytes = 512 << 10;
+// Waking a thread costs 10 to 40 us. Two threads gather 128 rows of 1,024 fp16 values (0.8 MB) in 50 us, as
+// one does, and 128 rows of 2,048 in 50 us against 73 us (Xeon 2.5 GHz, 2 cores). Below this the calling
+// thread does all.
+constexpr int64_t kSerialBytes = 1 << 20;
 // A piece that one thread takes at a time: long against the 0.1 us of taking it, short against the call.
 constexpr int64_t kPieceBytes = 32 << 10;
-// An output beyond this is written past the caches: it would be evicted before it is read, and a write that
-// passes through them first reads the line (2 + 4 + 4 bytes a value for fp16 to fp32 instead of 2 + 4).
-constexpr int64_t kStreamBytes = 8 << 20;
 // Pixels of a strided image are collected here before they are encoded: half of a 32 KB L1.
 constexpr int64_t kScratchBytes = 16 << 10;
 // Channel counts that do not fill vectors are repeated to a multiple of 16, the lanes of AVX-512.
@@ -49,13 +47,11 @@ class DefaultRounding {
 struct Plan {
   int64_t slices, length, grain;
   int threads;
-  bool stream;
 };
 
-Plan plan(int64_t batch, int64_t units, int64_t unit_bytes, int64_t written_bytes, int threads,
-          bool divisible) {
+Plan plan(int64_t batch, int64_t units, int64_t unit_bytes, int threads, bool divisible) {
   const int64_t row_work = units * unit_bytes;
-  Plan p{1, units, 1, batch * row_work < kSerialBytes ? 1 : threads, written_bytes > kStreamBytes};
+  Plan p{1, units, 1, batch * row_work < kSerialBytes ? 1 : threads};
   if (divisible && p.threads > 1 && batch < 4 * p.threads) {
     const int64_t wanted = (4 * p.threads + batch - 1) / batch;
     const int64_t useful = std::max<int64_t>(1, row_work / kPieceBytes);
@@ -209,13 +205,17 @@ void append_uint8(const Append& a, int64_t b, unsigned char* row) {
 // Reads runs of pixels of one cache row.
 class RowReader {
  public:
-  RowReader(const Gather& g, int64_t b, bool stream)
+  RowReader(const Gather& g, int64_t b)
       : g_(g),
         row_(static_cast<const unsigned char*>(g.cache) + g.index[b] * g.cache_stride_bytes),
         payload_(row_ + header_bytes(g.codec, g.shape)),
-        table_(g.codec == Codec::uint8 ? g.shape.channels : 0),
-        stream_(stream) {
-    if (g.codec != Codec::uint8) return;
+        table_(g.codec == Codec::uint8 ? g.shape.channels : 0) {
+    const int codec = static_cast<int>(g.codec), dtype = static_cast<int>(g.dtype);
+    if (g.codec != Codec::uint8) {
+      decode_ = converter().decode[codec][dtype];
+      return;
+    }
+    dequantise_ = converter().dequantise[dtype];
     const int64_t channels = g.shape.channels;
     const float* scale = reinterpret_cast<const float*>(row_);
     std::copy_n(scale + channels, channels, table_.first());
@@ -224,18 +224,15 @@ class RowReader {
   }
 
   void read(int64_t first, int64_t pixels, void* out) {
-    const Converter& convert = converter();
-    const int dtype = static_cast<int>(g_.dtype);
     const int64_t channels = g_.shape.channels;
     const unsigned char* in = payload_ + first * channels * value_bytes(g_.codec);
     if (g_.codec != Codec::uint8) {
-      convert.decode[static_cast<int>(g_.codec)][dtype](in, out, pixels * channels, stream_);
+      decode_(in, out, pixels * channels);
       return;
     }
     table_.for_each_part(pixels, [&](int64_t start, int64_t count, int64_t across) {
       auto* to = static_cast<unsigned char*>(out) + start * channels * value_bytes(g_.dtype);
-      convert.dequantise[dtype](in + start * channels, to, count, across, table_.first(), table_.second(),
-                                stream_);
+      dequantise_(in + start * channels, to, count, across, table_.first(), table_.second());
     });
   }
 
@@ -244,7 +241,8 @@ class RowReader {
   const unsigned char* row_;
   const unsigned char* payload_;
   ChannelTable table_;
-  bool stream_;
+  Converter::Move decode_ = nullptr;
+  Converter::Dequantise dequantise_ = nullptr;
 };
 
 // Writes lines [first, last) of a flipped and shifted row; `out` is the row's.
@@ -255,7 +253,7 @@ void gather_lines(const Gather& g, int64_t b, int64_t first, int64_t last, unsig
   const int64_t dy = g.shift == nullptr ? 0 : g.shift[2 * b],
                 dx = g.shift == nullptr ? 0 : g.shift[2 * b + 1];
   const int64_t left = std::clamp<int64_t>(dx, 0, width), right = std::clamp<int64_t>(width + dx, 0, width);
-  RowReader reader(g, b, false);
+  RowReader reader(g, b);
   for (int64_t y = first; y < last; ++y) {
     unsigned char* const line = out + y * width * pixel_bytes;
     const int64_t from = y - dy;
@@ -280,8 +278,7 @@ void append_rows(const Append& a, int threads) {
   if (a.batch == 0 || a.shape.values() == 0) return;
   const int64_t pixels = a.shape.pixels(), size = value_bytes(a.codec);
   const int64_t unit_bytes = a.shape.channels * (value_bytes(a.dtype) + size);
-  const Plan p = plan(a.batch, pixels, unit_bytes, a.batch * row_bytes(a.codec, a.shape), threads,
-                      a.codec != Codec::uint8);
+  const Plan p = plan(a.batch, pixels, unit_bytes, threads, a.codec != Codec::uint8);
   auto* const cache = static_cast<unsigned char*>(a.cache);
   for_each_slice(a.batch, pixels, p, [&](int64_t b, int64_t first, int64_t last) {
     unsigned char* const row = cache + a.index[b] * a.cache_stride_bytes;
@@ -291,7 +288,7 @@ void append_rows(const Append& a, int threads) {
     }
     const auto encode = converter().encode[static_cast<int>(a.codec)][static_cast<int>(a.dtype)];
     for_each_dense(a, b, first, last, [&](int64_t start, int64_t count, const void* values) {
-      encode(values, row + start * a.shape.channels * size, count * a.shape.channels, p.stream);
+      encode(values, row + start * a.shape.channels * size, count * a.shape.channels);
     });
   });
 }
@@ -302,15 +299,14 @@ void gather_rows(const Gather& g, int threads) {
   const int64_t pixel_bytes = g.shape.channels * value_bytes(g.dtype);
   const int64_t pixel_work = pixel_bytes + g.shape.channels * value_bytes(g.codec);
   const int64_t units = moved ? g.shape.height : g.shape.pixels();
-  const Plan p = plan(g.batch, units, moved ? g.shape.width * pixel_work : pixel_work,
-                      g.batch * g.shape.pixels() * pixel_bytes, threads, true);
+  const Plan p = plan(g.batch, units, moved ? g.shape.width * pixel_work : pixel_work, threads, true);
   auto* const out = static_cast<unsigned char*>(g.out);
   for_each_slice(g.batch, units, p, [&](int64_t b, int64_t first, int64_t last) {
     unsigned char* const row = out + b * g.shape.pixels() * pixel_bytes;
     if (moved) {
       gather_lines(g, b, first, last, row);
     } else {
-      RowReader(g, b, p.stream).read(first, last - first, row + first * pixel_bytes);
+      RowReader(g, b).read(first, last - first, row + first * pixel_bytes);
     }
   });
 }

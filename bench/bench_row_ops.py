@@ -1,0 +1,188 @@
+"""append_rows and gather_rows beside the torch calls that do the same.
+
+    pytest bench/bench_row_ops.py --benchmark-only          (on the GPU where there is one, else on torch's CPU threads)
+
+Rows lie in a cache many times the last-level cache, and each call takes another random batch, as an epoch does. "into
+out" writes to a tensor that is there; the others return a new one, whose pages the kernel has to find first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from learndrop_ext import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The last-level cache is 36 MB on the Xeon, 50 MB on an H200.
+CACHE_BYTES = (4 << 30) if DEVICE == "cuda" else (256 << 20)
+BATCHES = 16
+# Batch and row: 2 KB, 32 KB, 128 KB and 196 KB of fp16 (the last is ResNet-50's deepest cut at 224 px).
+CASES = [(128, (1024,)), (128, (64, 16, 16)), (128, (64, 32, 32)), (128, (2048, 7, 7))]
+CODES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Data:
+    """A filled cache, the same rows as a plain table, a batch of activations, and the batches' indices."""
+
+    shape: tuple[int, ...]
+    codec: str
+    cache: Tensor  # [R, S] uint8
+    table: Tensor  # [R, D] of the codec's type
+    scale: Tensor  # [R, 1, C]: a uint8 table's
+    rows: Tensor  # [B, *shape] fp32, channels last
+    indices: list[Tensor]  # BATCHES of [B]
+    on_host: list[Tensor]
+
+    def bytes_moved(self, dtype: torch.dtype) -> int:
+        return len(self.rows) * (ops.row_bytes(self.shape, self.codec) + math.prod(self.shape) * dtype.itemsize)
+
+
+def data(B: int, shape: tuple[int, ...], codec: str) -> Data:
+    torch.manual_seed(0)
+    D = math.prod(shape)
+    S = ops.row_stride(shape, codec)
+    R = max(2 * B, CACHE_BYTES // S // B * B)
+    rows = torch.randn(B, *shape, device=DEVICE).relu()
+    if len(shape) == 3:
+        rows = rows.contiguous(memory_format=torch.channels_last)
+    cache = torch.zeros(R, S, dtype=torch.uint8, device=DEVICE)
+    for first in range(0, R, B):
+        ops.append_rows(cache, rows, torch.arange(first, first + B), codec=codec)
+    table = torch.ones(R, D, dtype=CODES.get(codec, torch.uint8), device=DEVICE)
+    on_host = [torch.randperm(R)[:B] for _ in range(BATCHES)]
+    scale = torch.ones(R, 1, shape[0] if len(shape) == 3 else 1, device=DEVICE)
+    return Data(shape, codec, cache, table, scale, rows, [index.to(DEVICE) for index in on_host], on_host)
+
+
+def measure(
+    benchmark: BenchmarkFixture,
+    call: Callable[[int], object],
+    case: str,
+    contender: str,
+    bytes_: int,
+    launches: int | None,
+) -> None:
+    """Times call(i), i counting through the batches; a GPU's work is waited for."""
+    suite = "append_rows" if case.startswith("append") else "gather_rows"
+    benchmark.extra_info |= {
+        **{"suite": suite, "case": case, "contender": contender, "bytes": bytes_},
+        "launches": launches if DEVICE == "cuda" else None,
+    }
+    batches = itertools.cycle(range(BATCHES))
+
+    def once() -> None:
+        call(next(batches))
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(once, rounds=40, warmup_rounds=8)
+
+
+def name(verb: str, B: int, shape: tuple[int, ...], types: str) -> str:
+    return f"{verb} {B} x {'x'.join(map(str, shape))} {types}"
+
+
+@pytest.mark.parametrize("contender", ["learndrop", "index_select + to"])
+@pytest.mark.parametrize("into_out", [False, True], ids=["new", "into_out"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("B", "shape"), CASES, ids=str)
+def test_gather_fp16(
+    benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...], dtype: torch.dtype, into_out: bool, contender: str
+) -> None:
+    d = data(B, shape, "fp16")
+    flat = torch.empty(B, math.prod(shape), dtype=dtype, device=DEVICE)
+    picked = torch.empty(B, math.prod(shape), dtype=torch.float16, device=DEVICE)
+    shaped = torch.empty(B, *shape, dtype=dtype, device=DEVICE)
+    out = shaped.to(memory_format=torch.channels_last) if len(shape) == 3 else shaped
+
+    def ours(i: int) -> object:
+        return ops.gather_rows(d.cache, d.on_host[i], shape, dtype=dtype, out=out if into_out else None)
+
+    def theirs(i: int) -> object:
+        if not into_out:
+            return d.table.index_select(0, d.indices[i]).to(dtype)
+        if dtype == torch.float16:
+            return torch.index_select(d.table, 0, d.indices[i], out=flat)
+        return flat.copy_(torch.index_select(d.table, 0, d.indices[i], out=picked))
+
+    types = f"fp16 to {str(dtype).removeprefix('torch.')}{', into out' if into_out else ''}"
+    call, launches = (ours, 1) if contender == "learndrop" else (theirs, 2 if dtype == torch.float32 else 1)
+    measure(benchmark, call, name("gather", B, shape, types), contender, d.bytes_moved(dtype), launches)
+
+
+@pytest.mark.parametrize("contender", ["learndrop", "index_select + to + mul + add"])
+@pytest.mark.parametrize(("B", "shape"), CASES[1:], ids=str)
+def test_gather_uint8(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...], contender: str) -> None:
+    d = data(B, shape, "uint8")
+
+    def ours(i: int) -> object:
+        return ops.gather_rows(d.cache, d.on_host[i], shape, codec="uint8")
+
+    def theirs(i: int) -> object:
+        index = d.indices[i]
+        steps = d.table.index_select(0, index).view(B, -1, shape[0]).float()
+        return steps.mul_(d.scale.index_select(0, index)).add_(d.scale.index_select(0, index))
+
+    call, launches = (ours, 1) if contender == "learndrop" else (theirs, 6)
+    case = name("gather", B, shape, "uint8 to float32")
+    measure(benchmark, call, case, contender, d.bytes_moved(torch.float32), launches)
+
+
+@pytest.mark.parametrize("contender", ["learndrop", "gather_rows without flip and shift"])
+@pytest.mark.parametrize(("B", "shape"), CASES[1:], ids=str)
+def test_gather_moved(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...], contender: str) -> None:
+    d = data(B, shape, "fp16")
+    flip = torch.rand(B, device=DEVICE) < 0.5
+    shift = torch.randint(-2, 3, (B, 2), device=DEVICE, dtype=torch.int32)
+    out = torch.empty(B, *shape, device=DEVICE).to(memory_format=torch.channels_last)
+
+    def ours(i: int) -> object:
+        return ops.gather_rows(d.cache, d.on_host[i], shape, flip=flip, shift=shift, out=out)
+
+    def plain(i: int) -> object:
+        return ops.gather_rows(d.cache, d.on_host[i], shape, out=out)
+
+    case = name("gather", B, shape, "fp16 to float32 with flip and shift, into out")
+    call = ours if contender == "learndrop" else plain
+    measure(benchmark, call, case, contender, d.bytes_moved(torch.float32), 1)
+
+
+@pytest.mark.parametrize("contender", ["learndrop", "index_copy_ of to"])
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize(("B", "shape"), CASES, ids=str)
+def test_append_fp16(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...], layout: str, contender: str) -> None:
+    if layout == "contiguous" and len(shape) != 3:
+        pytest.skip("has one layout")
+    d = data(B, shape, "fp16")
+    rows = d.rows if layout == "channels_last" else d.rows.contiguous()
+
+    def ours(i: int) -> object:
+        return ops.append_rows(d.cache, rows, d.on_host[i])
+
+    def theirs(i: int) -> object:
+        flat = rows.permute(0, 2, 3, 1) if len(shape) == 3 else rows
+        return d.table.index_copy_(0, d.indices[i], flat.to(torch.float16).reshape(B, -1))
+
+    call, launches = (ours, 1) if contender == "learndrop" else (theirs, 2)
+    case = name("append", B, shape, f"float32 to fp16, {layout}")
+    measure(benchmark, call, case, contender, d.bytes_moved(torch.float32), launches)
+
+
+@pytest.mark.parametrize(("B", "shape"), CASES[1:], ids=str)
+def test_append_uint8(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...]) -> None:
+    d = data(B, shape, "uint8")
+    case = name("append", B, shape, "float32 to uint8")
+    measure(
+        benchmark,
+        lambda i: ops.append_rows(d.cache, d.rows, d.on_host[i], codec="uint8"),
+        *(case, "learndrop", d.bytes_moved(torch.float32), 1),
+    )
