@@ -23,8 +23,9 @@ namespace {
 constexpr int64_t kSerialBytes = 1 << 20;
 // A piece that one thread takes at a time: long against the 0.1 us of taking it, short against the call.
 constexpr int64_t kPieceBytes = 32 << 10;
-// Pixels of a strided image are collected here before they are encoded: half of a 32 KB L1.
-constexpr int64_t kScratchBytes = 16 << 10;
+// A strided image is collected in blocks of 64 pixels and 64 channels: 16 KB of fp32, half of an L1, read by
+// runs of whole lines where the pixels are dense (NCHW).
+constexpr int64_t kBlock = 64;
 // Channel counts that do not fill vectors are repeated to a multiple of 16, the lanes of AVX-512.
 constexpr int64_t kLanes = 16;
 constexpr int64_t kRepeatBelow = 64;
@@ -108,44 +109,68 @@ class ChannelTable {
   std::vector<float> first_, second_;
 };
 
-// Collects pixels of a strided row: out [last - first, C] values of T.
+// Dense values [pixels, channels] of a part of a row.
+struct Block {
+  int64_t pixel, pixels, channel, channels;
+  const void* values;
+};
+
+// Collects a block of a strided row: out [pixels, channels] values of T.
 template <class T>
-void collect(const Append& a, const T* row, int64_t first, int64_t last, T* out) {
-  const int64_t channels = a.shape.channels;
-  while (first < last) {
-    const int64_t y = first / a.shape.width, x = first % a.shape.width;
-    const int64_t count = std::min(a.shape.width - x, last - first);
-    const T* line = row + y * a.stride_h + x * a.stride_w;
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t i = 0; i < count; ++i) out[i * channels + c] = line[i * a.stride_w + c * a.stride_c];
+void collect(const Append& a, const T* row, const Block& block, T* out) {
+  // A plane without gaps is one long line.
+  const bool plane = a.stride_h == a.shape.width * a.stride_w || a.shape.height == 1;
+  const int64_t width = plane ? a.shape.pixels() : a.shape.width;
+  const int64_t last = block.pixel + block.pixels;
+  for (int64_t first = block.pixel; first < last;) {
+    const int64_t y = first / width, x = first % width;
+    const int64_t count = std::min(width - x, last - first);
+    const T* line = row + y * a.stride_h + x * a.stride_w + block.channel * a.stride_c;
+    for (int64_t c = 0; c < block.channels; ++c) {
+      for (int64_t i = 0; i < count; ++i) out[i * block.channels + c] = line[i * a.stride_w + c * a.stride_c];
     }
     first += count;
-    out += count * channels;
+    out += count * block.channels;
   }
 }
 
-// Calls encode(first pixel, pixels, values) with dense values [pixels, C] until [first, last) of row b is
-// done.
+// Calls encode(block) for blocks that cover pixels [first, last) of row b; one, of all channels, if they are
+// dense.
 template <class Encode>
-void for_each_dense(const Append& a, int64_t b, int64_t first, int64_t last, const Encode& encode) {
-  const int64_t size = value_bytes(a.dtype);
+void for_each_block(const Append& a, int64_t b, int64_t first, int64_t last, const Encode& encode) {
+  const int64_t size = value_bytes(a.dtype), channels = a.shape.channels;
   const auto* row = static_cast<const unsigned char*>(a.rows) + b * a.stride_b * size;
-  const int64_t pixel_bytes = a.shape.channels * size;
   if (is_dense(a)) {
-    encode(first, last - first, row + first * pixel_bytes);
+    encode(Block{first, last - first, 0, channels, row + first * channels * size});
     return;
   }
-  const int64_t step = std::max<int64_t>(1, kScratchBytes / pixel_bytes);
-  std::vector<uint32_t> scratch((std::min(step, last - first) * pixel_bytes + 3) / 4);
-  for (; first < last; first += step) {
-    const int64_t end = std::min(first + step, last);
-    if (size == 4) {
-      collect(a, reinterpret_cast<const uint32_t*>(row), first, end, scratch.data());
-    } else {
-      collect(a, reinterpret_cast<const uint16_t*>(row), first, end,
-              reinterpret_cast<uint16_t*>(scratch.data()));
+  uint32_t scratch[kBlock * kBlock];
+  for (int64_t pixel = first; pixel < last; pixel += kBlock) {
+    for (int64_t channel = 0; channel < channels; channel += kBlock) {
+      const Block block{pixel, std::min(kBlock, last - pixel), channel, std::min(kBlock, channels - channel),
+                        scratch};
+      if (size == 4) {
+        collect(a, reinterpret_cast<const uint32_t*>(row), block, scratch);
+      } else {
+        collect(a, reinterpret_cast<const uint16_t*>(row), block, reinterpret_cast<uint16_t*>(scratch));
+      }
+      encode(block);
     }
-    encode(first, end - first, scratch.data());
+  }
+}
+
+// Calls write(values, pixel, pixels, channel, channels) for the parts of a block that lie in a row without
+// gaps.
+template <class Write>
+void for_each_run(const Append& a, const Block& block, const Write& write) {
+  if (block.channels == a.shape.channels) {
+    write(block.values, block.pixel, block.pixels, block.channel, block.channels);
+    return;
+  }
+  const auto* values = static_cast<const unsigned char*>(block.values);
+  for (int64_t i = 0; i < block.pixels; ++i) {
+    write(values + i * block.channels * value_bytes(a.dtype), block.pixel + i, int64_t{1}, block.channel,
+          block.channels);
   }
 }
 
@@ -173,10 +198,17 @@ void append_uint8(const Append& a, int64_t b, unsigned char* row) {
   std::vector<uint32_t> magnitude(width, 0);
   std::fill_n(extent.first(), width, std::numeric_limits<float>::infinity());
   std::fill_n(extent.second(), width, -std::numeric_limits<float>::infinity());
-  for_each_dense(a, b, 0, a.shape.pixels(), [&](int64_t, int64_t pixels, const void* values) {
-    extent.for_each_part(pixels, [&](int64_t first, int64_t count, int64_t across) {
-      const auto* in = static_cast<const unsigned char*>(values) + first * channels * size;
-      convert.extent[dtype](in, count, across, extent.first(), extent.second(), magnitude.data());
+  for_each_block(a, b, 0, a.shape.pixels(), [&](const Block& block) {
+    const auto* values = static_cast<const unsigned char*>(block.values);
+    const int64_t c = block.channel;
+    if (block.channels != channels) {
+      convert.extent[dtype](values, block.pixels, block.channels, extent.first() + c, extent.second() + c,
+                            &magnitude[c]);
+      return;
+    }
+    extent.for_each_part(block.pixels, [&](int64_t first, int64_t count, int64_t across) {
+      convert.extent[dtype](values + first * channels * size, count, across, extent.first(), extent.second(),
+                            magnitude.data());
     });
   });
   for (int64_t c = channels; c < width; ++c) {
@@ -193,11 +225,18 @@ void append_uint8(const Append& a, int64_t b, unsigned char* row) {
   steps.repeat();
   uint8_t* const payload = row + header_bytes(a.codec, a.shape);
   std::memset(zero + channels, 0, payload - reinterpret_cast<unsigned char*>(zero + channels));
-  for_each_dense(a, b, 0, a.shape.pixels(), [&](int64_t start, int64_t pixels, const void* values) {
-    steps.for_each_part(pixels, [&](int64_t first, int64_t count, int64_t across) {
-      const auto* in = static_cast<const unsigned char*>(values) + first * channels * size;
-      convert.quantise[dtype](in, payload + (start + first) * channels, count, across, steps.first(),
-                              steps.second());
+  for_each_block(a, b, 0, a.shape.pixels(), [&](const Block& block) {
+    for_each_run(a, block, [&](const void* run, int64_t pixel, int64_t pixels, int64_t c, int64_t across) {
+      const auto* values = static_cast<const unsigned char*>(run);
+      if (across != channels) {
+        convert.quantise[dtype](values, payload + pixel * channels + c, 1, across, steps.first() + c,
+                                steps.second() + c);
+        return;
+      }
+      steps.for_each_part(pixels, [&](int64_t first, int64_t count, int64_t repeated) {
+        convert.quantise[dtype](values + first * channels * size, payload + (pixel + first) * channels, count,
+                                repeated, steps.first(), steps.second());
+      });
     });
   });
 }
@@ -287,8 +326,11 @@ void append_rows(const Append& a, int threads) {
       return;
     }
     const auto encode = converter().encode[static_cast<int>(a.codec)][static_cast<int>(a.dtype)];
-    for_each_dense(a, b, first, last, [&](int64_t start, int64_t count, const void* values) {
-      encode(values, row + start * a.shape.channels * size, count * a.shape.channels);
+    for_each_block(a, b, first, last, [&](const Block& block) {
+      for_each_run(a, block,
+                   [&](const void* values, int64_t pixel, int64_t count, int64_t c, int64_t across) {
+                     encode(values, row + (pixel * a.shape.channels + c) * size, count * across);
+                   });
     });
   });
 }
