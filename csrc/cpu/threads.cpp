@@ -95,8 +95,9 @@ class Pool {
 
 // A forked child has the parent's pool but not its threads, and its mutexes may be locked for good: it gets a
 // pool of its own. Pools are never deleted, because their threads sleep in them until the process ends.
-Pool& pool() {
-  static std::atomic<Pool*> current{nullptr};
+Pool& pool(Threads kind) {
+  static std::atomic<Pool*> pools[2];
+  std::atomic<Pool*>& current = pools[static_cast<int>(kind)];
   Pool* found = current.load();
   while (found == nullptr || found->process != getpid()) {
     Pool* const made = new Pool;
@@ -108,12 +109,12 @@ Pool& pool() {
 
 }  // namespace
 
-void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {
+void parallel_for(int64_t count, int64_t grain, int threads, const Body& body, Threads kind) {
   if (count <= 0) return;
   const int64_t pieces = (count + grain - 1) / grain;
   const int helpers = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;
   Job job{body, count, grain, {}, {}, {}};
-  if (helpers < 1 || !pool().run(job, helpers)) job.work();
+  if (helpers < 1 || !pool(kind).run(job, helpers)) job.work();
   if (job.error) std::rethrow_exception(job.error);
 }
 
