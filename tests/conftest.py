@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if not torch.cuda.is_available():
     # Read by Triton when it is imported: its kernels then run on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# The workers of pytest-xdist share the cores.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -44,13 +51,18 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def torchvision_stub() -> ModuleType:
-    """torchvision, also where its compiled operators are for another build of torch; skips where it is missing."""
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            library = torch.library.Library("torchvision", "FRAGMENT")
+    """torchvision, whose import wants two operators; a build for another torch cannot load its own."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        pytest.skip("torchvision is not installed")
+    try:
+        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            LIBRARIES.append(library)
-    return pytest.importorskip("torchvision")
+        LIBRARIES.append(library)
+    return importlib.import_module("torchvision")
 
 
 #: A library's operators go with it.

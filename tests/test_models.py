@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -28,20 +26,8 @@ NAMES = [case[0] for case in NETWORKS]
 
 
 @pytest.fixture(scope="module")
-def torchvision_models() -> Iterator[ModuleType]:
-    """torchvision.models, whose import wants two operators; a build for another torch cannot load its own."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        pytest.skip("torchvision is not installed")
-    library = None
-    try:
-        torch.ops.load_library(Path(spec.origin).with_name("_C.so"))
-    except OSError:
-        library = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    yield importlib.import_module("torchvision.models")
-    del library
+def torchvision_models(torchvision_stub: ModuleType) -> ModuleType:
+    return importlib.import_module(f"{torchvision_stub.__name__}.models")
 
 
 def test_models_lists_every_network() -> None:
@@ -61,9 +47,7 @@ def test_build_model_imagenet_has_torchvision_keys_and_shapes(
 
 
 @pytest.mark.parametrize("name", ["vgg11", "resnet18", "resnet50"])
-def test_build_model_imagenet_equals_torchvision_on_equal_weights(
-    torchvision_models: ModuleType, name: str
-) -> None:
+def test_build_model_imagenet_equals_torchvision_on_equal_weights(torchvision_models: ModuleType, name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     ours = build_model(name, num_classes=7, stem="imagenet", seed=1).eval()
     for key, buffer in ours.named_buffers():
