@@ -109,7 +109,7 @@ class DropScheduler:
         self.loader.on_first = self.model.expect
         self.model.train(model.training)
         self._frozen: list[drop.Frozen] = []
-        self._deltas = Deltas([list(self.chain.layer(i).parameters()) for i in range(len(self.chain))])
+        self._deltas = self._all_deltas()
         self._bytes_per_second: float | None = None
 
     @property
@@ -182,7 +182,7 @@ class DropScheduler:
         self._free_rows()
         self._frozen, self.cuts, self.prefix = [], [], 0
         self._show(drop.live_body(self.full, self.chain, 0, 0, self.wrap))
-        self._deltas = Deltas([list(self.chain.layer(i).parameters()) for i in range(len(self.chain))])
+        self._deltas = self._all_deltas()
 
     def state_dict(self) -> dict[str, Any]:
         """All but the model, the optimizer and the rows, as plain values and tensors, for `torch.save`."""
@@ -238,6 +238,9 @@ class DropScheduler:
             self._drop(state["prefix"], self.cut)
         self._deltas.load_state_dict(state["deltas"])
         self.history = [record_of(values) for values in state["history"]]
+
+    def _all_deltas(self) -> Deltas:
+        return Deltas([list(self.chain.layer(i).parameters()) for i in range(len(self.chain))], model=self.full)
 
     def _check_trained(self) -> None:
         if self.model.calls == 0:
