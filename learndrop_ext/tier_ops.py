@@ -104,7 +104,8 @@ def write_rows(
 def pin(rows: Tensor, device: torch.device) -> None:
     """Pin host memory where it lies, for the copy engines and kernels of a GPU. Raises RuntimeError where it cannot be."""
     if rows.nbytes:
-        _C.pin(rows.data_ptr(), rows.nbytes, device.index)
+        number = torch.cuda.current_device() if device.index is None else device.index
+        _C.pin(rows.data_ptr(), rows.nbytes, number)
 
 
 def unpin(rows: Tensor) -> None:

@@ -1,0 +1,61 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <utility>
+
+#include "host_rows.h"
+
+namespace py = pybind11;
+
+namespace learndrop {
+namespace {
+
+using Target = std::pair<int, uintptr_t>;  // device number and stream
+
+#ifdef LEARNDROP_CUDA_ARCHITECTURES
+void pin(uintptr_t address, int64_t bytes, int device) {
+  const py::gil_scoped_release release;
+  cuda::pin(reinterpret_cast<void*>(address), bytes, device);
+}
+
+void unpin(uintptr_t address) {
+  const py::gil_scoped_release release;
+  cuda::unpin(reinterpret_cast<void*>(address));
+}
+
+void host_rows_to_device(uintptr_t source, int64_t source_stride_bytes, uintptr_t index, int64_t count,
+                         uintptr_t into, int64_t into_stride_bytes, int64_t row_bytes, bool kernel,
+                         const Target& target) {
+  const HostRows rows{reinterpret_cast<const void*>(source),
+                      source_stride_bytes,
+                      reinterpret_cast<const int64_t*>(index),
+                      count,
+                      reinterpret_cast<void*>(into),
+                      into_stride_bytes,
+                      row_bytes};
+  const py::gil_scoped_release release;
+  (kernel ? cuda::gather_host_rows : cuda::copy_host_rows)(rows, target.first,
+                                                           reinterpret_cast<void*>(target.second));
+}
+#else
+constexpr auto kRefusal = "learndrop_ext._C was built without CUDA";
+void pin(uintptr_t, int64_t, int) { throw std::runtime_error(kRefusal); }
+void unpin(uintptr_t) { throw std::runtime_error(kRefusal); }
+void host_rows_to_device(uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, bool,
+                         const Target&) {
+  throw std::runtime_error(kRefusal);
+}
+#endif
+
+}  // namespace
+
+void bind_host_rows(py::module_& m) {
+  m.def("pin", &pin, py::arg("address"), py::arg("bytes"), py::arg("device"));
+  m.def("unpin", &unpin, py::arg("address"));
+  m.def("host_rows_to_device", &host_rows_to_device, py::arg("source"), py::arg("source_stride_bytes"),
+        py::arg("index"), py::arg("count"), py::arg("into"), py::arg("into_stride_bytes"),
+        py::arg("row_bytes"), py::arg("kernel"), py::arg("target"));
+}
+
+}  // namespace learndrop
