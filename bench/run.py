@@ -114,7 +114,15 @@ def kernel_records(device: str, copy_gb_s: float) -> Iterator[dict[str, Any]]:
         file = Path(folder) / "benchmarks.json"
         subprocess.run(
             [
-                *(sys.executable, "-m", "pytest", "-q", "--numprocesses=0", "--benchmark-only", "--benchmark-save-data"),
+                *(
+                    sys.executable,
+                    "-m",
+                    "pytest",
+                    "-q",
+                    "--numprocesses=0",
+                    "--benchmark-only",
+                    "--benchmark-save-data",
+                ),
                 f"--benchmark-json={file}",
                 *map(str, sorted((ROOT / "bench").glob("bench_*.py"))),
             ],

@@ -95,9 +95,7 @@ def load_dataset(
         if value is not None and value < 1:
             raise ValueError(f"load_dataset: {argument} must be at least 1, got {value}")
     if size is not None and name != "imagenette":
-        raise ValueError(
-            f"load_dataset: only imagenette has images of a chosen size, got {name} and size={size}"
-        )
+        raise ValueError(f"load_dataset: only imagenette has images of a chosen size, got {name} and size={size}")
     train, test, classes = source.read(Path() if root is None else Path(root), limit)
     parts = [
         ImageSet(
@@ -143,9 +141,7 @@ def _read_mnist(
         if images.shape[1:] != (28, 28):
             raise IntegrityError(path, f"images must be 28x28, got {images.shape[1]}x{images.shape[2]}")
         if len(labels) != len(images):
-            raise IntegrityError(
-                labels_path, f"must hold {len(images)} labels, one an image, got {len(labels)}"
-            )
+            raise IntegrityError(labels_path, f"must hold {len(images)} labels, one an image, got {len(labels)}")
         check_labels(labels_path, int(labels.min()), int(labels.max()), classes=10)
         parts.append((images.unsqueeze(1), labels))
     return parts[0], parts[1], classes
@@ -165,9 +161,7 @@ def _read_cifar10(root: Path, limit: int | None) -> tuple[Part, Part, tuple[str,
 def _read_cifar100(root: Path, limit: int | None) -> tuple[Part, Part, tuple[str, ...]]:
     folder = _folder(root, "cifar-100-python", first="train")
     names = read_cifar_names(folder / "meta", key="fine_label_names", classes=100)
-    train, test = (
-        _cifar_part(folder, [name], limit, labels="fine_labels", classes=100) for name in ("train", "test")
-    )
+    train, test = (_cifar_part(folder, [name], limit, labels="fine_labels", classes=100) for name in ("train", "test"))
     return train, test, names
 
 
@@ -246,9 +240,7 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
     {
         "digits": Source(_read_digits, (0.3041,), (0.3757,), flip=False),
         "mnist": Source(partial(_read_mnist, name="MNIST", classes=DIGITS), (0.1307,), (0.3081,), flip=False),
-        "fashion-mnist": Source(
-            partial(_read_mnist, name="FashionMNIST", classes=FASHION), (0.2860,), (0.3530,)
-        ),
+        "fashion-mnist": Source(partial(_read_mnist, name="FashionMNIST", classes=FASHION), (0.2860,), (0.3530,)),
         "cifar10": Source(_read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         "cifar100": Source(_read_cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         "imagenette": Source(_read_imagenette, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

@@ -138,9 +138,7 @@ class _CifarUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         found = _STAND_INS.get((module, name))
         if found is None:
-            raise IntegrityError(
-                self.path, f"refused: it asks for {module}.{name}, which no CIFAR file holds"
-            )
+            raise IntegrityError(self.path, f"refused: it asks for {module}.{name}, which no CIFAR file holds")
         return found
 
 
@@ -170,9 +168,7 @@ def read_cifar(path: Path, *, labels: str, classes: int) -> tuple[Tensor, Tensor
     if not isinstance(values, list) or any(type(value) is not int for value in values):
         raise IntegrityError(path, f"{labels!r} must be a list of integers, got {type(values).__name__}")
     if len(values) != len(images):
-        raise IntegrityError(
-            path, f"{labels!r} must hold {len(images)} labels, one an image, got {len(values)}"
-        )
+        raise IntegrityError(path, f"{labels!r} must hold {len(images)} labels, one an image, got {len(values)}")
     check_labels(path, min(values), max(values), classes=classes)
     return images, torch.tensor(values, dtype=torch.int64)
 
@@ -184,9 +180,7 @@ def _images(path: Path, array: object) -> Tensor:
     _, shape, dtype, fortran, data = state
     name = dtype.name if isinstance(dtype, _Dtype) else type(dtype).__name__
     if name not in ("u1", "|u1", "uint8") or fortran or not isinstance(data, bytes):
-        raise IntegrityError(
-            path, f"'data' must be a uint8 array in C order, got {name}, fortran order {fortran}"
-        )
+        raise IntegrityError(path, f"'data' must be a uint8 array in C order, got {name}, fortran order {fortran}")
     sizes = shape if isinstance(shape, tuple) and [type(n) for n in shape] == [int, int] else (0, 0)
     if sizes[0] < 1 or sizes[1] != 3072:
         raise IntegrityError(path, f"'data' must be [N, 3072], got {shape}")
@@ -208,9 +202,7 @@ def read_cifar_names(path: Path, *, key: str, classes: int) -> tuple[str, ...]:
 def check_labels(path: Path, lowest: int, highest: int, *, classes: int) -> None:
     """Raise IntegrityError unless all labels, given by their extremes, are in [0, classes)."""
     if lowest < 0 or highest >= classes:
-        raise IntegrityError(
-            path, f"labels must be from 0 to {classes - 1}, got {lowest if lowest < 0 else highest}"
-        )
+        raise IntegrityError(path, f"labels must be from 0 to {classes - 1}, got {lowest if lowest < 0 else highest}")
 
 
 def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) -> dict[str, tuple[Path, ...]]:
@@ -254,6 +246,4 @@ def read_jpeg(path: Path, *, size: int) -> Tensor:
             box=(left, top, left + side, top + side),
             reducing_gap=3.0,
         )
-    return (
-        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
-    )
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)

@@ -53,13 +53,9 @@ class ImageSet(Dataset[Batch]):
         device: torch.device | str | None = None,
     ) -> None:
         if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4):
-            raise ValueError(
-                f"ImageSet: images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}"
-            )
+            raise ValueError(f"ImageSet: images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}")
         if labels.dtype != torch.int64 or labels.shape != (len(images),):
-            raise ValueError(
-                f"ImageSet: labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}"
-            )
+            raise ValueError(f"ImageSet: labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
         channels = images.shape[1] if isinstance(images, Tensor) else 3
         if len(mean) != channels or len(std) != channels or min(std) <= 0:
             raise ValueError(
@@ -122,9 +118,7 @@ class ImageSet(Dataset[Batch]):
                 images[i] = image
         return self._with(images, device=self.device, augment=self.augment)
 
-    def _with(
-        self, images: Tensor | Sequence[Path], *, device: torch.device | str, augment: str | None
-    ) -> ImageSet:
+    def _with(self, images: Tensor | Sequence[Path], *, device: torch.device | str, augment: str | None) -> ImageSet:
         return ImageSet(
             images,
             self.labels,
@@ -173,9 +167,7 @@ def make_loader(
     for workers elsewhere.
     """
     if num_workers and image_set.device.type != "cpu":
-        raise ValueError(
-            f"make_loader: num_workers must be 0 for a set on {image_set.device}, got {num_workers}"
-        )
+        raise ValueError(f"make_loader: num_workers must be 0 for a set on {image_set.device}, got {num_workers}")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return DataLoader(
         image_set,

@@ -220,9 +220,7 @@ class Architecture:
         """Return the network with fresh weights: a VGG when there is no block, else a ResNet."""
         if self.block is None:
             return VGG(self.depths, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
-        return ResNet(
-            self.block, self.depths, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width
-        )
+        return ResNet(self.block, self.depths, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
 
 
 MODELS: Mapping[str, Architecture] = MappingProxyType(
@@ -262,9 +260,7 @@ def build_model(
     architecture = MODELS.get(name.removesuffix("_bn") if name.startswith("vgg") else name)
     if architecture is None:
         raise ValueError(f"build_model: name must be one of {', '.join(MODELS)}, got {name!r}")
-    build = partial(
-        architecture.build, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width
-    )
+    build = partial(architecture.build, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
     if seed is None:
         return build()
     state = torch.get_rng_state()

@@ -185,9 +185,7 @@ def test_load_dataset_imagenette_refuses(tmp_path: Path) -> None:
         with pytest.raises(IntegrityError, match=re.escape(f"{photo}: is not a whole image: ")):
             read()
     (folder / "val/b/0.JPEG").unlink()
-    with pytest.raises(
-        IntegrityError, match=re.escape(f"{folder / 'val/b'}: must hold JPEG files, got none")
-    ):
+    with pytest.raises(IntegrityError, match=re.escape(f"{folder / 'val/b'}: must hold JPEG files, got none")):
         load_dataset("imagenette", tmp_path)
     (folder / "val/b").rmdir()
     with pytest.raises(IntegrityError, match=re.escape("must hold the class folders ['a', 'b'], got ['a']")):
@@ -259,9 +257,7 @@ def real(*folders: str) -> Path:
         ("cifar10", "cifar-10-batches-py", 50_000, [6, 9, 9, 4, 1], ("airplane", "truck")),
     ],
 )
-def test_load_dataset_real(
-    name: str, folder: str, count: int, first: list[int], classes: tuple[str, str]
-) -> None:
+def test_load_dataset_real(name: str, folder: str, count: int, first: list[int], classes: tuple[str, str]) -> None:
     split = load_dataset(name, real(folder))
     assert (len(split.train), len(split.test)) == (count, 10_000)
     assert split.train.labels[:5].tolist() == first

@@ -90,9 +90,7 @@ def test_read_idx_refuses(tmp_path: Path, content: bytes, message: str) -> None:
 def test_read_idx_refuses_damaged_gzip(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "values.gz"
     path.write_bytes(content)
-    with pytest.raises(
-        IntegrityError, match=f"^{re.escape(f'{path}: could not be read to its end: {reason}')}"
-    ):
+    with pytest.raises(IntegrityError, match=f"^{re.escape(f'{path}: could not be read to its end: {reason}')}"):
         read_idx(path, dims=2)
 
 
@@ -101,9 +99,7 @@ def test_find_file(tmp_path: Path) -> None:
     assert find_file(tmp_path, "a", suffixes=("", ".gz")) == tmp_path / "a.gz"
     (tmp_path / "a").touch()
     assert find_file(tmp_path, "a", suffixes=("", ".gz")) == tmp_path / "a"
-    with pytest.raises(
-        IntegrityError, match=re.escape(f"{tmp_path / 'b'}: no such file, nor with the ending .gz")
-    ):
+    with pytest.raises(IntegrityError, match=re.escape(f"{tmp_path / 'b'}: no such file, nor with the ending .gz")):
         find_file(tmp_path, "b", suffixes=("", ".gz"))
 
 
@@ -148,9 +144,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("key", [b"data", b"labels", b"extra"])
-def test_read_cifar_refuses_foreign_globals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: bytes
-) -> None:
+def test_read_cifar_refuses_foreign_globals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: bytes) -> None:
     monkeypatch.chdir(tmp_path)
     path = write_pickle(tmp_path / "batch", {**cifar_content(), key: Hostile()})
     message = f"{path}: refused: it asks for posix.system, which no CIFAR file holds"
@@ -167,9 +161,7 @@ def test_read_cifar_admits_only_its_list(tmp_path: Path, name: str) -> None:
     path = tmp_path / "batch"
     path.write_bytes(b"c" + name.replace(" ", "\n").encode() + b"\n.")
     assert [str(arg) for op, arg, _ in pickletools.genops(path.read_bytes()) if op.name == "GLOBAL"] == [name]
-    with pytest.raises(
-        IntegrityError, match=f"refused: it asks for {re.escape(name.replace(' ', '.'))}, which"
-    ):
+    with pytest.raises(IntegrityError, match=f"refused: it asks for {re.escape(name.replace(' ', '.'))}, which"):
         read_cifar(path, labels="labels", classes=10)
 
 

@@ -80,9 +80,7 @@ LABELS = torch.zeros(2, dtype=torch.int64)
         (PIXELS, LABELS, {"augment": "strong"}, r"augment must be None or 'standard', got 'strong'"),
     ],
 )
-def test_image_set_refuses(
-    images: Tensor, labels: Tensor, arguments: dict[str, object], message: str
-) -> None:
+def test_image_set_refuses(images: Tensor, labels: Tensor, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^ImageSet: {message}"):
         ImageSet(images, labels, **{"mean": (0.0,), "std": (1.0,), **arguments})
 
