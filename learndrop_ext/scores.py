@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from learndrop_ext.deltas import LayerChange
 
-#: Relative change per measurement at which a layer counts as half at rest. One part in a thousand per epoch moves the
-#: logits of a trained network by less than its seed does.
+#: Relative change per measurement at which a layer counts as half at rest: what the layers of an annealed run change by
+#: in its last epoch (docs/scores.md).
 REST = 1e-3
 
 
@@ -24,6 +24,10 @@ def score(change: LayerChange) -> float:
     follows the learning rate and never reaches 0, while a layer that shakes in place has successive deltas that do not
     point the same way (cosine near or below 0) however large they are. Without a previous delta p is 1: nothing is
     known against the layer.
+
+    On MNIST (docs/scores.md) the first convolution has r = 0.183 and cosine 0.437 after epoch 2, score 0.435; after
+    epoch 5, at the peak of the learning rate, r is still 0.078 and the cosine -0.111, score 0; after epoch 12, the
+    learning rate all but gone, r = 0.001 and cosine 0.885, score 0.468.
     """
     persistence = 1.0 if change.cosine is None else min(max(change.cosine, 0.0), 1.0)
     r = change.relative
