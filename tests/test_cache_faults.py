@@ -228,6 +228,21 @@ def test_rows_whose_write_failed_are_not_there(tmp_path: Path, monkeypatch: pyte
     cache.close()
 
 
+def test_a_spill_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: tiered_rows.DiskRows, slots: torch.Tensor, stored: torch.Tensor) -> None:
+        raise OSError(5, "Input/output error")
+
+    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, path=tmp_path / "rows")
+    cache.append(torch.arange(9), rows(9))
+    monkeypatch.setattr(tiered_rows.DiskRows, "write", failing)
+    for call in (lambda: cache.spill(ON_DISK), lambda: cache.save(PRINT)):
+        with pytest.raises(OSError, match="Input/output error"):
+            call()
+        assert os.listdir(tmp_path) == []
+        assert cache.plan == TierPlan(9)
+        assert torch.equal(cache.gather(torch.arange(9)), rows(9))
+
+
 def no_memory(monkeypatch: pytest.MonkeyPatch, *, above: int, host: bool = False) -> None:
     """Device memory of more than `above` rows cannot be had; none of the host's if `host`."""
     real = tiered_rows.allocate

@@ -157,6 +157,9 @@ def test_prefetch_is_forgotten_when_rows_change(tmp_path: Path) -> None:
     cache.append(torch.arange(4), rows(4, 5))
     changed = rows(4, 5, seed=1)
     cache.prefetch(ids(1, 3))
+    assert cache._rows is not None
+    assert cache._rows._ahead is not None
+    cache._rows._ahead[2].result()
     cache.append(torch.arange(4), changed)
     assert torch.equal(cache.gather(ids(1, 3)), changed[[1, 3]])
     cache.prefetch(ids(0, 1))
