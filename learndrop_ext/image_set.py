@@ -104,6 +104,21 @@ class ImageSet(Dataset[Batch]):
         """Return the set on ``device``; files are decoded on the CPU and sent there at each reading."""
         return self._with(self.images, device=device, augment=self.augment)
 
+    def subset(self, indices: Sequence[int]) -> ImageSet:
+        """Return the set of some of the images, in the order of ``indices``."""
+        chosen = list(indices)
+        images = self.images[chosen] if isinstance(self.images, Tensor) else tuple(self.images[i] for i in chosen)
+        return ImageSet(
+            images,
+            self.labels[chosen],
+            mean=self.mean,
+            std=self.std,
+            size=self.size,
+            augment=self.augment,
+            flip=self.flip,
+            device=self.device,
+        )
+
     def augmented(self, augment: str | None = "standard") -> ImageSet:
         """Return the set with another augmentation, over the same images."""
         return self._with(self.images, device=self.device, augment=augment)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +204,14 @@ def test_collate_batch_serves_wrapped_sets(wrap: type[OneByOne]) -> None:
     wanted: Sequence[Tensor] = data.__getitems__([0, 1, 2, 3])
     assert torch.equal(x, wanted[0])
     assert torch.equal(y, wanted[1])
+
+
+def test_subset_has_the_images_asked_for() -> None:
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 2, 2)
+    whole = ImageSet(images, torch.arange(5), mean=(0.0,), std=(1.0,), augment="standard", flip=False)
+    few = whole.subset([3, 1])
+    assert few.labels.tolist() == [3, 1]
+    assert torch.equal(torch.as_tensor(few.images), images[[3, 1]])
+    assert (few.augment, few.flip, few.size) == ("standard", False, 2)
+    files = ImageSet([Path("a"), Path("b"), Path("c")], torch.arange(3), mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert files.subset(range(2)).images == (Path("a"), Path("b"))
