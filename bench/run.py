@@ -54,20 +54,25 @@ def main() -> int:
         "limits": {"copy_gb_s": costs.copy_bytes_per_second(torch.device(device), size=1 << 28) / 1e9},
         "records": [],
     }
-    if "kernels" in args.suites:
-        result["records"] += kernel_records(device, result["limits"]["copy_gb_s"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = args.name or re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["cpu"]).lower()).strip("-")
+    path = args.out / f"{name}.json"
     if "training" in args.suites:
         for record in training_records(device, args.data_root):
             result["records"].append(record)
             print(f"{record['run']:<12} {record['dataset']} {record['model']} {record['seconds']:.1f} s", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = args.name or re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["cpu"]).lower()).strip("-")
-    path = args.out / f"{name}.json"
+        write(path, result)
+    if "kernels" in args.suites:
+        result["records"] += kernel_records(device, result["limits"]["copy_gb_s"])
+        write(path, result)
+    print(path)
+    return 0
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
     aside = path.with_suffix(".part")
     aside.write_text(json.dumps(result, indent=1) + "\n")
     aside.replace(path)
-    print(path)
-    return 0
 
 
 def run_tests() -> int:

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Builds the CPU code with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of the row ops under them.
+# Builds the CPU code with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of what is C++ under them.
 # Wants the test requirements in the environment's python, and GCC; takes one to two minutes. Other tests can be named:
 #     bench/sanitize.sh tests/test_delta_norms.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ $# -eq 0 ]; then set -- tests/test_ops.py tests/test_ops_refusals.py; fi
+if [ $# -eq 0 ]; then
+  set -- tests/test_{ops,ops_refusals,delta_norms,disk,tiers,cache}.py
+fi
 python=$(command -v python)
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT

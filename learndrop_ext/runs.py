@@ -73,8 +73,11 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run took and reached. seconds: training wall clock, with fill, measurement and the splitting of
-    the model, without evaluation; forward_flops: of all training steps and fills; accuracy: of the test part after the last epoch, in percent."""
+    """What a run took and reached.
+
+    seconds: training wall clock, with fill, measurement and the splitting of the model, without evaluation;
+    forward_flops: of all training steps and fills; accuracy: of the test part after the last epoch, in percent.
+    """
 
     seconds: float
     fill_seconds: float
@@ -176,7 +179,7 @@ def train(
             forward_flops += record.forward_flops + record.fill_flops
             if prefix > before:
                 names = list(drop.chain.names[:prefix])
-                tier = "device" if record.cut else "none"
+                tier = slowest_tier(drop)
                 drops.append(Dropped(epoch, prefix, names, reason, record.fill_seconds, record.row_bytes, tier))
         else:
             forward_flops += flops * len(train_set)
@@ -213,6 +216,14 @@ def train(
         drops=drops,
     )
     return result, model
+
+
+def slowest_tier(drop: DropScheduler) -> str:
+    """Where the last of the rows are: "device", "host", "disk", or "none" where none are kept."""
+    if drop.loader.rows is None:
+        return "none"
+    plan = drop.loader.rows.cache.plan
+    return "disk" if plan.disk else "host" if plan.host else "device"
 
 
 def warm_up(split: Split, recipe: Recipe) -> None:
