@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/simd.h"
 #include "row_ops.h"
 #ifdef LEARNDROP_CUDA_ARCHITECTURES
@@ -30,11 +31,6 @@ namespace {
 using Shape = std::array<int64_t, 3>;      // height, width, channels
 using Strides = std::array<int64_t, 4>;    // of B, height, width, channels, in values
 using Target = std::pair<int, uintptr_t>;  // device number and stream; device -1 is the CPU
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 RowShape row_shape(const Shape& shape) { return {shape[0], shape[1], shape[2]}; }
 

@@ -1,16 +1,12 @@
 #include <pybind11/pybind11.h>
 
+#include "bindings.h"
 #include "delta_norms.h"
 
 namespace py = pybind11;
 
 namespace learndrop {
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 void delta_norms(uintptr_t chunks, int64_t chunk_count, uintptr_t starts, int64_t layers, uintptr_t anchors,
                  int64_t row_bytes, uintptr_t role, uintptr_t partials, uintptr_t out, bool persistence,

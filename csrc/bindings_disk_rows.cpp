@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <system_error>
 
+#include "bindings.h"
 #include "disk_rows.h"
 
 namespace py = pybind11;
@@ -13,11 +14,6 @@ namespace learndrop {
 namespace {
 
 using File = std::array<int64_t, 6>;  // the members of RowFile
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 RowFile row_file(const File& file) {
   return {static_cast<int>(file[0]), file[1], file[2], file[3], file[4], file[5]};

@@ -1,0 +1,13 @@
+// What the bindings share. They are compiled as one file (CMakeLists.txt).
+#pragma once
+
+#include <cstdint>
+
+namespace learndrop {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+}  // namespace learndrop
