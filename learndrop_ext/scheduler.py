@@ -233,7 +233,7 @@ class DropScheduler:
         self.loader.generator.set_state(state["generator"])
         self.model.autocast = None if state["autocast"] is None else getattr(torch, state["autocast"])
         for cut in state["cuts"]:
-            self._drop(max(cut, 1), cut)
+            self._drop(cut, cut)
         if state["prefix"] > self.prefix:
             self._drop(state["prefix"], self.cut)
         self._deltas.load_state_dict(state["deltas"])
@@ -247,6 +247,7 @@ class DropScheduler:
             raise RuntimeError(
                 "drop.step: wanted drop.model to be trained on drop.loader, got an epoch without a call of it"
             )
+        self.model.calls = 0
         if self.check_input and self.model.foreign is not None:
             raise RuntimeError(
                 "drop.step: drop.model must get the batch's input as drop.loader gave it, got another tensor "

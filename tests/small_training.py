@@ -1,0 +1,75 @@
+"""A small network, data and loop that the scheduler's tests share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from learndrop_ext import DropScheduler
+
+
+class Net(nn.Module):
+    """Three convolutions and a classifier: four layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 6, 3, padding=1, stride=2)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.conv3 = nn.Conv2d(6, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.conv3(x).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def data(count: int = 24) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(count, 3, 8, 8, generator=generator), torch.randint(0, 5, (count,), generator=generator)
+    )
+
+
+def parts(dataset: Dataset[Any] | None = None, **options: Any) -> tuple[Net, torch.optim.Optimizer, DataLoader[Any]]:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    settings: dict[str, Any] = {
+        "batch_size": 8,
+        "shuffle": True,
+        "generator": torch.Generator().manual_seed(1),
+    } | options
+    return model, optimizer, DataLoader(dataset if dataset is not None else data(), **settings)
+
+
+def epoch(drop: DropScheduler, optimizer: torch.optim.Optimizer) -> list[float]:
+    losses = []
+    drop.full.train()
+    for x, y in drop.loader:
+        loss = nn.functional.cross_entropy(drop.model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+class Jittered(Dataset[Any]):
+    """Another image at each reading."""
+
+    def __init__(self) -> None:
+        self.data = data()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = self.data[index]
+        return x + torch.rand(()), y

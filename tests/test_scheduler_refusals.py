@@ -1,0 +1,207 @@
+"""What DropScheduler refuses, each before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation
+from small_training import Jittered, Net, data, epoch, parts
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from data()
+
+
+def test_a_random_dataset_is_refused_and_the_ways_out_are_named() -> None:
+    model, optimizer, loader = parts(Jittered())
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"same image for the same id .* views=V .* without randomness"):
+        DropScheduler(model, optimizer, loader)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_load_state_dict_refuses_another_model_or_other_weights() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    drop.step()
+    state = drop.state_dict()
+    with pytest.raises(RuntimeError, match=r"scheduler that has not dropped yet"):
+        drop.load_state_dict(state)
+    torch.manual_seed(9)
+    other = Net()
+    fresh = DropScheduler(other, torch.optim.SGD(other.parameters(), lr=0.1), loader)
+    with pytest.raises(
+        ValueError, match=r"weights and buffers that the state was saved with.*load the model's state_dict"
+    ):
+        fresh.load_state_dict(state)
+    assert fresh.prefix == 0
+    small = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    another = DropScheduler(small, torch.optim.SGD(small.parameters(), lr=0.1), loader)
+    with pytest.raises(ValueError, match=r"layers 0, 3; got conv1, conv2, conv3, fc"):
+        another.load_state_dict(state)
+    state["seen"] = state["seen"][:-1]
+    with pytest.raises(ValueError, match=r"dataset with 24 samples, got 23"):
+        fresh.load_state_dict(state)
+
+
+def test_step_before_an_epoch_ended_is_refused() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader)
+    with pytest.raises(RuntimeError, match=r"finished epoch of drop.loader, got none"):
+        drop.step()
+    next(iter(drop.loader))
+    with pytest.raises(RuntimeError, match=r"finished epoch of drop.loader \(3 batches\), got 1 batches"):
+        drop.step()
+    epoch(drop, optimizer)
+    drop.step()
+    with pytest.raises(RuntimeError, match=r"got none since the last step"):
+        drop.step()
+    assert len(drop.history) == 1
+
+
+def test_step_names_the_layer_with_weights_that_are_not_finite() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}))
+    epoch(drop, optimizer)
+    with torch.no_grad():
+        model.conv3.weight[0, 0, 0, :2] = torch.tensor([float("nan"), float("inf")])
+    with pytest.raises(ValueError, match=r"weights must be finite, got 2 NaN or inf in layer conv3"):
+        drop.step()
+    assert drop.prefix == 0
+    assert drop.history == []
+
+
+def test_step_refuses_a_loop_that_trains_something_else() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader)
+    for _ in drop.loader:
+        pass
+    with pytest.raises(RuntimeError, match=r"wanted drop.model to be trained"):
+        drop.step()
+    drop = DropScheduler(model, optimizer, loader)
+    for x, _ in drop.loader:
+        drop.model(2 * x)
+    with pytest.raises(RuntimeError, match=r"must get the batch's input .* got another tensor \[8, 3, 8, 8\]"):
+        drop.step()
+    drop = DropScheduler(model, optimizer, loader, check_input=False)
+    for x, _ in drop.loader:
+        drop.model(2 * x)
+    drop.step()
+
+
+def test_the_dropped_model_refuses_images() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    drop.step()
+    with pytest.raises(ValueError, match=r"cached rows \[B, 6, 4, 4\] .* got \[4, 3, 8, 8\]; to evaluate on images"):
+        drop.model(torch.randn(4, 3, 8, 8))
+
+
+def test_a_policy_that_goes_back_or_too_far_is_refused() -> None:
+    for wanted in (-1, 4):
+        model, optimizer, loader = parts()
+
+        def policy(situation: Situation, wanted: int = wanted) -> Decision:
+            return Decision(wanted, "because")
+
+        drop = DropScheduler(model, optimizer, loader, policy=policy)
+        epoch(drop, optimizer)
+        with pytest.raises(ValueError, match=rf"policy must decide on 0..3 layers, got {wanted}"):
+            drop.step()
+        assert drop.prefix == 0
+
+
+def test_bad_arguments_are_refused_before_anything_is_changed() -> None:
+    model, optimizer, loader = parts()
+    flags = [m.training for m in model.modules()]
+    weights = copy.deepcopy(model.state_dict())
+    stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"loader": DataLoader(Stream())}, TypeError, r"dataset with ids .*got an IterableDataset, Stream"),
+        ({"loader": [1, 2]}, TypeError, r"loader must be a torch DataLoader, got list"),
+        ({"loader": DataLoader(data(), batch_size=None)}, ValueError, r"batch_size or batch_sampler"),
+        ({"optimizer": stranger}, ValueError, r"optimizer must hold the model's parameters, got none of its 12"),
+        ({"optimizer": 3}, TypeError, r"optimizer must be a torch.optim.Optimizer, got int"),
+        ({"model": 3}, TypeError, r"model must be a torch.nn.Module, got int"),
+        ({"model": nn.ReLU()}, ValueError, r"parameters on one device, got no parameters"),
+        ({"cache": 3}, TypeError, r"cache must be a CacheConfig, a codec or None, got int"),
+        ({"cache": "fp8"}, ValueError, r"codec must be one of fp16, bf16, fp32, uint8, got 'fp8'"),
+        ({"cache": CacheConfig(device="cuda")}, ValueError, r"cache must be on the model's device, cpu, got .*cuda"),
+        ({"views": 0}, ValueError, r"views must be a whole number >= 1, got 0"),
+        ({"epochs": 0}, ValueError, r"epochs must be a whole number >= 1 or None, got 0"),
+        ({"input": 7}, ValueError, r"input must be the place of the model's input in a batch, got 7"),
+        ({"layers": ["nope"]}, ValueError, r"layers must name modules of the model, got 'nope'"),
+    ]
+    for change, error, message in cases:
+        arguments: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader} | change
+        with pytest.raises(error, match=message):
+            DropScheduler(arguments.pop("model"), arguments.pop("optimizer"), arguments.pop("loader"), **arguments)
+    assert [m.training for m in model.modules()] == flags
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name])
+
+
+def test_a_fill_that_fails_leaves_everything_as_it_was() -> None:
+    class Breaks(TensorDataset):
+        broken = False
+
+        def __getitem__(self, index: int) -> Any:
+            if self.broken and index == 20:
+                raise OSError("disk gone")
+            return super().__getitem__(index)
+
+        __getitems__ = None
+
+    dataset = Breaks(*data().tensors)
+    model, optimizer, loader = parts(dataset)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    dataset.broken = True
+    with pytest.raises(OSError, match="disk gone"):
+        drop.step()
+    assert drop.prefix == 0
+    assert drop.loader.rows is None
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.train().bn1.training
+    dataset.broken = False
+    epoch(drop, optimizer)
+    drop.step()
+    assert drop.prefix == 2
+
+
+def test_a_prefix_that_is_no_function_of_the_sample_is_refused() -> None:
+    class BatchStatistics(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn1 = nn.BatchNorm2d(4, track_running_stats=False)
+
+    torch.manual_seed(0)
+    model = BatchStatistics()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    drop = DropScheduler(model, optimizer, DataLoader(data(), batch_size=8), policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    with pytest.raises(ValueError, match=r"those of bn1 \(BatchNorm2d\) change with the other samples"):
+        drop.step()
+    assert drop.prefix == 0
+
+
+def test_step_refuses_every_epoch_that_trained_something_else() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader)
+    epoch(drop, optimizer)
+    drop.step()
+    for _ in drop.loader:
+        pass
+    with pytest.raises(RuntimeError, match=r"wanted drop.model to be trained"):
+        drop.step()
