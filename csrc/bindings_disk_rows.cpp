@@ -33,10 +33,10 @@ auto released(const Call& call) {
 }
 
 int64_t read_rows(const File& file, uintptr_t slots, int64_t count, uintptr_t into, int64_t into_stride_bytes,
-                  uintptr_t checksums, int threads) {
+                  uintptr_t checksums, int64_t block_bytes, int threads) {
   return released([&] {
     return cpu::read_rows(row_file(file), pointer<const int64_t>(slots), count, pointer<void>(into),
-                          into_stride_bytes, pointer<const uint32_t>(checksums), threads);
+                          into_stride_bytes, pointer<const uint32_t>(checksums), block_bytes, threads);
   });
 }
 
@@ -59,7 +59,7 @@ uint32_t crc32c(const py::buffer& data, bool portable) {
 void bind_disk_rows(py::module_& m) {
   m.def("crc32c", &crc32c, py::arg("data"), py::arg("portable") = false);
   m.def("read_rows", &read_rows, py::arg("file"), py::arg("slots"), py::arg("count"), py::arg("into"),
-        py::arg("into_stride_bytes"), py::arg("checksums"), py::arg("threads"));
+        py::arg("into_stride_bytes"), py::arg("checksums"), py::arg("block_bytes"), py::arg("threads"));
   m.def("write_rows", &write_rows, py::arg("file"), py::arg("slots"), py::arg("count"), py::arg("rows"),
         py::arg("rows_stride_bytes"), py::arg("checksums"), py::arg("threads"));
 }

@@ -30,10 +30,11 @@ uint32_t crc32c(const void* data, std::size_t bytes);
 uint32_t crc32c_portable(const void* data, std::size_t bytes);
 
 // Reads the rows at slots [count] to into + i * into_stride_bytes and compares each with checksums[slot].
+// What is not in the page cache comes from the disk in whole blocks of `block_bytes` (1: the rows alone).
 // Gives the first position i whose row differs or lies beyond the end of the file, or -1. Throws
 // std::system_error.
 int64_t read_rows(const RowFile& file, const int64_t* slots, int64_t count, void* into,
-                  int64_t into_stride_bytes, const uint32_t* checksums, int threads);
+                  int64_t into_stride_bytes, const uint32_t* checksums, int64_t block_bytes, int threads);
 
 // Writes count rows from `rows` + i * rows_stride_bytes to slots [count], none twice, and notes
 // checksums[slot]. Throws std::system_error; what is then in the file at these slots is open.

@@ -64,6 +64,7 @@ def read_rows(
     into: int,
     into_stride_bytes: int,
     checksums: int,
+    block_bytes: int,
     threads: int,
 ) -> int: ...
 def write_rows(

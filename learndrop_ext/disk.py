@@ -25,14 +25,20 @@ import torch
 from torch import Tensor
 
 from learndrop_ext import ops, tier_ops
+from learndrop_ext.costs import free_bytes
 from learndrop_ext.tier_ops import PAGE_BYTES, Places
 
+CPU = torch.device("cpu")
 MAGIC = b"LDROWS\r\n"
 VERSION = 1
 # magic, version, and the tail's offset, manifest bytes, bytes and checksum. The page's last four bytes are its checksum.
 HEADER = struct.Struct("<8sIQQQI")
 # So many reads keep the queue of an NVMe disk filled; the threads sleep while it works.
 THREADS = 8
+# Rows of less than half of this are read with their neighbours, which the same epoch wants too. Measured on a disk that
+# gives 1.0 to 1.7 GB/s from begin to end: random reads of 4 KB gave 0.23 GB/s (58,000 a second, whatever the number of
+# threads), of 32 KB 0.74, of 128 KB 0.9. Larger blocks are no faster: all of the file is then there before any row is used.
+BLOCK_BYTES = 128 << 10
 
 
 class CacheFileError(ValueError):
@@ -147,10 +153,22 @@ class DiskRows:
     def read(self, slots: Tensor, into: Tensor) -> None:
         """Read the rows at slots [n] int64 into `into` [n, S] uint8 (CPU).
 
-        Raises CacheFileError for a row that does not have its checksum, OSError when the file cannot be read.
+        Where the whole file fits into half of the free memory, small rows come in blocks and stay there: an epoch then
+        reads the disk once, whatever the order of the rows. Raises CacheFileError for a row that does not have its
+        checksum, OSError when the file cannot be read.
         """
+        small = 2 * self.places.row_bytes < BLOCK_BYTES
+        blocks = small and 2 * self.places.end(len(self.checksums)) <= free_bytes(CPU)
         with _told(self.path, f"must give {len(slots)} rows"):
-            bad = tier_ops.read_rows(self.places, self._handle.descriptor, slots, into, self.checksums, threads=THREADS)
+            bad = tier_ops.read_rows(
+                self.places,
+                self._handle.descriptor,
+                slots,
+                into,
+                self.checksums,
+                threads=THREADS,
+                block_bytes=BLOCK_BYTES if blocks else 1,
+            )
         if bad is not None:
             raise CacheFileError(
                 f"cache file {self.path}: row {int(slots[bad])} must have the checksum it was written with, got another: "

@@ -62,12 +62,19 @@ def crc32c(data: bytes | bytearray | memoryview, *, portable: bool = False) -> i
 
 
 def read_rows(
-    places: Places, descriptor: int, slots: Tensor, into: Tensor, checksums: Tensor, *, threads: int
+    places: Places,
+    descriptor: int,
+    slots: Tensor,
+    into: Tensor,
+    checksums: Tensor,
+    *,
+    threads: int,
+    block_bytes: int = 1,
 ) -> int | None:
     """Read the rows at slots [n] int64 into `into` [n, S] uint8 (CPU), without the GIL, and check them.
 
-    checksums: [R] int32, by slot. Gives the first position whose row does not have its checksum, or None. Raises
-    OSError.
+    checksums: [R] int32, by slot. block_bytes: what is not in the page cache is read from the disk in whole blocks of
+    so many. Gives the first position whose row does not have its checksum, or None. Raises OSError.
     """
     slots = slots.contiguous()
     bad = _C.read_rows(
@@ -77,6 +84,7 @@ def read_rows(
         into.data_ptr(),
         into.stride(0),
         checksums.data_ptr(),
+        block_bytes,
         threads,
     )
     return None if bad < 0 else bad

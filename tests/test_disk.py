@@ -45,9 +45,9 @@ def test_crc32c_is_that_of_the_standard(portable: bool) -> None:
 
 
 def test_crc32c_is_the_same_without_the_instruction() -> None:
-    data = os.urandom(300)
+    data = os.urandom(3000)
     for begin in range(9):
-        for end in range(begin, len(data), 7):
+        for end in (*range(begin, 300, 7), *range(700, len(data), 61)):
             part = memoryview(data)[begin:end]
             assert tier_ops.crc32c(part) == tier_ops.crc32c(part, portable=True)
 
@@ -326,6 +326,22 @@ def test_read_and_write_rows_are_the_same_with_any_number_of_threads(tmp_path: P
         checksums[21] += 1
         asked = torch.tensor([3, 21, 7])
         assert tier_ops.read_rows(places, file.fileno(), asked, into, checksums, threads=threads) == 1
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4096, 128 << 10])
+def test_read_rows_gives_the_same_rows_from_the_disk_and_from_the_page_cache(tmp_path: Path, block_bytes: int) -> None:
+    places = Places(3000, 3008)
+    stored = torch.randint(0, 256, (300, 3008), dtype=torch.uint8)
+    checksums = torch.zeros(300, dtype=torch.int32)
+    with (tmp_path / "rows").open("w+b") as file:
+        tier_ops.write_rows(places, file.fileno(), torch.arange(300), stored, checksums, threads=4)
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        for slots in (torch.tensor([299, 0, 150]), torch.randperm(300), torch.arange(300)):
+            into = torch.zeros(len(slots), 3008, dtype=torch.uint8)
+            args = (places, file.fileno(), slots, into, checksums)
+            assert tier_ops.read_rows(*args, threads=4, block_bytes=block_bytes) is None
+            assert torch.equal(into[:, :3000], stored[slots, :3000])
 
 
 def test_describe_is_the_same_in_the_next_run() -> None:

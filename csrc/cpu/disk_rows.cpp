@@ -1,11 +1,15 @@
 #include "disk_rows.h"
 
 #include <fcntl.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <system_error>
+#include <thread>
+#include <vector>
 
 #include "cpu/threads.h"
 
@@ -17,11 +21,21 @@ constexpr int64_t kSerialBytes = 256 << 10;
 
 // Calls body(i) for i in [0, count), begun in this order.
 template <class Body>
-void for_each(int64_t count, int64_t bytes, int threads, const Body& body) {
+void for_each(int64_t count, int threads, const Body& body) {
   const auto each = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) body(i);
   };
-  parallel_for(count, 1, bytes < kSerialBytes ? 1 : threads, each, Threads::files);
+  parallel_for(count, 1, threads, each, Threads::files);
+}
+
+// No more than there are pieces of work, and one for the little that is less than two.
+int threads_for(int64_t bytes, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(bytes / kSerialBytes, 1, threads));
+}
+
+int cores() {
+  static const int count = std::max(1u, std::thread::hardware_concurrency());
+  return count;
 }
 
 // The bytes moved, fewer than asked for only at the end of the file. Throws std::system_error.
@@ -40,30 +54,41 @@ int64_t move_all(const Move& move, int descriptor, Pointer at, int64_t bytes, in
 }  // namespace
 
 int64_t read_rows(const RowFile& file, const int64_t* slots, int64_t count, void* into,
-                  int64_t into_stride_bytes, const uint32_t* checksums, int threads) {
+                  int64_t into_stride_bytes, const uint32_t* checksums, int64_t block_bytes, int threads) {
   std::atomic<int64_t> first_bad{count};
-  // All rows are announced before the first is waited for: the disk then has as many requests to work on as
-  // the batch has rows, not as there are threads.
-  for_each(2 * count, count * file.row_bytes, threads, [&](int64_t step) {
-    const int64_t i = step % count;
-    if (step < count) {
-      // Advice: what comes of it is seen by the read.
-      posix_fadvise(file.descriptor, file.offset(slots[i]), file.row_bytes, POSIX_FADV_WILLNEED);
-      return;
+  std::atomic<int64_t> waiting{0};
+  std::vector<int64_t> missing(count);
+  const int working = threads_for(count * file.row_bytes, threads);
+  const auto row = [&](int64_t i) { return static_cast<char*>(into) + i * into_stride_bytes; };
+  const auto check = [&](int64_t i, int64_t got) {
+    if (got == file.row_bytes && crc32c(row(i), got) == checksums[slots[i]]) return;
+    for (int64_t known = first_bad; i < known && !first_bad.compare_exchange_weak(known, i);) {
     }
-    char* const row = static_cast<char*>(into) + i * into_stride_bytes;
-    const int64_t got = move_all(pread, file.descriptor, row, file.row_bytes, file.offset(slots[i]));
-    if (got < file.row_bytes || crc32c(row, file.row_bytes) != checksums[slots[i]]) {
-      for (int64_t known = first_bad; i < known && !first_bad.compare_exchange_weak(known, i);) {
-      }
+  };
+  // What the page cache has is taken, and all the rest announced before any of it is waited for: the disk
+  // then has as many requests to work on as rows are missing, not as there are threads.
+  for_each(count, std::min(working, cores()), [&](int64_t i) {
+    const int64_t offset = file.offset(slots[i]);
+    iovec part{row(i), static_cast<std::size_t>(file.row_bytes)};
+    if (preadv2(file.descriptor, &part, 1, offset, RWF_NOWAIT) == file.row_bytes) {
+      return check(i, file.row_bytes);
     }
+    const int64_t begin = offset / block_bytes * block_bytes;
+    const int64_t end = (offset + file.row_bytes + block_bytes - 1) / block_bytes * block_bytes;
+    // Advice: what comes of it is seen by the read.
+    posix_fadvise(file.descriptor, begin, end - begin, POSIX_FADV_WILLNEED);
+    missing[waiting++] = i;
+  });
+  for_each(waiting, working, [&](int64_t k) {
+    const int64_t i = missing[k];
+    check(i, move_all(pread, file.descriptor, row(i), file.row_bytes, file.offset(slots[i])));
   });
   return first_bad < count ? first_bad.load() : -1;
 }
 
 void write_rows(const RowFile& file, const int64_t* slots, int64_t count, const void* rows,
                 int64_t rows_stride_bytes, uint32_t* checksums, int threads) {
-  for_each(count, count * file.row_bytes, threads, [&](int64_t i) {
+  for_each(count, threads_for(count * file.row_bytes, threads), [&](int64_t i) {
     const char* const row = static_cast<const char*>(rows) + i * rows_stride_bytes;
     checksums[slots[i]] = crc32c(row, file.row_bytes);
     const int64_t put = move_all(pwrite, file.descriptor, row, file.row_bytes, file.offset(slots[i]));
