@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,6 +116,29 @@ class RestOfBatch:
             elif i != self.place:
                 self.stacks[i] = torch.cat([stack, stack.new_zeros((more, *stack.shape[1:]))])
         self.slots = slots
+
+    def state(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
+        """All that is kept, as plain values and tensors on the CPU. Raises TypeError where a batch's structure has no
+        such form."""
+        try:
+            spec = pytree.treespec_dumps(self.spec)
+        except NotImplementedError as error:
+            raise TypeError(f"RestOfBatch.state: batches must be of plain containers, got {error}") from None
+        stacks = [stack if isinstance(stack, list) else None for stack in self.stacks]
+        values = {"spec": spec, "kinds": self.kinds, "place": self.place, "slots": self.slots, "stacks": stacks}
+        return values, [stack.cpu() for stack in self.stacks if not isinstance(stack, list)]
+
+    @classmethod
+    def of_state(
+        cls, values: dict[str, Any], tensors: Sequence[torch.Tensor], *, key: InputKey, device: torch.device
+    ) -> RestOfBatch:
+        """What `state` was taken of, on a device."""
+        rest = cls(values["slots"], key=key, device=device)
+        rest.spec = pytree.treespec_loads(values["spec"])
+        rest.kinds, rest.place = list(values["kinds"]), values["place"]
+        left = iter(tensors)
+        rest.stacks = [next(left).to(device) if stack is None else stack for stack in values["stacks"]]
+        return rest
 
     def get(self, slots: torch.Tensor, model_input: torch.Tensor) -> Any:
         """The batch at `slots` [B] int64 (CPU) with `model_input` in the place of the images."""

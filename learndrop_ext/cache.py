@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from learndrop_ext import ops
-from learndrop_ext.disk import DiskRows, Fingerprint, Manifest, open_rows
+from learndrop_ext.disk import Beside, Fingerprint, Manifest, SavedRows, open_rows
 from learndrop_ext.tier_ops import Places
 from learndrop_ext.tiered_rows import TieredRows
 from learndrop_ext.tiers import STAGING_ROWS, Budgets, TierPlan
@@ -23,8 +23,10 @@ class ActivationCache:
 
     budgets: bytes of rows in each tier, by default all on the device; see `plan_tiers`. path: of the file of those on
     disk, and of `save`; the file goes with a cache that is closed before it is saved. staging: rows of the slower tiers
-    that are read ahead at once. Raises ValueError where the budgets are too small or want a path, OSError where the
-    disk is full; where memory cannot be had the next tier takes its rows, with a RuntimeWarning.
+    that are read ahead at once. saved: whether the file holds just these rows. beside: what else the file held.
+
+    Raises ValueError where the budgets are too small or want a path, OSError where the disk is full; where memory
+    cannot be had the next tier takes its rows, with a RuntimeWarning.
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class ActivationCache:
         budgets: Budgets | None = None,
         path: Path | None = None,
         staging: int = STAGING_ROWS,
-        _saved: tuple[DiskRows, torch.Tensor] | None = None,
+        _saved: SavedRows | None = None,
     ) -> None:
         if slots < 0:
             raise ValueError(f"ActivationCache: slots must be >= 0, got {slots}")
@@ -47,14 +49,22 @@ class ActivationCache:
         self.shape = tuple(shape)
         self.codec = codec
         self.device = device
-        self.filled = torch.zeros(slots, dtype=torch.bool) if _saved is None else _saved[1]
+        self.filled = torch.zeros(slots, dtype=torch.bool) if _saved is None else _saved.filled
+        self.saved = _saved is not None
+        self.beside = Beside() if _saved is None else _saved.beside
         self.dtype: torch.dtype | None = None
         self.moving = moving
         self.path = path
         self._stored_shape = self.shape
         places = Places(ops.row_bytes(self.shape, codec), ops.row_stride(self.shape, codec))
         self._rows: TieredRows | None = TieredRows(
-            slots, places, device, budgets=budgets or Budgets(), path=path, staging=staging, saved=_saved
+            slots,
+            places,
+            device,
+            budgets=budgets or Budgets(),
+            path=path,
+            staging=staging,
+            saved=None if _saved is None else (_saved.disk, _saved.filled),
         )
 
     @classmethod
@@ -73,7 +83,8 @@ class ActivationCache:
         Raises FileNotFoundError, or CacheFileError for a file that is damaged or of another cache, naming the first
         difference.
         """
-        disk, manifest, filled = open_rows(path, fingerprint)
+        saved = open_rows(path, fingerprint)
+        manifest = saved.manifest
         try:
             cache = cls(
                 manifest.slots,
@@ -84,10 +95,10 @@ class ActivationCache:
                 budgets=budgets,
                 path=path,
                 staging=staging,
-                _saved=(disk, filled),
+                _saved=saved,
             )
         except BaseException:
-            disk.close()
+            saved.disk.close()
             raise
         cache.dtype = getattr(torch, manifest.dtype) if manifest.dtype else None
         cache._stored_shape = manifest.stored_shape
@@ -108,6 +119,12 @@ class ActivationCache:
         """Which slots are in which tier."""
         return self._open("plan").plan
 
+    @property
+    def fits_file(self) -> bool:
+        """Whether a file of all rows keeps the budget for the disk."""
+        tiers = self._open("fits_file")
+        return tiers.places.end(tiers.plan.slots) <= tiers.budgets.disk
+
     def append(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Store rows [B, *shape] at slots [B] int64 (CPU).
 
@@ -116,6 +133,7 @@ class ActivationCache:
         the rows that were to be written are then not there.
         """
         tiers = self._open("append")
+        self.saved = False
         if tuple(rows.shape[1:]) != self.shape:
             raise ValueError(
                 f"ActivationCache.append: rows must be [B, {', '.join(map(str, self.shape))}], got {list(rows.shape)}"
@@ -164,6 +182,7 @@ class ActivationCache:
         tiers = self._open("grow")
         if slots < len(self.filled):
             raise ValueError(f"ActivationCache.grow: slots must be at least {len(self.filled)}, got {slots}")
+        self.saved = False
         tiers.arrange(slots, tiers.budgets, self.filled, kept=tiers.plan)
         self.filled = torch.cat([self.filled, torch.zeros(slots - len(self.filled), dtype=torch.bool)])
 
@@ -173,12 +192,14 @@ class ActivationCache:
         tiers = self._open("spill")
         if budgets.disk and self.path is None:
             raise ValueError("ActivationCache.spill: budgets must have no disk for a cache without a path")
+        self.saved = False
         tiers.arrange(len(self.filled), budgets, self.filled)
 
-    def save(self, fingerprint: Fingerprint) -> None:
+    def save(self, fingerprint: Fingerprint, beside: Beside | None = None) -> None:
         """Write all rows to the file at `path`, synced and then renamed, to be found by `open` with this fingerprint.
 
-        Raises ValueError for a cache without a path, OSError where the disk is full: what was at `path` then stays.
+        beside: what the opened cache's `beside` then is. Raises ValueError for a cache without a path, TypeError for
+        values beside the rows that JSON does not have, OSError where the disk is full: what was at `path` then stays.
         """
         tiers = self._open("save")
         if self.path is None:
@@ -194,7 +215,8 @@ class ActivationCache:
             stride_bytes=tiers.places.stride_bytes,
             fingerprint=fingerprint,
         )
-        tiers.save(manifest, self.filled)
+        tiers.save(manifest, self.filled, beside or Beside())
+        self.saved = True
 
     def close(self) -> None:
         """Free the rows; any later use raises RuntimeError. A file that `save` made stays."""

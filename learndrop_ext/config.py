@@ -17,8 +17,8 @@ class CacheConfig:
     views: how many random augmentations of a sample are kept; 1 wants a dataset without randomness.
     budget_bytes: the most the rows may take on the device, or "auto": half of what is free when a drop is decided.
     host_bytes, disk_bytes: the most that the rows which do not fit there may take in the host's memory (of a GPU model)
-    and then in a file; "auto" as above. disk_dir: the folder of the file; rows kept there are found again by a run that
-    goes on from a checkpoint.
+    and then in a file; "auto" as above. disk_dir: the folder of the file; where disk_bytes holds all rows, a run that
+    goes on from a checkpoint finds them there.
     device: None for the model's device. Another device than the model's is refused.
     flip, shift: augmentation of cached [C, H, W] rows on the way out, drawn per sample and step: horizontal flip with
     probability 1/2, and an integer shift of up to `shift` pixels of the row with zero fill. Off by default.

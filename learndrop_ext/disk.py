@@ -1,12 +1,14 @@
 """Rows of a cache in one file that is written aside, synced and renamed: complete and right, or refused.
 
 A file is a header page, the rows, and a tail: the manifest (JSON), one byte a slot that says whether it was written, and
-one CRC-32C a slot. The header holds the lengths, the tail's checksum and its own. While a file is filled it is called
-`<name>.part`, has no header, and its tables are in memory; what a killed process left of it is written over.
+one CRC-32C a slot, then what is kept beside the rows. The header holds the lengths, the tail's checksum and its own.
+While a file is filled it is called `<name>.part`, has no header, and its tables are in memory; what a killed process
+left of it is written over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -14,9 +16,9 @@ import json
 import os
 import re
 import struct
+import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from learndrop_ext.tier_ops import PAGE_BYTES, Places
 
 CPU = torch.device("cpu")
 MAGIC = b"LDROWS\r\n"
-VERSION = 1
+VERSION = 2
 # magic, version, and the tail's offset, manifest bytes, bytes and checksum. The page's last four bytes are its checksum.
 HEADER = struct.Struct("<8sIQQQI")
 # So many reads keep the queue of an NVMe disk filled; the threads sleep while it works.
@@ -51,7 +53,8 @@ class Fingerprint:
 
     weights: SHA-256 of the prefix's parameters and buffers. cut: layers before the rows. samples: of the dataset.
     dataset: what it is and how it transforms, see `describe`. autocast: dtype of the frozen pass, "" for none. seed: of
-    the views drawn.
+    the views drawn. moving: whether rows are [C, H, W] to be flipped or shifted. layers: SHA-256 of the prefix's code.
+    images: SHA-256 of the first model inputs of the dataset.
     """
 
     weights: str
@@ -62,6 +65,9 @@ class Fingerprint:
     dataset: str
     autocast: str = ""
     seed: int = 0
+    moving: bool = False
+    layers: str = ""
+    images: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,24 @@ class Manifest:
     row_bytes: int
     stride_bytes: int
     fingerprint: Fingerprint
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a file keeps beside its rows: plain values, as JSON has them, and tensors on the CPU."""
+
+    values: Any = None
+    tensors: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class SavedRows:
+    """What `open_rows` finds in a file; filled: which rows were written [R] bool."""
+
+    disk: DiskRows
+    manifest: Manifest
+    filled: Tensor
+    beside: Beside
 
 
 def describe(dataset: Any) -> str:
@@ -181,12 +205,15 @@ class DiskRows:
         with _told(self.path, f"must have disk space for {len(slots)} rows of {self.places.row_bytes:,} bytes"):
             tier_ops.write_rows(self.places, self._handle.descriptor, slots, rows, self.checksums, threads=THREADS)
 
-    def commit(self, manifest: Manifest, filled: Tensor) -> None:
-        """Make the rows a file at `path` in place of what was there; filled: [R] bool. Raises OSError: `path` is then as
-        it was, and the rows can still be read and committed again."""
+    def commit(self, manifest: Manifest, filled: Tensor, beside: Beside) -> None:
+        """Make the rows a file at `path` in place of what was there; filled: [R] bool. Raises TypeError for values that
+        JSON does not have, OSError: `path` is then as it was, and the rows can still be read and committed again."""
+        forms = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in beside.tensors]
+        values = dataclasses.asdict(manifest) | {"beside": beside.values, "tensors": forms}
+        text = json.dumps(values, sort_keys=True).encode()
         self._unseal()
-        text = json.dumps(dataclasses.asdict(manifest), sort_keys=True).encode()
-        tail = text + filled.to(torch.uint8).numpy().tobytes() + self.checksums[: manifest.slots].numpy().tobytes()
+        tables = (filled, self.checksums[: manifest.slots], *beside.tensors)
+        tail = b"".join([text, *(_bytes_of(table) for table in tables)])
         tail_offset = self.places.end(manifest.slots)
         page = HEADER.pack(MAGIC, VERSION, tail_offset, len(text), len(tail), tier_ops.crc32c(tail))
         page += bytes(PAGE_BYTES - 4 - len(page))
@@ -217,8 +244,8 @@ class DiskRows:
         self._finalizer()
 
 
-def open_rows(path: Path, fingerprint: Fingerprint) -> tuple[DiskRows, Manifest, Tensor]:
-    """The rows of a committed file, what they are, and which were written [R] bool.
+def open_rows(path: Path, fingerprint: Fingerprint) -> SavedRows:
+    """The rows of a committed file, and all that the file says of them.
 
     Raises FileNotFoundError, or CacheFileError naming what is wrong first: a damaged or cut header or tail, another
     version, or the first difference of the fingerprint. Rows are checked when they are read.
@@ -227,7 +254,7 @@ def open_rows(path: Path, fingerprint: Fingerprint) -> tuple[DiskRows, Manifest,
     try:
         with _told(path, "must not be written by another process"):
             _lock(descriptor, fcntl.LOCK_SH)
-        manifest, filled, checksums = _read_tables(path, descriptor)
+        manifest, filled, checksums, beside = _read_tables(path, descriptor)
         for field in dataclasses.fields(Fingerprint):
             wanted, got = getattr(fingerprint, field.name), getattr(manifest.fingerprint, field.name)
             if wanted != got:
@@ -240,10 +267,24 @@ def open_rows(path: Path, fingerprint: Fingerprint) -> tuple[DiskRows, Manifest,
     places = Places(manifest.row_bytes, manifest.stride_bytes)
     rows = DiskRows(path, places, _descriptor=descriptor)
     rows.checksums = checksums
-    return rows, manifest, filled
+    return SavedRows(rows, manifest, filled, beside)
 
 
-def _read_tables(path: Path, descriptor: int) -> tuple[Manifest, Tensor, Tensor]:
+def remove_abandoned(parts: Iterable[Path]) -> None:
+    """Delete unfinished files that no living process has open. One made in the last minute may not be locked yet."""
+    for part in parts:
+        with contextlib.suppress(OSError):
+            if time.time() - part.stat().st_mtime < 60:
+                continue
+            descriptor = os.open(part, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                _lock(descriptor, fcntl.LOCK_EX)
+                part.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _read_tables(path: Path, descriptor: int) -> tuple[Manifest, Tensor, Tensor, Beside]:
     def refuse(what: str, wanted: object, got: object) -> CacheFileError:
         return CacheFileError(f"cache file {path}: {what} must be {wanted}, got {got}")
 
@@ -265,15 +306,28 @@ def _read_tables(path: Path, descriptor: int) -> tuple[Manifest, Tensor, Tensor]
     computed = tier_ops.crc32c(tail)
     if tail_checksum != computed:
         raise refuse("the checksum of manifest and tables", f"{tail_checksum:#010x}", f"{computed:#010x}")
-    manifest = _manifest(json.loads(tail[:text_bytes]))
+    values = json.loads(tail[:text_bytes])
+    kept_values, forms = values.pop("beside"), values.pop("tensors")
+    manifest = _manifest(values)
     row_bytes = ops.row_bytes(manifest.stored_shape, manifest.codec)
     if manifest.row_bytes != row_bytes:
         raise refuse(f"row_bytes of {manifest.codec} rows {manifest.stored_shape}", row_bytes, manifest.row_bytes)
-    tables = torch.frombuffer(tail, dtype=torch.uint8)[text_bytes:]
-    filled = tables[: manifest.slots].bool()
-    checksums = torch.zeros(manifest.slots, dtype=torch.int32)
-    checksums.view(torch.uint8).copy_(tables[manifest.slots :])
-    return manifest, filled, checksums
+    slots = [manifest.slots]
+    tables, offset = [], text_bytes
+    for name, shape in [("bool", slots), ("int32", slots), *forms]:
+        table = torch.empty(shape, dtype=getattr(torch, name))
+        if table.nbytes:
+            # Copied to memory of its own: what stands before it in the file has any length.
+            kept = torch.frombuffer(tail, dtype=torch.uint8, count=table.nbytes, offset=offset)
+            table.view(-1).view(torch.uint8).copy_(kept)
+        tables.append(table)
+        offset += table.nbytes
+    filled, checksums, *tensors = tables
+    return manifest, filled, checksums, Beside(kept_values, tuple(tensors))
+
+
+def _bytes_of(table: Tensor) -> bytes:
+    return table.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _manifest(values: dict[str, Any]) -> Manifest:
@@ -304,7 +358,7 @@ def _lock(descriptor: int, kind: int) -> None:
         raise OSError(errno.EBUSY, "another one has it open") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _told(path: Path, wanted: str) -> Iterator[None]:
     """Say of an OSError what was wanted of which file; its type and number stay."""
     try:

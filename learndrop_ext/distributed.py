@@ -11,6 +11,11 @@ from torch import distributed
 T = TypeVar("T")
 
 
+def several_processes() -> bool:
+    """Whether this process is one of a group."""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def from_rank_zero(value: T) -> T:
     """Rank 0's value on every rank, and the value itself where there is one process. It must be picklable.
 

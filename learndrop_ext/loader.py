@@ -97,6 +97,12 @@ class DropLoader:
         self.epochs += 1
         self.finished = True
 
+    @property
+    def batch_size(self) -> int:
+        """The user's batch size; 128 where a batch sampler names none."""
+        size = getattr(self.user.batch_sampler, "batch_size", None)
+        return size if isinstance(size, int) else 128
+
     def check_size(self) -> None:
         """Raise RuntimeError when the dataset's length is no longer what it was."""
         size = len(self.user.dataset)  # type: ignore[arg-type]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,16 +12,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from learndrop_ext import costs, drop, fill
-from learndrop_ext.batches import InputKey, RestOfBatch, input_of, to_device
-from learndrop_ext.cache import ActivationCache
+from learndrop_ext.batches import InputKey, input_of, to_device
 from learndrop_ext.config import CacheConfig, cache_config
 from learndrop_ext.deltas import Deltas, LayerChange
 from learndrop_ext.distributed import from_rank_zero, share_buffers
 from learndrop_ext.history import Record, fingerprint, record_of
-from learndrop_ext.layers import Chain, Segment, split_layers
+from learndrop_ext.layers import Chain, split_layers
 from learndrop_ext.loader import DropLoader, Rows, check_loader
 from learndrop_ext.policy import Decision, Policy, Situation, StoppedLearning
 from learndrop_ext.randomness import own_randomness
+from learndrop_ext.rows import RowKeeper
 from learndrop_ext.scores import scores
 from learndrop_ext.tiers import budgets_of
 
@@ -99,13 +97,13 @@ class DropScheduler:
         self.seed = seed
         self.check_input = check_input
         self.device = device
-        self.example = example
         self.history: list[Record] = []
         self.prefix = 0
         self.cuts: list[int] = []  # the cut of every fill since images were read
         self.loader = DropLoader(loader, key=input, device=device, config=config, seed=seed)
-        self.loader.fetch_missing = self._fetch_missing
-        self.model = drop.LiveModel(drop.live_body(model, self.chain, 0, 0, wrap), device)
+        self.keeper = RowKeeper(self.chain, model, self.loader, config, example=example, seed=seed)
+        self.loader.fetch_missing = lambda ids: self.keeper.fetch_missing(ids, self.cut, self.model.autocast)
+        self.model: drop.LiveModel = drop.LiveModel(drop.live_body(model, self.chain, 0, 0, wrap), device)
         self.loader.on_first = self.model.expect
         self.model.train(model.training)
         self._frozen: list[drop.Frozen] = []
@@ -179,17 +177,22 @@ class DropScheduler:
         """Train the whole model again, from images: the dropped layers are live and the rows are freed."""
         for frozen in reversed(self._frozen):
             drop.unfreeze(frozen, training=self.full.training)
-        self._free_rows()
+        self.keeper.free()
         self._frozen, self.cuts, self.prefix = [], [], 0
         self._show(drop.live_body(self.full, self.chain, 0, 0, self.wrap))
         self._deltas = self._all_deltas()
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the model, the optimizer and the rows, as plain values and tensors, for `torch.save`."""
+        """All but the model, the optimizer and the rows, as plain values and tensors, for `torch.save`.
+
+        With `CacheConfig(disk_dir=...)` the rows are written to a file there, if they changed since the last call and
+        disk_bytes holds them all; the state has its name. A file of rows that these stand in for is deleted.
+        """
         return {
             "layers": list(self.chain.names),
             "prefix": self.prefix,
             "cuts": list(self.cuts),
+            "rows_file": self.keeper.keep(self.cut, self.model.autocast),
             "epochs_loaded": self.loader.epochs,
             "seen": self.loader.batches.seen.clone(),
             "view_offset": self.loader.view_offset.clone(),
@@ -203,7 +206,8 @@ class DropScheduler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict()`; load the model's own state first.
 
-        Dropped layers are dropped again and their rows filled again, through the same cuts.
+        Dropped layers are dropped again. Their rows are those of the file that the state names, if it is there and its
+        fingerprint is the one of this run, else (RuntimeWarning) they are filled again, through the same cuts.
 
         Raises ValueError, before anything is changed, when the state is of another model or the dropped layers'
         weights are not those that it was saved with; RuntimeError when layers were already dropped here.
@@ -232,8 +236,10 @@ class DropScheduler:
         self.loader.view_offset = state["view_offset"].clone()
         self.loader.generator.set_state(state["generator"])
         self.model.autocast = None if state["autocast"] is None else getattr(torch, state["autocast"])
-        for cut in state["cuts"]:
-            self._drop(cut, cut)
+        found = self.keeper.find(state["rows_file"], [0, *state["cuts"]][-1], self.model.autocast)
+        for cut in state["cuts"] if found is None else state["cuts"][-1:]:
+            self._drop(cut, cut, found)
+        self.cuts = list(state["cuts"])
         if state["prefix"] > self.prefix:
             self._drop(state["prefix"], self.cut)
         self._deltas.load_state_dict(state["deltas"])
@@ -280,7 +286,7 @@ class DropScheduler:
         return costs.choose_cuts(
             self.costs,
             kept=self.cut,
-            rows=len(self._ids()) * self.config.views,
+            rows=self.keeper.count(),
             codec=self.config.codec,
             budgets_bytes=(on_device, on_device + budgets.host + budgets.disk),
             bytes_per_second=self._bytes_per_second,
@@ -294,30 +300,26 @@ class DropScheduler:
             after=(prefix, cut),
             epoch_seconds=self.loader.seconds,
             samples=self.loader.samples,
-            rows=len(self._ids()) * self.config.views,
+            rows=self.keeper.count(),
         )
 
-    def _ids(self) -> torch.Tensor:
-        """The samples to keep rows of: all, or those drawn so far where they are less than half."""
-        seen = self.loader.batches.seen
-        return torch.nonzero(seen).flatten() if 2 * int(seen.sum()) < len(seen) else torch.arange(len(seen))
-
-    def _drop(self, prefix: int, cut: int) -> int:
+    def _drop(self, prefix: int, cut: int, found: Rows | None = None) -> int:
         """Fill rows after `cut` layers, freeze `prefix` layers and go on with the rest; the number of rows filled.
 
-        All that can fail comes before anything that the user sees is changed.
+        found: rows after `cut` layers that there are already. All that can fail comes before anything that the user
+        sees is changed.
         """
         before = self.cut
-        rows = self.loader.rows
+        rows = found or self.loader.rows
         filled = 0
         share_buffers(self.chain.prefix(prefix).buffers())
-        if cut > before:
-            rows = self._filled(before, cut)
+        if cut > before and found is None:
+            rows = self.keeper.filled(before, cut, self.model.autocast)
             filled = int(rows.cache.filled.sum())
         body = drop.live_body(self.full, self.chain, cut, prefix, self.wrap)
         self._frozen.append(drop.freeze(self.full, self.chain, prefix))
         if cut > before:
-            self._free_rows()
+            self.keeper.free()
             self.cuts.append(cut)
         self.loader.rows = rows
         self._deltas.drop_first(prefix - self.prefix)
@@ -325,75 +327,8 @@ class DropScheduler:
         self._show(body)
         return filled
 
-    def _filled(self, before: int, cut: int) -> Rows:
-        segment = self.chain.segment(before, cut)
-        shape = self.chain.layer(cut - 1).shape
-        assert shape is not None
-        autocast, views = self.model.autocast, self.config.views
-        old = self.loader.rows
-        ids = self._ids()
-        probe = self.example[:8] if old is None else old.cache.gather(torch.nonzero(old.cache.filled).flatten()[:8])
-        fill.check_purity(segment, probe, self.full, autocast)
-        self.loader.check_size()
-        slots = len(ids) * views if old is None else len(old.cache.filled)
-        folder = self.config.disk_dir
-        cache = ActivationCache(
-            slots,
-            shape,
-            codec=self.config.codec,
-            device=self.device,
-            moving=self.config.moving,
-            budgets=budgets_of(self.config, self.device),
-            path=None if folder is None else Path(folder) / f"rows-{os.getpid()}-{cut}.bin",
-        )
-        batch_size = self._batch_size()
-        if old is not None:
-            fill.fill_from_rows(old.cache, segment, cache, batch_size=batch_size, autocast=autocast)
-            return Rows(old.slots, cache, old.rest)
-        where = torch.full((self.loader.size,), -1, dtype=torch.int64)
-        where[ids] = torch.arange(len(ids))
-        rest = RestOfBatch(slots, key=self.loader.key, device=self.device)
-        made = Rows(where, cache, rest)
-        self._read(ids, made, segment)
-        return made
-
-    def _read(self, ids: torch.Tensor, rows: Rows, segment: Segment, *, workers: bool = True) -> None:
-        fill.fill_from_images(
-            self.loader.user,
-            ids,
-            rows.slots[ids],
-            segment,
-            rows.cache,
-            rows.rest,
-            views=self.config.views,
-            batch_size=self._batch_size(),
-            seed=self.seed,
-            autocast=self.model.autocast,
-            workers=workers,
-        )
-
-    def _fetch_missing(self, ids: torch.Tensor) -> None:
-        """Give samples that were never drawn before a drop their rows, and only them."""
-        rows = self.loader.rows
-        assert rows is not None
-        views = self.config.views
-        used = len(rows.cache.filled) // views
-        rows.cache.grow((used + len(ids)) * views)
-        rows.rest.grow((used + len(ids)) * views)
-        rows.slots[ids] = torch.arange(used, used + len(ids))
-        self._read(ids, rows, self.chain.prefix(self.cut), workers=len(ids) > 4 * self._batch_size())
-
-    def _batch_size(self) -> int:
-        size = getattr(self.loader.user.batch_sampler, "batch_size", None)
-        return size if isinstance(size, int) else 128
-
     def _show(self, body: nn.Module) -> None:
         training = self.model.training
         self.model.body = body
         self.model.train(training)
         self.model.row_shape = self.chain.layer(self.cut - 1).shape if self.cut else None
-
-    def _free_rows(self) -> None:
-        if self.loader.rows is not None:
-            self.loader.rows.cache.close()
-            self.loader.rows = None

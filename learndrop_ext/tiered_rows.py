@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learndrop_ext.disk import DiskRows, Manifest
+from learndrop_ext.disk import Beside, DiskRows, Manifest
 from learndrop_ext.host_rows import HostRows, Lane
 from learndrop_ext.tier_ops import Places
 from learndrop_ext.tiers import STAGING_ROWS, Budgets, TierPlan, plan_tiers
@@ -195,7 +195,7 @@ class TieredRows:
             with contextlib.suppress(OSError, ValueError):
                 future.result()
 
-    def save(self, manifest: Manifest, filled: Tensor) -> None:
+    def save(self, manifest: Manifest, filled: Tensor, beside: Beside) -> None:
         """Write the filled [R] rows of all tiers to the file at `path`. Raises OSError."""
         self.forget_prefetch()
         assert self.path is not None
@@ -205,7 +205,7 @@ class TieredRows:
             fast = torch.nonzero(filled[: self.plan.slots - self.plan.disk]).flatten()
             for part in fast.split(STAGING_ROWS):
                 disk.write(part, self._read(self.stores, part))
-            disk.commit(manifest, filled)
+            disk.commit(manifest, filled, beside)
         finally:
             if disk is not self.stores.disk:
                 disk.close()

@@ -185,6 +185,9 @@ OTHERS = {
     "dataset": "x",
     "autocast": "y",
     "seed": 1,
+    "moving": True,
+    "layers": "z",
+    "images": "w",
 }
 
 
@@ -233,8 +236,8 @@ def test_open_refuses_a_file_that_is_none_of_ours(tmp_path: Path) -> None:
 def test_open_refuses_another_version_and_rows_of_another_size(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     saved(path)
-    headed(path, version=2)
-    with pytest.raises(CacheFileError, match="the version must be 1, got 2"):
+    headed(path, version=3)
+    with pytest.raises(CacheFileError, match="the version must be 2, got 3"):
         ActivationCache.open(path, PRINT, device=CPU)
     saved(path)
     content = path.read_bytes()
@@ -260,7 +263,7 @@ def test_every_flipped_bit_is_refused_or_in_no_row(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     stored = saved(path)
     content = path.read_bytes()
-    header, tail = 4096, content.index(b'{"codec"')
+    header, tail = 4096, content.index(b'{"beside"')
     spots = [*range(0, 48), 4091, 4095, *range(header, header + 40), *range(tail - 1, len(content), 5)]
     refused = 0
     for i, spot in enumerate(spots):

@@ -21,7 +21,7 @@ FLOW: list[str] = [
     *("config", "distributed", "randomness", "row_ops_reference", "ops", "models", "image_files", "image_set"),
     *("datasets", "graph", "layers", "deltas", "scores", "policy", "costs", "batches"),
     *("tier_ops", "disk", "tiers", "host_rows", "tiered_rows", "cache", "drop", "fill", "loader"),
-    *("history", "scheduler", "plots", "report", "runs", "cli"),
+    *("history", "rows", "scheduler", "plots", "report", "runs", "cli"),
 ]
 
 
