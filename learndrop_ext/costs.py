@@ -7,11 +7,13 @@ gradient of the weights), the usual count for convolutions and linear maps.
 from __future__ import annotations
 
 import math
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -101,6 +103,62 @@ def copy_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float
     return 2 * size / statistics.median(times[1:])
 
 
+def host_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float:
+    """Bytes per second that a GPU's copy engine brings from pinned host memory."""
+    source = torch.ones(size, dtype=torch.uint8).pin_memory(device)
+    target = torch.empty(size, dtype=torch.uint8, device=device)
+    times = []
+    for _ in range(4):
+        _wait(target)
+        begin = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        _wait(target)
+        times.append(time.perf_counter() - begin)
+    return size / statistics.median(times[1:])
+
+
+def disk_bytes_per_second(folder: Path, *, size: int = 1 << 25) -> float:
+    """Bytes per second of a new file in a folder, read from begin to end after its pages were dropped from the page cache.
+
+    Raises OSError where it cannot be written.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(1 << 20) * (size >> 20))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        begin = time.perf_counter()
+        read = 0
+        while read < size:
+            read += len(os.pread(file.fileno(), 1 << 20, read))
+        return size / (time.perf_counter() - begin)
+
+
+@dataclass(frozen=True)
+class TierCost:
+    """One tier of the cache: the most bytes of rows in it, and how many bytes a second come from it."""
+
+    budget_bytes: int
+    bytes_per_second: float
+
+
+def row_seconds(shape: Sequence[int], rows: int, codec: str, tiers: Sequence[TierCost]) -> float | None:
+    """Seconds to bring one of `rows` rows of a shape to the step, on average; None where the tiers do not hold them.
+
+    Every row is gathered on the device, the first tier: its bytes read, its decoded fp32 values written. The rows that
+    do not fit there come from the next tiers before.
+    """
+    stride = ops.row_stride(shape, codec)
+    seconds = (stride + 4 * math.prod(shape)) / tiers[0].bytes_per_second
+    left = rows
+    for i, tier in enumerate(tiers):
+        here = min(left, tier.budget_bytes // stride)
+        left -= here
+        if i and here:
+            seconds += here / rows * stride / tier.bytes_per_second
+    return None if left else seconds
+
+
 def choose_cut(
     layers: Sequence[LayerCost],
     prefix: int,
@@ -108,24 +166,27 @@ def choose_cut(
     kept: int,
     rows: int,
     codec: str,
-    budget_bytes: int,
-    bytes_per_second: float,
+    tiers: Sequence[TierCost],
     moving: bool = False,
 ) -> CutChoice:
-    """The cut within a prefix whose cached rows make the step shortest and fit into the budget.
+    """The cut within a prefix whose cached rows make the step shortest and fit into the tiers, the fastest first.
 
-    Rows after `c` layers cost one gather of a row (its bytes read, its decoded fp32 values written) and the forward
-    pass of the frozen layers c..prefix-1. kept: the cut of the rows that there are already (0: none), which stay where
-    no later cut is better. rows: how many are kept (samples x views). moving: only [C, H, W] rows, to be flipped or
-    shifted, will do.
+    Rows after `c` layers cost what `row_seconds` says and the forward pass of the frozen layers c..prefix-1. kept: the
+    cut of the rows that there are already (0: none), which stay where no later cut is better. rows: how many are kept
+    (samples x views). moving: only [C, H, W] rows, to be flipped or shifted, will do.
     """
 
-    def step_seconds(cut: int) -> float:
-        shape = layers[cut - 1].shape if cut else None
-        moved = 0 if shape is None else ops.row_stride(shape, codec) + 4 * math.prod(shape)
-        return moved / bytes_per_second + sum(layer.seconds for layer in layers[cut:prefix])
+    def run_again(cut: int) -> float:
+        return sum(layer.seconds for layer in layers[cut:prefix])
 
     best = CutChoice(kept, 0, f"rows stay after {layers[kept - 1].name}" if kept else "")
+    shortest = math.inf
+    shape = layers[kept - 1].shape if kept else None
+    if shape is not None:
+        # What is free now need not hold rows that are there already.
+        enough = [TierCost(rows * ops.row_stride(shape, codec), tiers[0].bytes_per_second)]
+        read = row_seconds(shape, rows, codec, tiers) or row_seconds(shape, rows, codec, enough)
+        shortest = (read or 0.0) + run_again(kept)
     smallest: int | None = None
     for cut in range(kept + 1, prefix + 1):
         shape = layers[cut - 1].shape
@@ -133,31 +194,16 @@ def choose_cut(
             continue
         row = ops.row_stride(shape, codec)
         smallest = row if smallest is None else min(smallest, row)
-        fits = row * rows <= budget_bytes
-        if fits and (best.cut == 0 or step_seconds(cut) <= step_seconds(best.cut)):
+        read = row_seconds(shape, rows, codec, tiers)
+        if read is not None and read + run_again(cut) <= shortest:
+            shortest = read + run_again(cut)
             best = CutChoice(cut, row, f"rows after {layers[cut - 1].name}")
     if best.cut == 0 and prefix > 0:
         if smallest is None:
             return CutChoice(0, 0, "no rows: no cut within the prefix has rows that can be kept as asked")
-        wanted = smallest * rows
-        reason = f"no rows: the smallest take {wanted / 1e6:,.0f} MB and the budget is {budget_bytes / 1e6:,.0f} MB"
-        return CutChoice(0, 0, reason)
+        wanted, held = smallest * rows / 1e6, sum(tier.budget_bytes for tier in tiers) / 1e6
+        return CutChoice(0, 0, f"no rows: the smallest take {wanted:,.0f} MB and the budget is {held:,.0f} MB")
     return best
-
-
-def choose_cuts(layers: Sequence[LayerCost], *, budgets_bytes: Sequence[int], **options: Any) -> list[CutChoice]:
-    """The cut for each prefix length 0..L-1 by the first of the budgets, from the fastest tiers on, that some cut fits.
-
-    options: those of `choose_cut`.
-    """
-    choices = []
-    for prefix in range(len(layers)):
-        for budget in budgets_bytes:
-            choice = choose_cut(layers, prefix, budget_bytes=budget, **options)
-            if choice.cut:
-                break
-        choices.append(choice)
-    return choices
 
 
 @dataclass(frozen=True)
@@ -176,12 +222,14 @@ def estimate(
     epoch_seconds: float,
     samples: int,
     rows: int,
+    read_seconds: tuple[float, float] = (0.0, 0.0),
 ) -> Estimate:
     """Fill and saving of a drop, from the seconds of the last epoch.
 
-    before, after: (prefix, cut). An epoch's seconds are shared out by forward seconds: a live layer counts three times
-    (forward and two gradients), a frozen one behind the cut once, one before the cut not at all. The fill is one
-    forward pass of the layers between the two cuts for each of the `rows`.
+    before, after: (prefix, cut). read_seconds: of one row before and after. An epoch's seconds, less those of its rows,
+    are shared out by forward seconds: a live layer counts three times (forward and two gradients), a frozen one behind
+    the cut once, one before the cut not at all. The fill is one forward pass of the layers between the two cuts for
+    each of the `rows`, which are written as fast as they are read.
     """
 
     def work(prefix: int, cut: int) -> float:
@@ -190,9 +238,11 @@ def estimate(
     now = work(*before)
     if now <= 0 or samples <= 0:
         return Estimate(0.0, 0.0)
-    unit = epoch_seconds / now
+    unit = max(0.0, epoch_seconds - samples * read_seconds[0]) / now
     filled = unit * sum(s.seconds for s in layers[before[1] : after[1]]) * rows / samples
-    return Estimate(filled, epoch_seconds - unit * work(*after))
+    if after[1] > before[1]:
+        filled += read_seconds[1] * rows
+    return Estimate(filled, epoch_seconds - unit * work(*after) - samples * read_seconds[1])
 
 
 def _wait(x: torch.Tensor) -> None:

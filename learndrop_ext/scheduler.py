@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from learndrop_ext.policy import Decision, Policy, Situation, StoppedLearning
 from learndrop_ext.randomness import own_randomness
 from learndrop_ext.rows import RowKeeper
 from learndrop_ext.scores import scores
-from learndrop_ext.tiers import budgets_of
+from learndrop_ext.tiers import budgets_of, tier_costs, tier_speeds
 
 
 class DropScheduler:
@@ -45,7 +46,7 @@ class DropScheduler:
 
     Raises TypeError or ValueError, before anything is changed, for a loader without ids, a dataset that gives another
     image for the same id at each reading while views is 1, an optimizer that holds none of the model's parameters, a
-    cache on another device than the model's, or a model that cannot be split.
+    cache on another device than the model's or without its folder, or a model that cannot be split.
     """
 
     def __init__(
@@ -71,6 +72,11 @@ class DropScheduler:
             raise ValueError(
                 f"DropScheduler: cache must be on the model's device, {device}, "
                 f"got CacheConfig(device={config.device!r})"
+            )
+        if config.disk_dir is not None and not os.access(config.disk_dir, os.W_OK | os.X_OK):
+            raise ValueError(
+                "DropScheduler: cache must have a disk_dir that is a folder to write to, got "
+                f"CacheConfig(disk_dir={config.disk_dir!r})"
             )
         drop.check_optimizer(optimizer, model)
         if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
@@ -108,7 +114,7 @@ class DropScheduler:
         self.model.train(model.training)
         self._frozen: list[drop.Frozen] = []
         self._deltas = self._all_deltas()
-        self._bytes_per_second: float | None = None
+        self._speeds: tuple[float, float, float] | None = None
 
     @property
     def cut(self) -> int:
@@ -131,8 +137,9 @@ class DropScheduler:
         measure_seconds = time.perf_counter() - begin
         samples, epoch_seconds = self.loader.samples, self.loader.seconds
         forward_flops = samples * costs.forward_flops(self.costs[self.cut :])
-        choices = self._choices()
-        estimates = [self._estimate(k, choices[k].cut) for k in range(len(self.chain))]
+        tiers = self._tiers()
+        choices = self._choices(tiers)
+        estimates = [self._estimate(k, choices[k].cut, tiers) for k in range(len(self.chain))]
         situation = Situation(
             epoch=len(self.history) + 1,
             epochs=self.epochs,
@@ -275,32 +282,47 @@ class DropScheduler:
             raise ValueError(f"drop.step: policy must decide on {self.prefix}..{last} layers, got {decision.prefix}")
         return decision
 
-    def _choices(self) -> list[costs.CutChoice]:
+    def _tiers(self) -> list[costs.TierCost]:
+        """What rows cost in each tier now: the speeds are measured once."""
+        if not self.keeps_rows:
+            return []
+        budgets = budgets_of(self.config, self.device)
+        if self._speeds is None:
+            self._speeds = tier_speeds(budgets, self.config, self.device)
+        return tier_costs(budgets, self._speeds)
+
+    def _choices(self, tiers: Sequence[costs.TierCost]) -> list[costs.CutChoice]:
         """For each prefix length, where its rows would be kept."""
         if not self.keeps_rows:
             return [costs.CutChoice(0, 0, "frozen, no rows kept")] * len(self.chain)
-        if self._bytes_per_second is None:
-            self._bytes_per_second = costs.copy_bytes_per_second(self.device)
-        budgets = budgets_of(self.config, self.device)
-        on_device = budgets.device or 0
-        return costs.choose_cuts(
-            self.costs,
-            kept=self.cut,
-            rows=self.keeper.count(),
-            codec=self.config.codec,
-            budgets_bytes=(on_device, on_device + budgets.host + budgets.disk),
-            bytes_per_second=self._bytes_per_second,
-            moving=self.config.moving,
-        )
+        return [
+            costs.choose_cut(
+                self.costs,
+                prefix,
+                kept=self.cut,
+                rows=self.keeper.count(),
+                codec=self.config.codec,
+                tiers=tiers,
+                moving=self.config.moving,
+            )
+            for prefix in range(len(self.chain))
+        ]
 
-    def _estimate(self, prefix: int, cut: int) -> costs.Estimate:
+    def _estimate(self, prefix: int, cut: int, tiers: Sequence[costs.TierCost]) -> costs.Estimate:
+        rows = self.keeper.count()
+
+        def read_seconds(cut: int) -> float:
+            shape = self.costs[cut - 1].shape if cut else None
+            return 0.0 if shape is None else costs.row_seconds(shape, rows, self.config.codec, tiers) or 0.0
+
         return costs.estimate(
             self.costs,
             before=(self.prefix, self.cut),
             after=(prefix, cut),
             epoch_seconds=self.loader.seconds,
             samples=self.loader.samples,
-            rows=self.keeper.count(),
+            rows=rows,
+            read_seconds=(read_seconds(self.cut), read_seconds(cut)),
         )
 
     def _drop(self, prefix: int, cut: int, found: Rows | None = None) -> int:

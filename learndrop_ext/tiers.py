@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from learndrop_ext.config import CacheConfig
-from learndrop_ext.costs import free_bytes
+from learndrop_ext.costs import (
+    TierCost,
+    copy_bytes_per_second,
+    disk_bytes_per_second,
+    free_bytes,
+    host_bytes_per_second,
+)
 from learndrop_ext.tier_ops import Places
 
 #: Rows that are read ahead at once: a batch, unless their bytes go beyond STAGING_BYTES.
@@ -94,3 +102,23 @@ def budgets_of(config: CacheConfig, device: torch.device) -> Budgets:
         free = config.disk_bytes
         disk = free if isinstance(free, int) else shutil.disk_usage(Path(config.disk_dir)).free // 2
     return Budgets(on_device, host, disk)
+
+
+def tier_costs(budgets: Budgets, speeds: Sequence[float]) -> list[TierCost]:
+    """What a row costs in each tier of the budgets; speeds: bytes per second of device, host and disk."""
+    assert budgets.device is not None
+    held = (budgets.device, budgets.host, budgets.disk)
+    return [TierCost(budget, speed) for budget, speed in zip(held, speeds, strict=True)]
+
+
+def tier_speeds(budgets: Budgets, config: CacheConfig, device: torch.device) -> tuple[float, float, float]:
+    """Bytes per second of device, host and disk, measured now; infinite for a tier that holds nothing.
+
+    Raises OSError where the folder of the file cannot be written.
+    """
+    host = disk = math.inf
+    if budgets.host and device.type != "cpu":
+        host = host_bytes_per_second(device)
+    if budgets.disk and config.disk_dir is not None:
+        disk = disk_bytes_per_second(Path(config.disk_dir))
+    return copy_bytes_per_second(device), host, disk

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,13 +10,15 @@ from learndrop_ext.costs import (
     CutChoice,
     Estimate,
     LayerCost,
+    TierCost,
     choose_cut,
-    choose_cuts,
     copy_bytes_per_second,
+    disk_bytes_per_second,
     estimate,
     forward_flops,
     free_bytes,
     measure_layers,
+    row_seconds,
 )
 from learndrop_ext.layers import split_layers
 
@@ -122,13 +126,14 @@ CUTS = [
 def test_choose_cut(
     layers: tuple[LayerCost, ...], prefix: int, kept: int, rows: int, budget: int, wanted: CutChoice
 ) -> None:
-    choice = choose_cut(layers, prefix, kept=kept, rows=rows, codec="fp16", budget_bytes=budget, bytes_per_second=1e6)
+    tiers = [TierCost(budget, 1e6)]
+    choice = choose_cut(layers, prefix, kept=kept, rows=rows, codec="fp16", tiers=tiers)
     assert choice == wanted
 
 
 def test_choose_cut_counts_the_bytes_of_the_codec() -> None:
     rows = {
-        codec: choose_cut(LAYERS, 3, kept=0, rows=1, codec=codec, budget_bytes=10**9, bytes_per_second=1e6).row_bytes
+        codec: choose_cut(LAYERS, 3, kept=0, rows=1, codec=codec, tiers=[TierCost(10**9, 1e6)]).row_bytes
         for codec in ("fp32", "fp16", "bf16", "uint8")
     }
     # uint8: 512 values and 8 bytes a channel, rounded up to a multiple of 128.
@@ -165,11 +170,62 @@ def test_estimate(
     assert got.saved_seconds == pytest.approx(wanted.saved_seconds)
 
 
-def test_choose_cuts_takes_the_first_budget_that_a_cut_fits() -> None:
-    layers = (LayerCost("a", 0, 1.0, (64,)), LayerCost("b", 0, 1.0, (32,)), LayerCost("c", 0, 1.0, (10,)))
-    options = {"kept": 0, "rows": 10, "codec": "fp32", "bytes_per_second": 1e9}
-    cuts = {
-        budgets: [choice.cut for choice in choose_cuts(layers, budgets_bytes=budgets, **options)]
-        for budgets in ((2560, 9999), (1280, 2560), (1280, 1280), (0, 0))
-    }
-    assert cuts == {(2560, 9999): [0, 1, 2], (1280, 2560): [0, 1, 2], (1280, 1280): [0, 0, 2], (0, 0): [0, 0, 0]}
+def test_estimate_takes_what_rows_cost_from_what_is_saved() -> None:
+    # 64 s are 54 s of work, 27 units, and 10 s of rows; then 12 units and 5 s of rows. The fill runs 5 units for each of
+    # the 10 rows and writes each in 0.5 s.
+    got = estimate(FOUR, before=(1, 1), after=(3, 3), epoch_seconds=64.0, samples=10, rows=10, read_seconds=(1.0, 0.5))
+    assert got.fill_seconds == pytest.approx(54 / 27 * 5 + 5)
+    assert got.saved_seconds == pytest.approx(64 - 54 / 27 * 12 - 5)
+
+
+# shape, rows, tiers, seconds: rows of 4096 bytes and 8192 of values, at 1e6 bytes a second on the device.
+ROWS = [
+    (10, [TierCost(40_960, 1e6)], 0.012288),
+    (10, [TierCost(40_959, 1e6)], None),
+    # One in ten comes from the host, at a fifth of the speed.
+    (10, [TierCost(40_959, 1e6), TierCost(4096, 2e5)], 0.012288 + 0.1 * 4096 / 2e5),
+    (
+        10,
+        [TierCost(0, 1e6), TierCost(20_480, 2e5), TierCost(20_480, 1e5)],
+        0.012288 + 0.5 * 4096 / 2e5 + 0.5 * 4096 / 1e5,
+    ),
+    (10, [TierCost(0, 1e6), TierCost(20_480, 2e5), TierCost(20_479, 1e5)], None),
+]
+
+
+@pytest.mark.parametrize(("rows", "tiers", "wanted"), ROWS)
+def test_row_seconds(rows: int, tiers: list[TierCost], wanted: float | None) -> None:
+    assert row_seconds((8, 16, 16), rows, "fp16", tiers) == (None if wanted is None else pytest.approx(wanted))
+
+
+# Two layers of 10 ms, rows of 4096 bytes after the first, of 1024 after the second.
+TWO = (LAYERS[0], LayerCost("block2", 100, 0.010, (8, 8, 8)))
+WIDE = (LAYERS[2], LayerCost("wide", 100, 0.010, (8, 16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "tiers", "cut"),
+    [
+        (TWO, [TierCost(4096 * 10, 1e6)], 2),
+        (TWO, [TierCost(0, 1e6), TierCost(4096 * 10, 1e6)], 2),
+        # The rows after the first are on the device and take, with the second layer, 13.1 ms; those after the second, 8
+        # of 10 on a slow disk, 45.1 ms.
+        (WIDE, [TierCost(10_240, 1e6), TierCost(40_960, 1e5)], 1),
+        (WIDE, [TierCost(10_240, 1e9), TierCost(40_960, 1e9)], 2),
+    ],
+)
+def test_choose_cut_counts_what_the_slower_tiers_cost(
+    layers: tuple[LayerCost, ...], tiers: list[TierCost], cut: int
+) -> None:
+    assert choose_cut(layers, 2, kept=0, rows=10, codec="fp16", tiers=tiers).cut == cut
+
+
+def test_rows_that_are_there_stay_where_no_others_fit() -> None:
+    assert choose_cut(LAYERS, 3, kept=1, rows=10, codec="fp16", tiers=[TierCost(0, 1e6)]).cut == 1
+
+
+def test_disk_bytes_per_second(tmp_path: Path) -> None:
+    assert 1e5 < disk_bytes_per_second(tmp_path, size=1 << 22) < 1e12
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="No such file"):
+        disk_bytes_per_second(tmp_path / "none")
