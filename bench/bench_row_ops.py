@@ -3,7 +3,8 @@
     pytest bench/bench_row_ops.py --benchmark-only          (on the GPU where there is one, else on torch's CPU threads)
 
 Rows lie in a cache many times the last-level cache, and each call takes another random batch, as an epoch does. "into
-out" writes to a tensor that is there; the others return a new one, whose pages the kernel has to find first.
+out" writes to a tensor that is there; the others return a new one, whose pages the kernel has to find first, but for
+"ActivationCache", which on a CPU gives out the memory of batches that are gone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from learndrop_ext import ops
+from learndrop_ext.cache import ActivationCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The last-level cache is 36 MB on the Xeon, 50 MB on an H200.
@@ -117,6 +119,29 @@ def test_gather_fp16(
     types = f"fp16 to {str(dtype).removeprefix('torch.')}{', into out' if into_out else ''}"
     call, launches = (ours, 1) if contender == "learndrop" else (theirs, 2 if dtype == torch.float32 else 1)
     measure(benchmark, call, name("gather", B, shape, types), contender, d.bytes_moved(dtype), launches)
+
+
+@pytest.mark.parametrize("contender", ["learndrop", "index_select + to"])
+@pytest.mark.parametrize(("B", "shape"), CASES, ids=str)
+def test_gather_of_a_training_step(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...], contender: str) -> None:
+    """What the loader calls, the batch before still held as a loop's variable holds it."""
+    d = data(B, shape, "fp16")
+    cache = ActivationCache(len(d.table), shape, codec="fp16", device=torch.device(DEVICE))
+    for slots in torch.arange(len(d.table)).split(B):
+        cache.append(slots, d.rows)
+    held: list[Tensor] = []
+
+    def ours(i: int) -> object:
+        held[:] = [cache.gather(d.on_host[i])]
+        return held
+
+    def theirs(i: int) -> object:
+        held[:] = [d.table.index_select(0, d.indices[i]).to(torch.float32)]
+        return held
+
+    call, launches = (ours, 1) if contender == "learndrop" else (theirs, 2)
+    case = name("gather", B, shape, "fp16 to float32, ActivationCache")
+    measure(benchmark, call, case, contender, d.bytes_moved(torch.float32), launches)
 
 
 @pytest.mark.parametrize("contender", ["learndrop", "index_select + to + mul + add"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from learndrop_ext import ops
+from learndrop_ext.batch_memory import BatchMemory
 from learndrop_ext.disk import Beside, Fingerprint, Manifest, SavedRows, open_rows
 from learndrop_ext.tier_ops import Places
 from learndrop_ext.tiered_rows import TieredRows
@@ -56,6 +58,7 @@ class ActivationCache:
         self.moving = moving
         self.path = path
         self._stored_shape = self.shape
+        self._memory = BatchMemory(device)
         places = Places(ops.row_bytes(self.shape, codec), ops.row_stride(self.shape, codec))
         self._rows: TieredRows | None = TieredRows(
             slots,
@@ -160,13 +163,13 @@ class ActivationCache:
         """
         tiers = self._open("gather")
         self._check_readable("gather", slots)
-        dtype = self.dtype or torch.float32
-        form = self._stored_shape
-        if not tiers.plan.staging:
-            rows = ops.gather_rows(tiers.data, slots, form, codec=self.codec, dtype=dtype, flip=flip, shift=shift)
+        form, dtype = self._stored_shape, self.dtype or torch.float32
+        out = self._memory.take((len(slots), *form), dtype, ops.memory_format(form))
+        if tiers.plan.staging:
+            self._gather_tiered(tiers, slots, out, flip, shift)
         else:
-            rows = self._gather_tiered(tiers, slots, dtype, flip, shift)
-        return rows.view(len(slots), *self.shape) if form != self.shape else rows
+            ops.gather_rows(tiers.data, slots, form, codec=self.codec, dtype=dtype, flip=flip, shift=shift, out=out)
+        return out.view(len(slots), *self.shape) if form != self.shape else out
 
     def prefetch(self, slots: torch.Tensor) -> None:
         """Say which slots [B] int64 (CPU) the next `gather` will ask for: rows that are not on the device are read ahead,
@@ -245,33 +248,22 @@ class ActivationCache:
         self,
         tiers: TieredRows,
         slots: torch.Tensor,
-        dtype: torch.dtype,
+        out: torch.Tensor,
         flip: torch.Tensor | None,
         shift: torch.Tensor | None,
-    ) -> torch.Tensor:
-        out: torch.Tensor | None = None
+    ) -> None:
         for piece in tiers.pieces(slots, load=True):
-            begin, end = piece.begin, piece.end
-            whole = end - begin == len(slots)
-            if not whole and out is None:
-                images = len(self._stored_shape) == 3
-                memory_format = torch.channels_last if images else torch.contiguous_format
-                shape = (len(slots), *self._stored_shape)
-                out = torch.empty(shape, dtype=dtype, device=self.device, memory_format=memory_format)
-            rows = ops.gather_rows(
+            part = slice(piece.begin, piece.end)
+            ops.gather_rows(
                 tiers.data,
                 piece.index,
                 self._stored_shape,
                 codec=self.codec,
-                dtype=dtype,
-                flip=None if flip is None else flip[begin:end],
-                shift=None if shift is None else shift[begin:end],
-                out=None if out is None else out[begin:end],
+                dtype=out.dtype,
+                flip=None if flip is None else flip[part],
+                shift=None if shift is None else shift[part],
+                out=out[part],
             )
-            if whole:
-                out = rows
-        assert out is not None
-        return out
 
     def _check_slots(self, name: str, slots: torch.Tensor) -> None:
         if slots.dtype != torch.int64:
@@ -287,6 +279,11 @@ class ActivationCache:
             )
 
     def _check_readable(self, name: str, slots: torch.Tensor) -> None:
+        if slots.dtype == torch.int64 and slots.ndim == 1 and slots.device.type == "cpu":
+            # One look where all is well, as at each step.
+            with contextlib.suppress(IndexError, RuntimeError):
+                if bool(self.filled.index_select(0, slots).all()):
+                    return
         self._check_slots(name, slots)
         if not bool(self.filled[slots].all()):
             missing = slots[~self.filled[slots]][0]

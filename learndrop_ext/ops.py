@@ -164,7 +164,7 @@ def gather_rows(
     B = index.shape[0]
     _check_moves(name, B, shape, flip, shift)
     if out is None:
-        out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=_memory_format(shape))
+        out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=memory_format(shape))
         if out.nbytes >= FRESH_BYTES and cache.device.type == "cpu":
             _C.advise_huge_pages(out.data_ptr(), out.nbytes)
     else:
@@ -321,14 +321,14 @@ def _check_out(name: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
         raise ValueError(f"{name}: out must be {list(shape)}, got {_shape(out)}")
     if out.device != device:
         raise ValueError(f"{name}: out must be on the cache's device {device}, got {out.device}")
-    if not out.is_contiguous(memory_format=_memory_format(shape[1:])):
+    if not out.is_contiguous(memory_format=memory_format(shape[1:])):
         order = "channels last" if len(shape) == 4 else "contiguous"
         raise ValueError(f"{name}: out must be {order}, got strides {out.stride()}")
     if out.requires_grad:
         raise ValueError(f"{name}: out must not require grad")
 
 
-def _memory_format(shape: Sequence[int]) -> torch.memory_format:
+def memory_format(shape: Sequence[int]) -> torch.memory_format:
     return torch.channels_last if len(shape) == 3 else torch.contiguous_format
 
 
@@ -379,4 +379,4 @@ def _(
     shift: Tensor | None = None,
 ) -> Tensor:
     _check_codec("gather_rows", codec)
-    return cache.new_empty((index.shape[0], *shape), dtype=dtype).to(memory_format=_memory_format(shape))
+    return cache.new_empty((index.shape[0], *shape), dtype=dtype).to(memory_format=memory_format(shape))

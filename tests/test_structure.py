@@ -20,7 +20,7 @@ HOME = {"learndrop_ext": "learndrop_ext", "kernels": "learndrop_ext.kernels"}
 FLOW: list[str] = [
     *("config", "distributed", "randomness", "row_ops_reference", "ops", "models", "image_files", "image_set"),
     *("datasets", "graph", "layers", "deltas", "scores", "policy", "costs", "batches"),
-    *("tier_ops", "disk", "tiers", "host_rows", "tiered_rows", "cache", "drop", "fill", "loader"),
+    *("tier_ops", "disk", "tiers", "host_rows", "tiered_rows", "batch_memory", "cache", "drop", "fill", "loader"),
     *("history", "rows", "scheduler", "plots", "report", "runs", "cli"),
 ]
 
