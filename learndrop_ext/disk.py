@@ -13,6 +13,7 @@ import dataclasses
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import struct
@@ -39,7 +40,8 @@ HEADER = struct.Struct("<8sIQQQI")
 THREADS = 8
 # Rows of less than half of this are read with their neighbours, which the same epoch wants too. Measured on a disk that
 # gives 1.0 to 1.7 GB/s from begin to end: random reads of 4 KB gave 0.23 GB/s (58,000 a second, whatever the number of
-# threads), of 32 KB 0.74, of 128 KB 0.9. Larger blocks are no faster: all of the file is then there before any row is used.
+# threads), of 32 KB 0.74, of 128 KB 0.9. Larger blocks were no faster: all of the file is then there before any row of it
+# is copied and checked.
 BLOCK_BYTES = 128 << 10
 
 
@@ -140,6 +142,7 @@ class DiskRows:
         self.path = path
         self.places = places
         self.checksums = torch.zeros(0, dtype=torch.int32)
+        self._free_bytes = -math.inf, 0  # when it was asked for, and how many there were
         if _descriptor is None:
             with _told(path, "must be written by one cache at a time, in a folder that is there"):
                 descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -181,8 +184,6 @@ class DiskRows:
         reads the disk once, whatever the order of the rows. Raises CacheFileError for a row that does not have its
         checksum, OSError when the file cannot be read.
         """
-        small = 2 * self.places.row_bytes < BLOCK_BYTES
-        blocks = small and 2 * self.places.end(len(self.checksums)) <= free_bytes(CPU)
         with _told(self.path, f"must give {len(slots)} rows"):
             bad = tier_ops.read_rows(
                 self.places,
@@ -191,13 +192,22 @@ class DiskRows:
                 into,
                 self.checksums,
                 threads=THREADS,
-                block_bytes=BLOCK_BYTES if blocks else 1,
+                block_bytes=BLOCK_BYTES if self._reads_blocks() else 1,
             )
         if bad is not None:
             raise CacheFileError(
                 f"cache file {self.path}: row {int(slots[bad])} must have the checksum it was written with, got another: "
                 "the file was altered or cut; delete it, and its rows are computed again"
             )
+
+    def _reads_blocks(self) -> bool:
+        """Whether rows are small, and the file fits into half of the memory that was free within the last second."""
+        if 2 * self.places.row_bytes >= BLOCK_BYTES:
+            return False
+        now = time.monotonic()
+        if now > self._free_bytes[0] + 1:
+            self._free_bytes = now, free_bytes(CPU)
+        return 2 * self.places.end(len(self.checksums)) <= self._free_bytes[1]
 
     def write(self, slots: Tensor, rows: Tensor) -> None:
         """Write rows [n, S] uint8 (CPU) to slots [n] int64. Raises OSError; these slots then hold no rows."""

@@ -73,10 +73,11 @@ class DropScheduler:
                 f"DropScheduler: cache must be on the model's device, {device}, "
                 f"got CacheConfig(device={config.device!r})"
             )
-        if config.disk_dir is not None and not os.access(config.disk_dir, os.W_OK | os.X_OK):
+        folder = config.disk_dir
+        if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
             raise ValueError(
                 "DropScheduler: cache must have a disk_dir that is a folder to write to, got "
-                f"CacheConfig(disk_dir={config.disk_dir!r})"
+                f"CacheConfig(disk_dir={folder!r})"
             )
         drop.check_optimizer(optimizer, model)
         if epochs is not None and (not isinstance(epochs, int) or epochs < 1):

@@ -50,8 +50,9 @@ class Pool {
       const std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job;
       places_ = std::min(helpers, workers_);
+      helpers = places_;
     }
-    wake_.notify_all();
+    for (int i = 0; i < helpers; ++i) wake_.notify_one();
     job.work();
     std::unique_lock<std::mutex> lock(mutex_);
     // Who has not woken by now finds no place: a late thread delays nobody.
