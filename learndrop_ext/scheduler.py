@@ -26,6 +26,11 @@ from learndrop_ext.rows import RowKeeper
 from learndrop_ext.scores import scores
 from learndrop_ext.tiers import budgets_of, tier_costs, tier_speeds
 
+STATE = {
+    *("layers", "prefix", "cuts", "rows_file", "epochs_loaded", "seen", "view_offset", "generator", "autocast"),
+    *("fingerprint", "deltas", "history"),
+}
+
 
 class DropScheduler:
     """Drops the layers that have stopped learning from the training step, forward and backward.
@@ -114,7 +119,7 @@ class DropScheduler:
         self.loader.on_first = self.model.expect
         self.model.train(model.training)
         self._frozen: list[drop.Frozen] = []
-        self._deltas = self._all_deltas()
+        self._deltas = self._deltas_from(0)
         self._speeds: tuple[float, float, float] | None = None
 
     @property
@@ -188,7 +193,7 @@ class DropScheduler:
         self.keeper.free()
         self._frozen, self.cuts, self.prefix = [], [], 0
         self._show(drop.live_body(self.full, self.chain, 0, 0, self.wrap))
-        self._deltas = self._all_deltas()
+        self._deltas = self._deltas_from(0)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the model, the optimizer and the rows, as plain values and tensors, for `torch.save`.
@@ -220,6 +225,10 @@ class DropScheduler:
         Raises ValueError, before anything is changed, when the state is of another model or the dropped layers'
         weights are not those that it was saved with; RuntimeError when layers were already dropped here.
         """
+        if missing := STATE - set(state):
+            raise ValueError(
+                f"DropScheduler.load_state_dict: state must be of DropScheduler.state_dict(), got none of {sorted(missing)}"
+            )
         if list(self.chain.names) != state["layers"]:
             raise ValueError(
                 "DropScheduler.load_state_dict: state must be of a model with the layers "
@@ -239,6 +248,9 @@ class DropScheduler:
                 "DropScheduler.load_state_dict: the dropped layers must have the weights and buffers that the state "
                 "was saved with, and they differ; load the model's state_dict first"
             )
+        deltas = self._deltas_from(state["prefix"])
+        deltas.load_state_dict(state["deltas"])
+        history = [record_of(values) for values in state["history"]]
         self.loader.epochs = state["epochs_loaded"]
         self.loader.batches.seen = state["seen"].clone()
         self.loader.view_offset = state["view_offset"].clone()
@@ -250,11 +262,11 @@ class DropScheduler:
         self.cuts = list(state["cuts"])
         if state["prefix"] > self.prefix:
             self._drop(state["prefix"], self.cut)
-        self._deltas.load_state_dict(state["deltas"])
-        self.history = [record_of(values) for values in state["history"]]
+        self._deltas, self.history = deltas, history
 
-    def _all_deltas(self) -> Deltas:
-        return Deltas([list(self.chain.layer(i).parameters()) for i in range(len(self.chain))], model=self.full)
+    def _deltas_from(self, first: int) -> Deltas:
+        layers = [list(self.chain.layer(i).parameters()) for i in range(first, len(self.chain))]
+        return Deltas(layers, model=self.full)
 
     def _check_trained(self) -> None:
         if self.model.calls == 0:

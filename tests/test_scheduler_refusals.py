@@ -54,6 +54,35 @@ def test_load_state_dict_refuses_another_model_or_other_weights() -> None:
         fresh.load_state_dict(state)
 
 
+def test_load_state_dict_changes_nothing_where_any_part_of_the_state_does_not_fit() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    drop.step()
+    whole = drop.state_dict()
+
+    def spoilt(key: str, **changes: Any) -> dict[str, Any]:
+        return whole | {key: whole[key] | changes}
+
+    anchors = whole["deltas"]["anchors"]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({k: v for k, v in whole.items() if k not in ("cuts", "seen")}, r"got none of \['cuts', 'seen'\]"),
+        (spoilt("deltas", layers=[1, 2]), r"must have \[2, 2\] parameters in its layers, got \[1, 2\]"),
+        (spoilt("deltas", anchors={k: v for k, v in anchors.items() if k != "0.1"}), r"must hold anchors for 0.1"),
+    ]
+    for state, message in cases:
+        same, _, again = parts()
+        same.load_state_dict(model.state_dict())
+        fresh = DropScheduler(same, torch.optim.SGD(same.parameters(), lr=0.1), again, policy=Fixed({1: 2}))
+        with pytest.raises(ValueError, match=message):
+            fresh.load_state_dict(state)
+        assert (fresh.prefix, fresh.cuts, fresh.history, fresh.loader.epochs) == (0, [], [], 0)
+        assert fresh.loader.rows is None
+        assert all(p.requires_grad for p in same.parameters())
+        fresh.load_state_dict(whole)
+        assert fresh.prefix == 2
+
+
 def test_step_before_an_epoch_ended_is_refused() -> None:
     model, optimizer, loader = parts()
     drop = DropScheduler(model, optimizer, loader)
