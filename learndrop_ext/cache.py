@@ -157,7 +157,8 @@ class ActivationCache:
     ) -> torch.Tensor:
         """The rows at slots [B] int64 (CPU) as a batch [B, *shape], from all tiers in the order of the slots.
 
-        flip [B] bool and shift [B, 2] (dy, dx) move each sample of [C, H, W] rows on the way out. Raises RuntimeError
+        flip [B] bool and shift [B, 2] (dy, dx) move each sample of [C, H, W] rows on the way out. On a CPU the memory of
+        a large batch that nothing holds any more is used for a later one. Raises RuntimeError
         on a closed cache, TypeError or IndexError for slots outside it or never written, CacheFileError for a row on
         disk that is no longer what was written.
         """
