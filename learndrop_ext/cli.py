@@ -122,6 +122,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     dropping.add_argument(
         "--most", type=float, default=Recipe.most, metavar="X", help="largest share of layers to drop"
     )
+    dropping.add_argument(
+        "--least", type=float, default=Recipe.least, metavar="X", help="share of the run that a drop must save"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("learndrop-report"), metavar="DIR", help="where files go")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -154,6 +157,7 @@ def _recipe(args: argparse.Namespace) -> tuple[Any, Any]:
         patience=args.patience,
         warmup=args.warmup,
         most=args.most,
+        least=args.least,
     )
     return split, recipe
 

@@ -16,7 +16,8 @@ class Situation:
     epoch: epochs done, >= 1. epochs: length of the run, or None when it is not known. prefix: layers dropped now.
     layers: the names of all L layers. scores: one tuple per measurement so far, each of L entries, None where a layer
     was already dropped. learning_rate: of the optimizer's first group. fill_seconds, saved_seconds: estimates for
-    every prefix length 0..L-1, for its fill once and for what an epoch then gets shorter.
+    every prefix length 0..L-1, for its fill once and for what an epoch then gets shorter. epoch_seconds: of an epoch in
+    which nothing was dropped.
     """
 
     epoch: int
@@ -27,6 +28,7 @@ class Situation:
     learning_rate: float = 0.0
     fill_seconds: tuple[float, ...] = ()
     saved_seconds: tuple[float, ...] = ()
+    epoch_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,10 @@ class StoppedLearning:
     A layer has stopped when its smoothed score was under `threshold` for `patience` measurements in a row, the first
     `warmup` epochs not counted. The smoothed score is the exponential moving average with weight `1 - smoothing` for
     the newest measurement. A drop has to earn its fill back in the epochs left; where the length of the run is not
-    known, the epochs left are taken to be as many as were done. `most` bounds the share of layers that may be dropped.
+    known, the epochs left are taken to be as many as were done. What it saves then has to be at least the share `least`
+    of the run without drops: layers that are dropped late lose as much of the schedule's end as others and save little,
+    and the same recipe with as much fewer epochs is better (docs/scores.md). `most` bounds the share of layers that may
+    be dropped.
     """
 
     threshold: float = 0.2
@@ -55,12 +60,13 @@ class StoppedLearning:
     warmup: int = 2
     smoothing: float = 0.5
     most: float = 1.0
+    least: float = 0.1
 
     def __post_init__(self) -> None:
-        for name, low, high in (("threshold", 0.0, 1.0), ("smoothing", 0.0, 1.0), ("most", 0.0, 1.0)):
+        for name in ("threshold", "smoothing", "most", "least"):
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"StoppedLearning: {name} must be within {low}..{high}, got {value!r}")
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"StoppedLearning: {name} must be within 0.0..1.0, got {value!r}")
         for name, least in (("patience", 1), ("warmup", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -75,7 +81,8 @@ class StoppedLearning:
             prefix += 1
         if prefix == situation.prefix:
             return Decision(prefix, self._still(situation, prefix, last))
-        return _worth(situation, prefix, f"scores under {self.threshold:g} for {self.patience} measurements")
+        stopped = f"scores under {self.threshold:g} for {self.patience} measurements"
+        return _worth(situation, prefix, stopped, least=self.least)
 
     def smoothed(self, situation: Situation, layer: int) -> list[float]:
         """The smoothed scores of one layer after the warm-up, oldest first."""
@@ -122,13 +129,19 @@ class Fixed:
         return Decision(prefix, "set by hand" if prefix > situation.prefix else "nothing set for this epoch")
 
 
-def _worth(situation: Situation, prefix: int, reason: str) -> Decision:
-    """The longest prefix within `prefix` that earns its fill back in the epochs left, or the one there is."""
+def _worth(situation: Situation, prefix: int, reason: str, *, least: float) -> Decision:
+    """The longest prefix within `prefix` that earns its fill back in the epochs left and saves the share `least` of the
+    run, or the one there is."""
     left = situation.epoch if situation.epochs is None else situation.epochs - situation.epoch
     if not situation.fill_seconds:
         return Decision(prefix, reason)
+    run = (situation.epoch + left) * situation.epoch_seconds
     for k in range(prefix, situation.prefix, -1):
-        if situation.saved_seconds[k] * left > situation.fill_seconds[k]:
+        saved = situation.saved_seconds[k] * left - situation.fill_seconds[k]
+        if saved > 0 and saved >= least * run:
             return Decision(k, reason)
     fill, saved = situation.fill_seconds[prefix], situation.saved_seconds[prefix] * left
-    return Decision(situation.prefix, f"not worth it: the fill takes {fill:.2f} s and {left} epochs save {saved:.2f} s")
+    wanted = "" if saved <= fill else f", {(saved - fill) / run:.1%} of the run where {least:.1%} are wanted"
+    return Decision(
+        situation.prefix, f"not worth it: the fill takes {fill:.2f} s and {left} epochs save {saved:.2f} s{wanted}"
+    )

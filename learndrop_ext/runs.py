@@ -30,7 +30,7 @@ class Recipe:
     """Everything that a run depends on but its kind: SGD with Nesterov momentum under a one-cycle learning rate.
 
     epochs and batch_size count as usual, lr is the peak. amp: None or "bf16" autocast. codec, views: of the
-    cache. threshold, patience, warmup: of `StoppedLearning`. most: the share of the layers that may be dropped.
+    cache. threshold, patience, warmup, most, least: of `StoppedLearning`.
     """
 
     model: str
@@ -50,6 +50,7 @@ class Recipe:
     patience: int = StoppedLearning.patience
     warmup: int = StoppedLearning.warmup
     most: float = StoppedLearning.most
+    least: float = StoppedLearning.least
 
     def __post_init__(self) -> None:
         if self.model.removesuffix("_bn") not in MODELS:
@@ -249,8 +250,8 @@ def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | 
 
 
 def default_policy(recipe: Recipe) -> Policy:
-    """The policy that the recipe's threshold, patience, warmup and most describe."""
-    return StoppedLearning(recipe.threshold, recipe.patience, recipe.warmup, most=recipe.most)
+    """The policy that the recipe's threshold, patience, warmup, most and least describe."""
+    return StoppedLearning(recipe.threshold, recipe.patience, recipe.warmup, most=recipe.most, least=recipe.least)
 
 
 def compare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -155,6 +156,7 @@ class DropScheduler:
             learning_rate=float(self.optimizer.param_groups[0]["lr"]),
             fill_seconds=tuple(e.fill_seconds for e in estimates),
             saved_seconds=tuple(e.saved_seconds for e in estimates),
+            epoch_seconds=self._whole_epoch_seconds(),
         )
         decision, choices = from_rank_zero((self._decide(situation), choices))
         begin = time.perf_counter()
@@ -267,6 +269,12 @@ class DropScheduler:
     def _deltas_from(self, first: int) -> Deltas:
         layers = [list(self.chain.layer(i).parameters()) for i in range(first, len(self.chain))]
         return Deltas(layers, model=self.full)
+
+    def _whole_epoch_seconds(self) -> float:
+        """The median of the epochs in which nothing was dropped."""
+        before = [0, *(record.prefix for record in self.history)]
+        seconds = [*(record.epoch_seconds for record in self.history), self.loader.seconds]
+        return statistics.median([s for s, prefix in zip(seconds, before, strict=True) if prefix == 0])
 
     def _check_trained(self) -> None:
         if self.model.calls == 0:

@@ -122,6 +122,49 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
         1,
         STOPPED,
     ),
+    # 18 epochs of 2 s less a fill of 8 s: 28 of 200 s.
+    (
+        "saves enough of the run",
+        QUICK,
+        after(FIRST_RESTS, FIRST_RESTS, fill_seconds=(0, 8, 9, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
+        1,
+        STOPPED,
+    ),
+    (
+        "saves too little of the run",
+        QUICK,
+        after(FIRST_RESTS, FIRST_RESTS, fill_seconds=(0, 17, 9, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
+        0,
+        "not worth it: the fill takes 17.00 s and 18 epochs save 36.00 s, 9.5% of the run where 10.0% are wanted",
+    ),
+    (
+        "the longer saves enough, where the shorter does not",
+        QUICK,
+        after(TWO_REST, TWO_REST, fill_seconds=(0, 17, 8, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
+        2,
+        STOPPED,
+    ),
+    (
+        "as little as is wished",
+        StoppedLearning(0.1, warmup=0, smoothing=0.0, least=0.0),
+        after(FIRST_RESTS, FIRST_RESTS, fill_seconds=(0, 17, 9, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
+        1,
+        STOPPED,
+    ),
+    (
+        "too little of a run of unknown length",
+        QUICK,
+        after(
+            FIRST_RESTS,
+            FIRST_RESTS,
+            epochs=None,
+            fill_seconds=(0, 1, 9, 9),
+            saved_seconds=(0, 2, 2, 2),
+            epoch_seconds=10.0,
+        ),
+        0,
+        "not worth it: the fill takes 1.00 s and 2 epochs save 4.00 s, 7.5% of the run where 10.0% are wanted",
+    ),
 ]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from learndrop_ext import CacheConfig, DropScheduler, Fixed
+from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation
 from small_training import Jittered, Net, data, epoch, parts
 
 
@@ -272,6 +272,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(drops: dict[int, int]) -> No
         for name, value in whole.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[name])
         assert [r.scores for r in after.history] == [r.scores for r in before.history]
+
+
+def test_the_policy_sees_what_an_epoch_took_before_anything_was_dropped() -> None:
+    seen: list[Situation] = []
+
+    def policy(situation: Situation) -> Decision:
+        seen.append(situation)
+        return Decision(2 if situation.epoch >= 3 else 0, "")
+
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=policy)
+    for seconds in (5.0, 1.0, 2.0, 0.5, 0.25):
+        epoch(drop, optimizer)
+        drop.loader.seconds = seconds
+        drop.step()
+    assert [situation.epoch_seconds for situation in seen] == [5.0, 3.0, 2.0, 2.0, 2.0]
 
 
 def test_rows_spill_to_disk_and_train_the_same(tmp_path: Path) -> None:
