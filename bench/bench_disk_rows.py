@@ -1,10 +1,11 @@
-"""Rows of a file, read in random order and checked, beside a plain read of the same file from its begin to its end.
+"""Rows of a file, read in random order and checked, beside a plain read of the same file from its begin to its end, and
+beside plain reads of the same rows in the same order, which show what the disk gives for reads of that size.
 
     pytest bench/bench_disk_rows.py --benchmark-only --benchmark-group-by=param:case
 
 Each round reads the whole file cold: its pages are dropped from the page cache before (POSIX_FADV_DONTNEED; what a
-virtual machine's host caches stays). Both sides use THREADS threads; the sequential one reads MB by MB into one buffer
-a thread and checks nothing. LEARNDROP_BENCH_DIR names the folder, on the disk to be measured (default: the temporary
+virtual machine's host caches stays). All use THREADS threads; the plain ones check nothing, and the sequential one reads MB
+by MB into one buffer a thread. LEARNDROP_BENCH_DIR names the folder, on the disk to be measured (default: the temporary
 one).
 """
 
@@ -61,7 +62,7 @@ def file(request: pytest.FixtureRequest) -> Iterator[File]:
         rows.close()
 
 
-@pytest.mark.parametrize("contender", ["learndrop", "sequential read"])
+@pytest.mark.parametrize("contender", ["learndrop", "sequential read", "plain reads of the rows"])
 def test_disk_rows(benchmark: BenchmarkFixture, file: File, contender: str) -> None:
     into = torch.empty((BATCH, file.row_bytes), dtype=torch.uint8)
     buffers = [bytearray(CHUNK) for _ in range(THREADS)]
@@ -76,10 +77,19 @@ def test_disk_rows(benchmark: BenchmarkFixture, file: File, contender: str) -> N
         for offset in range(4096 + thread * share, min(4096 + (thread + 1) * share, end), CHUNK):
             os.preadv(file.descriptor, [buffers[thread]], offset)
 
+    def row_by_row(offsets: list[int]) -> None:
+        row = bytearray(file.row_bytes)
+        for offset in offsets:
+            os.preadv(file.descriptor, [row], offset)
+
+    offsets = [file.rows.places.begin(slot) for slot in file.order.tolist()]
     with ThreadPoolExecutor(THREADS) as pool:
 
         def sequential() -> None:
             list(pool.map(from_begin_to_end, range(THREADS)))
+
+        def plain() -> None:
+            list(pool.map(row_by_row, [offsets[thread::THREADS] for thread in range(THREADS)]))
 
         benchmark.extra_info |= {
             "suite": "disk_rows",
@@ -87,5 +97,5 @@ def test_disk_rows(benchmark: BenchmarkFixture, file: File, contender: str) -> N
             "contender": contender,
             "bytes": len(file.order) * file.row_bytes,
         }
-        call = batches if contender == "learndrop" else sequential
-        benchmark.pedantic(call, setup=file.drop_pages, rounds=ROUNDS)
+        calls = {"learndrop": batches, "sequential read": sequential, "plain reads of the rows": plain}
+        benchmark.pedantic(calls[contender], setup=file.drop_pages, rounds=ROUNDS)
