@@ -81,10 +81,10 @@ def test_read_idx_refuses(tmp_path: Path, content: bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (gzip.compress(IDX_2X3)[:-9], "Compressed file ended before the end-of-stream marker was reached"),
-        (gzip.compress(IDX_2X3)[:8], "Compressed file ended before the end-of-stream marker was reached"),
+        (gzip.compress(IDX_2X3, mtime=0)[:-9], "Compressed file ended before the end-of-stream marker was reached"),
+        (gzip.compress(IDX_2X3, mtime=0)[:8], "Compressed file ended before the end-of-stream marker was reached"),
         (IDX_2X3, "Not a gzipped file"),
-        (gzip.compress(IDX_2X3)[:-8] + bytes(8), "CRC check failed"),
+        (gzip.compress(IDX_2X3, mtime=0)[:-8] + bytes(8), "CRC check failed"),
     ],
 )
 def test_read_idx_refuses_damaged_gzip(tmp_path: Path, content: bytes, reason: str) -> None:
