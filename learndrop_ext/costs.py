@@ -105,7 +105,7 @@ def copy_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float
 
 def host_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float:
     """Bytes per second that a GPU's copy engine brings from pinned host memory."""
-    source = torch.ones(size, dtype=torch.uint8).pin_memory(device)
+    source = torch.ones(size, dtype=torch.uint8).pin_memory()
     target = torch.empty(size, dtype=torch.uint8, device=device)
     times = []
     for _ in range(4):

@@ -50,9 +50,8 @@ class StoppedLearning:
     `warmup` epochs not counted. The smoothed score is the exponential moving average with weight `1 - smoothing` for
     the newest measurement. A drop has to earn its fill back in the epochs left; where the length of the run is not
     known, the epochs left are taken to be as many as were done. What it saves then has to be at least the share `least`
-    of the run without drops: layers that are dropped late lose as much of the schedule's end as others and save little,
-    and the same recipe with as much fewer epochs is better (docs/scores.md). `most` bounds the share of layers that may
-    be dropped.
+    of the run without drops: a drop that saves little costs accuracy all the same, and where this was measured
+    (docs/scores.md) the same recipe with one epoch less was better. `most` bounds the share of layers that may be dropped.
     """
 
     threshold: float = 0.2
