@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from learndrop_ext import ops, split_layers
-from learndrop_ext.config import CODECS
-from learndrop_ext.datasets import Split, load_dataset
-from learndrop_ext.image_set import make_loader
-from learndrop_ext.models import build_model
+from learndrop_ext.app.datasets import Split, load_dataset
+from learndrop_ext.app.image_set import make_loader
+from learndrop_ext.app.models import build_model
+from learndrop_ext.cache.config import CODECS
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table:codecs -->\n).*?(<!-- /table:codecs -->)", re.DOTALL)

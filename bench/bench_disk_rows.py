@@ -22,8 +22,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from learndrop_ext.disk import THREADS, DiskRows
-from learndrop_ext.tier_ops import Places
+from learndrop_ext.cache.file import THREADS, DiskRows
+from learndrop_ext.cache.layout import RowLayout
 
 FILE_BYTES = 256 << 20
 BATCH = 128
@@ -51,7 +51,7 @@ def file(request: pytest.FixtureRequest) -> Iterator[File]:
     size = request.param
     count = FILE_BYTES // size // BATCH * BATCH
     with tempfile.TemporaryDirectory(dir=os.environ.get("LEARNDROP_BENCH_DIR")) as folder:
-        rows = DiskRows(Path(folder) / "rows", Places(size, size))
+        rows = DiskRows(Path(folder) / "rows", RowLayout(size, size))
         rows.grow(count, first=0)
         for slots in torch.arange(count).split(BATCH):
             rows.write(slots, torch.randint(0, 256, (BATCH, size), dtype=torch.uint8))

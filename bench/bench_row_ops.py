@@ -20,7 +20,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from learndrop_ext import ops
-from learndrop_ext.cache import ActivationCache
+from learndrop_ext.cache.cache import ActivationCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The last-level cache is 36 MB on the Xeon, 50 MB on an H200.

@@ -25,9 +25,11 @@ from typing import Any
 
 import torch
 
-from learndrop_ext import backend_info, costs, runs
-from learndrop_ext.cli import PRESETS
-from learndrop_ext.datasets import load_dataset
+from learndrop_ext import backend_info
+from learndrop_ext.app import runs
+from learndrop_ext.app.cli import PRESETS
+from learndrop_ext.app.datasets import load_dataset
+from learndrop_ext.decide.probes import copy_bytes_per_second
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,7 +53,7 @@ def main() -> int:
     machine = describe_machine(passed)
     result: dict[str, Any] = {
         "machine": machine,
-        "limits": {"copy_gb_s": costs.copy_bytes_per_second(torch.device(device), size=1 << 28) / 1e9},
+        "limits": {"copy_gb_s": copy_bytes_per_second(torch.device(device), size=1 << 28) / 1e9},
         "records": [],
     }
     args.out.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from learndrop_ext import Fixed, runs
-from learndrop_ext.datasets import load_dataset
+from learndrop_ext import Fixed
+from learndrop_ext.app import runs
+from learndrop_ext.app.datasets import load_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 PANELS = (

@@ -1,4 +1,4 @@
-// learndrop_ext._C: raw pointers and sizes in, exceptions out. learndrop_ext/ops.py has checked the
+// learndrop_ext._C: raw pointers and sizes in, exceptions out. learndrop_ext/ops/rows.py has checked the
 // arguments.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -6,15 +6,15 @@ from importlib.metadata import version
 
 __version__ = version("learndrop_ext")
 
-from learndrop_ext.cache import ActivationCache
-from learndrop_ext.config import CacheConfig
-from learndrop_ext.deltas import Deltas, LayerChange
+from learndrop_ext.cache.cache import ActivationCache
+from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.decide.deltas import Deltas, LayerChange
+from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation, StoppedLearning
+from learndrop_ext.decide.scores import score, scores
+from learndrop_ext.graph.chain import Chain, Layer, split_layers
 from learndrop_ext.history import Record
-from learndrop_ext.layers import Chain, Layer, split_layers
 from learndrop_ext.ops import backend_info
-from learndrop_ext.policy import Decision, Fixed, Policy, Situation, StoppedLearning
 from learndrop_ext.scheduler import DropScheduler
-from learndrop_ext.scores import score, scores
 
 __all__ = [
     "ActivationCache",

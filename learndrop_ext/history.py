@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-
-from learndrop_ext.layers import Chain
 
 
 @dataclass(frozen=True)
@@ -37,17 +32,6 @@ class Record:
     fill_flops: int
     row_bytes: int
     cache_bytes: int
-
-
-def fingerprint(chain: Chain, prefix: int) -> str:
-    """SHA-256 over the names, shapes and bytes of the first layers' parameters and buffers."""
-    digest = hashlib.sha256()
-    for i in range(prefix):
-        layer = chain.layer(i)
-        for tensor in [*layer.parameters(), *layer.buffers()]:
-            digest.update(f"{layer.name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def record_of(values: dict[str, Any]) -> Record:

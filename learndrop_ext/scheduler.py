@@ -13,19 +13,24 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from learndrop_ext import costs, drop, fill
-from learndrop_ext.batches import InputKey, input_of, to_device
-from learndrop_ext.config import CacheConfig, cache_config
-from learndrop_ext.deltas import Deltas, LayerChange
+from learndrop_ext.cache.config import CacheConfig, cache_config
+from learndrop_ext.cache.fingerprint import weights_digest
+from learndrop_ext.cache.plan import budgets_of
+from learndrop_ext.data import fill
+from learndrop_ext.data.extras import InputKey, input_of, to_device
+from learndrop_ext.data.loader import DropLoader, Rows, check_loader
+from learndrop_ext.data.rowset import RowKeeper
+from learndrop_ext.decide import costs
+from learndrop_ext.decide.deltas import Deltas, LayerChange
+from learndrop_ext.decide.policy import Decision, Policy, Situation, StoppedLearning
+from learndrop_ext.decide.probes import tier_costs, tier_speeds
+from learndrop_ext.decide.scores import scores
 from learndrop_ext.distributed import from_rank_zero, share_buffers
-from learndrop_ext.history import Record, fingerprint, record_of
-from learndrop_ext.layers import Chain, split_layers
-from learndrop_ext.loader import DropLoader, Rows, check_loader
-from learndrop_ext.policy import Decision, Policy, Situation, StoppedLearning
-from learndrop_ext.randomness import own_randomness
-from learndrop_ext.rows import RowKeeper
-from learndrop_ext.scores import scores
-from learndrop_ext.tiers import budgets_of, tier_costs, tier_speeds
+from learndrop_ext.graph.chain import Chain, split_layers
+from learndrop_ext.graph.freeze import Frozen, check_optimizer, device_of, freeze, unfreeze
+from learndrop_ext.graph.live import LiveModel, Wrap, live_body
+from learndrop_ext.history import Record, record_of
+from learndrop_ext.rng import own_randomness
 
 STATE = {
     *("layers", "prefix", "cuts", "rows_file", "epochs_loaded", "seen", "view_offset", "generator", "autocast"),
@@ -65,7 +70,7 @@ class DropScheduler:
         epochs: int | None = None,
         cache: CacheConfig | str | None = "fp16",
         views: int | None = None,
-        wrap: drop.Wrap | None = None,
+        wrap: Wrap | None = None,
         input: InputKey = 0,
         layers: Sequence[str] | None = None,
         seed: int = 0,
@@ -73,7 +78,7 @@ class DropScheduler:
     ) -> None:
         check_loader(loader)
         config = cache_config(cache, views)
-        device = drop.device_of(model)
+        device = device_of(model)
         if config.device is not None and torch.device(config.device).type != device.type:
             raise ValueError(
                 f"DropScheduler: cache must be on the model's device, {device}, "
@@ -85,7 +90,7 @@ class DropScheduler:
                 "DropScheduler: cache must have a disk_dir that is a folder to write to, got "
                 f"CacheConfig(disk_dir={folder!r})"
             )
-        drop.check_optimizer(optimizer, model)
+        check_optimizer(optimizer, model)
         if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
             raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
         if config.views == 1 and cache is not None and not fill.same_image_each_time(loader, input):
@@ -116,10 +121,10 @@ class DropScheduler:
         self.loader = DropLoader(loader, key=input, device=device, config=config, seed=seed)
         self.keeper = RowKeeper(self.chain, model, self.loader, config, example=example, seed=seed)
         self.loader.fetch_missing = lambda ids: self.keeper.fetch_missing(ids, self.cut, self.model.autocast)
-        self.model: drop.LiveModel = drop.LiveModel(drop.live_body(model, self.chain, 0, 0, wrap), device)
+        self.model: LiveModel = LiveModel(live_body(model, self.chain, 0, 0, wrap), device)
         self.loader.on_first = self.model.expect
         self.model.train(model.training)
-        self._frozen: list[drop.Frozen] = []
+        self._frozen: list[Frozen] = []
         self._deltas = self._deltas_from(0)
         self._speeds: tuple[float, float, float] | None = None
 
@@ -191,10 +196,10 @@ class DropScheduler:
     def undrop(self) -> None:
         """Train the whole model again, from images: the dropped layers are live and the rows are freed."""
         for frozen in reversed(self._frozen):
-            drop.unfreeze(frozen, training=self.full.training)
+            unfreeze(frozen, training=self.full.training)
         self.keeper.free()
         self._frozen, self.cuts, self.prefix = [], [], 0
-        self._show(drop.live_body(self.full, self.chain, 0, 0, self.wrap))
+        self._show(live_body(self.full, self.chain, 0, 0, self.wrap))
         self._deltas = self._deltas_from(0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,7 +218,7 @@ class DropScheduler:
             "view_offset": self.loader.view_offset.clone(),
             "generator": self.loader.generator.get_state(),
             "autocast": None if self.model.autocast is None else str(self.model.autocast).removeprefix("torch."),
-            "fingerprint": fingerprint(self.chain, self.prefix),
+            "fingerprint": weights_digest(self.chain, self.prefix),
             "deltas": self._deltas.state_dict(),
             "history": [dataclasses.asdict(record) for record in self.history],
         }
@@ -245,7 +250,7 @@ class DropScheduler:
             raise RuntimeError(
                 "DropScheduler.load_state_dict: wanted a scheduler that has not dropped yet, call undrop()"
             )
-        if fingerprint(self.chain, state["prefix"]) != state["fingerprint"]:
+        if weights_digest(self.chain, state["prefix"]) != state["fingerprint"]:
             raise ValueError(
                 "DropScheduler.load_state_dict: the dropped layers must have the weights and buffers that the state "
                 "was saved with, and they differ; load the model's state_dict first"
@@ -359,8 +364,8 @@ class DropScheduler:
         if cut > before and found is None:
             rows = self.keeper.filled(before, cut, self.model.autocast)
             filled = int(rows.cache.filled.sum())
-        body = drop.live_body(self.full, self.chain, cut, prefix, self.wrap)
-        self._frozen.append(drop.freeze(self.full, self.chain, prefix))
+        body = live_body(self.full, self.chain, cut, prefix, self.wrap)
+        self._frozen.append(freeze(self.full, self.chain, prefix))
         if cut > before:
             self.keeper.free()
             self.cuts.append(cut)

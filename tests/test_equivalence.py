@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed, split_layers
-from learndrop_ext.models import build_model
+from learndrop_ext.app.models import build_model
 
 Optimize = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 

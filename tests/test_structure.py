@@ -14,56 +14,79 @@ import learndrop_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "learndrop_ext"
-HOME = {"learndrop_ext": "learndrop_ext", "kernels": "learndrop_ext.kernels"}
 
-#: In the order the data flows: a file imports only what stands before it.
-FLOW: list[str] = [
-    *("config", "distributed", "randomness", "row_ops_reference", "ops", "models", "image_files", "image_set"),
-    *("datasets", "graph", "layers", "deltas", "scores", "policy", "costs", "batches"),
-    *("tier_ops", "disk", "tiers", "host_rows", "tiered_rows", "batch_memory", "cache", "drop", "fill", "loader"),
-    *("history", "rows", "scheduler", "plots", "report", "runs", "cli"),
-]
+#: In the order the data flows. A module or package imports only what stands before it, and its own siblings.
+FLOW = (
+    *("_C", "kernels", "distributed", "rng", "ops", "graph", "cache", "decide", "data", "history", "scheduler", "app"),
+)
+BUILT = {"_C", "kernels"}  # learndrop_ext.kernels is mapped to kernels/ at the top of the tree
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def modules() -> list[Path]:
+    return [path for path in files() if path != PACKAGE / "__init__.py"]
+
+
+def place(path: Path) -> str:
+    """The entry of FLOW that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of the modules that a file of the package imports."""
+    """Full names of the modules that a file imports. Relative imports are not used."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = HOME[path.parent.name] if node.level else ""
+            home = "learndrop_ext.kernels" if path.parent.name == "kernels" else ""
+            base = home if node.level else ""
             module = ".".join(filter(None, (base, node.module)))
             found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return found
 
 
-def files() -> list[Path]:
-    return [path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"]
+def test_the_flow_names_exactly_what_is_there() -> None:
+    assert {place(path) for path in modules()} | BUILT == set(FLOW)
 
 
-def test_every_file_has_its_place_in_the_flow() -> None:
-    assert {path.stem for path in files()} <= set(FLOW)
+@pytest.mark.parametrize("path", modules(), ids=module_name)
+def test_a_package_imports_only_what_stands_before_it(path: Path) -> None:
+    home = place(path)
+    allowed = {*FLOW[: FLOW.index(home)], *([home] if path.parent != PACKAGE else [])}
+    imported = {
+        name.split(".")[1] for name in imports(path) if name.startswith("learndrop_ext.") and name.split(".")[1] in FLOW
+    }
+    assert imported <= allowed
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
-def test_a_file_imports_only_what_stands_before_it(path: Path) -> None:
-    later = set(FLOW[FLOW.index(path.stem) :])
-    imported = {name.split(".")[1] for name in imports(path) if name.startswith("learndrop_ext.")}
-    assert not imported & later
+def test_modules_of_a_package_do_not_import_each_other_in_circles() -> None:
+    names = {module_name(path): path for path in modules() if path.name != "__init__.py"}
+    edges = {name: (imports(path) & names.keys()) - {name} for name, path in names.items()}
+    done: set[str] = set()
+    while ready := {name for name in edges if name not in done and edges[name] <= done}:
+        done |= ready
+    assert done == edges.keys()
 
 
-def test_only_the_scheduler_knows_all_of_the_flow() -> None:
-    users = {path.stem for path in files() if "learndrop_ext.drop" in imports(path)}
-    assert users == {"scheduler"}
+def test_only_the_scheduler_changes_the_model() -> None:
+    users = {module_name(path) for path in modules() if "learndrop_ext.graph.freeze" in imports(path)}
+    assert users == {"learndrop_ext.scheduler"}
     for stem in ("cli", "report"):
-        assert "learndrop_ext.policy" not in imports(PACKAGE / f"{stem}.py")
+        assert "learndrop_ext.decide.policy" not in imports(PACKAGE / "app" / f"{stem}.py")
 
 
 def test_only_ops_sees_the_compiled_extension_and_the_triton_kernels() -> None:
-    for path in files():
+    for path in modules():
         sees = {"learndrop_ext._C", "learndrop_ext.kernels.delta_norms", "triton"} & imports(path)
-        assert not sees or path.stem in ("ops", "tier_ops"), path
+        assert not sees or place(path) == "ops", path
 
 
 def test_kernels_know_nothing_of_the_package() -> None:
@@ -88,8 +111,8 @@ def test_every_public_name_resolves_and_has_a_docstring() -> None:
         value = getattr(learndrop_ext, name)
         if callable(value) and name != "Policy":
             assert value.__doc__, name
-    for path in files():
-        module = importlib.import_module(f"learndrop_ext.{path.stem}")
+    for path in modules():
+        module = importlib.import_module(module_name(path))
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), (path, name)
 
@@ -106,5 +129,10 @@ def test_files_are_read_in_one_sitting() -> None:
     assert long == {}
 
 
+def test_tests_mirror_the_tree() -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
+    assert folders == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} | {"kernels"}
+
+
 def test_there_are_no_drawers() -> None:
-    assert not {path.stem for path in files()} & {"utils", "common", "base", "helpers", "misc"}
+    assert not {path.stem for path in modules()} & {"utils", "common", "base", "helpers", "misc"}

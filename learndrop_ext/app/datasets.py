@@ -1,0 +1,248 @@
+"""The image sets that the command line knows, read from their original files.
+
+Letters: N samples, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, zip_longest
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from learndrop_ext.app.image_files import (
+    IntegrityError,
+    check_labels,
+    find_file,
+    list_class_folders,
+    read_cifar,
+    read_cifar_names,
+    read_idx,
+)
+from learndrop_ext.app.image_set import ImageSet, collate_batch, make_loader
+
+__all__ = [
+    "DATASETS",
+    "ImageSet",
+    "IntegrityError",
+    "Source",
+    "Split",
+    "collate_batch",
+    "load_dataset",
+    "make_loader",
+]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dataset in its two parts, with what a model and a recipe need to know of it."""
+
+    train: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+Part: TypeAlias = tuple[Tensor | Sequence[Path], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a dataset is read, and the mean and deviation of its training pixels, in [0, 1], per channel."""
+
+    read: Callable[[Path, int | None], tuple[Part, Part, tuple[str, ...]]]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool = True
+
+
+def load_dataset(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    size: int | None = None,
+    augment: str | None = None,
+) -> Split:
+    """Read a dataset of ``DATASETS`` from its original files below ``root``.
+
+    ``root`` may be the folder of the files or the one torchvision is given: MNIST/raw, FashionMNIST/raw,
+    cifar-10-batches-py, cifar-100-python or imagenette-128 (imagenette2, ...) below it are found. digits
+    comes with scikit-learn and needs no root; its 1,797 images are split into 1,437 and 360 by a fixed
+    seed. ``limit`` keeps the first samples of each part in the order of the files (Imagenette, whose files
+    are ordered by class: in turn from each class), and does not open files beyond them. ``size`` is the
+    side of Imagenette's images in pixels, 128 by default. ``augment`` is that of the training part.
+
+    Raises ValueError for an unknown name, a missing root, a limit or size that cannot be; ImportError where
+    the package that reads the files is not installed; IntegrityError for a file that is missing or damaged.
+    """
+    source = DATASETS.get(name)
+    if source is None:
+        raise ValueError(f"load_dataset: name must be one of {', '.join(DATASETS)}, got {name!r}")
+    if root is None and name != "digits":
+        raise ValueError(f"load_dataset: {name} needs a root, the folder that holds its files, got None")
+    for argument, value in (("limit", limit), ("size", size)):
+        if value is not None and value < 1:
+            raise ValueError(f"load_dataset: {argument} must be at least 1, got {value}")
+    if size is not None and name != "imagenette":
+        raise ValueError(f"load_dataset: only imagenette has images of a chosen size, got {name} and size={size}")
+    train, test, classes = source.read(Path() if root is None else Path(root), limit)
+    parts = [
+        ImageSet(
+            images[:limit],
+            labels[:limit],
+            mean=source.mean,
+            std=source.std,
+            size=128 if size is None else size,
+            flip=source.flip,
+        )
+        for images, labels in (train, test)
+    ]
+    return Split(
+        train=parts[0].augmented(augment),
+        test=parts[1],
+        classes=classes,
+        channels=len(source.mean),
+        size=parts[0].size,
+        mean=source.mean,
+        std=source.std,
+    )
+
+
+def _read_digits(_: Path, __: int | None) -> tuple[Part, Part, tuple[str, ...]]:
+    digits = _package("sklearn.datasets", "digits", "scikit-learn").load_digits()
+    # 17 grey levels, 0 to 16, spread over the range of a byte
+    images = (torch.from_numpy(digits.images) * (255 / 16)).to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).to(torch.int64)
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    train, test = order[:1437], order[1437:]
+    return (images[train], labels[train]), (images[test], labels[test]), DIGITS
+
+
+def _read_mnist(
+    root: Path, _: int | None, *, name: str, classes: tuple[str, ...]
+) -> tuple[Part, Part, tuple[str, ...]]:
+    folder = _folder(root, f"{name}/raw", first="train-images-idx3-ubyte")
+    parts = []
+    for prefix in ("train", "t10k"):
+        path = find_file(folder, f"{prefix}-images-idx3-ubyte", suffixes=("", ".gz"))
+        labels_path = find_file(folder, f"{prefix}-labels-idx1-ubyte", suffixes=("", ".gz"))
+        images, labels = read_idx(path, dims=3), read_idx(labels_path, dims=1).to(torch.int64)
+        if images.shape[1:] != (28, 28):
+            raise IntegrityError(path, f"images must be 28x28, got {images.shape[1]}x{images.shape[2]}")
+        if len(labels) != len(images):
+            raise IntegrityError(labels_path, f"must hold {len(images)} labels, one an image, got {len(labels)}")
+        check_labels(labels_path, int(labels.min()), int(labels.max()), classes=10)
+        parts.append((images.unsqueeze(1), labels))
+    return parts[0], parts[1], classes
+
+
+def _read_cifar10(root: Path, limit: int | None) -> tuple[Part, Part, tuple[str, ...]]:
+    folder = _folder(root, "cifar-10-batches-py", first="data_batch_1")
+    names = read_cifar_names(folder / "batches.meta", key="label_names", classes=10)
+    train = [f"data_batch_{i}" for i in range(1, 6)]
+    return (
+        _cifar_part(folder, train, limit, labels="labels", classes=10),
+        _cifar_part(folder, ["test_batch"], limit, labels="labels", classes=10),
+        names,
+    )
+
+
+def _read_cifar100(root: Path, limit: int | None) -> tuple[Part, Part, tuple[str, ...]]:
+    folder = _folder(root, "cifar-100-python", first="train")
+    names = read_cifar_names(folder / "meta", key="fine_label_names", classes=100)
+    train, test = (_cifar_part(folder, [name], limit, labels="fine_labels", classes=100) for name in ("train", "test"))
+    return train, test, names
+
+
+def _cifar_part(folder: Path, names: Sequence[str], limit: int | None, *, labels: str, classes: int) -> Part:
+    batches: list[tuple[Tensor, Tensor]] = []
+    for name in names:
+        if limit is None or sum(len(y) for _, y in batches) < limit:
+            batches.append(read_cifar(find_file(folder, name), labels=labels, classes=classes))
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def _read_imagenette(root: Path, _: int | None) -> tuple[Part, Part, tuple[str, ...]]:
+    _package("PIL", "imagenette", "pillow")
+    found = sorted(path for path in root.glob("imagenette*") if (path / "train").is_dir())
+    folder = root if (root / "train").is_dir() or not found else found[0]
+    train = list_class_folders(folder / "train")
+    test = list_class_folders(folder / "val", classes=tuple(train))
+    classes = tuple(IMAGENETTE.get(name, name) for name in train)
+    return _in_turn(train), _in_turn(test), classes
+
+
+def _in_turn(folders: Mapping[str, Sequence[Path]]) -> Part:
+    """Order the files of all classes as the first of each class, the second of each, and so on."""
+    labelled = [[(path, label) for path in files] for label, files in enumerate(folders.values())]
+    order = [pair for pair in chain.from_iterable(zip_longest(*labelled)) if pair is not None]
+    return [path for path, _ in order], torch.tensor([label for _, label in order], dtype=torch.int64)
+
+
+def _package(module: str, dataset: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"load_dataset: {dataset} needs {package}, which is not installed: pip install {package}"
+        ) from error
+
+
+def _folder(root: Path, usual: str, *, first: str) -> Path:
+    if (root / usual).is_dir():
+        return root / usual
+    if not root.is_dir():
+        raise IntegrityError(root, "no such folder")
+    if not any(root.glob(f"{first}*")):
+        raise IntegrityError(root, f"must hold {first} or a folder {usual}, got neither")
+    return root
+
+
+DIGITS = tuple("0123456789")
+FASHION = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+IMAGENETTE = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+
+# Means and deviations are those of the whole training part; Imagenette has ImageNet's customary ones.
+DATASETS: Mapping[str, Source] = MappingProxyType(
+    {
+        "digits": Source(_read_digits, (0.3041,), (0.3757,), flip=False),
+        "mnist": Source(partial(_read_mnist, name="MNIST", classes=DIGITS), (0.1307,), (0.3081,), flip=False),
+        "fashion-mnist": Source(partial(_read_mnist, name="FashionMNIST", classes=FASHION), (0.2860,), (0.3530,)),
+        "cifar10": Source(_read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        "cifar100": Source(_read_cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        "imagenette": Source(_read_imagenette, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    }
+)

@@ -1,0 +1,195 @@
+"""Labelled images that are read a whole batch at a time, without per-sample Python.
+
+Letters: N samples, B batch, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from learndrop_ext.app.image_files import read_jpeg
+
+__all__ = ["AUGMENTATIONS", "ImageSet", "collate_batch", "make_loader"]
+
+AUGMENTATIONS = (None, "standard")
+
+Batch: TypeAlias = tuple[Tensor, Tensor]
+
+
+class ImageSet(Dataset[Batch]):
+    """Labelled images as a map-style dataset that reads whole batches.
+
+    ``images`` is a uint8 tensor [N, C, H, W], or a sequence of N image files that are decoded when they are
+    read (RGB, scaled and cut to ``size``). ``labels`` is int64 [N]; ``mean`` and ``std`` are per channel,
+    of pixels in [0, 1]. ``image_set[i]`` is (float32 [C, H, W], int64 []), and ``__getitems__(ids)``, which
+    a DataLoader calls by itself, is (float32 [B, C, H, W], int64 [B]): use ``collate_batch`` as its
+    ``collate_fn``.
+
+    ``augment="standard"`` draws for each reading a shift by up to an eighth of the image, 4 pixels at most,
+    with zero fill and, where ``flip`` is set, a horizontal flip with probability 1/2, from torch's global
+    random state of the device. Raises IndexError for ids outside [0, N).
+    """
+
+    def __init__(
+        self,
+        images: Tensor | Sequence[Path],
+        labels: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int = 128,
+        augment: str | None = None,
+        flip: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4):
+            raise ValueError(f"ImageSet: images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}")
+        if labels.dtype != torch.int64 or labels.shape != (len(images),):
+            raise ValueError(f"ImageSet: labels must be int64 [{len(images)}], got {labels.dtype} {list(labels.shape)}")
+        channels = images.shape[1] if isinstance(images, Tensor) else 3
+        if len(mean) != channels or len(std) != channels or min(std) <= 0:
+            raise ValueError(
+                f"ImageSet: mean and std (> 0) must have {channels} values, got {tuple(mean)}, {tuple(std)}"
+            )
+        if augment not in AUGMENTATIONS:
+            raise ValueError(f"ImageSet: augment must be None or 'standard', got {augment!r}")
+        self.labels = labels.to(device)
+        self.device = self.labels.device
+        self.images = images.to(self.device) if isinstance(images, Tensor) else tuple(images)
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.size = images.shape[-1] if isinstance(images, Tensor) else size
+        self.augment, self.flip = augment, flip
+        self._shift = (255 * torch.tensor(self.mean, device=self.device)).view(-1, 1, 1)
+        self._scale = (1 / (255 * torch.tensor(self.std, device=self.device))).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __repr__(self) -> str:
+        flip = ", flip" if self.augment and self.flip else ""
+        return (
+            f"ImageSet({len(self)} of {len(self.mean)}x{self.size}x{self.size}, mean={self.mean}, "
+            f"std={self.std}, augment={self.augment}{flip})"
+        )
+
+    def __getitem__(self, index: int) -> Batch:
+        x, y = self.__getitems__([operator.index(index)])
+        return x[0], y[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        ids = torch.as_tensor(indices, dtype=torch.int64, device="cpu")
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(self)):
+            wrong = next(i for i in ids.tolist() if not 0 <= i < len(self))
+            raise IndexError(f"ImageSet: ids must be in [0, {len(self)}), got {wrong}")
+        rows = ids.to(self.device)
+        if isinstance(self.images, Tensor):
+            x = self.images[rows]
+        else:
+            x = torch.stack([read_jpeg(self.images[i], size=self.size) for i in ids.tolist()]).to(self.device)
+        if self.augment == "standard":
+            x = _standard(x, padding=min(4, self.size // 8), flip=self.flip)
+        return x.to(torch.float32).sub_(self._shift).mul_(self._scale), self.labels[rows]
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """Return the set on ``device``; files are decoded on the CPU and sent there at each reading."""
+        return self._with(self.images, device=device, augment=self.augment)
+
+    def subset(self, indices: Sequence[int]) -> ImageSet:
+        """Return the set of some of the images, in the order of ``indices``."""
+        chosen = list(indices)
+        images = self.images[chosen] if isinstance(self.images, Tensor) else tuple(self.images[i] for i in chosen)
+        return ImageSet(
+            images,
+            self.labels[chosen],
+            mean=self.mean,
+            std=self.std,
+            size=self.size,
+            augment=self.augment,
+            flip=self.flip,
+            device=self.device,
+        )
+
+    def augmented(self, augment: str | None = "standard") -> ImageSet:
+        """Return the set with another augmentation, over the same images."""
+        return self._with(self.images, device=self.device, augment=augment)
+
+    def decoded(self) -> ImageSet:
+        """Return the set with all its files decoded into one uint8 tensor [N, C, H, W] on its device."""
+        if isinstance(self.images, Tensor):
+            return self
+        images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+        with ThreadPoolExecutor() as pool:
+            for i, image in enumerate(pool.map(partial(read_jpeg, size=self.size), self.images)):
+                images[i] = image
+        return self._with(images, device=self.device, augment=self.augment)
+
+    def _with(self, images: Tensor | Sequence[Path], *, device: torch.device | str, augment: str | None) -> ImageSet:
+        return ImageSet(
+            images,
+            self.labels,
+            mean=self.mean,
+            std=self.std,
+            size=self.size,
+            augment=augment,
+            flip=self.flip,
+            device=device,
+        )
+
+
+def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
+    """Shift each of ``images`` [B, C, H, W] by up to ``padding`` pixels each way and flip half of them."""
+    b, _, height, width = images.shape
+    windows = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+    dy, dx = torch.randint(0, 2 * padding + 1, (2, b), device=images.device)
+    shifted = windows[torch.arange(b, device=images.device), :, dy, dx]
+    if flip:
+        mirrored = torch.rand(b, 1, 1, 1, device=images.device) < 0.5
+        shifted = torch.where(mirrored, shifted.flip(3), shifted)
+    return shifted.contiguous()
+
+
+def collate_batch(batch: Batch | list[Batch]) -> Batch:
+    """Pass on a batch that the dataset put together itself; stack a list of samples."""
+    if isinstance(batch, tuple):
+        return batch
+    stacked: Batch = tuple(default_collate(batch))
+    return stacked
+
+
+def make_loader(
+    image_set: ImageSet,
+    batch_size: int,
+    *,
+    shuffle: bool = False,
+    seed: int | None = None,
+    drop_last: bool = False,
+    num_workers: int = 0,
+) -> DataLoader[Batch]:
+    """Return a DataLoader of (float32 [B, C, H, W], int64 [B]) on the device of the set.
+
+    With ``seed`` the order comes from a generator of its own, else from torch's global random state.
+    Workers help with files that are decoded at each reading and can serve the CPU only. Raises ValueError
+    for workers elsewhere.
+    """
+    if num_workers and image_set.device.type != "cpu":
+        raise ValueError(f"make_loader: num_workers must be 0 for a set on {image_set.device}, got {num_workers}")
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return DataLoader(
+        image_set,
+        batch_size,
+        shuffle=shuffle,
+        generator=generator,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        collate_fn=collate_batch,
+    )

@@ -1,0 +1,206 @@
+"""The three plots of a report, from the records of metrics.jsonl, as SVG text that refers to nothing outside itself.
+
+Letters: L layers. A record is one epoch of one run; its form is that of `learndrop_ext.app.report.Reporter.add`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+__all__ = ["plot_accuracy", "plot_dropped", "plot_scores"]
+
+Records = Sequence[Mapping[str, Any]]
+
+#: Colour (Okabe and Ito's palette, told apart by colour-blind readers), dash and marker of each run.
+RUN_STYLES: Mapping[str, tuple[str, str, str]] = {
+    "baseline": ("#555555", "-", "o"),
+    "learndrop": ("#0072b2", "-", "s"),
+    "freeze-only": ("#d55e00", "--", "^"),
+    "short": ("#009e73", ":", "D"),
+}
+
+SETTINGS: dict[Any, Any] = {
+    "font.size": 10.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "learndrop_ext",
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "hatch.linewidth": 0.6,
+}
+
+#: Above this number of cells the map of scores is drawn as one embedded image: as shapes it would be megabytes.
+MOST_CELLS = 4000
+
+
+def plot_scores(records: Records) -> str | None:
+    """Draw the score of each layer (down) after each epoch (across) for the run that dropped layers.
+
+    Returns SVG, or None where no record holds scores. Cells of layers that were dropped before the epoch are hatched.
+    """
+    scored = [record for record in records if record.get("scores")]
+    run = next((name for name in ("learndrop", "freeze-only") if any(r["run"] == name for r in scored)), None)
+    scored = [record for record in scored if record["run"] == run]
+    if not scored:
+        return None
+    layers = list(dict.fromkeys(name for record in scored for name in record["scores"]))
+    epochs = [int(record["epoch"]) for record in scored]
+    # A layer dropped by an epoch's decision was still measured in it: it counts as dropped from the next record on.
+    gone = [0, *(int(record["prefix"]) for record in scored[:-1])]
+    cells = [[math.nan] * len(epochs) for _ in layers]
+    for column, record in enumerate(scored):
+        for row, layer in enumerate(layers):
+            value = record["scores"].get(layer)
+            if row >= gone[column] and value is not None:
+                cells[row][column] = float(value)
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = _figure(height=1.6 + 0.2 * max(len(layers), 8))
+        values = [value for line in cells for value in line if math.isfinite(value)]
+        mesh = axes.pcolormesh(
+            [*(epoch - 0.5 for epoch in epochs), epochs[-1] + 0.5],
+            [row - 0.5 for row in range(len(layers) + 1)],
+            cells,
+            cmap="viridis",
+            edgecolor="face",
+            linewidth=0.3,
+            vmin=0.0,
+            vmax=max([1.0, *values]),
+            rasterized=len(layers) * len(epochs) > MOST_CELLS,
+        )
+        axes.set_facecolor("#e8e8e8")
+        for column, prefix in enumerate(gone):
+            if prefix:
+                axes.bar(
+                    epochs[column],
+                    prefix,
+                    width=1.0,
+                    bottom=-0.5,
+                    facecolor="none",
+                    edgecolor="#999999",
+                    hatch="////",
+                    lw=0,
+                )
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+        step = 1 + (len(layers) - 1) // 40
+        axes.set_yticks(range(0, len(layers), step), layers[::step])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("layer, from the input (top) to the output")
+        figure.colorbar(mesh, ax=axes, label="score (0: not learning)", pad=0.02)
+        if any(gone):
+            dropped = Patch(facecolor="#e8e8e8", edgecolor="#999999", hatch="////", label="dropped")
+            axes.legend(handles=[dropped], loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+        return _svg(figure, prefix="scores", label=f"Map of the score of each of {len(layers)} layers after each epoch")
+
+
+def plot_dropped(records: Records) -> str | None:
+    """Draw how many layers were dropped against the training time in seconds, for the runs that could drop any.
+
+    Returns SVG, or None without such a run.
+    """
+    records = [record for record in records if record["run"] not in ("baseline", "short")]
+    if not records:
+        return None
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = _figure(height=3.2)
+        for run, part in _runs(records).items():
+            axes.step(
+                [0.0, *(float(record["seconds"]) for record in part)],
+                [0, *(int(record["prefix"]) for record in part)],
+                where="post",
+                label=run,
+                **_style(run, len(part)),
+            )
+        most = max(int(record["layers"]) for record in records)
+        axes.axhline(most, color="#999999", linewidth=0.8)
+        axes.annotate(
+            f"all {most} layers",
+            (1.0, most),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            color="#555555",
+        )
+        axes.set_ylim(-0.04 * most, 1.15 * most)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel("layers dropped")
+        _finish_time_axis(axes)
+        return _svg(figure, prefix="dropped", label="Number of dropped layers against training time")
+
+
+def plot_accuracy(records: Records) -> str | None:
+    """Draw test accuracy in percent against the training time in seconds. Returns SVG, or None without records.
+
+    The axis spans what the second halves of the runs reached: the first epochs may lie below it.
+    """
+    if not records:
+        return None
+    runs = _runs(records)
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = _figure(height=3.8)
+        for run, part in runs.items():
+            axes.plot(
+                [float(record["seconds"]) for record in part],
+                [float(record["accuracy"]) for record in part],
+                label=run,
+                **_style(run, len(part)),
+            )
+        late = [float(record["accuracy"]) for part in runs.values() for record in part[len(part) // 2 :]]
+        low, high = min(late), max(float(record["accuracy"]) for record in records)
+        margin = 0.08 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+        axes.set_ylabel("test accuracy (%)")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        _finish_time_axis(axes)
+        return _svg(figure, prefix="accuracy", label="Test accuracy of each run against training time")
+
+
+def _figure(*, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8.0, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _finish_time_axis(axes: Axes) -> None:
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("training time (s), without evaluation")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, frameon=False)
+
+
+def _runs(records: Records) -> dict[str, list[Mapping[str, Any]]]:
+    runs: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        runs.setdefault(str(record["run"]), []).append(record)
+    return runs
+
+
+def _style(run: str, points: int) -> dict[str, Any]:
+    colour, dash, marker = RUN_STYLES.get(run, ("#cc79a7", "-.", "v"))
+    return {"color": colour, "linestyle": dash, "marker": marker if points <= 40 else "", "markersize": 4}
+
+
+def _svg(figure: Figure, *, prefix: str, label: str) -> str:
+    """Render ``figure`` as an <svg> element for an HTML page: ids made unique by ``prefix``, no metadata."""
+    text = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}-', svg).replace("url(#", f"url(#{prefix}-")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

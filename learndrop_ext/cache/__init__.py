@@ -1,0 +1,1 @@
+"""The cached rows of a cut: their layout, their tiers, their files."""

@@ -1,0 +1,306 @@
+"""How far each layer's parameters have moved since the last measurement, and whether they keep their
+direction.
+
+Letters: L layers, K columns of the sums (see kernels/reference.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learndrop_ext import ops
+from learndrop_ext.kernels.chunks import Anchors, DeltaTable, Position, build_table
+from learndrop_ext.kernels.shards import MAXIMUM, join, local_part
+
+Slots = tuple[tuple[tuple[dict[str, nn.Parameter | None], str], ...], ...]
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """What one measurement says of one layer; norms are over all its parameters, delta = w - anchor.
+
+    `l1`, `l2`, `maximum` are norms of delta, `w_l1`, `w_l2` of w. `nonfinite` counts the elements whose delta
+    is NaN or infinite; where it is not 0 the norms are NaN or infinite too. `relative` is l2 / w_l2, 0 where
+    w is 0. `cosine` is that of the angle between delta and the delta measured before it, in [-1, 1], None
+    where one of the two is missing, zero or not finite.
+    """
+
+    l1: float
+    l2: float
+    maximum: float
+    w_l1: float
+    w_l2: float
+    nonfinite: int
+    relative: float
+    cosine: float | None
+
+
+class PendingChanges:
+    """A measurement that the device may still be working on; `result` waits for it."""
+
+    def __init__(self, sums: Sequence[Tensor]) -> None:
+        self._changes: tuple[LayerChange, ...] | None = None
+        self._host = [to_host(one) for one in sums]
+        self._events = []
+        for device in {one.device for one in sums if one.is_cuda}:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            self._events.append(event)
+
+    def result(self) -> tuple[LayerChange, ...]:
+        """One LayerChange per layer; the first call waits for the device and reads once, later ones do not."""
+        if self._changes is None:
+            for event in self._events:
+                event.synchronize()
+            self._changes = tuple(map(layer_change, combine(self._host).tolist()))
+        return self._changes
+
+
+class Deltas:
+    """Measures the change of every layer's parameters since the anchor, the copy taken at the last refresh.
+
+    `layers` [L] holds the parameters of each layer; they may be fp32, bf16, fp16 and fp64, of any size, on
+    several devices, shared between layers (counted in the first), and sharded (DTensor: every rank of the
+    mesh must measure at the same time, and each gets the sums over all). Memory: one copy of the parameters,
+    with `persistence` two. A parameter whose memory moves keeps its anchors while shape and dtype stay, and
+    is measured from its present value otherwise. With `model`, the parameters are looked up in it before
+    every measurement, so that those replaced by ``load_state_dict(assign=True)`` or ``module.weight =
+    nn.Parameter(...)`` are followed.
+
+    Raises TypeError and ValueError as `kernels.chunks.build_table` does, and ValueError for a parameter that
+    `model` does not hold.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Sequence[Tensor]],
+        *,
+        persistence: bool = True,
+        model: nn.Module | None = None,
+    ) -> None:
+        self._persistence = persistence
+        self._layers = tuple(tuple(layer) for layer in layers)
+        self._slots = None if model is None else find_slots(self._layers, model)
+        self._parts = build_parts(self._layers, persistence, {})
+
+    def __len__(self) -> int:
+        """L, the number of layers."""
+        return len(self._layers)
+
+    def measure(self, *, refresh: bool = True) -> tuple[LayerChange, ...]:
+        """One LayerChange per layer since the anchor; with `refresh` the parameters become the anchor."""
+        return self.launch(refresh=refresh).result()
+
+    def launch(self, *, refresh: bool = True) -> PendingChanges:
+        """Starts what `measure` does on the parameters' devices without waiting for it."""
+        self._follow()
+        return PendingChanges(
+            [join(ops.delta_norms(part.table, refresh=refresh), part.table.mesh) for part in self._parts],
+        )
+
+    def drop_first(self, k: int) -> None:
+        """Forgets the first `k` layers; the others keep their anchors. Raises ValueError unless 0 <= k <= L.
+
+        A parameter shared by a forgotten layer and a kept one is from now on counted in the kept one.
+        """
+        if not 0 <= k <= len(self):
+            raise ValueError(f"drop_first: k must be from 0 to {len(self)}, got {k}")
+        self._follow()
+        kept = {(layer - k, i): values for (layer, i), values in self._anchors().items() if layer >= k}
+        self._parts = build_parts(self._layers[k:], self._persistence, kept)
+        self._layers = self._layers[k:]
+        if self._slots is not None:
+            self._slots = self._slots[k:]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Anchors by layer and place, as CPU copies; of sharded parameters this rank's shards.
+
+        Keys: "persistence" (bool), "layers" (number of parameters of each), "anchors" ("layer.place" ->
+        tensors, the newest first; with persistence the one before it follows).
+        """
+        self._follow()
+        first: set[tuple[int, str]] = set()
+        anchors = {}
+        for (layer, i), values in sorted(self._anchors().items(), key=lambda item: item[0]):
+            key = (values[0].data_ptr(), str(values[0].device))
+            if key in first and values[0].numel():
+                continue
+            first.add(key)
+            anchors[f"{layer}.{i}"] = [value.to("cpu", copy=True) for value in values]
+        return {
+            "persistence": self._persistence,
+            "layers": [len(layer) for layer in self._layers],
+            "anchors": anchors,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the anchors of a `state_dict`, so that the next measurement equals that of the run it came
+        from.
+
+        Raises ValueError, with nothing changed, for another form of state, other layers, shapes, dtypes or
+        persistence.
+        """
+        self._follow()
+        if missing := {"persistence", "layers", "anchors"} - set(state):
+            raise ValueError(f"load_state_dict: state must hold {sorted(missing)}, got {sorted(state)}")
+        if state["persistence"] != self._persistence:
+            raise ValueError(
+                f"load_state_dict: state must have persistence={self._persistence}, got {state['persistence']}"
+            )
+        wanted = [len(layer) for layer in self._layers]
+        if list(state["layers"]) != wanted:
+            raise ValueError(
+                f"load_state_dict: state must have {wanted} parameters in its layers, got {list(state['layers'])}"
+            )
+        mine = self._anchors()
+        loaded: list[tuple[Tensor, Tensor]] = []
+        for key, values in state["anchors"].items():
+            layer, i = map(int, key.split("."))
+            if (layer, i) not in mine:
+                raise ValueError(f"load_state_dict: state must hold anchors of these layers only, got {key}")
+            own = mine[layer, i]
+            if len(values) != len(own):
+                raise ValueError(f"load_state_dict: {key} must have {len(own)} anchors, got {len(values)}")
+            for target, value in zip(own, values, strict=True):
+                if target.shape != value.shape or target.dtype != value.dtype:
+                    raise ValueError(
+                        f"load_state_dict: {key} must be {list(target.shape)} {target.dtype}, "
+                        f"got {list(value.shape)} {value.dtype}"
+                    )
+                loaded.append((target, value))
+        covered = {target.data_ptr() for target, _ in loaded if target.numel()}
+        for (layer, i), own in mine.items():
+            if own[0].numel() and own[0].data_ptr() not in covered:
+                raise ValueError(f"load_state_dict: state must hold anchors for {layer}.{i}, got none")
+        for target, value in loaded:
+            target.copy_(value)
+
+    def _anchors(self) -> dict[Position, tuple[Tensor, ...]]:
+        """Anchors of all parameters by (layer, place), sharing the tables' memory."""
+        return {
+            (layer, part.places[layer][i]): values
+            for part in self._parts
+            for (layer, i), values in part.table.anchor_values().items()
+        }
+
+    def _follow(self) -> None:
+        """Builds the tables anew, keeping anchors, when parameters were replaced or have moved."""
+        layers = self._layers if self._slots is None else look_up(self._slots)
+        replaced = any(
+            now is not before
+            for new, old in zip(layers, self._layers, strict=True)
+            for now, before in zip(new, old, strict=True)
+        )
+        if replaced or any(part.table.stale() for part in self._parts):
+            self._parts = build_parts(layers, self._persistence, self._anchors())
+            self._layers = layers
+
+
+@dataclass(frozen=True)
+class Part:
+    """The parameters of one device: their table, and the places they have in each of the layers."""
+
+    table: DeltaTable
+    places: tuple[tuple[int, ...], ...]
+
+
+def build_parts(
+    layers: Sequence[Sequence[Tensor]],
+    persistence: bool,
+    anchors: Anchors,
+) -> tuple[Part, ...]:
+    """One part for each device on which parameters lie, each with all layers; one on the CPU without any."""
+    devices = dict.fromkeys(local_part(tensor).device for layer in layers for tensor in layer)
+    parts = []
+    for device in devices or {torch.device("cpu"): None}:
+        places = tuple(
+            tuple(i for i, tensor in enumerate(layer) if local_part(tensor).device == device) for layer in layers
+        )
+        kept = {
+            (i_layer, j): anchors[i_layer, i]
+            for i_layer, here in enumerate(places)
+            for j, i in enumerate(here)
+            if (i_layer, i) in anchors
+        }
+        members = [[layer[i] for i in here] for layer, here in zip(layers, places, strict=True)]
+        parts.append(Part(build_table(members, persistence=persistence, anchors=kept), places))
+    return tuple(parts)
+
+
+def find_slots(
+    layers: Sequence[Sequence[Tensor]],
+    model: nn.Module,
+) -> Slots:
+    """Where each parameter stands in `model`: the dictionary of its module and its name there.
+
+    Raises ValueError for a parameter that the model does not hold.
+    """
+    slots = {
+        id(parameter): (module._parameters, name)
+        for module in model.modules()
+        for name, parameter in reversed(list(module.named_parameters(recurse=False, remove_duplicate=False)))
+    }
+    for i_layer, layer in enumerate(layers):
+        for i, tensor in enumerate(layer):
+            if id(tensor) not in slots:
+                raise ValueError(
+                    f"Deltas: layers[{i_layer}][{i}] must be a parameter of the model, "
+                    f"got a tensor of shape {list(tensor.shape)} that it does not hold"
+                )
+    return tuple(tuple(slots[id(tensor)] for tensor in layer) for layer in layers)
+
+
+def look_up(slots: Slots) -> tuple[tuple[Tensor, ...], ...]:
+    """The parameters that stand in `slots` now; RuntimeError for one that its module no longer holds."""
+    layers = []
+    for i_layer, layer in enumerate(slots):
+        found = [owner.get(name) for owner, name in layer]
+        for i, tensor in enumerate(found):
+            if tensor is None:
+                raise RuntimeError(
+                    f"Deltas: layers[{i_layer}][{i}] must stay a parameter of its module, "
+                    f"got a module without {layer[i][1]!r}"
+                )
+        layers.append(tuple(tensor for tensor in found if tensor is not None))
+    return tuple(layers)
+
+
+def to_host(sums: Tensor) -> Tensor:
+    """`sums` on the CPU, from a device by a copy into pinned memory that is not waited for."""
+    if not sums.is_cuda:
+        return sums
+    return torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
+
+
+def combine(
+    parts: Sequence[Tensor],  # each [L, K] float64, CPU
+) -> Tensor:
+    """Sums over all devices, [L, K] float64: columns add, but for the maximum."""
+    if len(parts) == 1:
+        return parts[0]
+    together = torch.stack(list(parts))
+    sums = together.sum(0)
+    sums[:, MAXIMUM] = together[:, :, MAXIMUM].amax(0)
+    return sums
+
+
+def layer_change(row: Sequence[float]) -> LayerChange:
+    """One row of sums, in the order of kernels/reference.py, as a LayerChange."""
+    l1, l2_squared, maximum, w_l1, w_l2_squared, nonfinite, *persistence = row
+    l2, w_l2 = math.sqrt(l2_squared), math.sqrt(w_l2_squared)
+    cosine = None
+    if persistence:
+        dot, previous_squared = persistence
+        # The root of each apart: the product of the squares leaves the range of a double long before its root
+        # does.
+        scale = l2 * math.sqrt(previous_squared)
+        if scale > 0 and math.isfinite(dot) and math.isfinite(scale):
+            cosine = max(-1.0, min(1.0, dot / scale))
+    relative = l2 / w_l2 if w_l2 else 0.0
+    return LayerChange(l1, l2, maximum, w_l1, w_l2, int(nonfinite), relative, cosine)

@@ -1,0 +1,19 @@
+"""The only package that sees the compiled extension `_C` and the Triton kernels."""
+
+from learndrop_ext.ops.backend import BackendInfo, backend_info, free_bytes
+from learndrop_ext.ops.delta_norms import delta_norms
+from learndrop_ext.ops.rows import CODECS, DTYPES, append_rows, gather_rows, memory_format, row_bytes, row_stride
+
+__all__ = [
+    "CODECS",
+    "DTYPES",
+    "BackendInfo",
+    "append_rows",
+    "backend_info",
+    "delta_norms",
+    "free_bytes",
+    "gather_rows",
+    "memory_format",
+    "row_bytes",
+    "row_stride",
+]

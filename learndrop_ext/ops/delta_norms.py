@@ -1,0 +1,41 @@
+"""`delta_norms`: the sums of every layer's change in one pass, by Triton on a GPU and by C++ on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from learndrop_ext import _C
+from learndrop_ext.kernels.chunks import DeltaTable
+from learndrop_ext.kernels.reference import check_out
+
+
+def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
+    """Sums over each layer's parameters of how far they are from their anchors: [L, 6] or [L, 8] float64.
+
+    Columns, `refresh`, `out` and what it raises: `kernels.reference.delta_norms`. A table whose parameters have moved is
+    built anew first. A CUDA table takes one launch of the Triton kernel on the current stream and no synchronisation; a
+    CPU table one pass over memory in C++ on torch's number of threads, which changes no bit of the result.
+    """
+    table.refresh_pointers()
+    if table.device.type == "cuda":
+        from learndrop_ext.kernels import delta_norms as triton_form
+
+        return triton_form.delta_norms(table, refresh=refresh, out=out)
+    check_out(table, out)
+    sums = torch.empty(len(table), table.columns, dtype=torch.float64) if out is None else out
+    _C.delta_norms(
+        chunks=table.chunks.data_ptr(),
+        chunk_count=len(table.chunks),
+        starts=table.starts.data_ptr(),
+        layers=len(table),
+        anchors=table.anchors.data_ptr(),
+        row_bytes=table.anchors.shape[1],
+        role=table.counters[-1:].data_ptr(),
+        partials=table.partials.data_ptr(),
+        out=sums.data_ptr(),
+        persistence=table.persistence,
+        refresh=refresh,
+        threads=torch.get_num_threads(),
+    )
+    return sums

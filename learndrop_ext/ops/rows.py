@@ -1,0 +1,276 @@
+"""`append_rows` and `gather_rows`: store a batch of rows in a cache, and read one back.
+
+B rows in a batch, R rows in a cache, S bytes from one cache row to the next. A row is one sample's values: [C, H, W]
+(kept channels last) or any other shape. Codecs: fp32, bf16, fp16 (clamped to +-65504), uint8 (one scale and zero
+point per channel of each row). Their exact meaning stands in csrc/row_ops.h, and as plain torch in row_ops_reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from learndrop_ext import _C
+
+CODECS = ("fp32", "bf16", "fp16", "uint8")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_ROW = 2**31 - 1
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+# glibc takes a block above 32 MB from the kernel anew each time; its pages are then touched for the first time.
+FRESH_BYTES = 32 << 20
+CUDA_COMPILED = bool(_C.build_info()["cuda_architectures"])
+
+
+def row_bytes(values: Sequence[int], codec: str) -> int:
+    """Bytes that one row of shape `values` takes: its values, and for uint8 a header of 8 bytes a channel.
+
+    Raises ValueError for an unknown codec and for a shape without values or of 2^31 values and more.
+    """
+    return _geometry("row_bytes", tuple(values), codec)[2]
+
+
+def row_stride(values: Sequence[int], codec: str, *, align: int = 128) -> int:
+    """`row_bytes` rounded up to a multiple of `align`, itself a multiple of 128; raises ValueError as it does."""
+    if align < 128 or align % 128:
+        raise ValueError(f"row_stride: align must be a multiple of 128, got {align}")
+    return -(-_geometry("row_stride", tuple(values), codec)[2] // align) * align
+
+
+def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16") -> None:
+    """Writes row b of `rows` into row index[b] of `cache`, encoded.
+
+    cache: [R, S] uint8, contiguous, S = row_stride(shape, codec), CPU or CUDA. rows: [B, *shape] fp32, bf16 or fp16 on
+    the cache's device; [B, C, H, W] in any memory format, stored channels last. index: [B] int64 without repeats, on
+    the CPU, or on the cache's device: there it is not read by the host, a bad index traps in the kernel and the
+    outcome of a repeated one is open. Bytes of a cache row beyond row_bytes(shape, codec) stay as they are. On CUDA
+    the work is put on the current stream. Raises TypeError, ValueError, IndexError, or RuntimeError for a CUDA cache in
+    a build without CUDA, before anything is written.
+    """
+    name = "append_rows"
+    if rows.dtype not in DTYPES:
+        raise TypeError(f"{name}: rows must be float32, bfloat16 or float16, got {rows.dtype}")
+    if rows.ndim < 1:
+        raise ValueError(f"{name}: rows must be [B, *shape], got {_shape(rows)}")
+    if rows.device != cache.device:
+        raise ValueError(f"{name}: rows must be on the cache's device {cache.device}, got {rows.device}")
+    shape = tuple(rows.shape[1:])
+    code, image, used = _geometry(name, shape, codec)
+    _check_cache(name, cache, shape, codec, used)
+    index = _checked_index(name, cache, index)
+    B = rows.shape[0]
+    if index.shape[0] != B:
+        raise ValueError(f"{name}: index must be [{B}], one for each row, got {_shape(index)}")
+    if index.device.type == "cpu" and (repeated := _C.first_repeated(index.data_ptr(), B)) >= 0:
+        raise ValueError(f"{name}: index must name no row twice, got {repeated} twice")
+    rows = rows.detach().resolve_neg()
+    if rows.ndim > 2 and rows.ndim != 4:
+        rows = rows.contiguous()
+    index = _brought(index, cache.device)
+    _C.append_rows(
+        cache.data_ptr(),
+        cache.shape[0],
+        cache.shape[1],
+        code,
+        rows.data_ptr(),
+        DTYPES.index(rows.dtype),
+        B,
+        image,
+        _strides(rows, image),
+        index.data_ptr(),
+        torch.get_num_threads(),
+        _target(name, cache),
+    )
+
+
+def gather_rows(
+    cache: Tensor,
+    index: Tensor,
+    shape: Sequence[int],
+    *,
+    codec: str = "fp16",
+    dtype: torch.dtype = torch.float32,
+    flip: Tensor | None = None,
+    shift: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Reads rows index[b] of `cache`: [B, *shape] of `dtype`, channels last for [C, H, W] rows.
+
+    cache: [R, S] uint8 as written by `append_rows` with the same shape and codec. index: [B] int64, on the CPU, or on
+    the cache's device: there it is not read by the host, and a bad index traps in the kernel. dtype: float32, bfloat16
+    or float16, whatever the codec. flip: [B] bool or uint8, mirrors a row in x; shift: [B, 2] integers (dy, dx),
+    moves what is then there down by dy and right by dx and fills with zeros; both only for [C, H, W]. out: written and
+    returned instead of a new tensor. On CUDA the work is put on the current stream, and with index, flip (uint8 or
+    bool), shift (int32) and out on the device the call can be captured in a CUDA graph. Raises TypeError, ValueError,
+    IndexError, or RuntimeError for a CUDA cache in a build without CUDA, before anything is allocated.
+    """
+    name = "gather_rows"
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: dtype must be float32, bfloat16 or float16, got {dtype}")
+    shape = tuple(shape)
+    code, image, used = _geometry(name, shape, codec)
+    _check_cache(name, cache, shape, codec, used)
+    index = _checked_index(name, cache, index)
+    B = index.shape[0]
+    _check_moves(name, B, shape, flip, shift)
+    if out is None:
+        out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=memory_format(shape))
+        if out.nbytes >= FRESH_BYTES and cache.device.type == "cpu":
+            _C.advise_huge_pages(out.data_ptr(), out.nbytes)
+    else:
+        _check_out(name, out, (B, *shape), dtype, cache.device)
+    # One pixel: a flip changes nothing and a shift leaves nothing, and the row is not cut into channels (see _geometry).
+    one_pixel = len(shape) == 3 and shape[1] * shape[2] == 1
+    index = _brought(index, cache.device)
+    flipped = None if flip is None or one_pixel else _brought(flip, cache.device).contiguous()
+    moved = None if shift is None or one_pixel else _brought(_int32(shift), cache.device).contiguous()
+    _C.gather_rows(
+        cache.data_ptr(),
+        cache.shape[0],
+        cache.shape[1],
+        code,
+        out.data_ptr(),
+        DTYPES.index(dtype),
+        B,
+        image,
+        index.data_ptr(),
+        0 if flipped is None else flipped.data_ptr(),
+        0 if moved is None else moved.data_ptr(),
+        torch.get_num_threads(),
+        _target(name, cache),
+    )
+    if one_pixel and shift is not None:
+        out.masked_fill_(_brought((shift != 0).any(1), cache.device)[:, None, None, None], 0)
+    return out
+
+
+def _check_codec(name: str, codec: str) -> None:
+    if codec not in CODECS:
+        raise ValueError(f"{name}: codec must be one of {', '.join(CODECS)}, got {codec!r}")
+
+
+@functools.lru_cache(maxsize=256)
+def _geometry(name: str, shape: tuple[int, ...], codec: str) -> tuple[int, tuple[int, int, int], int]:
+    """The codec's number, a row's (height, width, channels) as csrc/row_ops.h counts them, and its bytes.
+
+    A row that is no image is one channel. So is, for uint8, an image of one pixel: a scale and zero point for each of
+    its values would be larger than they are.
+    """
+    _check_codec(name, codec)
+    D = math.prod(shape)
+    if min(shape, default=1) < 1 or D > LARGEST_ROW:
+        raise ValueError(f"{name}: a row must have 1 to {LARGEST_ROW} values, got shape {shape}")
+    image = (1, D, 1)
+    if len(shape) == 3 and not (codec == "uint8" and shape[1] * shape[2] == 1):
+        image = (shape[1], shape[2], shape[0])
+    code = CODECS.index(codec)
+    return code, image, _C.row_bytes(code, image)
+
+
+def _strides(rows: Tensor, image: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Strides of batch, height, width and channel in values, for rows [B], [B, D], [B, C, H, W] or contiguous."""
+    if rows.ndim == 4 and image == (rows.shape[2], rows.shape[3], rows.shape[1]):
+        return rows.stride(0), rows.stride(2), rows.stride(3), rows.stride(1)
+    return rows.stride(0), 0, rows.stride(1) if rows.ndim in (2, 4) else 1, 1
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _check_cache(name: str, cache: Tensor, shape: tuple[int, ...], codec: str, used: int) -> None:
+    if cache.dtype != torch.uint8:
+        raise TypeError(f"{name}: cache must be uint8, got {cache.dtype}")
+    if cache.ndim != 2 or not cache.is_contiguous():
+        raise ValueError(f"{name}: cache must be contiguous [R, S], got {_shape(cache)} with strides {cache.stride()}")
+    place = cache.device.type
+    if place not in ("cpu", "cuda"):
+        raise ValueError(f"{name}: cache must be on the CPU or a CUDA device, got {cache.device}")
+    if place == "cuda" and not CUDA_COMPILED:
+        raise RuntimeError(
+            f"{name}: cache is on {cache.device}, but learndrop_ext was built without CUDA: install the CUDA toolkit "
+            "and build it again with LEARNDROP_CUDA=1"
+        )
+    R, S = cache.shape
+    if used > S or S % 128:
+        raise ValueError(
+            f"{name}: S must be {-(-used // 128) * 128} or a larger multiple of 128 for {codec} rows of shape {shape}, "
+            f"got {S}"
+        )
+    if R and cache.data_ptr() % 16:
+        raise ValueError(f"{name}: cache must lie at a multiple of 16 bytes, got address {cache.data_ptr():#x}")
+
+
+def _checked_index(name: str, cache: Tensor, index: Tensor) -> Tensor:
+    if index.dtype != torch.int64:
+        raise TypeError(f"{name}: index must be int64, got {index.dtype}")
+    if index.ndim != 1:
+        raise ValueError(f"{name}: index must be [B], got {_shape(index)}")
+    if index.device.type != "cpu":
+        if index.device != cache.device:
+            raise ValueError(f"{name}: index must be on the CPU or {cache.device}, got {index.device}")
+        return index.contiguous()
+    index = index.contiguous()
+    R = cache.shape[0]
+    bad = _C.first_outside(index.data_ptr(), index.shape[0], R)
+    if bad >= 0:
+        raise IndexError(f"{name}: index must be in [0, {R}), got {int(index[bad])} at position {bad}")
+    return index
+
+
+def _check_moves(name: str, B: int, shape: Sequence[int], flip: Tensor | None, shift: Tensor | None) -> None:
+    if (flip is not None or shift is not None) and len(shape) != 3:
+        raise ValueError(f"{name}: flip and shift need rows of shape [C, H, W], got {tuple(shape)}")
+    if flip is not None:
+        if flip.dtype not in (torch.bool, torch.uint8):
+            raise TypeError(f"{name}: flip must be bool or uint8, got {flip.dtype}")
+        if flip.shape != (B,):
+            raise ValueError(f"{name}: flip must be [{B}], got {_shape(flip)}")
+    if shift is not None:
+        if shift.dtype not in INTEGERS:
+            raise TypeError(f"{name}: shift must be of an integer type, got {shift.dtype}")
+        if shift.shape != (B, 2):
+            raise ValueError(f"{name}: shift must be [{B}, 2], got {_shape(shift)}")
+
+
+def _check_out(name: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if out.dtype != dtype:
+        raise TypeError(f"{name}: out must be {dtype}, got {out.dtype}")
+    if out.shape != shape:
+        raise ValueError(f"{name}: out must be {list(shape)}, got {_shape(out)}")
+    if out.device != device:
+        raise ValueError(f"{name}: out must be on the cache's device {device}, got {out.device}")
+    if not out.is_contiguous(memory_format=memory_format(shape[1:])):
+        order = "channels last" if len(shape) == 4 else "contiguous"
+        raise ValueError(f"{name}: out must be {order}, got strides {out.stride()}")
+    if out.requires_grad:
+        raise ValueError(f"{name}: out must not require grad")
+
+
+def memory_format(shape: Sequence[int]) -> torch.memory_format:
+    return torch.channels_last if len(shape) == 3 else torch.contiguous_format
+
+
+def _brought(values: Tensor, device: torch.device) -> Tensor:
+    """On the device. What comes from pageable memory has been read when the call returns, without waiting for the work
+    that the device still has, as a blocking copy does; pinned memory may be changed by its owner, and is waited for."""
+    if values.device == device:
+        return values
+    return values.to(device, non_blocking=not values.is_pinned())
+
+
+def _int32(shift: Tensor) -> Tensor:
+    # No row is longer than LARGEST_ROW, so that a shift beyond it is the same as that.
+    if shift.dtype == torch.int64:
+        shift = shift.clamp(-LARGEST_ROW, LARGEST_ROW)
+    return shift.to(torch.int32)
+
+
+def _target(name: str, cache: Tensor) -> tuple[int, int]:
+    if cache.device.type == "cpu":
+        return -1, 0
+    return cache.get_device(), torch.cuda.current_stream(cache.device).cuda_stream

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from learndrop_ext.app.plots import plot_accuracy, plot_dropped, plot_scores
+
+SVG = "{http://www.w3.org/2000/svg}"
+LAYERS = ("stem", "layer1.0", "fc")
+
+
+def record(run: str, epoch: int, prefix: int, **changes: Any) -> dict[str, Any]:
+    scores = {name: 0.2 * row for row, name in enumerate(LAYERS)} if run == "learndrop" else None
+    return {
+        "run": run,
+        "epoch": epoch,
+        "seconds": 1.5 * epoch,
+        "train_loss": 1.0,
+        "accuracy": 90.0 + epoch,
+        "prefix": prefix,
+        "layers": 3,
+        "lr": 0.1,
+        "scores": scores,
+        "reason": "",
+        **changes,
+    }
+
+
+RECORDS = [record("baseline", 1, 0), record("baseline", 2, 0), record("learndrop", 1, 1), record("learndrop", 2, 1)]
+
+
+def texts(svg: str | None) -> list[str]:
+    assert svg is not None
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_plot_scores_labels() -> None:
+    shown = texts(plot_scores(RECORDS))
+    wanted = {"epoch", "score (0: not learning)", "layer, from the input (top) to the output", *LAYERS, "dropped"}
+    assert wanted <= set(shown)
+
+
+def test_plot_scores_hatches_only_what_was_dropped_before() -> None:
+    def cells(records: list[dict[str, Any]]) -> int:
+        svg = plot_scores(records)
+        assert svg is not None
+        # the colour bar's own cells are the same in each
+        return len(re.findall("<path", svg))
+
+    kept = [record("learndrop", epoch, 0) for epoch in (1, 2)]
+    dropped_last = [record("learndrop", 1, 0), record("learndrop", 2, 1)]
+    assert cells(kept) == cells(dropped_last)
+    assert "dropped" not in texts(plot_scores(dropped_last))
+    assert "dropped" in texts(plot_scores(RECORDS))
+
+
+def test_plot_scores_of_many_cells_is_an_image() -> None:
+    names = [f"l{i}" for i in range(41)]
+    records = [record("learndrop", e, 0, layers=41, scores=dict.fromkeys(names, 0.5)) for e in range(1, 101)]
+    svg = plot_scores(records)
+    assert svg is not None
+    assert "data:image/png;base64," in svg
+    assert len(svg) < 300_000
+    # every second layer is named
+    assert {"l0", "l2", "l40"} <= set(texts(svg))
+    assert "l1" not in texts(svg)
+
+
+@pytest.mark.parametrize("records", [[], [record("baseline", 1, 0)]])
+def test_plot_scores_without_scores(records: list[dict[str, Any]]) -> None:
+    assert plot_scores(records) is None
+
+
+def test_plot_scores_of_a_measurement_without_numbers() -> None:
+    nothing = dict.fromkeys(LAYERS)
+    assert set(LAYERS) <= set(texts(plot_scores([record("learndrop", 1, 0, scores=nothing)])))
+
+
+def test_plot_dropped() -> None:
+    shown = texts(plot_dropped(RECORDS))
+    assert {"layers dropped", "training time (s), without evaluation", "all 3 layers", "learndrop"} <= set(shown)
+    assert "baseline" not in shown
+    assert plot_dropped(RECORDS[:2]) is None
+
+
+def test_plot_accuracy() -> None:
+    shown = texts(plot_accuracy([*RECORDS, record("another", 1, 0)]))
+    assert {"test accuracy (%)", "training time (s), without evaluation"} <= set(shown)
+    assert {"baseline", "learndrop", "another"} <= set(shown)
+    assert plot_accuracy([]) is None
+
+
+@pytest.mark.parametrize(
+    ("plot", "wanted"), [(plot_accuracy, "learndrop"), (plot_dropped, "learndrop"), (plot_scores, "fc")]
+)
+def test_plots_of_one_epoch(plot: Any, wanted: str) -> None:
+    assert wanted in texts(plot([record("learndrop", 1, 0)]))
+
+
+def test_plots_have_ids_and_references_of_their_own() -> None:
+    seen: set[str] = set()
+    for plot in (plot_accuracy, plot_dropped, plot_scores):
+        svg = plot(RECORDS)
+        assert svg is not None
+        ids = set(re.findall(r'\bid="([^"]+)"', svg))
+        used = set(re.findall(r'href="#([^"]+)"', svg)) | set(re.findall(r"url\(#([^)]+)\)", svg))
+        assert used
+        assert used <= ids
+        assert not ids & seen
+        seen |= ids
+        assert svg == plot(RECORDS)
+
+
+def test_plots_show_names_as_they_are() -> None:
+    hostile = {"$\\frac{": 0.5, "</text><script>": 0.1, "\u5c64": 0.2}
+    svg = plot_scores([record("learndrop", 1, 0, scores=hostile)])
+    assert set(hostile) <= set(texts(svg))
+    assert "<script" not in (svg or "")

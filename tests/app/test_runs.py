@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from learndrop_ext.app import runs
+from learndrop_ext.app.datasets import Split, load_dataset
+from learndrop_ext.app.runs import Recipe
+from learndrop_ext.decide.policy import Fixed
+
+RECIPE = Recipe(model="resnet10", stem="small", width=8, epochs=3, batch_size=32, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Split:
+    return load_dataset("digits", limit=128)
+
+
+def test_train_without_a_policy_is_a_plain_run(digits: Split) -> None:
+    records: list[dict[str, Any]] = []
+    result, model = runs.train("baseline", digits, RECIPE, on_epoch=records.append)
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    assert result.drops == []
+    assert result.fill_seconds == result.measure_seconds == 0.0
+    assert result.accuracy == records[-1]["accuracy"] == runs.evaluate(model, digits.test, batch_size=50, amp=None)
+    assert result.peak_memory_bytes > 1 << 20
+    # Multiplies and adds of one 8x8 image: the stem, the four stages, each with a shortcut but the first, the classifier.
+    convolutions = [(1, 8, 3, 8), (8, 8, 3, 8), (8, 8, 3, 8)]
+    for width, size in ((16, 4), (32, 2), (64, 1)):
+        convolutions += [(width // 2, width, 3, size), (width, width, 3, size), (width // 2, width, 1, size)]
+    flops = sum(2 * i * o * k * k * size * size for i, o, k, size in convolutions) + 2 * 64 * 10
+    assert result.forward_flops == 3 * 128 * flops
+
+
+def test_train_with_a_policy_says_what_it_dropped(digits: Split) -> None:
+    records: list[dict[str, Any]] = []
+    steps: list[tuple[str, int, int, str]] = []
+    result, model = runs.train(
+        "learndrop",
+        digits,
+        RECIPE,
+        policy=Fixed({1: 2, 2: 4}),
+        on_epoch=records.append,
+        progress=lambda *words: steps.append(words),
+    )
+    plain, _ = runs.train("baseline", digits, RECIPE)
+    assert [(d.epoch, d.prefix, d.layers[-1], d.tier) for d in result.drops] == [
+        (1, 2, "layer1.0", "device"),
+        (2, 4, "layer3.0", "device"),
+    ]
+    assert [record["prefix"] for record in records] == [2, 4, 4]
+    assert list(records[0]["scores"]) == ["conv1", "layer1.0", "layer2.0", "layer3.0", "layer4.0", "fc"]
+    assert records[2]["scores"]["layer3.0"] is None
+    assert 0 < result.forward_flops < plain.forward_flops
+    assert result.fill_seconds > 0
+    assert steps[-1][:3] == ("learndrop", 12, 12)
+    assert set(model.state_dict()) == set(runs.train("baseline", digits, RECIPE)[1].state_dict())
+
+
+def test_the_first_epoch_is_the_same_in_all_runs(digits: Split) -> None:
+    losses = {}
+    for name, policy in (("baseline", None), ("learndrop", Fixed({1: 2}))):
+        records: list[dict[str, Any]] = []
+        runs.train(name, digits, RECIPE, policy=policy, on_epoch=records.append)
+        losses[name] = [record["train_loss"] for record in records]
+    assert losses["baseline"][0] == losses["learndrop"][0]
+    assert losses["baseline"][1] != losses["learndrop"][1]
+
+
+def test_augmented_training_keeps_views(digits: Split) -> None:
+    recipe = dataclasses.replace(RECIPE, augment="standard", views=2)
+    result, _ = runs.train("learndrop", digits, recipe, policy=Fixed({1: 2}))
+    assert result.drops[0].prefix == 2
+
+
+def test_compare_gives_the_form_that_other_programs_read(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "default_policy", lambda recipe: Fixed({1: 2, 2: 4}))
+    stages = []
+    for out in runs.compare(digits, RECIPE, rivals=("freeze-only", "short")):
+        stages.append(set(out))
+    assert stages == [
+        {"config", "baseline"},
+        {"config", "baseline", "learndrop", "speedup"},
+        {"config", "baseline", "learndrop", "speedup", "freeze-only"},
+        {"config", "baseline", "learndrop", "speedup", "freeze-only", "short"},
+    ]
+    for run in ("baseline", "learndrop", "freeze-only", "short"):
+        assert set(out[run]) == {
+            *("seconds", "fill_seconds", "measure_seconds", "eval_seconds", "forward_flops", "accuracy"),
+            *("peak_memory_bytes", "drops"),
+        }
+    assert out["speedup"] == out["baseline"]["seconds"] / out["learndrop"]["seconds"]
+    dropped = [(drop["epoch"], drop["prefix"]) for drop in out["learndrop"]["drops"]]
+    assert dropped == [(1, 2), (2, 4)]
+    assert [(drop["epoch"], drop["prefix"]) for drop in out["freeze-only"]["drops"]] == dropped
+    assert out["freeze-only"]["forward_flops"] == out["baseline"]["forward_flops"] > out["learndrop"]["forward_flops"]
+    assert 1 <= out["config"]["short_epochs"] <= 3
+
+
+def test_save_model_leaves_no_part(digits: Split, tmp_path: Any) -> None:
+    _, model = runs.train("baseline", digits, dataclasses.replace(RECIPE, epochs=1))
+    runs.save_model(model, tmp_path / "model.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(saved[name], value)

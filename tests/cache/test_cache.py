@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from learndrop_ext.cache.cache import ActivationCache
+
+CPU = torch.device("cpu")
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 4, 5), (2, 1, 1), (1, 3, 3), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("moving", [False, True])
+def test_cache_gives_fp32_rows_back_to_the_bit(shape: tuple[int, ...], moving: bool) -> None:
+    cache = ActivationCache(6, shape, codec="fp32", device=CPU, moving=moving)
+    stored = rows(6, *shape)
+    order = ids(4, 0, 5, 2, 1, 3)
+    cache.append(order[:4], stored[:4])
+    cache.append(order[4:], stored[4:])
+    wanted = torch.stack([stored[order.tolist().index(i)] for i in (3, 3, 0, 5)])
+    got = cache.gather(ids(3, 3, 0, 5))
+    assert got.dtype == torch.float32
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("codec", ["fp32", "fp16"])
+def test_cache_gives_rows_back_in_the_memory_format_of_the_first(
+    memory_format: torch.memory_format, codec: str
+) -> None:
+    stored = rows(4, 3, 5, 6).half().float()
+    cache = ActivationCache(4, (3, 5, 6), codec=codec, device=CPU)
+    cache.append(ids(0, 1), stored[:2].contiguous(memory_format=memory_format))
+    # Later rows may come in any format.
+    cache.append(ids(2), stored[2:3].contiguous())
+    cache.append(ids(3), stored[3:].contiguous(memory_format=torch.channels_last))
+    got = cache.gather(ids(3, 2, 1, 0))
+    assert torch.equal(got, stored.flip(0))
+    assert got.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cache_gives_rows_back_in_their_dtype(dtype: torch.dtype) -> None:
+    cache = ActivationCache(2, (7,), codec="fp32", device=CPU)
+    stored = rows(2, 7, dtype=dtype)
+    cache.append(ids(0, 1), stored)
+    got = cache.gather(ids(0, 1))
+    assert got.dtype == dtype
+    assert torch.equal(got, stored)
+
+
+def test_cache_rounds_and_saturates_fp16() -> None:
+    values = torch.tensor([[1e9, -1e9, 65504.0, 65519.0, 0.0, 1.0009765625, 1.0004, 1e-9]])
+    cache = ActivationCache(1, (8,), codec="fp16", device=CPU)
+    cache.append(ids(0), values)
+    wanted = [[65504.0, -65504.0, 65504.0, 65504.0, 0.0, 1.0009765625, 1.0, 0.0]]
+    assert cache.gather(ids(0)).tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("codec", "most"),
+    # Half a unit in the last place of 3.0; for uint8 half of a step of a channel's range.
+    [("fp32", 0.0), ("fp16", 2.0**-10), ("bf16", 2.0**-7), ("uint8", 3.0 / 255 / 2 + 1e-6)],
+)
+def test_cache_is_as_exact_as_its_codec(codec: str, most: float) -> None:
+    stored = torch.rand(3, 4, 5, 6, generator=torch.Generator().manual_seed(0)) * 3
+    cache = ActivationCache(3, (4, 5, 6), codec=codec, device=CPU)
+    cache.append(ids(0, 1, 2), stored)
+    assert float((cache.gather(ids(0, 1, 2)) - stored).abs().max()) <= most
+
+
+def test_cache_moves_images_on_the_way_out() -> None:
+    image = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]])
+    cache = ActivationCache(1, (1, 2, 3), codec="fp32", device=CPU, moving=True)
+    cache.append(ids(0), image)
+    flip = torch.tensor([False, True, False, True])
+    shift = torch.tensor([[0, 0], [0, 0], [1, -1], [0, 1]])
+    got = cache.gather(ids(0, 0, 0, 0), flip=flip, shift=shift)
+    assert got[:, 0].tolist() == [
+        [[1, 2, 3], [4, 5, 6]],
+        [[3, 2, 1], [6, 5, 4]],
+        [[0, 0, 0], [2, 3, 0]],
+        [[0, 3, 2], [0, 6, 5]],
+    ]
+
+
+def test_cache_sizes_are_bytes() -> None:
+    # 100 values of 2 bytes, rounded up to a multiple of 128.
+    cache = ActivationCache(10, (4, 5, 5), codec="fp16", device=CPU)
+    assert (cache.row_bytes, cache.nbytes) == (256, 2560)
+
+
+def test_cache_gather_never_gives_a_row_that_was_not_written() -> None:
+    cache = ActivationCache(4, (3,), codec="fp32", device=CPU)
+    with pytest.raises(IndexError, match=r"ActivationCache.gather: slots must have been written, got 0, which was not"):
+        cache.gather(ids(0))
+    cache.append(ids(1, 3), rows(2, 3))
+    for slot in (0, 2):
+        with pytest.raises(IndexError, match=rf"slots must have been written, got {slot}, which was not"):
+            cache.gather(ids(1, 3, slot))
+    assert cache.gather(ids(1, 3)).shape == (2, 3)
+    assert cache.gather(ids()).shape == (0, 3)
+
+
+def test_cache_grow_keeps_the_rows_and_leaves_the_new_ones_unwritten() -> None:
+    cache = ActivationCache(2, (3,), codec="fp32", device=CPU)
+    stored = rows(3, 3)
+    cache.append(ids(1), stored[:1])
+    cache.grow(4)
+    assert torch.equal(cache.gather(ids(1)), stored[:1])
+    assert cache.filled.tolist() == [False, True, False, False]
+    with pytest.raises(IndexError, match="slots must have been written, got 3"):
+        cache.gather(ids(3))
+    cache.append(ids(3, 0), stored[1:])
+    assert torch.equal(cache.gather(ids(1, 3, 0)), stored)
+    assert cache.nbytes == 4 * cache.row_bytes
+    cache.grow(4)
+    with pytest.raises(ValueError, match=r"ActivationCache.grow: slots must be at least 4, got 3"):
+        cache.grow(3)
+
+
+# what is called, exception, message
+REFUSED: list[tuple[Callable[[ActivationCache], Any], type[Exception], str]] = [
+    (lambda c: c.append(ids(0), rows(1, 4, 5)), ValueError, r"append: rows must be \[B, 5, 4\], got \[1, 4, 5\]"),
+    (lambda c: c.append(ids(0), rows(1, 20)), ValueError, r"append: rows must be \[B, 5, 4\], got \[1, 20\]"),
+    (
+        lambda c: c.append(ids(0), rows(1, 5, 4).half()),
+        ValueError,
+        "append: rows must be torch.float32 as the first were, got torch.float16",
+    ),
+    (lambda c: c.append(ids(0, 1), rows(1, 5, 4)), ValueError, r"append_rows: index must be \[1\].*got \[2\]"),
+    (lambda c: c.append(ids(3), rows(1, 5, 4)), IndexError, r"append: slots must be within 0\.\.2, got 3\.\.3"),
+    (lambda c: c.append(ids(-1), rows(1, 5, 4)), IndexError, r"append: slots must be within 0\.\.2, got -1\.\.-1"),
+    (lambda c: c.append(ids(0, 3), rows(2, 5, 4)), IndexError, r"append: slots must be within 0\.\.2, got 0\.\.3"),
+    (lambda c: c.append(ids(0, 0), rows(2, 5, 4)), ValueError, "index must name no row twice, got 0 twice"),
+    (lambda c: c.append(ids(0).int(), rows(1, 5, 4)), TypeError, "append: slots must be int64, got torch.int32"),
+    (lambda c: c.gather(ids(3)), IndexError, r"gather: slots must be within 0\.\.2, got 3\.\.3"),
+    (lambda c: c.gather(ids(2, -1)), IndexError, r"gather: slots must be within 0\.\.2, got -1\.\.2"),
+    (lambda c: c.gather(ids(2), flip=torch.ones(1).bool()), ValueError, "gather_rows: flip"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED)
+def test_cache_refuses_before_it_writes(
+    call: Callable[[ActivationCache], Any], error: type[Exception], message: str
+) -> None:
+    cache = ActivationCache(3, (5, 4), codec="fp32", device=CPU)
+    stored = rows(1, 5, 4)
+    cache.append(ids(2), stored)
+    with pytest.raises(error, match=message):
+        call(cache)
+    assert cache.filled.tolist() == [False, False, True]
+    assert torch.equal(cache.gather(ids(2)), stored)
+
+
+def test_cache_refuses_a_first_row_without_noting_its_dtype() -> None:
+    cache = ActivationCache(1, (2,), codec="fp32", device=CPU)
+    with pytest.raises(TypeError, match=r"rows must be float32, bfloat16 or float16, got torch\.float64"):
+        cache.append(ids(0), rows(1, 2).double())
+    cache.append(ids(0), rows(1, 2))
+    assert torch.equal(cache.gather(ids(0)), rows(1, 2))
+
+
+def test_cache_refuses_slots_under_0() -> None:
+    with pytest.raises(ValueError, match="ActivationCache: slots must be >= 0, got -1"):
+        ActivationCache(-1, (2,), codec="fp32", device=CPU)
+
+
+USES: list[tuple[str, Callable[[ActivationCache], Any]]] = [
+    ("append", lambda c: c.append(ids(0), rows(1, 2))),
+    ("gather", lambda c: c.gather(ids(0))),
+    ("grow", lambda c: c.grow(2)),
+    ("row_bytes", lambda c: c.row_bytes),
+    ("nbytes", lambda c: c.nbytes),
+]
+
+
+@pytest.mark.parametrize(("name", "use"), USES, ids=[case[0] for case in USES])
+def test_cache_refuses_any_use_once_closed(name: str, use: Callable[[ActivationCache], Any]) -> None:
+    cache = ActivationCache(1, (2,), codec="fp32", device=CPU)
+    cache.append(ids(0), rows(1, 2))
+    cache.close()
+    cache.close()
+    with pytest.raises(RuntimeError, match=f"ActivationCache.{name}: the cache must be open, and it was closed"):
+        use(cache)

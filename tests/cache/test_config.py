@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from learndrop_ext.cache.config import CacheConfig, cache_config
+
+
+def test_cache_config_defaults() -> None:
+    config = CacheConfig()
+    assert (config.codec, config.views, config.budget_bytes) == ("fp16", 1, "auto")
+    assert (config.flip, config.shift) == (False, 0)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"codec": "fp16"},
+        {"codec": "bf16"},
+        {"codec": "fp32"},
+        {"codec": "uint8"},
+        {"views": 8},
+        {"budget_bytes": 0},
+        {"budget_bytes": 1 << 40},
+        {"host_bytes": "auto", "disk_bytes": 5, "disk_dir": "rows"},
+        {"disk_dir": "rows"},
+        {"flip": True, "shift": 2},
+    ],
+)
+def test_cache_config_takes(arguments: dict[str, Any]) -> None:
+    config = CacheConfig(**arguments)
+    assert {name: getattr(config, name) for name in arguments} == arguments
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"codec": "fp8"}, "CacheConfig: codec must be one of fp32, bf16, fp16, uint8, got 'fp8'"),
+        ({"views": 0}, "CacheConfig: views must be a whole number >= 1, got 0"),
+        ({"views": 1.5}, r"CacheConfig: views must be a whole number >= 1, got 1\.5"),
+        ({"budget_bytes": -1}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got -1"),
+        ({"budget_bytes": "8GB"}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got '8GB'"),
+        ({"host_bytes": -1}, "CacheConfig: host_bytes must be bytes >= 0 or 'auto', got -1"),
+        ({"disk_bytes": 0.5}, r"CacheConfig: disk_bytes must be bytes >= 0 or 'auto', got 0\.5"),
+        ({"disk_bytes": 1}, "CacheConfig: disk_dir must be a folder where disk_bytes is 1, got None"),
+        ({"shift": -1}, "CacheConfig: shift must be pixels >= 0, got -1"),
+        ({"shift": 0.5}, r"CacheConfig: shift must be pixels >= 0, got 0\.5"),
+    ],
+)
+def test_cache_config_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CacheConfig(**arguments)
+
+
+def test_cache_config_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        CacheConfig().codec = "fp32"  # type: ignore[misc]
+
+
+# cache, views, what they mean
+MEANT: list[tuple[CacheConfig | str | None, int | None, CacheConfig]] = [
+    (None, None, CacheConfig()),
+    (None, 4, CacheConfig(views=4)),
+    ("uint8", None, CacheConfig(codec="uint8")),
+    ("fp32", 2, CacheConfig(codec="fp32", views=2)),
+    (CacheConfig(flip=True, views=3), None, CacheConfig(flip=True, views=3)),
+    (CacheConfig(flip=True, views=3), 5, CacheConfig(flip=True, views=5)),
+]
+
+
+@pytest.mark.parametrize(("cache", "views", "wanted"), MEANT)
+def test_cache_config_of_the_schedulers_arguments(
+    cache: CacheConfig | str | None, views: int | None, wanted: CacheConfig
+) -> None:
+    assert cache_config(cache, views) == wanted
+
+
+def test_cache_config_of_other_arguments_is_refused() -> None:
+    with pytest.raises(TypeError, match="DropScheduler: cache must be a CacheConfig, a codec or None, got int"):
+        cache_config(5, None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"CacheConfig: codec must be one of .*, got 'png'"):
+        cache_config("png", None)
+    with pytest.raises(ValueError, match="CacheConfig: views must be a whole number >= 1, got 0"):
+        cache_config(None, 0)

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from learndrop_ext.decide.policy import Decision, Fixed, Situation, StoppedLearning
+
+LAYERS = ("stem", "block1", "block2", "fc")
+
+
+def after(*measured: tuple[float | None, ...], prefix: int = 0, **more: Any) -> Situation:
+    """The situation after as many epochs as there are measurements."""
+    more = {"epoch": len(measured), "epochs": 20, "layers": LAYERS, **more}
+    return Situation(prefix=prefix, scores=measured, **more)
+
+
+MOVING = (0.9, 0.9, 0.9, 0.9)
+FIRST_RESTS = (0.0, 0.9, 0.9, 0.9)
+TWO_REST = (0.0, 0.0, 0.9, 0.9)
+MIDDLE_RESTS = (0.9, 0.0, 0.0, 0.9)
+ALL_REST = (0.0, 0.0, 0.0, 0.0)
+QUICK = StoppedLearning(threshold=0.1, warmup=0, patience=2, smoothing=0.0)
+STOPPED = "scores under 0.1 for 2 measurements"
+
+# policy, situation, prefix, reason
+STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
+    ("warm-up", StoppedLearning(warmup=2), after(ALL_REST, ALL_REST), 0, "warm-up: epoch 2 of 2"),
+    ("warm-up keeps the prefix", StoppedLearning(warmup=2), after(ALL_REST, prefix=1), 1, "warm-up: epoch 1 of 2"),
+    ("warm-up does not count", StoppedLearning(warmup=2), after(*[ALL_REST] * 3), 0, "stem still learns: score 0.00"),
+    ("first after warm-up", StoppedLearning(0.1, warmup=2), after(*[ALL_REST] * 4), 3, STOPPED),
+    ("all learn", QUICK, after(MOVING, MOVING), 0, "stem still learns: score 0.90"),
+    ("too few measurements", QUICK, after(ALL_REST), 0, "stem still learns: score 0.00"),
+    ("no measurement", QUICK, after(epoch=1), 0, "no score yet"),
+    ("one stopped", QUICK, after(FIRST_RESTS, FIRST_RESTS), 1, STOPPED),
+    ("two stopped", QUICK, after(TWO_REST, TWO_REST), 2, STOPPED),
+    ("only in the last", QUICK, after(MOVING, TWO_REST), 0, "stem still learns: score 0.00"),
+    ("only before the last", QUICK, after(TWO_REST, MOVING), 0, "stem still learns: score 0.90"),
+    ("longest run", QUICK, after(FIRST_RESTS, TWO_REST), 1, STOPPED),
+    ("stopped behind a learner", QUICK, after(MIDDLE_RESTS, MIDDLE_RESTS), 0, "stem still learns: score 0.90"),
+    ("the last layer stays", QUICK, after(ALL_REST, ALL_REST), 3, STOPPED),
+    ("at the threshold", QUICK, after((0.1, 0, 0, 0), (0.0, 0, 0, 0)), 0, "stem still learns: score 0.00"),
+    ("goes on behind the prefix", QUICK, after((None, 0.0, 0.9, 0.9), (None, 0.0, 0.9, 0.9), prefix=1), 2, STOPPED),
+    (
+        "next one learns",
+        QUICK,
+        after((None, 0.3, 0.0, 0.0), (None, 0.5, 0.0, 0.0), prefix=1),
+        1,
+        "block1 still learns: score 0.50",
+    ),
+    (
+        "nothing left",
+        QUICK,
+        after((None, None, None, 0.0), (None, None, None, 0.0), prefix=3),
+        3,
+        "all 3 layers that may be dropped are",
+    ),
+    (
+        "half at most",
+        StoppedLearning(0.1, warmup=0, most=0.5, smoothing=0.0),
+        after(ALL_REST, ALL_REST),
+        2,
+        STOPPED,
+    ),
+    ("none at most", StoppedLearning(warmup=0, most=0.0), after(ALL_REST), 0, "all 0 layers that may be dropped are"),
+    # 0.8 -> 0.4 -> 0.2 -> 0.1 -> 0.05: under 0.15 from the fourth on.
+    (
+        "smoothing holds it back",
+        StoppedLearning(0.15, warmup=0),
+        after((0.8, 1, 1, 1), *[FIRST_RESTS] * 3),
+        0,
+        "stem still learns: score 0.10",
+    ),
+    (
+        "smoothing lets it go",
+        StoppedLearning(0.15, warmup=0),
+        after((0.8, 1, 1, 1), *[FIRST_RESTS] * 4),
+        1,
+        "scores under 0.15 for 2 measurements",
+    ),
+    ("patience of one", StoppedLearning(0.2, 1, 0, 0.0), after(TWO_REST), 2, "scores under 0.2 for 1 measurements"),
+    (
+        "worth it",
+        QUICK,
+        after(TWO_REST, TWO_REST, fill_seconds=(0, 5, 9, 12), saved_seconds=(0, 1, 2, 3)),
+        2,
+        STOPPED,
+    ),
+    (
+        "only the shorter is worth it",
+        QUICK,
+        after(TWO_REST, TWO_REST, epochs=7, fill_seconds=(0, 4, 20, 30), saved_seconds=(0, 1, 2, 3)),
+        1,
+        STOPPED,
+    ),
+    (
+        "a tie is not worth it",
+        QUICK,
+        after(FIRST_RESTS, FIRST_RESTS, epochs=7, fill_seconds=(0, 5, 9, 9), saved_seconds=(0, 1, 1, 1)),
+        0,
+        "not worth it: the fill takes 5.00 s and 5 epochs save 5.00 s",
+    ),
+    (
+        "the run ends",
+        QUICK,
+        after(ALL_REST, ALL_REST, epochs=2, fill_seconds=(0, 1, 1, 1), saved_seconds=(0, 9, 9, 9)),
+        0,
+        "not worth it: the fill takes 1.00 s and 0 epochs save 0.00 s",
+    ),
+    (
+        "unknown length: as many as were done",
+        QUICK,
+        after(FIRST_RESTS, FIRST_RESTS, epochs=None, fill_seconds=(0, 3, 9, 9), saved_seconds=(0, 1, 1, 1)),
+        0,
+        "not worth it: the fill takes 3.00 s and 2 epochs save 2.00 s",
+    ),
+    (
+        "unknown length, longer run",
+        QUICK,
+        after(*[FIRST_RESTS] * 4, epochs=None, fill_seconds=(0, 3, 9, 9), saved_seconds=(0, 1, 1, 1)),
+        1,
+        STOPPED,
+    ),
+    # 18 epochs of 2 s less a fill of 8 s: 28 of 200 s.
+    (
+        "saves enough of the run",
+        QUICK,
+        after(FIRST_RESTS, FIRST_RESTS, fill_seconds=(0, 8, 9, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
+        1,
+        STOPPED,
+    ),
+    (
+        "saves too little of the run",
+        QUICK,
+        after(FIRST_RESTS, FIRST_RESTS, fill_seconds=(0, 17, 9, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
+        0,
+        "not worth it: the fill takes 17.00 s and 18 epochs save 36.00 s, 9.5% of the run where 10.0% are wanted",
+    ),
+    (
+        "the longer saves enough, where the shorter does not",
+        QUICK,
+        after(TWO_REST, TWO_REST, fill_seconds=(0, 17, 8, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
+        2,
+        STOPPED,
+    ),
+    (
+        "as little as is wished",
+        StoppedLearning(0.1, warmup=0, smoothing=0.0, least=0.0),
+        after(FIRST_RESTS, FIRST_RESTS, fill_seconds=(0, 17, 9, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
+        1,
+        STOPPED,
+    ),
+    (
+        "too little of a run of unknown length",
+        QUICK,
+        after(
+            FIRST_RESTS,
+            FIRST_RESTS,
+            epochs=None,
+            fill_seconds=(0, 1, 9, 9),
+            saved_seconds=(0, 2, 2, 2),
+            epoch_seconds=10.0,
+        ),
+        0,
+        "not worth it: the fill takes 1.00 s and 2 epochs save 4.00 s, 7.5% of the run where 10.0% are wanted",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("policy", "situation", "prefix", "reason"),
+    [case[1:] for case in STOPPED_LEARNING],
+    ids=[case[0] for case in STOPPED_LEARNING],
+)
+def test_stopped_learning(policy: StoppedLearning, situation: Situation, prefix: int, reason: str) -> None:
+    assert policy(situation) == Decision(prefix, reason)
+
+
+def test_stopped_learning_smooths_what_was_measured_after_the_warm_up() -> None:
+    situation = after((9.0,) * 4, (1.0,) * 4, (0.0, 0.5, None, 0.0), (0.4, 0.0, None, 1.0))
+    policy = StoppedLearning(warmup=1, smoothing=0.75)
+    assert policy.smoothed(situation, 0) == pytest.approx([1.0, 0.75, 0.6625])
+    assert policy.smoothed(situation, 1) == pytest.approx([1.0, 0.875, 0.65625])
+    assert policy.smoothed(situation, 2) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"threshold": -0.1}, r"StoppedLearning: threshold must be within 0.0..1.0, got -0.1"),
+        ({"threshold": float("nan")}, r"StoppedLearning: threshold must be within 0.0..1.0, got nan"),
+        ({"smoothing": 1.5}, r"StoppedLearning: smoothing must be within 0.0..1.0, got 1.5"),
+        ({"most": 2}, r"StoppedLearning: most must be within 0.0..1.0, got 2"),
+        ({"patience": 0}, r"StoppedLearning: patience must be a whole number >= 1, got 0"),
+        ({"patience": 1.5}, r"StoppedLearning: patience must be a whole number >= 1, got 1.5"),
+        ({"warmup": -1}, r"StoppedLearning: warmup must be a whole number >= 0, got -1"),
+    ],
+)
+def test_stopped_learning_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StoppedLearning(**arguments)
+
+
+# prefixes, epoch, prefix now, prefix then, reason
+FIXED: list[tuple[Mapping[int, int], int, int, int, str]] = [
+    ({}, 5, 0, 0, "nothing set for this epoch"),
+    ({3: 2}, 2, 0, 0, "nothing set for this epoch"),
+    ({3: 2}, 3, 0, 2, "set by hand"),
+    ({3: 2}, 4, 2, 2, "nothing set for this epoch"),
+    # A resumed run makes up for what was set before it.
+    ({3: 2}, 9, 0, 2, "set by hand"),
+    ({3: 1, 5: 3}, 5, 1, 3, "set by hand"),
+    ({5: 3, 3: 1}, 4, 0, 1, "set by hand"),
+    ({3: 1}, 3, 2, 2, "nothing set for this epoch"),
+]
+
+
+@pytest.mark.parametrize(("prefixes", "epoch", "now", "prefix", "reason"), FIXED)
+def test_fixed(prefixes: Mapping[int, int], epoch: int, now: int, prefix: int, reason: str) -> None:
+    situation = Situation(epoch=epoch, epochs=None, prefix=now, layers=LAYERS, scores=())
+    assert Fixed(prefixes)(situation) == Decision(prefix, reason)
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "message"),
+    [
+        ({0: 1}, "Fixed: prefixes must map epochs >= 1 to prefix lengths that do not shrink, got 1 at epoch 0"),
+        ({2: -1}, "Fixed: prefixes must map epochs >= 1 .*, got -1 at epoch 2"),
+        ({2: 3, 5: 2}, "Fixed: prefixes must map epochs >= 1 .*, got 2 at epoch 5"),
+    ],
+)
+def test_fixed_refuses_prefixes(prefixes: Mapping[int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Fixed(prefixes)
+
+
+def test_fixed_refuses_to_drop_every_layer() -> None:
+    situation = Situation(epoch=3, epochs=None, prefix=0, layers=LAYERS, scores=())
+    with pytest.raises(ValueError, match="Fixed: prefix must leave a layer to train: at most 3, got 4"):
+        Fixed({3: 4})(situation)

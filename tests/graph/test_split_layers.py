@@ -1,0 +1,399 @@
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from learndrop_ext.app.models import build_model
+from learndrop_ext.graph.chain import Chain, split_layers
+
+
+def assert_equal_in_both_modes(model: nn.Module, chain: Chain, x: Tensor) -> None:
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    for training in (True, False):
+        results = []
+        for module in (model, chain):
+            model.load_state_dict(start)
+            module.train(training)
+            torch.manual_seed(7)
+            output = module(x.clone())
+            results.append((output, {key: value.clone() for key, value in model.state_dict().items()}))
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, equal_nan=True)
+    model.load_state_dict(start)
+
+
+class Net(nn.Module):
+    """A module made of named parts and a function of the module and its input."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.function = forward
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def conv(inputs: int = 3, outputs: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def functional_dropout(net: Any, x: Tensor) -> Tensor:
+    x = F.relu(net.a(x))
+    x = F.dropout(x, 0.5, net.training)
+    x = F.relu(net.b(x))
+    return net.c(F.dropout2d(x, 0.5, training=net.training))
+
+
+def dropout_in_training_only(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    if net.training:
+        x = F.dropout(x, 0.5)
+    return net.c(net.b(x))
+
+
+def another_scale_by_mode(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    x = net.b(x) * 2 if net.training else net.b(x) * 3
+    return net.c(x)
+
+
+def extra_weights_in_training(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    if net.training:
+        x = x + net.b(x)
+    return net.c(x)
+
+
+def long_skip(net: Any, x: Tensor) -> Tensor:
+    a = net.a(x)
+    return net.d(net.c(net.b(a)) + a)
+
+
+def concatenation(net: Any, x: Tensor) -> Tensor:
+    a = net.a(x)
+    return net.c(torch.cat([a, net.b(a)], 1))
+
+
+def pre_activation(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    x = x + net.b(F.relu(net.norm_b(x)))
+    x = x + net.c(F.relu(net.norm_c(x)))
+    return net.d(F.relu(x))
+
+
+def called_twice(net: Any, x: Tensor) -> Tensor:
+    return net.d(net.b(net.c(net.b(net.a(x)))))
+
+
+def chain_of_four(net: Any, x: Tensor) -> Tensor:
+    return net.d(net.c(net.b(net.a(x))))
+
+
+def in_place_after_a_cut(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    x.mul_(net.b.weight.sum())
+    return net.c(x)
+
+
+def rows_folded_into_the_batch(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    x = net.d(net.b(x.reshape(-1, 1, 8, 8))).reshape(-1, 3, 8, 8)
+    return net.c(x)
+
+
+def rows_as_long_as_the_batch(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x).flatten(1)
+    x = net.d(net.b((x @ x.T)[:, None]))
+    return net.c(x.mean(2))
+
+
+def batch_size_read_late(net: Any, x: Tensor) -> Tensor:
+    x = net.b(net.a(x))
+    return net.c(x.view(x.size(0), -1))
+
+
+def abc(**more: nn.Module) -> dict[str, nn.Module]:
+    return {"a": conv(), "b": conv(), "c": conv(), **more}
+
+
+def tied() -> dict[str, nn.Module]:
+    parts = abc(d=conv())
+    parts["c"].weight = parts["a"].weight
+    return parts
+
+
+HANDLED: list[tuple[Callable[[Any, Tensor], Any], Callable[[], dict[str, nn.Module]], tuple[str, ...]]] = [
+    (functional_dropout, abc, ("a", "b", "c")),
+    (dropout_in_training_only, abc, ("a", "b", "c")),
+    # Both modes have a product there: the cut behind it is shared.
+    (another_scale_by_mode, abc, ("a", "b", "c")),
+    # b is used in train mode only: the two modes share no cut between it and c.
+    (extra_weights_in_training, abc, ("a", "b")),
+    (long_skip, lambda: abc(d=conv()), ("a", "b", "d")),
+    (concatenation, lambda: abc(c=conv(6)), ("a", "b", "c")),
+    (
+        pre_activation,
+        lambda: abc(norm_b=nn.BatchNorm2d(3), norm_c=nn.BatchNorm2d(3), d=conv()),
+        ("a", "b", "c", "d"),
+    ),
+    (called_twice, lambda: abc(d=conv()), ("a", "b", "d")),
+    (chain_of_four, tied, ("a", "d")),
+    (in_place_after_a_cut, abc, ("a", "c")),
+    (rows_folded_into_the_batch, lambda: abc(b=conv(1, 1), d=conv(1, 1)), ("a", "b", "c")),
+    (
+        rows_as_long_as_the_batch,
+        lambda: abc(b=nn.Conv1d(1, 1, 1), c=nn.Linear(1, 2), d=nn.Conv1d(1, 1, 1)),
+        ("a", "b", "c"),
+    ),
+    (batch_size_read_late, lambda: abc(c=nn.Linear(192, 5)), ("a", "b", "c")),
+]
+
+
+@pytest.mark.parametrize(("forward", "parts", "names"), HANDLED, ids=[case[0].__name__ for case in HANDLED])
+def test_split_layers_handles(
+    forward: Callable[[Any, Tensor], Any], parts: Callable[[], dict[str, nn.Module]], names: tuple[str, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = Net(forward, **parts())
+    x = torch.rand(3, 3, 8, 8)
+    chain = split_layers(model, x)
+    assert chain.names == names
+    assert_equal_in_both_modes(model, chain, x)
+
+
+def test_split_layers_keeps_equal_bits_through_batch_norm_dropout_and_in_place_activations() -> None:
+    for name in ("vgg11", "resnet18"):
+        model = build_model(name, num_classes=5, stem="imagenet", width=4, seed=0)
+        x = torch.randn(3, 3, 32, 32)
+        assert_equal_in_both_modes(model, split_layers(model, x), x)
+
+
+@pytest.mark.parametrize("forward", [functional_dropout, dropout_in_training_only])
+def test_split_layers_leaves_dropout_to_the_layer_after_it(forward: Callable[[Any, Tensor], Tensor]) -> None:
+    model = Net(forward, **abc())
+    x = torch.rand(2, 3, 8, 8)
+    chain = split_layers(model, x).train()
+    assert torch.equal(chain.prefix(1)(x), chain.prefix(1)(x))
+    assert not torch.equal(chain(x), chain(x))
+
+
+def test_split_layers_leaves_dropout_modules_to_the_layer_after_them() -> None:
+    model = nn.Sequential(conv(), nn.ReLU(inplace=True), nn.Dropout(), nn.MaxPool2d(2), conv(), nn.Dropout2d())
+    x = torch.rand(2, 3, 8, 8)
+    chain = split_layers(model, x)
+    assert chain.names == ("0", "4")
+    # The pool stands behind the dropout, so it goes with the second layer too.
+    assert chain.layer(0).shape == (3, 8, 8)
+    chain.train()
+    assert torch.equal(chain.prefix(1)(x), chain.prefix(1)(x))
+    assert not torch.equal(chain(x), chain(x))
+
+
+def test_split_layers_numbers_layers_of_one_name() -> None:
+    twice = Net(lambda net, x: net.b(F.relu(x * net.a.weight.mean()) * net.a.bias.mean()), a=conv(), b=conv())
+    assert split_layers(twice, torch.rand(2, 3, 8, 8)).names == ("a", "a#2", "b")
+
+
+def test_split_layers_takes_images_in_bytes() -> None:
+    model = Net(lambda net, x: net.c(net.b(net.a(x.float() / 255))), **abc())
+    x = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    chain = split_layers(model, x)
+    assert chain.names == ("a", "b", "c")
+    assert_equal_in_both_modes(model, chain, x)
+
+
+def test_split_layers_takes_an_example_of_one_sample() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    assert split_layers(model, torch.rand(1, 4)).names == ("1", "3")
+
+
+class Optional(nn.Module):
+    """One required input, two that may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: float = 2.0) -> Tensor:
+        x = self.a(x)
+        if mask is not None:
+            x = x * mask
+        return self.b(x) * scale
+
+
+def test_split_layers_leaves_optional_arguments_at_their_defaults() -> None:
+    model = Optional()
+    x = torch.rand(2, 3, 8, 8)
+    chain = split_layers(model, x)
+    assert chain.names == ("a", "b")
+    assert_equal_in_both_modes(model, chain, x)
+
+
+class Logits(NamedTuple):
+    main: Tensor
+    side: Tensor
+
+
+def test_split_layers_gives_back_the_structure_that_the_model_gives() -> None:
+    def several(net: Any, x: Tensor) -> Any:
+        x = net.b(net.a(x))
+        return {"logits": Logits(net.c(x), x.mean()), "features": [x]}
+
+    model = Net(several, **abc())
+    x = torch.rand(2, 3, 8, 8)
+    chain = split_layers(model, x)
+    assert chain.names == ("a", "b", "c")[: len(chain)]
+    output = chain(x)
+    assert isinstance(output["logits"], Logits)
+    assert torch.equal(output["logits"].main, model(x)["logits"].main)
+    assert chain.layer(len(chain) - 1).shape is None
+
+
+class Branching(nn.Module):
+    """Control flow on values: torch.fx cannot trace it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if x.isfinite().all() else x
+
+
+def test_split_layers_keeps_named_layers_whole_and_starts_layers_with_them_only() -> None:
+    model = nn.Sequential(OrderedDict(a=conv(), b=Branching(), c=conv(), d=conv()))
+    x = torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"traceable by torch.fx, or layers= must name modules to keep whole; Seq"):
+        split_layers(model, x)
+    chain = split_layers(model, x, layers=["a", "b", "d"])
+    assert chain.names == ("a", "b", "d")
+    assert {id(p) for p in chain.layer(1).parameters()} == {id(p) for m in (model.b, model.c) for p in m.parameters()}
+    assert_equal_in_both_modes(model, chain, x)
+
+
+def test_split_layers_takes_modules_without_weights_as_layers() -> None:
+    model = nn.Sequential(OrderedDict(a=conv(), first=nn.ReLU(), b=conv(), second=nn.ReLU(), c=conv()))
+    x = torch.rand(2, 3, 8, 8)
+    chain = split_layers(model, x, layers=["first", "second"])
+    assert len(chain) == 2
+    assert {id(p) for p in chain.layer(0).parameters()} == {
+        id(p) for p in (*model.a.parameters(), *model.b.parameters())
+    }
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+class NoInput(nn.Module):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+
+class Counting(nn.Module):
+    """Each call gives another result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.calls = conv(), conv(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.b(self.a(x) + self.calls)
+
+
+class PythonNoise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * random.random())
+
+
+X = torch.ones(2, 3, 8, 8)
+REFUSED: list[tuple[Callable[[], Any], Any, dict[str, Any], type[Exception], str]] = [
+    (lambda: "resnet18", X, {}, TypeError, "model must be a torch.nn.Module, got str"),
+    (conv, [X], {}, TypeError, r"example must be a tensor \[B, ...\], got list"),
+    (conv, X[:0], {}, ValueError, r"example must be \[B, ...\] with B >= 1, got \[0, 3, 8, 8\]"),
+    (conv, torch.ones(3), {}, ValueError, r"example must be \[B, ...\] with B >= 1, got \[3\]"),
+    (TwoInputs, X, {}, ValueError, "model must have one input, got 2: x, y"),
+    (NoInput, X, {}, ValueError, "model must have one input, got 0: none"),
+    (conv, X, {}, ValueError, "model must have a cut, .*; Conv2d has none"),
+    (nn.ReLU, X, {}, ValueError, "model must have a cut, .*; ReLU has none"),
+    (
+        lambda: Net(lambda net, x: torch.cat([net.c(net.b(net.a(x))), x], 1), **abc()),
+        X,
+        {},
+        ValueError,
+        "model must have a cut, .*; Net has none",
+    ),
+    (lambda: nn.Sequential(*[(shared := conv()), conv(), shared]), X, {}, ValueError, "must have a cut"),
+    (lambda: nn.Sequential(conv(), Branching()), X, {}, ValueError, "stopped the tracer: symbolically traced"),
+    (lambda: nn.Sequential(conv(), conv()), X, {"layers": ["0", "7"]}, ValueError, "name modules .*, got '7'"),
+    (lambda: nn.Sequential(conv(), conv()), X, {"layers": ["0"]}, ValueError, "must have a cut"),
+    (lambda: torch.compile(conv(), backend="eager"), X, {}, TypeError, "got a OptimizedModule; give torch.compile"),
+    (lambda: nn.DataParallel(conv()), X, {}, TypeError, "the plain module, got a DataParallel"),
+    (Counting, X, {}, RuntimeError, "chain of Counting must equal the model to the bit in eval mode"),
+    (PythonNoise, X, {}, RuntimeError, r"is not a function of its input, .*; name whole modules with layers="),
+]
+
+
+@pytest.mark.parametrize(("build", "example", "options", "error", "message"), REFUSED)
+def test_split_layers_refuses(
+    build: Callable[[], Any], example: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"split_layers: .*{message}"):
+        split_layers(build(), example, **options)
+
+
+def test_split_layers_refuses_a_distributed_wrapper(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(nn.Sequential(conv(), conv()))
+        with pytest.raises(TypeError, match=r"plain module, got a DistributedDataParallel; .* as wrap="):
+            split_layers(model, X)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("broken", [False, True])
+def test_split_layers_leaves_the_model_as_it_was(training: bool, broken: bool) -> None:
+    last = Branching() if broken else conv()
+    model = nn.Sequential(conv(), nn.BatchNorm2d(3), nn.Dropout(), conv(), nn.BatchNorm2d(3), last).train(training)
+    model[1].eval()
+    x = torch.rand(4, 3, 8, 8)
+    model(x).sum().backward()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    gradients = [(p, p.grad, p.grad.clone(), p.requires_grad) for p in model.parameters() if p.grad is not None]
+    flags = [m.training for m in model.modules()]
+    noise = torch.get_rng_state()
+    before = x.clone()
+    if broken:
+        with pytest.raises(ValueError, match="traceable"):
+            split_layers(model, x)
+    else:
+        chain = split_layers(model, x)
+        assert chain.training is training
+        assert [id(p) for p in chain.parameters()] == [id(p) for p in model.parameters()]
+        assert [id(b) for b in chain.buffers()] == [id(b) for b in model.buffers()]
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert [m.training for m in model.modules()] == flags
+    torch.testing.assert_close(dict(model.state_dict()), state, rtol=0, atol=0)
+    assert len(gradients) == len(list(model.parameters())) == 10
+    for parameter, gradient, value, wanted in gradients:
+        assert parameter.grad is gradient
+        assert torch.equal(gradient, value)
+        assert parameter.requires_grad is wanted
+    assert torch.equal(x, before)
