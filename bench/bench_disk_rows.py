@@ -22,7 +22,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from learndrop_ext.cache.file import THREADS, DiskRows
+from learndrop_ext.cache.file import THREADS, DiskTier
 from learndrop_ext.cache.layout import RowLayout
 
 FILE_BYTES = 256 << 20
@@ -37,7 +37,7 @@ SIZES = [4096, 32 << 10, 128 << 10, 196 << 10]
 class File:
     """An open file of `count` rows, in the order in which they are asked for."""
 
-    rows: DiskRows
+    rows: DiskTier
     descriptor: int
     order: torch.Tensor
     row_bytes: int
@@ -51,7 +51,7 @@ def file(request: pytest.FixtureRequest) -> Iterator[File]:
     size = request.param
     count = FILE_BYTES // size // BATCH * BATCH
     with tempfile.TemporaryDirectory(dir=os.environ.get("LEARNDROP_BENCH_DIR")) as folder:
-        rows = DiskRows(Path(folder) / "rows", RowLayout(size, size))
+        rows = DiskTier(Path(folder) / "rows", RowLayout(size, size))
         rows.grow(count, first=0)
         for slots in torch.arange(count).split(BATCH):
             rows.write(slots, torch.randint(0, 256, (BATCH, size), dtype=torch.uint8))

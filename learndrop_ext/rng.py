@@ -11,7 +11,7 @@ import torch
 
 
 @contextlib.contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
+def fork_rng(seed: int) -> Iterator[None]:
     """Seed torch, numpy and random inside, and put their states back on leaving."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     python_state = random.getstate()

@@ -19,7 +19,7 @@ from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.data import fill
 from learndrop_ext.data.extras import InputKey, input_of, to_device
 from learndrop_ext.data.loader import DropLoader, Rows, check_loader
-from learndrop_ext.data.rowset import RowKeeper
+from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.deltas import Deltas, LayerChange
 from learndrop_ext.decide.policy import Decision, Policy, Situation, StoppedLearning
@@ -30,7 +30,7 @@ from learndrop_ext.graph.chain import Chain, split_layers
 from learndrop_ext.graph.freeze import Frozen, check_optimizer, device_of, freeze, unfreeze
 from learndrop_ext.graph.live import LiveModel, Wrap, live_body
 from learndrop_ext.history import Record, record_of
-from learndrop_ext.rng import own_randomness
+from learndrop_ext.rng import fork_rng
 
 STATE = {
     *("layers", "prefix", "cuts", "rows_file", "epochs_loaded", "seen", "view_offset", "generator", "autocast"),
@@ -101,11 +101,11 @@ class DropScheduler:
             )
         size = len(loader.dataset)  # type: ignore[arg-type]
         batch = min(size, 32)
-        with own_randomness(seed):
+        with fork_rng(seed):
             example = input_of(to_device(fill.read_batch(loader, range(batch)), device), input)
         self.chain: Chain = split_layers(model, example[:2], layers=layers)
         self.costs = costs.measure_layers(self.chain, example)
-        self.full = model
+        self.base_model = model
         self.optimizer = optimizer
         self.policy: Policy = StoppedLearning() if policy is None else policy
         self.epochs = epochs
@@ -119,7 +119,7 @@ class DropScheduler:
         self.prefix = 0
         self.cuts: list[int] = []  # the cut of every fill since images were read
         self.loader = DropLoader(loader, key=input, device=device, config=config, seed=seed)
-        self.keeper = RowKeeper(self.chain, model, self.loader, config, example=example, seed=seed)
+        self.keeper = RowSet(self.chain, model, self.loader, config, example=example, seed=seed)
         self.loader.fetch_missing = lambda ids: self.keeper.fetch_missing(ids, self.cut, self.model.autocast)
         self.model: LiveModel = LiveModel(live_body(model, self.chain, 0, 0, wrap), device)
         self.loader.on_first = self.model.expect
@@ -196,10 +196,10 @@ class DropScheduler:
     def undrop(self) -> None:
         """Train the whole model again, from images: the dropped layers are live and the rows are freed."""
         for frozen in reversed(self._frozen):
-            unfreeze(frozen, training=self.full.training)
+            unfreeze(frozen, training=self.base_model.training)
         self.keeper.free()
         self._frozen, self.cuts, self.prefix = [], [], 0
-        self._show(live_body(self.full, self.chain, 0, 0, self.wrap))
+        self._show(live_body(self.base_model, self.chain, 0, 0, self.wrap))
         self._deltas = self._deltas_from(0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -273,7 +273,7 @@ class DropScheduler:
 
     def _deltas_from(self, first: int) -> Deltas:
         layers = [list(self.chain.layer(i).parameters()) for i in range(first, len(self.chain))]
-        return Deltas(layers, model=self.full)
+        return Deltas(layers, model=self.base_model)
 
     def _whole_epoch_seconds(self) -> float:
         """The median of the epochs in which nothing was dropped."""
@@ -329,7 +329,7 @@ class DropScheduler:
                 rows=self.keeper.count(),
                 codec=self.config.codec,
                 tiers=tiers,
-                moving=self.config.moving,
+                augmented=self.config.augmented,
             )
             for prefix in range(len(self.chain))
         ]
@@ -364,8 +364,8 @@ class DropScheduler:
         if cut > before and found is None:
             rows = self.keeper.filled(before, cut, self.model.autocast)
             filled = int(rows.cache.filled.sum())
-        body = live_body(self.full, self.chain, cut, prefix, self.wrap)
-        self._frozen.append(freeze(self.full, self.chain, prefix))
+        body = live_body(self.base_model, self.chain, cut, prefix, self.wrap)
+        self._frozen.append(freeze(self.base_model, self.chain, prefix))
         if cut > before:
             self.keeper.free()
             self.cuts.append(cut)

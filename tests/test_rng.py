@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from learndrop_ext.rng import own_randomness
+from learndrop_ext.rng import fork_rng
 
 
 def draw() -> tuple[float, float, float]:
@@ -25,7 +25,7 @@ def test_own_randomness_draws_from_its_seed_alone() -> None:
         torch.manual_seed(outer)
         np.random.seed(outer)
         random.seed(outer)
-        with own_randomness(seed):
+        with fork_rng(seed):
             drawn.append(draw())
     assert drawn[0] == drawn[1]
     assert all(a != b for a, b in zip(drawn[0], drawn[2], strict=True))
@@ -35,14 +35,14 @@ def test_own_randomness_leaves_the_runs_own_states() -> None:
     seed_all()
     wanted = draw()
     seed_all()
-    with own_randomness(0):
+    with fork_rng(0):
         draw()
     assert draw() == wanted
 
 
 def test_own_randomness_leaves_the_runs_own_states_after_an_error() -> None:
     def fail() -> None:
-        with own_randomness(0):
+        with fork_rng(0):
             draw()
             raise KeyError
 
@@ -56,7 +56,7 @@ def test_own_randomness_leaves_the_runs_own_states_after_an_error() -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**32 - 1, 2**40 + 7])
 def test_own_randomness_takes_seeds_of_64_bits(seed: int) -> None:
-    with own_randomness(seed):
+    with fork_rng(seed):
         first = draw()
-    with own_randomness(seed):
+    with fork_rng(seed):
         assert draw() == first

@@ -121,10 +121,14 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     )
     dropping.add_argument("--warmup", type=int, default=Recipe.warmup, metavar="N", help="epochs before the first drop")
     dropping.add_argument(
-        "--most", type=float, default=Recipe.most, metavar="X", help="largest share of layers to drop"
+        "--max-dropped", type=float, default=Recipe.max_dropped, metavar="X", help="largest share of layers to drop"
     )
     dropping.add_argument(
-        "--least", type=float, default=Recipe.least, metavar="X", help="share of the run that a drop must save"
+        "--min-saving",
+        type=float,
+        default=Recipe.min_saving,
+        metavar="X",
+        help="share of the run that a drop must save",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("learndrop-report"), metavar="DIR", help="where files go")
@@ -157,8 +161,8 @@ def _recipe(args: argparse.Namespace) -> tuple[Any, Any]:
         threshold=args.threshold,
         patience=args.patience,
         warmup=args.warmup,
-        most=args.most,
-        least=args.least,
+        max_dropped=args.max_dropped,
+        min_saving=args.min_saving,
     )
     return split, recipe
 

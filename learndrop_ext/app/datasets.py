@@ -53,14 +53,14 @@ class Split:
     std: tuple[float, ...]
 
 
-Part: TypeAlias = tuple[Tensor | Sequence[Path], Tensor]
+Subset: TypeAlias = tuple[Tensor | Sequence[Path], Tensor]
 
 
 @dataclass(frozen=True)
 class Source:
     """How a dataset is read, and the mean and deviation of its training pixels, in [0, 1], per channel."""
 
-    read: Callable[[Path, int | None], tuple[Part, Part, tuple[str, ...]]]
+    read: Callable[[Path, int | None], tuple[Subset, Subset, tuple[str, ...]]]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool = True
@@ -119,7 +119,7 @@ def load_dataset(
     )
 
 
-def _read_digits(_: Path, __: int | None) -> tuple[Part, Part, tuple[str, ...]]:
+def _read_digits(_: Path, __: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
     digits = _package("sklearn.datasets", "digits", "scikit-learn").load_digits()
     # 17 grey levels, 0 to 16, spread over the range of a byte
     images = (torch.from_numpy(digits.images) * (255 / 16)).to(torch.uint8).unsqueeze(1)
@@ -131,7 +131,7 @@ def _read_digits(_: Path, __: int | None) -> tuple[Part, Part, tuple[str, ...]]:
 
 def _read_mnist(
     root: Path, _: int | None, *, name: str, classes: tuple[str, ...]
-) -> tuple[Part, Part, tuple[str, ...]]:
+) -> tuple[Subset, Subset, tuple[str, ...]]:
     folder = _folder(root, f"{name}/raw", first="train-images-idx3-ubyte")
     parts = []
     for prefix in ("train", "t10k"):
@@ -147,7 +147,7 @@ def _read_mnist(
     return parts[0], parts[1], classes
 
 
-def _read_cifar10(root: Path, limit: int | None) -> tuple[Part, Part, tuple[str, ...]]:
+def _read_cifar10(root: Path, limit: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
     folder = _folder(root, "cifar-10-batches-py", first="data_batch_1")
     names = read_cifar_names(folder / "batches.meta", key="label_names", classes=10)
     train = [f"data_batch_{i}" for i in range(1, 6)]
@@ -158,14 +158,14 @@ def _read_cifar10(root: Path, limit: int | None) -> tuple[Part, Part, tuple[str,
     )
 
 
-def _read_cifar100(root: Path, limit: int | None) -> tuple[Part, Part, tuple[str, ...]]:
+def _read_cifar100(root: Path, limit: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
     folder = _folder(root, "cifar-100-python", first="train")
     names = read_cifar_names(folder / "meta", key="fine_label_names", classes=100)
     train, test = (_cifar_part(folder, [name], limit, labels="fine_labels", classes=100) for name in ("train", "test"))
     return train, test, names
 
 
-def _cifar_part(folder: Path, names: Sequence[str], limit: int | None, *, labels: str, classes: int) -> Part:
+def _cifar_part(folder: Path, names: Sequence[str], limit: int | None, *, labels: str, classes: int) -> Subset:
     batches: list[tuple[Tensor, Tensor]] = []
     for name in names:
         if limit is None or sum(len(y) for _, y in batches) < limit:
@@ -173,7 +173,7 @@ def _cifar_part(folder: Path, names: Sequence[str], limit: int | None, *, labels
     return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
-def _read_imagenette(root: Path, _: int | None) -> tuple[Part, Part, tuple[str, ...]]:
+def _read_imagenette(root: Path, _: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
     _package("PIL", "imagenette", "pillow")
     found = sorted(path for path in root.glob("imagenette*") if (path / "train").is_dir())
     folder = root if (root / "train").is_dir() or not found else found[0]
@@ -183,7 +183,7 @@ def _read_imagenette(root: Path, _: int | None) -> tuple[Part, Part, tuple[str, 
     return _in_turn(train), _in_turn(test), classes
 
 
-def _in_turn(folders: Mapping[str, Sequence[Path]]) -> Part:
+def _in_turn(folders: Mapping[str, Sequence[Path]]) -> Subset:
     """Order the files of all classes as the first of each class, the second of each, and so on."""
     labelled = [[(path, label) for path in files] for label, files in enumerate(folders.values())]
     order = [pair for pair in chain.from_iterable(zip_longest(*labelled)) if pair is not None]

@@ -42,7 +42,7 @@ SETTINGS: dict[Any, Any] = {
 }
 
 #: Above this number of cells the map of scores is drawn as one embedded image: as shapes it would be megabytes.
-MOST_CELLS = 4000
+MAX_CELLS = 4000
 
 
 def plot_scores(records: Records) -> str | None:
@@ -77,7 +77,7 @@ def plot_scores(records: Records) -> str | None:
             linewidth=0.3,
             vmin=0.0,
             vmax=max([1.0, *values]),
-            rasterized=len(layers) * len(epochs) > MOST_CELLS,
+            rasterized=len(layers) * len(epochs) > MAX_CELLS,
         )
         axes.set_facecolor("#e8e8e8")
         for column, prefix in enumerate(gone):

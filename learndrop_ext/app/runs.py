@@ -30,7 +30,7 @@ class Recipe:
     """Everything that a run depends on but its kind: SGD with Nesterov momentum under a one-cycle learning rate.
 
     epochs and batch_size count as usual, lr is the peak. amp: None or "bf16" autocast. codec, views: of the
-    cache. threshold, patience, warmup, most, least: of `StoppedLearning`.
+    cache. threshold, patience, warmup, max_dropped, min_saving: of `StoppedLearning`.
     """
 
     model: str
@@ -49,8 +49,8 @@ class Recipe:
     threshold: float = StoppedLearning.threshold
     patience: int = StoppedLearning.patience
     warmup: int = StoppedLearning.warmup
-    most: float = StoppedLearning.most
-    least: float = StoppedLearning.least
+    max_dropped: float = StoppedLearning.max_dropped
+    min_saving: float = StoppedLearning.min_saving
 
     def __post_init__(self) -> None:
         if self.model.removesuffix("_bn") not in MODELS:
@@ -250,8 +250,10 @@ def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | 
 
 
 def default_policy(recipe: Recipe) -> Policy:
-    """The policy that the recipe's threshold, patience, warmup, most and least describe."""
-    return StoppedLearning(recipe.threshold, recipe.patience, recipe.warmup, most=recipe.most, least=recipe.least)
+    """The policy that the recipe's threshold, patience, warmup, max_dropped and min_saving describe."""
+    return StoppedLearning(
+        recipe.threshold, recipe.patience, recipe.warmup, max_dropped=recipe.max_dropped, min_saving=recipe.min_saving
+    )
 
 
 def compare(

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from learndrop_ext import ops
-from learndrop_ext.cache.file import Beside, Manifest, SavedRows, open_rows
+from learndrop_ext.cache.file import Manifest, SavedRows, Sidecar, open_rows
 from learndrop_ext.cache.fingerprint import Fingerprint
 from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.output_pool import BatchMemory
+from learndrop_ext.cache.output_pool import OutputPool
 from learndrop_ext.cache.plan import STAGING_ROWS, Budgets, TierPlan
 from learndrop_ext.cache.tiered import TieredRows
 
@@ -22,11 +22,11 @@ class ActivationCache:
 
     shape: of one row, without the batch dimension. codec: how a row is stored. device: of the rows put in and given
     out. The dtype and the memory format of the rows given out are those of the first rows put in; with the codec
-    "uint8" and for rows to be flipped or shifted (moving) 4-D batches come out channels-last.
+    "uint8" and for rows to be flipped or shifted (augmented) 4-D batches come out channels-last.
 
     budgets: bytes of rows in each tier, by default all on the device; see `plan_tiers`. path: of the file of those on
     disk, and of `save`; the file goes with a cache that is closed before it is saved. staging: rows of the slower tiers
-    that are read ahead at once. saved: whether the file holds just these rows. beside: what else the file held.
+    that are read ahead at once. saved: whether the file holds just these rows. sidecar: what else the file held.
 
     Raises ValueError where the budgets are too small or want a path, OSError where the disk is full; where memory
     cannot be had the next tier takes its rows, with a RuntimeWarning.
@@ -39,7 +39,7 @@ class ActivationCache:
         *,
         codec: str,
         device: torch.device,
-        moving: bool = False,
+        augmented: bool = False,
         budgets: Budgets | None = None,
         path: Path | None = None,
         staging: int = STAGING_ROWS,
@@ -54,12 +54,12 @@ class ActivationCache:
         self.device = device
         self.filled = torch.zeros(slots, dtype=torch.bool) if _saved is None else _saved.filled
         self.saved = _saved is not None
-        self.beside = Beside() if _saved is None else _saved.beside
+        self.sidecar = Sidecar() if _saved is None else _saved.sidecar
         self.dtype: torch.dtype | None = None
-        self.moving = moving
+        self.augmented = augmented
         self.path = path
         self._stored_shape = self.shape
-        self._memory = BatchMemory(device)
+        self._outputs = OutputPool(device)
         layout = RowLayout(ops.row_bytes(self.shape, codec), ops.row_stride(self.shape, codec))
         self._rows: TieredRows | None = TieredRows(
             slots,
@@ -95,7 +95,7 @@ class ActivationCache:
                 manifest.shape,
                 codec=manifest.codec,
                 device=device,
-                moving=manifest.moving,
+                augmented=manifest.augmented,
                 budgets=budgets,
                 path=path,
                 staging=staging,
@@ -166,7 +166,7 @@ class ActivationCache:
         tiers = self._open("gather")
         self._check_readable("gather", slots)
         form, dtype = self._stored_shape, self.dtype or torch.float32
-        out = self._memory.take((len(slots), *form), dtype, ops.memory_format(form))
+        out = self._outputs.take((len(slots), *form), dtype, ops.memory_format(form))
         if tiers.plan.staging:
             self._gather_tiered(tiers, slots, out, flip, shift)
         else:
@@ -200,10 +200,10 @@ class ActivationCache:
         self.saved = False
         tiers.arrange(len(self.filled), budgets, self.filled)
 
-    def save(self, fingerprint: Fingerprint, beside: Beside | None = None) -> None:
+    def save(self, fingerprint: Fingerprint, sidecar: Sidecar | None = None) -> None:
         """Write all rows to the file at `path`, synced and then renamed, to be found by `open` with this fingerprint.
 
-        beside: what the opened cache's `beside` then is. Raises ValueError for a cache without a path, TypeError for
+        sidecar: what the opened cache's `sidecar` then is. Raises ValueError for a cache without a path, TypeError for
         values beside the rows that JSON does not have, OSError where the disk is full: what was at `path` then stays.
         """
         tiers = self._open("save")
@@ -214,13 +214,13 @@ class ActivationCache:
             shape=self.shape,
             stored_shape=self._stored_shape,
             dtype="" if self.dtype is None else str(self.dtype).removeprefix("torch."),
-            moving=self.moving,
+            augmented=self.augmented,
             slots=len(self.filled),
             row_bytes=tiers.layout.row_bytes,
             stride_bytes=tiers.layout.stride_bytes,
             fingerprint=fingerprint,
         )
-        tiers.save(manifest, self.filled, beside or Beside())
+        tiers.save(manifest, self.filled, sidecar or Sidecar())
         self.saved = True
 
     def close(self) -> None:
@@ -303,5 +303,7 @@ class ActivationCache:
             return self._stored_shape
         plain = len(self.shape) != 3 or rows.is_contiguous()
         return (
-            self.shape if self.codec == "uint8" or self.moving or not plain else (int(torch.Size(self.shape).numel()),)
+            self.shape
+            if self.codec == "uint8" or self.augmented or not plain
+            else (int(torch.Size(self.shape).numel()),)
         )

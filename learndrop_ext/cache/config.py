@@ -35,7 +35,7 @@ class CacheConfig:
     shift: int = 0
 
     @property
-    def moving(self) -> bool:
+    def augmented(self) -> bool:
         """Whether rows are flipped or shifted on the way out."""
         return self.flip or self.shift > 0
 

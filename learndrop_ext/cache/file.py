@@ -58,7 +58,7 @@ class Manifest:
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
     dtype: str
-    moving: bool
+    augmented: bool
     slots: int
     row_bytes: int
     stride_bytes: int
@@ -66,7 +66,7 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Beside:
+class Sidecar:
     """What a file keeps beside its rows: plain values, as JSON has them, and tensors on the CPU."""
 
     values: Any = None
@@ -77,10 +77,10 @@ class Beside:
 class SavedRows:
     """What `open_rows` finds in a file; filled: which rows were written [R] bool."""
 
-    disk: DiskRows
+    disk: DiskTier
     manifest: Manifest
     filled: Tensor
-    beside: Beside
+    sidecar: Sidecar
 
 
 @dataclass
@@ -102,7 +102,7 @@ def _release(handle: _Handle) -> None:
     os.close(handle.descriptor)
 
 
-class DiskRows:
+class DiskTier:
     """R rows by slot in one file at `path`, read and written by several threads without the GIL.
 
     A new one is `<path>.part` until `commit`, and goes when it is closed before; one made by `open` is at `path` until
@@ -115,7 +115,7 @@ class DiskRows:
         self.checksums = torch.zeros(0, dtype=torch.int32)
         self._free_bytes = -math.inf, 0  # when it was asked for, and how many there were
         if _descriptor is None:
-            with _told(path, "must be written by one cache at a time, in a folder that is there"):
+            with _explain(path, "must be written by one cache at a time, in a folder that is there"):
                 descriptor = os.open(self.part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
                 _lock(descriptor, fcntl.LOCK_EX)
                 os.ftruncate(descriptor, 0)
@@ -143,7 +143,7 @@ class DiskRows:
         if first < slots:
             begin = self.layout.begin(first)
             size = self.layout.end(slots) - begin
-            with _told(self.path, f"must have {size:,} bytes of disk space for {slots - first} rows"):
+            with _explain(self.path, f"must have {size:,} bytes of disk space for {slots - first} rows"):
                 os.posix_fallocate(self._handle.descriptor, begin, size)
         more = max(0, slots - len(self.checksums))
         self.checksums = torch.cat([self.checksums, self.checksums.new_zeros(more)])
@@ -155,7 +155,7 @@ class DiskRows:
         reads the disk once, whatever the order of the rows. Raises CacheFileError for a row that does not have its
         checksum, OSError when the file cannot be read.
         """
-        with _told(self.path, f"must give {len(slots)} rows"):
+        with _explain(self.path, f"must give {len(slots)} rows"):
             bad = transfer.read_rows(
                 self.layout.file(self._handle.descriptor),
                 slots,
@@ -182,24 +182,24 @@ class DiskRows:
     def write(self, slots: Tensor, rows: Tensor) -> None:
         """Write rows [n, S] uint8 (CPU) to slots [n] int64. Raises OSError; these slots then hold no rows."""
         self._unseal()
-        with _told(self.path, f"must have disk space for {len(slots)} rows of {self.layout.row_bytes:,} bytes"):
+        with _explain(self.path, f"must have disk space for {len(slots)} rows of {self.layout.row_bytes:,} bytes"):
             transfer.write_rows(self.layout.file(self._handle.descriptor), slots, rows, self.checksums, threads=THREADS)
 
-    def commit(self, manifest: Manifest, filled: Tensor, beside: Beside) -> None:
+    def commit(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
         """Make the rows a file at `path` in place of what was there; filled: [R] bool. Raises TypeError for values that
         JSON does not have, OSError: `path` is then as it was, and the rows can still be read and committed again."""
-        forms = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in beside.tensors]
-        values = dataclasses.asdict(manifest) | {"beside": beside.values, "tensors": forms}
+        forms = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in sidecar.tensors]
+        values = dataclasses.asdict(manifest) | {"sidecar": sidecar.values, "tensors": forms}
         text = json.dumps(values, sort_keys=True).encode()
         self._unseal()
-        tables = (filled, self.checksums[: manifest.slots], *beside.tensors)
+        tables = (filled, self.checksums[: manifest.slots], *sidecar.tensors)
         tail = b"".join([text, *(_bytes_of(table) for table in tables)])
         tail_offset = self.layout.end(manifest.slots)
         page = HEADER.pack(MAGIC, VERSION, tail_offset, len(text), len(tail), transfer.crc32c(tail))
         page += bytes(PAGE_BYTES - 4 - len(page))
         page += struct.pack("<I", transfer.crc32c(page))
         descriptor = self._handle.descriptor
-        with _told(self.path, "must have disk space for its tables"):
+        with _explain(self.path, "must have disk space for its tables"):
             os.ftruncate(descriptor, tail_offset)
             _write_all(descriptor, tail, tail_offset)
             _write_all(descriptor, page, 0)
@@ -213,7 +213,7 @@ class DiskRows:
         """Make a committed file a part again, before it changes."""
         if not self.committed:
             return
-        with _told(self.path, "must not be read by another process while rows are written"):
+        with _explain(self.path, "must not be read by another process while rows are written"):
             _lock(self._handle.descriptor, fcntl.LOCK_EX)
             os.rename(self.path, self.part)
             self._handle.part = self.part
@@ -232,9 +232,9 @@ def open_rows(path: Path, fingerprint: Fingerprint) -> SavedRows:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        with _told(path, "must not be written by another process"):
+        with _explain(path, "must not be written by another process"):
             _lock(descriptor, fcntl.LOCK_SH)
-        manifest, filled, checksums, beside = _read_tables(path, descriptor)
+        manifest, filled, checksums, sidecar = _read_tables(path, descriptor)
         for field in dataclasses.fields(Fingerprint):
             wanted, got = getattr(fingerprint, field.name), getattr(manifest.fingerprint, field.name)
             if wanted != got:
@@ -245,9 +245,9 @@ def open_rows(path: Path, fingerprint: Fingerprint) -> SavedRows:
         os.close(descriptor)
         raise
     layout = RowLayout(manifest.row_bytes, manifest.stride_bytes)
-    rows = DiskRows(path, layout, _descriptor=descriptor)
+    rows = DiskTier(path, layout, _descriptor=descriptor)
     rows.checksums = checksums
-    return SavedRows(rows, manifest, filled, beside)
+    return SavedRows(rows, manifest, filled, sidecar)
 
 
 def remove_abandoned(parts: Iterable[Path]) -> None:
@@ -264,7 +264,7 @@ def remove_abandoned(parts: Iterable[Path]) -> None:
                 os.close(descriptor)
 
 
-def _read_tables(path: Path, descriptor: int) -> tuple[Manifest, Tensor, Tensor, Beside]:
+def _read_tables(path: Path, descriptor: int) -> tuple[Manifest, Tensor, Tensor, Sidecar]:
     def refuse(what: str, wanted: object, got: object) -> CacheFileError:
         return CacheFileError(f"cache file {path}: {what} must be {wanted}, got {got}")
 
@@ -287,7 +287,7 @@ def _read_tables(path: Path, descriptor: int) -> tuple[Manifest, Tensor, Tensor,
     if tail_checksum != computed:
         raise refuse("the checksum of manifest and tables", f"{tail_checksum:#010x}", f"{computed:#010x}")
     values = json.loads(tail[:text_bytes])
-    kept_values, forms = values.pop("beside"), values.pop("tensors")
+    kept_values, forms = values.pop("sidecar"), values.pop("tensors")
     manifest = _manifest(values)
     row_bytes = ops.row_bytes(manifest.stored_shape, manifest.codec)
     if manifest.row_bytes != row_bytes:
@@ -303,7 +303,7 @@ def _read_tables(path: Path, descriptor: int) -> tuple[Manifest, Tensor, Tensor,
         tables.append(table)
         offset += table.nbytes
     filled, checksums, *tensors = tables
-    return manifest, filled, checksums, Beside(kept_values, tuple(tensors))
+    return manifest, filled, checksums, Sidecar(kept_values, tuple(tensors))
 
 
 def _bytes_of(table: Tensor) -> bytes:
@@ -339,7 +339,7 @@ def _lock(descriptor: int, kind: int) -> None:
 
 
 @contextlib.contextmanager
-def _told(path: Path, wanted: str) -> Iterator[None]:
+def _explain(path: Path, wanted: str) -> Iterator[None]:
     """Say of an OSError what was wanted of which file; its type and number stay."""
     try:
         yield

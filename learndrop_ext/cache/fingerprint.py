@@ -18,7 +18,7 @@ class Fingerprint:
 
     weights: SHA-256 of the prefix's parameters and buffers. cut: layers before the rows. samples: of the dataset.
     dataset: what it is and how it transforms, see `describe`. autocast: dtype of the frozen pass, "" for none. seed: of
-    the views drawn. moving: whether rows are [C, H, W] to be flipped or shifted. layers: SHA-256 of the prefix's code.
+    the views drawn. augmented: whether rows are [C, H, W] to be flipped or shifted. layers: SHA-256 of the prefix's code.
     images: SHA-256 of the first model inputs of the dataset.
     """
 
@@ -30,7 +30,7 @@ class Fingerprint:
     dataset: str
     autocast: str = ""
     seed: int = 0
-    moving: bool = False
+    augmented: bool = False
     layers: str = ""
     images: str = ""
 

@@ -17,7 +17,7 @@ from learndrop_ext.ops import transfer
 SWITCH_SIZES = tuple(4096 << k for k in range(7))
 
 
-class HostRows:
+class HostTier:
     """Rows [R, S] uint8 in the host's memory, pinned where the model is on a GPU.
 
     Raises torch.OutOfMemoryError where they do not fit or cannot be pinned.
@@ -31,7 +31,7 @@ class HostRows:
                 weakref.finalize(self, transfer.unpin, self.data)
         except RuntimeError as error:
             raise torch.OutOfMemoryError(
-                f"HostRows: the host must hold {count * stride_bytes:,} bytes of rows, got {error}"
+                f"HostTier: the host must hold {count * stride_bytes:,} bytes of rows, got {error}"
             ) from error
 
     def read(self, index: Tensor, into: Tensor) -> None:
@@ -49,7 +49,7 @@ class HostRows:
         self.data.index_copy_(0, index, rows.cpu())
 
 
-class Lane:
+class CopyStream:
     """A stream beside the training step that fills two areas of a GPU's memory, each while the other is read.
 
     bounce: pinned memory [2, T, S] through which rows of a file go.
@@ -59,7 +59,7 @@ class Lane:
         self.stream = torch.cuda.Stream(device)
         self.filled = [torch.cuda.Event() for _ in range(2)]
         self.free = [torch.cuda.Event() for _ in range(2)]
-        self.bounce: HostRows | None = HostRows(2 * staging, stride_bytes, device) if bounces else None
+        self.bounce: HostTier | None = HostTier(2 * staging, stride_bytes, device) if bounces else None
         self.staging = staging
         for event in self.free:
             # What the allocator gave may still be read by earlier work.
@@ -80,7 +80,7 @@ def copy_engine_from(device: torch.device, *, rows: int = 128, repeats: int = 7)
     which the engines win for good.
     """
     largest = SWITCH_SIZES[-1]
-    source = HostRows(4 * rows, largest, device)
+    source = HostTier(4 * rows, largest, device)
     into = torch.empty((rows, largest), dtype=torch.uint8, device=device)
     index = torch.randperm(4 * rows, generator=torch.Generator().manual_seed(0))[:rows]
     for size in reversed(SWITCH_SIZES):

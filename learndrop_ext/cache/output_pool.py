@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 #: Less is soon found again by the C library; from some MB on it gives memory back to the kernel.
-LEAST_BYTES = 1 << 20
+MIN_POOLED_BYTES = 1 << 20
 #: One that is trained on, one that the loop still names, one that is written.
-MOST = 3
+MAX_FREE = 3
 
 
-class BatchMemory:
+class OutputPool:
     """Gives out memory for batches, and takes back what nobody holds any more: no tensor, view, array or graph."""
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class BatchMemory:
         """A tensor with values that are open, as `torch.empty` gives."""
         nbytes = math.prod(shape) * dtype.itemsize
         # A GPU's allocator keeps all of its memory.
-        if nbytes < LEAST_BYTES or self._device.type != "cpu":
+        if nbytes < MIN_POOLED_BYTES or self._device.type != "cpu":
             return torch.empty(tuple(shape), dtype=dtype, device=self._device, memory_format=memory_format)
         strides = torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=memory_format).stride()
         self._free = [piece for piece in self._free if piece.nbytes >= nbytes]
@@ -42,5 +42,5 @@ class BatchMemory:
         return torch.empty(0, dtype=dtype).set_(torch.from_numpy(lent).untyped_storage(), 0, tuple(shape), strides)
 
     def _take_back(self, piece: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        if len(self._free) < MOST:
+        if len(self._free) < MAX_FREE:
             self._free.append(piece)

@@ -16,20 +16,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learndrop_ext.cache.file import Beside, DiskRows, Manifest
-from learndrop_ext.cache.host import HostRows, Lane
+from learndrop_ext.cache.file import DiskTier, Manifest, Sidecar
+from learndrop_ext.cache.host import CopyStream, HostTier
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.cache.plan import STAGING_ROWS, Budgets, TierPlan, plan_tiers
 
 
 @dataclass(frozen=True)
-class Stores:
+class TierStorage:
     """The memory and the file of a plan. data [plan.device + 2 * T, S] uint8: the device's rows, then the areas."""
 
     plan: TierPlan
     data: Tensor
-    host: HostRows | None
-    disk: DiskRows | None
+    host: HostTier | None
+    disk: DiskTier | None
 
     def read(self, slots: Tensor, into: Tensor) -> None:
         """Copy rows slots [n], ascending, to `into` [n, S] on the CPU."""
@@ -51,7 +51,7 @@ class Stores:
         if self.disk is not None and last < len(slots):
             self.disk.write(slots[last:], rows[last:].cpu())
 
-    def holds_same(self, other: Stores, slots: Tensor) -> Tensor:
+    def holds_same(self, other: TierStorage, slots: Tensor) -> Tensor:
         """Which of the slots [n] lie at the same place in both."""
         same = (slots < self.plan.device) & (slots < other.plan.device)
         if self.host is other.host and self.plan.device == other.plan.device:
@@ -95,7 +95,7 @@ class TieredRows:
         budgets: Budgets,
         path: Path | None,
         staging: int = STAGING_ROWS,
-        saved: tuple[DiskRows, Tensor] | None = None,
+        saved: tuple[DiskTier, Tensor] | None = None,
     ) -> None:
         self.layout = layout
         self.device = device
@@ -105,33 +105,33 @@ class TieredRows:
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: tuple[Tensor, int, Future[None]] | None = None
         self._area = 0
-        self._lane: Lane | None = None
+        self._copy_stream: CopyStream | None = None
         disk, filled = saved if saved is not None else (None, torch.zeros(slots, dtype=torch.bool))
         nothing = torch.empty(0, layout.stride_bytes, dtype=torch.uint8, device=device)
-        self.stores = Stores(TierPlan(0, 0, slots if disk is not None else 0), nothing, None, disk)
+        self.storage = TierStorage(TierPlan(0, 0, slots if disk is not None else 0), nothing, None, disk)
         self.arrange(slots, budgets, filled)
 
     @property
     def plan(self) -> TierPlan:
         """Where the slots are."""
-        return self.stores.plan
+        return self.storage.plan
 
     @property
     def data(self) -> Tensor:
         """[plan.device + 2 * T, S] uint8, on the device."""
-        return self.stores.data
+        return self.storage.data
 
     def arrange(self, slots: int, budgets: Budgets, filled: Tensor, *, kept: TierPlan | None = None) -> None:
         """Move the filled [R] rows to where `plan_tiers` wants them for `slots` and `budgets`. Where that fails, all
         stays as it was."""
         self.forget_prefetch()
-        if self._lane is not None:
-            self._lane.stream.synchronize()
-        old = self.stores
+        if self._copy_stream is not None:
+            self._copy_stream.stream.synchronize()
+        old = self.storage
         while True:
             plan = plan_tiers(slots, self.layout, budgets, staging=self.staging, kept=kept)
             try:
-                new = self._stores(plan, old)
+                new = self._allocate_storage(plan, old)
                 break
             except _NoMemoryError as error:
                 budgets = self._without(error, slots, budgets)
@@ -151,9 +151,9 @@ class TieredRows:
         if new.disk is not None and not plan.disk:
             new.disk.close()
             new = replace(new, disk=None)
-        self.stores, self.budgets = new, budgets
+        self.storage, self.budgets = new, budgets
         if self.device.type == "cuda" and plan.staging:
-            self._lane = Lane(self.device, plan.staging, self.layout.stride_bytes, bounces=plan.disk > 0)
+            self._copy_stream = CopyStream(self.device, plan.staging, self.layout.stride_bytes, bounces=plan.disk > 0)
 
     def pieces(self, slots: Tensor, *, load: bool) -> Iterator[Piece]:
         """A batch's slots [B] in parts that have at most T rows of the slower tiers; load: bring these to the area."""
@@ -167,12 +167,12 @@ class TieredRows:
                 area = self._bring(slow) if load else self._next_area()
                 index = index.masked_scatter(behind, where + plan.device + area * plan.staging)
             yield Piece(begin, end, index, slow, area)
-            if self._lane is not None and len(slow):
-                self._lane.free[area].record(torch.cuda.current_stream(self.device))
+            if self._copy_stream is not None and len(slow):
+                self._copy_stream.free[area].record(torch.cuda.current_stream(self.device))
 
     def keep(self, piece: Piece) -> None:
         """Write the piece's rows of the slower tiers from the area to where they live. Raises OSError."""
-        self.stores.write(piece.slow, self._rows_of_area(piece.area, len(piece.slow)))
+        self.storage.write(piece.slow, self._rows_of_area(piece.area, len(piece.slow)))
 
     def prefetch(self, slots: Tensor) -> None:
         """Begin to bring the first T rows of the slower tiers of a batch's slots [B] to an area, on a thread."""
@@ -195,19 +195,19 @@ class TieredRows:
             with contextlib.suppress(OSError, ValueError):
                 future.result()
 
-    def save(self, manifest: Manifest, filled: Tensor, beside: Beside) -> None:
+    def save(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
         """Write the filled [R] rows of all tiers to the file at `path`. Raises OSError."""
         self.forget_prefetch()
         assert self.path is not None
-        disk = self.stores.disk or DiskRows(self.path, self.layout)
+        disk = self.storage.disk or DiskTier(self.path, self.layout)
         try:
             disk.grow(self.plan.slots, first=0)
             fast = torch.nonzero(filled[: self.plan.slots - self.plan.disk]).flatten()
             for part in fast.split(STAGING_ROWS):
-                disk.write(part, self._read(self.stores, part))
-            disk.commit(manifest, filled, beside)
+                disk.write(part, self._read(self.storage, part))
+            disk.commit(manifest, filled, sidecar)
         finally:
-            if disk is not self.stores.disk:
+            if disk is not self.storage.disk:
                 disk.close()
 
     def close(self) -> None:
@@ -215,17 +215,17 @@ class TieredRows:
         self.forget_prefetch()
         if self._thread is not None:
             self._thread.shutdown()
-        if self._lane is not None:
-            self._lane.stream.synchronize()
-        if self.stores.disk is not None:
-            self.stores.disk.close()
+        if self._copy_stream is not None:
+            self._copy_stream.stream.synchronize()
+        if self.storage.disk is not None:
+            self.storage.disk.close()
 
-    def _read(self, stores: Stores, slots: Tensor) -> Tensor:
+    def _read(self, storage: TierStorage, slots: Tensor) -> Tensor:
         rows = torch.empty((len(slots), self.layout.stride_bytes), dtype=torch.uint8)
-        stores.read(slots, rows)
+        storage.read(slots, rows)
         return rows
 
-    def _stores(self, plan: TierPlan, old: Stores) -> Stores:
+    def _allocate_storage(self, plan: TierPlan, old: TierStorage) -> TierStorage:
         same = (plan.device, plan.staging) == (old.plan.device, old.plan.staging)
         data = old.data if same else _device_rows(plan, self.layout, self.device)
         host = None
@@ -235,7 +235,7 @@ class TieredRows:
         disk = old.disk
         if disk is None and plan.disk:
             assert self.path is not None
-            disk = DiskRows(self.path, self.layout)
+            disk = DiskTier(self.path, self.layout)
         if disk is not None and plan.disk:
             try:
                 disk.grow(plan.slots, first=plan.slots - plan.disk)
@@ -243,7 +243,7 @@ class TieredRows:
                 if disk is not old.disk:
                     disk.close()
                 raise
-        return Stores(plan, data, host, disk)
+        return TierStorage(plan, data, host, disk)
 
     def _without(self, error: _NoMemoryError, slots: int, budgets: Budgets) -> Budgets:
         fewer = replace(budgets, **{error.tier: 0})
@@ -272,8 +272,8 @@ class TieredRows:
 
     def _next_area(self) -> int:
         self._area = 1 - self._area
-        if self._lane is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._lane.filled[self._area])
+        if self._copy_stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._copy_stream.filled[self._area])
         return self._area
 
     def _bring(self, slow: Tensor) -> int:
@@ -286,25 +286,25 @@ class TieredRows:
             self.forget_prefetch()
             area = self._next_area()
             self._load(slow, area)
-        if self._lane is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._lane.filled[area])
+        if self._copy_stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._copy_stream.filled[area])
         return area
 
     def _load(self, slow: Tensor, area: int) -> None:
         into = self._rows_of_area(area, len(slow))
-        if self._lane is None:
-            return self.stores.read(slow, into)
-        plan, lane = self.plan, self._lane
+        if self._copy_stream is None:
+            return self.storage.read(slow, into)
+        plan, copy_stream = self.plan, self._copy_stream
         on_host = int((slow < plan.device + plan.host).sum())
-        with torch.cuda.stream(lane.stream):
-            lane.stream.wait_event(lane.free[area])
-            if self.stores.host is not None and on_host:
-                self.stores.host.read(slow[:on_host] - plan.device, into[:on_host])
-            if self.stores.disk is not None and on_host < len(slow):
-                bounce = lane.bounce_rows(area, len(slow) - on_host)
-                self.stores.disk.read(slow[on_host:], bounce)
+        with torch.cuda.stream(copy_stream.stream):
+            copy_stream.stream.wait_event(copy_stream.free[area])
+            if self.storage.host is not None and on_host:
+                self.storage.host.read(slow[:on_host] - plan.device, into[:on_host])
+            if self.storage.disk is not None and on_host < len(slow):
+                bounce = copy_stream.bounce_rows(area, len(slow) - on_host)
+                self.storage.disk.read(slow[on_host:], bounce)
                 into[on_host:].copy_(bounce, non_blocking=True)
-            lane.filled[area].record(lane.stream)
+            copy_stream.filled[area].record(copy_stream.stream)
 
     def _rows_of_area(self, area: int, count: int) -> Tensor:
         return self.data[self.plan.device + area * self.plan.staging :][:count]
@@ -326,9 +326,9 @@ def _device_rows(plan: TierPlan, layout: RowLayout, device: torch.device) -> Ten
         raise _NoMemoryError("device", error) from error
 
 
-def _host_rows(plan: TierPlan, layout: RowLayout, device: torch.device) -> HostRows:
+def _host_rows(plan: TierPlan, layout: RowLayout, device: torch.device) -> HostTier:
     try:
-        return HostRows(plan.host, layout.stride_bytes, device)
+        return HostTier(plan.host, layout.stride_bytes, device)
     except torch.OutOfMemoryError as error:
         raise _NoMemoryError("host", error) from error
 

@@ -50,7 +50,7 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
     return found
 
 
-class RestOfBatch:
+class BatchExtras:
     """All of a batch but the model's input, kept by slot as `collate_fn` made it.
 
     Tensors of B rows are stacked to [R, ...] on the device, lists of B plain values are kept as they are. R: slots.
@@ -123,7 +123,7 @@ class RestOfBatch:
         try:
             spec = pytree.treespec_dumps(self.spec)
         except NotImplementedError as error:
-            raise TypeError(f"RestOfBatch.state: batches must be of plain containers, got {error}") from None
+            raise TypeError(f"BatchExtras.state: batches must be of plain containers, got {error}") from None
         stacks = [stack if isinstance(stack, list) else None for stack in self.stacks]
         values = {"spec": spec, "kinds": self.kinds, "place": self.place, "slots": self.slots, "stacks": stacks}
         return values, [stack.cpu() for stack in self.stacks if not isinstance(stack, list)]
@@ -131,7 +131,7 @@ class RestOfBatch:
     @classmethod
     def of_state(
         cls, values: dict[str, Any], tensors: Sequence[torch.Tensor], *, key: InputKey, device: torch.device
-    ) -> RestOfBatch:
+    ) -> BatchExtras:
         """What `state` was taken of, on a device."""
         rest = cls(values["slots"], key=key, device=device)
         rest.spec = pytree.treespec_loads(values["spec"])

@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.data.extras import InputKey, RestOfBatch, input_of, to_device
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
 from learndrop_ext.graph.chain import Layer, Segment
-from learndrop_ext.rng import own_randomness
+from learndrop_ext.rng import fork_rng
 
 
 @contextlib.contextmanager
@@ -43,7 +43,7 @@ def same_image_each_time(loader: DataLoader[Any], key: InputKey, *, probes: int 
     size = len(loader.dataset)  # type: ignore[arg-type]
     probes = min(probes, size)
     ids = [i * size // probes for i in range(probes)]
-    with own_randomness(0):
+    with fork_rng(0):
         first, *again = [input_of(read_batch(loader, ids), key).clone() for _ in range(3)]
     return all(first.shape == other.shape and torch.equal(first, other) for other in again)
 
@@ -94,7 +94,7 @@ def _seen_rows(
 
     hooks = [h for m in segment.modules() for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
-        with own_randomness(seed):
+        with fork_rng(seed):
             segment(batch)
     finally:
         for hook in hooks:
@@ -116,7 +116,7 @@ def fill_from_images(
     slots: torch.Tensor,
     segment: Segment,
     cache: ActivationCache,
-    rest: RestOfBatch,
+    rest: BatchExtras,
     *,
     views: int,
     batch_size: int,
@@ -132,7 +132,7 @@ def fill_from_images(
     """
     groups = list(zip(ids.split(batch_size), slots.split(batch_size), strict=True))
     reader = rebuilt(loader, [group.tolist() for group, _ in groups], fill_seed=seed, workers=workers)
-    with own_randomness(seed), frozen_pass(segment, autocast, cache.device):
+    with fork_rng(seed), frozen_pass(segment, autocast, cache.device):
         for view in range(views):
             for (_, where), batch in zip(groups, reader, strict=True):
                 at = where * views + view

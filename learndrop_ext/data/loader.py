@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.data.extras import InputKey, RestOfBatch, input_of, to_device
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
 from learndrop_ext.data.fill import rebuilt
 
 
@@ -22,7 +22,7 @@ class Rows:
 
     slots: torch.Tensor  # [N] int64
     cache: ActivationCache
-    rest: RestOfBatch
+    rest: BatchExtras
 
 
 class _NotingBatches:

@@ -15,17 +15,17 @@ from torch import nn
 
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.cache.file import Beside, CacheFileError, remove_abandoned
+from learndrop_ext.cache.file import CacheFileError, Sidecar, remove_abandoned
 from learndrop_ext.cache.fingerprint import Fingerprint, describe, weights_digest
 from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.data import fill
-from learndrop_ext.data.extras import RestOfBatch
+from learndrop_ext.data.extras import BatchExtras
 from learndrop_ext.data.loader import DropLoader, Rows
 from learndrop_ext.distributed import several_processes
 from learndrop_ext.graph.chain import Chain, Segment
 
 
-class RowKeeper:
+class RowSet:
     """Makes, keeps and finds the rows of the layers of `chain`, for the samples of `loader`.
 
     model: whose parts are named where a layer's rows are no function of the sample. example: the first model inputs
@@ -79,7 +79,7 @@ class RowKeeper:
             shape,
             codec=self.config.codec,
             device=self.device,
-            moving=self.config.moving,
+            augmented=self.config.augmented,
             budgets=budgets_of(self.config, self.device),
             path=self._new_path(cut),
         )
@@ -89,7 +89,7 @@ class RowKeeper:
         made = Rows(
             torch.full((self.loader.size,), -1, dtype=torch.int64),
             cache,
-            RestOfBatch(slots, key=self.loader.key, device=self.device),
+            BatchExtras(slots, key=self.loader.key, device=self.device),
         )
         self._read(ids, torch.arange(len(ids)), made, segment, autocast)
         return made
@@ -142,9 +142,9 @@ class RowKeeper:
             )
             return None
         self.file = name
-        slots, *tensors = cache.beside.tensors
-        rest = RestOfBatch.of_state(cache.beside.values, tensors, key=self.loader.key, device=self.device)
-        cache.beside = Beside()
+        slots, *tensors = cache.sidecar.tensors
+        rest = BatchExtras.of_state(cache.sidecar.values, tensors, key=self.loader.key, device=self.device)
+        cache.sidecar = Sidecar()
         return Rows(slots, cache, rest)
 
     def _read(
@@ -173,7 +173,7 @@ class RowKeeper:
         if not cache.saved:
             try:
                 values, tensors = rows.rest.state()
-                cache.save(self._made_of(cut, autocast), Beside(values, (rows.slots, *tensors)))
+                cache.save(self._made_of(cut, autocast), Sidecar(values, (rows.slots, *tensors)))
             except (OSError, TypeError) as error:
                 warnings.warn(
                     f"DropScheduler.state_dict: a run that goes on from here will fill its rows again ({error})",
@@ -204,7 +204,7 @@ class RowKeeper:
             dataset=describe(self.loader.user.dataset),
             autocast="" if autocast is None else str(autocast).removeprefix("torch."),
             seed=self.seed,
-            moving=self.config.moving,
+            augmented=self.config.augmented,
             layers=hashlib.sha256(code.encode()).hexdigest(),
             images=hashlib.sha256(pixels.tobytes()).hexdigest(),
         )

@@ -108,13 +108,13 @@ def choose_cut(
     rows: int,
     codec: str,
     tiers: Sequence[TierCost],
-    moving: bool = False,
+    augmented: bool = False,
 ) -> CutChoice:
     """The cut within a prefix whose cached rows make the step shortest and fit into the tiers, the fastest first.
 
     Rows after `c` layers cost what `row_seconds` says and the forward pass of the frozen layers c..prefix-1. kept: the
     cut of the rows that there are already (0: none), which stay where no later cut is better. rows: how many are kept
-    (samples x views). moving: only [C, H, W] rows, to be flipped or shifted, will do.
+    (samples x views). augmented: only [C, H, W] rows, to be flipped or shifted, will do.
     """
 
     def run_again(cut: int) -> float:
@@ -131,7 +131,7 @@ def choose_cut(
     smallest: int | None = None
     for cut in range(kept + 1, prefix + 1):
         shape = layers[cut - 1].shape
-        if shape is None or (moving and len(shape) != 3):
+        if shape is None or (augmented and len(shape) != 3):
             continue
         row = ops.row_stride(shape, codec)
         smallest = row if smallest is None else min(smallest, row)

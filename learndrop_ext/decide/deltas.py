@@ -87,7 +87,7 @@ class Deltas:
         self._persistence = persistence
         self._layers = tuple(tuple(layer) for layer in layers)
         self._slots = None if model is None else find_slots(self._layers, model)
-        self._parts = build_parts(self._layers, persistence, {})
+        self._tables = build_tables(self._layers, persistence, {})
 
     def __len__(self) -> int:
         """L, the number of layers."""
@@ -101,7 +101,7 @@ class Deltas:
         """Starts what `measure` does on the parameters' devices without waiting for it."""
         self._follow()
         return PendingChanges(
-            [join(ops.delta_norms(part.table, refresh=refresh), part.table.mesh) for part in self._parts],
+            [join(ops.delta_norms(part.table, refresh=refresh), part.table.mesh) for part in self._tables],
         )
 
     def drop_first(self, k: int) -> None:
@@ -113,7 +113,7 @@ class Deltas:
             raise ValueError(f"drop_first: k must be from 0 to {len(self)}, got {k}")
         self._follow()
         kept = {(layer - k, i): values for (layer, i), values in self._anchors().items() if layer >= k}
-        self._parts = build_parts(self._layers[k:], self._persistence, kept)
+        self._tables = build_tables(self._layers[k:], self._persistence, kept)
         self._layers = self._layers[k:]
         if self._slots is not None:
             self._slots = self._slots[k:]
@@ -185,7 +185,7 @@ class Deltas:
         """Anchors of all parameters by (layer, place), sharing the tables' memory."""
         return {
             (layer, part.places[layer][i]): values
-            for part in self._parts
+            for part in self._tables
             for (layer, i), values in part.table.anchor_values().items()
         }
 
@@ -197,24 +197,24 @@ class Deltas:
             for new, old in zip(layers, self._layers, strict=True)
             for now, before in zip(new, old, strict=True)
         )
-        if replaced or any(part.table.stale() for part in self._parts):
-            self._parts = build_parts(layers, self._persistence, self._anchors())
+        if replaced or any(part.table.stale() for part in self._tables):
+            self._tables = build_tables(layers, self._persistence, self._anchors())
             self._layers = layers
 
 
 @dataclass(frozen=True)
-class Part:
+class DeviceTable:
     """The parameters of one device: their table, and the places they have in each of the layers."""
 
     table: DeltaTable
     places: tuple[tuple[int, ...], ...]
 
 
-def build_parts(
+def build_tables(
     layers: Sequence[Sequence[Tensor]],
     persistence: bool,
     anchors: Anchors,
-) -> tuple[Part, ...]:
+) -> tuple[DeviceTable, ...]:
     """One part for each device on which parameters lie, each with all layers; one on the CPU without any."""
     devices = dict.fromkeys(local_part(tensor).device for layer in layers for tensor in layer)
     parts = []
@@ -229,7 +229,7 @@ def build_parts(
             if (i_layer, i) in anchors
         }
         members = [[layer[i] for i in here] for layer, here in zip(layers, places, strict=True)]
-        parts.append(Part(build_table(members, persistence=persistence, anchors=kept), places))
+        parts.append(DeviceTable(build_table(members, persistence=persistence, anchors=kept), places))
     return tuple(parts)
 
 

@@ -49,20 +49,21 @@ class StoppedLearning:
     A layer has stopped when its smoothed score was under `threshold` for `patience` measurements in a row, the first
     `warmup` epochs not counted. The smoothed score is the exponential moving average with weight `1 - smoothing` for
     the newest measurement. A drop has to earn its fill back in the epochs left; where the length of the run is not
-    known, the epochs left are taken to be as many as were done. What it saves then has to be at least the share `least`
-    of the run without drops: a drop that saves little costs accuracy all the same, and where this was measured
-    (docs/scores.md) the same recipe with one epoch less was better. `most` bounds the share of layers that may be dropped.
+    known, the epochs left are taken to be as many as were done. What it saves then has to be at least the share
+    `min_saving` of the run without drops: a drop that saves little costs accuracy all the same, and where this was
+    measured (docs/scores.md) the same recipe with one epoch less was better. `max_dropped` bounds the share of layers
+    that may be dropped.
     """
 
     threshold: float = 0.2
     patience: int = 2
     warmup: int = 2
     smoothing: float = 0.5
-    most: float = 1.0
-    least: float = 0.1
+    max_dropped: float = 1.0
+    min_saving: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "smoothing", "most", "least"):
+        for name in ("threshold", "smoothing", "max_dropped", "min_saving"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"StoppedLearning: {name} must be within 0.0..1.0, got {value!r}")
@@ -74,14 +75,14 @@ class StoppedLearning:
     def __call__(self, situation: Situation) -> Decision:
         if situation.epoch <= self.warmup:
             return Decision(situation.prefix, f"warm-up: epoch {situation.epoch} of {self.warmup}")
-        last = min(len(situation.layers) - 1, int(self.most * len(situation.layers)))
+        last = min(len(situation.layers) - 1, int(self.max_dropped * len(situation.layers)))
         prefix = situation.prefix
         while prefix < last and self._stopped(situation, prefix):
             prefix += 1
         if prefix == situation.prefix:
             return Decision(prefix, self._still(situation, prefix, last))
         stopped = f"scores under {self.threshold:g} for {self.patience} measurements"
-        return _worth(situation, prefix, stopped, least=self.least)
+        return _worth(situation, prefix, stopped, min_saving=self.min_saving)
 
     def smoothed(self, situation: Situation, layer: int) -> list[float]:
         """The smoothed scores of one layer after the warm-up, oldest first."""
@@ -128,8 +129,8 @@ class Fixed:
         return Decision(prefix, "set by hand" if prefix > situation.prefix else "nothing set for this epoch")
 
 
-def _worth(situation: Situation, prefix: int, reason: str, *, least: float) -> Decision:
-    """The longest prefix within `prefix` that earns its fill back in the epochs left and saves the share `least` of the
+def _worth(situation: Situation, prefix: int, reason: str, *, min_saving: float) -> Decision:
+    """The longest prefix within `prefix` that earns its fill back in the epochs left and saves the share `min_saving` of the
     run, or the one there is."""
     left = situation.epoch if situation.epochs is None else situation.epochs - situation.epoch
     if not situation.fill_seconds:
@@ -137,10 +138,10 @@ def _worth(situation: Situation, prefix: int, reason: str, *, least: float) -> D
     run = (situation.epoch + left) * situation.epoch_seconds
     for k in range(prefix, situation.prefix, -1):
         saved = situation.saved_seconds[k] * left - situation.fill_seconds[k]
-        if saved > 0 and saved >= least * run:
+        if saved > 0 and saved >= min_saving * run:
             return Decision(k, reason)
     fill, saved = situation.fill_seconds[prefix], situation.saved_seconds[prefix] * left
-    wanted = "" if saved <= fill else f", {(saved - fill) / run:.1%} of the run where {least:.1%} are wanted"
+    wanted = "" if saved <= fill else f", {(saved - fill) / run:.1%} of the run where {min_saving:.1%} are wanted"
     return Decision(
         situation.prefix, f"not worth it: the fill takes {fill:.2f} s and {left} epochs save {saved:.2f} s{wanted}"
     )

@@ -19,13 +19,13 @@ from torch.utils import _pytree as pytree
 
 from learndrop_ext.graph.trace import (
     OneInput,
-    Part,
-    find_parts,
+    Subgraph,
+    deterministic_algorithms,
+    find_subgraphs,
     layer_name,
-    merge_parts,
+    merge_subgraphs,
     node_shapes,
-    part_module,
-    steady,
+    subgraph_module,
     trace,
 )
 
@@ -122,16 +122,16 @@ def split_layers(model: nn.Module, example: torch.Tensor, *, layers: Sequence[st
     if example.shape[0] == 1:
         example = torch.cat([example, example])  # batch statistics need two values
     root = OneInput(model)
-    with _kept(model), torch.no_grad():
-        parts: dict[bool, list[Part]] = {}
+    with _preserve_state(model), torch.no_grad():
+        parts: dict[bool, list[Subgraph]] = {}
         for training in (True, False):
             model.train(training)
             graph = trace(root, model, layers)
             values = [node_shapes(root, graph, x) for x in (example, torch.cat([example, example[:1]]))]
-            parts[training] = find_parts(root, graph, values, layers)
+            parts[training] = find_subgraphs(root, graph, values, layers)
         names = [part.key for part in parts[True]]
         common = [key for key in names if key in {part.key for part in parts[False]}]
-        merged = {training: merge_parts(parts[training], common) for training in parts}
+        merged = {training: merge_subgraphs(parts[training], common) for training in parts}
         if len(common) < 2:
             raise ValueError(
                 "split_layers: model must have a cut, a point where exactly one tensor is live between two operations "
@@ -141,7 +141,7 @@ def split_layers(model: nn.Module, example: torch.Tensor, *, layers: Sequence[st
         made = []
         for train_part, eval_part in zip(merged[True], merged[False], strict=True):
             name = _unique(layer_name(root, train_part), taken)
-            graphs = [part_module(root, part) for part in (train_part, eval_part)]
+            graphs = [subgraph_module(root, part) for part in (train_part, eval_part)]
             made.append(Layer(name, train_part.shape, graphs[0], graphs[1]))
         chain = Chain(made)
         _prove(model, chain, example)
@@ -179,7 +179,7 @@ def _check_arguments(model: nn.Module, example: torch.Tensor, layers: Sequence[s
 
 
 @contextlib.contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
+def _preserve_state(model: nn.Module) -> Iterator[None]:
     """Put training flags, buffers and random state back on leaving."""
     flags = [(m, m.training) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
@@ -204,7 +204,7 @@ def _prove(model: nn.Module, chain: Chain, example: torch.Tensor) -> None:
     devices = [example.device] if example.device.type == "cuda" else []
 
     def run(call: Callable[[torch.Tensor], Any]) -> list[Any]:
-        with torch.random.fork_rng(devices=devices), _kept(model), steady(example):
+        with torch.random.fork_rng(devices=devices), _preserve_state(model), deterministic_algorithms(example):
             return pytree.tree_leaves(call(example.clone()))
 
     for training in (False, True):

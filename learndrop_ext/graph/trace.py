@@ -50,7 +50,7 @@ def trace(root: nn.Module, model: nn.Module, layers: Sequence[str] | None) -> fx
 
 
 @contextlib.contextmanager
-def steady(x: torch.Tensor) -> Iterator[None]:
+def deterministic_algorithms(x: torch.Tensor) -> Iterator[None]:
     """The same algorithm at each call, so that equal inputs give equal bits on a GPU too."""
     if x.device.type != "cuda":
         yield
@@ -71,13 +71,13 @@ def node_shapes(root: nn.Module, graph: fx.Graph, x: torch.Tensor) -> dict[str, 
             shapes[n.name] = tuple(value.shape) if is_rows else None
             return value
 
-    with steady(x):
+    with deterministic_algorithms(x):
         Recorder(fx.GraphModule(root, graph)).run(x.clone())
     return shapes
 
 
 @dataclass(frozen=True)
-class Part:
+class Subgraph:
     """A run of nodes between two cuts. `key` names its first cut by the weights used before it."""
 
     nodes: tuple[fx.Node, ...]
@@ -87,13 +87,13 @@ class Part:
     key: tuple[frozenset[str], tuple[str, ...]]
 
 
-def find_parts(
+def find_subgraphs(
     root: nn.Module, graph: fx.Graph, values: list[dict[str, tuple[int, ...] | None]], layers: Sequence[str] | None
-) -> list[Part]:
+) -> list[Subgraph]:
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     source = next(n for n in graph.nodes if n.op == "placeholder")
     output = next(n for n in graph.nodes if n.op == "output")
-    cuts = _cuts(root, nodes, source, output, values)
+    cuts = _cut_points(root, nodes, source, output, values)
     bounds = [(0, source), *cuts, (len(nodes), None)]
     pieces = [(nodes[a:b], before) for (a, before), (b, _) in itertools.pairwise(bounds)]
     groups: list[tuple[list[fx.Node], fx.Node]] = []
@@ -126,13 +126,13 @@ def find_parts(
         last = i + 1 == len(groups)
         result = output.args[0] if last else groups[i + 1][1]
         shape = values[0].get(result.name) if isinstance(result, fx.Node) else None
-        made.append(Part(tuple(run), entering, result, shape[1:] if shape else None, (frozenset(used), tail)))
+        made.append(Subgraph(tuple(run), entering, result, shape[1:] if shape else None, (frozenset(used), tail)))
         used |= {name for n in run for name in _tensors(root, n)}
         tail = _tail(root, run, layers)
     return made
 
 
-def _cuts(
+def _cut_points(
     root: nn.Module,
     nodes: list[fx.Node],
     source: fx.Node,
@@ -245,18 +245,18 @@ def _tail(root: nn.Module, run: Sequence[fx.Node], layers: Sequence[str] | None)
     return tuple(tail)
 
 
-def merge_parts(parts: list[Part], keys: list[tuple[frozenset[str], tuple[str, ...]]]) -> list[Part]:
+def merge_subgraphs(parts: list[Subgraph], keys: list[tuple[frozenset[str], tuple[str, ...]]]) -> list[Subgraph]:
     """Join each part whose first cut is not among the keys to the part before it."""
-    merged: list[Part] = []
+    merged: list[Subgraph] = []
     for part in parts:
         if merged and part.key not in keys:
             before = merged.pop()
-            part = Part((*before.nodes, *part.nodes), before.source, part.result, part.shape, before.key)
+            part = Subgraph((*before.nodes, *part.nodes), before.source, part.result, part.shape, before.key)
         merged.append(part)
     return merged
 
 
-def layer_name(root: nn.Module, part: Part) -> str:
+def layer_name(root: nn.Module, part: Subgraph) -> str:
     owners = [str(n.target) for n in part.nodes if n.op == "call_module" and _has_weights(root, n, None)]
     owners += [
         str(a.target).rpartition(".")[0]
@@ -273,7 +273,7 @@ def layer_name(root: nn.Module, part: Part) -> str:
     return ".".join(paths[0][:depth] or paths[0]) or "layer"
 
 
-def part_module(root: nn.Module, part: Part) -> fx.GraphModule:
+def subgraph_module(root: nn.Module, part: Subgraph) -> fx.GraphModule:
     """The nodes of a part as a module whose submodules are the model's own."""
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {part.source: graph.placeholder("x")}

@@ -70,7 +70,7 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
     rows = rows.detach().resolve_neg()
     if rows.ndim > 2 and rows.ndim != 4:
         rows = rows.contiguous()
-    index = _brought(index, cache.device)
+    index = _on_device(index, cache.device)
     _C.append_rows(
         cache.data_ptr(),
         cache.shape[0],
@@ -125,9 +125,9 @@ def gather_rows(
         _check_out(name, out, (B, *shape), dtype, cache.device)
     # One pixel: a flip changes nothing and a shift leaves nothing, and the row is not cut into channels (see _geometry).
     one_pixel = len(shape) == 3 and shape[1] * shape[2] == 1
-    index = _brought(index, cache.device)
-    flipped = None if flip is None or one_pixel else _brought(flip, cache.device).contiguous()
-    moved = None if shift is None or one_pixel else _brought(_int32(shift), cache.device).contiguous()
+    index = _on_device(index, cache.device)
+    flipped = None if flip is None or one_pixel else _on_device(flip, cache.device).contiguous()
+    moved = None if shift is None or one_pixel else _on_device(_int32(shift), cache.device).contiguous()
     _C.gather_rows(
         cache.data_ptr(),
         cache.shape[0],
@@ -144,7 +144,7 @@ def gather_rows(
         _target(name, cache),
     )
     if one_pixel and shift is not None:
-        out.masked_fill_(_brought((shift != 0).any(1), cache.device)[:, None, None, None], 0)
+        out.masked_fill_(_on_device((shift != 0).any(1), cache.device)[:, None, None, None], 0)
     return out
 
 
@@ -255,7 +255,7 @@ def memory_format(shape: Sequence[int]) -> torch.memory_format:
     return torch.channels_last if len(shape) == 3 else torch.contiguous_format
 
 
-def _brought(values: Tensor, device: torch.device) -> Tensor:
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
     """On the device. What comes from pageable memory has been read when the call returns, without waiting for the work
     that the device still has, as a blocking copy does; pinned memory may be changed by its owner, and is waited for."""
     if values.device == device:

@@ -21,9 +21,9 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 4, 5), (2, 1, 1), (1, 3, 3), (2, 3, 4, 5)], ids=str)
-@pytest.mark.parametrize("moving", [False, True])
-def test_cache_gives_fp32_rows_back_to_the_bit(shape: tuple[int, ...], moving: bool) -> None:
-    cache = ActivationCache(6, shape, codec="fp32", device=CPU, moving=moving)
+@pytest.mark.parametrize("augmented", [False, True])
+def test_cache_gives_fp32_rows_back_to_the_bit(shape: tuple[int, ...], augmented: bool) -> None:
+    cache = ActivationCache(6, shape, codec="fp32", device=CPU, augmented=augmented)
     stored = rows(6, *shape)
     order = ids(4, 0, 5, 2, 1, 3)
     cache.append(order[:4], stored[:4])
@@ -82,7 +82,7 @@ def test_cache_is_as_exact_as_its_codec(codec: str, most: float) -> None:
 
 def test_cache_moves_images_on_the_way_out() -> None:
     image = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]])
-    cache = ActivationCache(1, (1, 2, 3), codec="fp32", device=CPU, moving=True)
+    cache = ActivationCache(1, (1, 2, 3), codec="fp32", device=CPU, augmented=True)
     cache.append(ids(0), image)
     flip = torch.tensor([False, True, False, True])
     shift = torch.tensor([[0, 0], [0, 0], [1, -1], [0, 1]])

@@ -209,14 +209,14 @@ def test_rows_whose_write_failed_are_not_there(tmp_path: Path, monkeypatch: pyte
     budgets = Budgets((2 + 4) * 6016, 0, 1 << 30)
     cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=budgets, path=tmp_path / "rows", staging=2)
     cache.append(torch.arange(6), rows(6))
-    real = tiered_rows.DiskRows.write
+    real = tiered_rows.DiskTier.write
 
-    def failing(self: tiered_rows.DiskRows, slots: torch.Tensor, stored: torch.Tensor) -> None:
+    def failing(self: tiered_rows.DiskTier, slots: torch.Tensor, stored: torch.Tensor) -> None:
         if 5 in slots.tolist():
             raise OSError(28, "No space left on device")
         real(self, slots, stored)
 
-    monkeypatch.setattr(tiered_rows.DiskRows, "write", failing)
+    monkeypatch.setattr(tiered_rows.DiskTier, "write", failing)
     with pytest.raises(OSError, match="No space left"):
         cache.append(torch.arange(9), rows(9))
     # Two device rows and the disk's first two pieces' worth were written, 4 and 5 were being written over.
@@ -231,12 +231,12 @@ def test_rows_whose_write_failed_are_not_there(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_spill_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(self: tiered_rows.DiskRows, slots: torch.Tensor, stored: torch.Tensor) -> None:
+    def failing(self: tiered_rows.DiskTier, slots: torch.Tensor, stored: torch.Tensor) -> None:
         raise OSError(5, "Input/output error")
 
     cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, path=tmp_path / "rows")
     cache.append(torch.arange(9), rows(9))
-    monkeypatch.setattr(tiered_rows.DiskRows, "write", failing)
+    monkeypatch.setattr(tiered_rows.DiskTier, "write", failing)
     for call in (lambda: cache.spill(ON_DISK), lambda: cache.save(PRINT)):
         with pytest.raises(OSError, match="Input/output error"):
             call()
@@ -254,12 +254,12 @@ def no_memory(monkeypatch: pytest.MonkeyPatch, *, above: int, host: bool = False
             raise torch.OutOfMemoryError(f"{count} rows do not fit")
         return real(count, stride_bytes, device)
 
-    def init(self: host_rows.HostRows, count: int, stride_bytes: int, device: torch.device) -> None:
+    def init(self: host_rows.HostTier, count: int, stride_bytes: int, device: torch.device) -> None:
         raise torch.OutOfMemoryError("no host memory")
 
     monkeypatch.setattr(tiered_rows, "allocate", allocate)
     if host:
-        monkeypatch.setattr(host_rows.HostRows, "__init__", init)
+        monkeypatch.setattr(host_rows.HostTier, "__init__", init)
 
 
 @pytest.mark.parametrize("host", [False, True])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from learndrop_ext.cache import file as disk
 from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.file import CacheFileError, DiskRows
+from learndrop_ext.cache.file import CacheFileError, DiskTier
 from learndrop_ext.cache.fingerprint import Fingerprint, describe
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.cache.plan import Budgets
@@ -187,7 +187,7 @@ OTHERS = {
     "dataset": "x",
     "autocast": "y",
     "seed": 1,
-    "moving": True,
+    "augmented": True,
     "layers": "z",
     "images": "w",
 }
@@ -265,7 +265,7 @@ def test_every_flipped_bit_is_refused_or_in_no_row(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     stored = saved(path)
     content = path.read_bytes()
-    header, tail = 4096, content.index(b'{"beside"')
+    header, tail = 4096, content.index(b'{"augmented"')
     spots = [*range(0, 48), 4091, 4095, *range(header, header + 40), *range(tail - 1, len(content), 5)]
     refused = 0
     for i, spot in enumerate(spots):
@@ -304,7 +304,7 @@ def test_gather_refuses_a_row_that_changed_since_it_was_written(tmp_path: Path, 
 
 
 def test_reading_a_file_that_cannot_be_read_is_an_os_error(tmp_path: Path) -> None:
-    store = DiskRows(tmp_path / "rows", RowLayout(14, 128))
+    store = DiskTier(tmp_path / "rows", RowLayout(14, 128))
     store.grow(2, first=0)
     os.close(store._handle.descriptor)
     with pytest.raises(OSError, match=r"cache file .*rows: must give 1 rows, got Bad file descriptor"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from learndrop_ext.cache import host as host_rows
 from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.host import SWITCH_SIZES, HostRows, copy_engine_from
+from learndrop_ext.cache.host import SWITCH_SIZES, HostTier, copy_engine_from
 from learndrop_ext.cache.plan import Budgets, TierPlan
 from learndrop_ext.ops import transfer
 
@@ -24,7 +24,7 @@ def host_bytes(rows: int, stride: int) -> Tensor:
 @pytest.mark.parametrize("count", [0, 1, 7])
 @pytest.mark.parametrize("device", [CPU, pytest.param(CUDA, marks=pytest.mark.cuda)], ids=str)
 def test_host_rows_give_back_what_was_written(device: torch.device, count: int) -> None:
-    store = HostRows(10, 256, device)
+    store = HostTier(10, 256, device)
     stored = host_bytes(10, 256).to(device)
     order = torch.tensor([3, 1, 4, 9, 5, 2, 6, 0, 8, 7])
     store.write(order, stored)
@@ -36,8 +36,8 @@ def test_host_rows_give_back_what_was_written(device: torch.device, count: int) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
 def test_host_rows_that_cannot_be_pinned_are_out_of_memory() -> None:
-    with pytest.raises(torch.OutOfMemoryError, match="HostRows: the host must hold 2,560 bytes of rows, got "):
-        HostRows(10, 256, CUDA)
+    with pytest.raises(torch.OutOfMemoryError, match="HostTier: the host must hold 2,560 bytes of rows, got "):
+        HostTier(10, 256, CUDA)
 
 
 # The copies cost 30 us and run at 50 GB/s, the kernel costs nothing and runs at `speed` bytes a second.
@@ -70,7 +70,7 @@ def test_copy_engine_from_is_where_copies_win_for_good(
 @pytest.mark.parametrize("move", [transfer.copy_rows_to_device, transfer.gather_rows_to_device])
 @pytest.mark.parametrize("side", [False, True])
 def test_rows_come_to_a_gpu_as_they_are(move: object, row: int, side: bool) -> None:
-    store = HostRows(300, row, CUDA)
+    store = HostTier(300, row, CUDA)
     store.data.copy_(host_bytes(300, row))
     index = torch.randperm(300)[:129]
     into = torch.zeros(129, row, dtype=torch.uint8, device=CUDA)

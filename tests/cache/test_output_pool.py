@@ -10,7 +10,7 @@ from torch import nn
 
 from learndrop_ext.cache import output_pool as batch_memory
 from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.output_pool import MOST, BatchMemory
+from learndrop_ext.cache.output_pool import MAX_FREE, OutputPool
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 3, 5)
@@ -18,10 +18,10 @@ SHAPE = (4, 8, 3, 5)
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_memory, "LEAST_BYTES", 1)
+    monkeypatch.setattr(batch_memory, "MIN_POOLED_BYTES", 1)
 
 
-def take(memory: BatchMemory, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
+def take(memory: OutputPool, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
     return memory.take(shape, torch.float32, torch.channels_last if len(shape) == 4 else torch.contiguous_format)
 
 
@@ -29,7 +29,7 @@ def take(memory: BatchMemory, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_batch_is_a_tensor_as_torch_makes_it(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     memory_format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    made = BatchMemory(CPU).take(shape, dtype, memory_format)
+    made = OutputPool(CPU).take(shape, dtype, memory_format)
     wanted = torch.empty(shape, dtype=dtype, memory_format=memory_format)
     assert (made.shape, made.stride(), made.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
     assert made._base is None
@@ -37,7 +37,7 @@ def test_a_batch_is_a_tensor_as_torch_makes_it(shape: tuple[int, ...], dtype: to
 
 
 def test_memory_comes_again_when_the_batch_is_gone() -> None:
-    memory = BatchMemory(CPU)
+    memory = OutputPool(CPU)
     first = take(memory)
     place = first.data_ptr()
     assert take(memory).data_ptr() != place
@@ -83,22 +83,22 @@ def held_by_a_detached_one(x: torch.Tensor) -> object:
     ],
 )
 def test_memory_that_anything_still_holds_stays(hold: Callable[[torch.Tensor], object]) -> None:
-    memory = BatchMemory(CPU)
+    memory = OutputPool(CPU)
     x = take(memory)
     place = x.data_ptr()
     keeps = hold(x)
     del x
     gc.collect()
-    others = [take(memory) for _ in range(MOST + 2)]
+    others = [take(memory) for _ in range(MAX_FREE + 2)]
     assert place not in {other.data_ptr() for other in others}
     assert len({other.data_ptr() for other in others}) == len(others)
     del keeps, others
     gc.collect()
-    assert place in {other.data_ptr() for other in [take(memory) for _ in range(MOST)]}
+    assert place in {other.data_ptr() for other in [take(memory) for _ in range(MAX_FREE)]}
 
 
 def test_a_batch_that_goes_to_another_process_leaves_its_memory_behind() -> None:
-    memory = BatchMemory(CPU)
+    memory = OutputPool(CPU)
     x = take(memory).fill_(3)
     place = x.data_ptr()
     x.share_memory_()
@@ -108,23 +108,23 @@ def test_a_batch_that_goes_to_another_process_leaves_its_memory_behind() -> None
 
 
 def test_no_more_than_a_few_pieces_are_kept() -> None:
-    memory = BatchMemory(CPU)
+    memory = OutputPool(CPU)
     batches = [take(memory) for _ in range(10)]
     assert len({batch.data_ptr() for batch in batches}) == 10
     assert memory._free == []
     del batches
-    assert len(memory._free) == MOST
+    assert len(memory._free) == MAX_FREE
 
 
 def test_larger_batches_take_the_place_of_smaller_ones() -> None:
-    memory = BatchMemory(CPU)
+    memory = OutputPool(CPU)
     for size in range(1, 20):
         take(memory, (size, 7))
         assert [piece.nbytes for piece in memory._free] == [size * 28]
 
 
 def test_a_batch_outlives_the_memory_that_it_came_from() -> None:
-    memory = BatchMemory(CPU)
+    memory = OutputPool(CPU)
     x = take(memory).fill_(2)
     del memory
     gc.collect()

@@ -137,8 +137,8 @@ def test_gather_serves_a_batch_from_all_tiers_in_order(tmp_path: Path, staging: 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "uint8"])
 @pytest.mark.parametrize("staging", [2, 256])
 def test_gather_from_tiers_equals_gather_from_one(tmp_path: Path, codec: str, staging: int) -> None:
-    one = ActivationCache(9, (3, 4, 6), codec=codec, device=CPU, moving=True)
-    all_tiers = tiered(9, (3, 4, 6), tmp_path / "rows", device=3, host=2, staging=staging, codec=codec, moving=True)
+    one = ActivationCache(9, (3, 4, 6), codec=codec, device=CPU, augmented=True)
+    all_tiers = tiered(9, (3, 4, 6), tmp_path / "rows", device=3, host=2, staging=staging, codec=codec, augmented=True)
     stored = rows(9, 3, 4, 6).contiguous(memory_format=torch.channels_last)
     asked = ids(8, 0, 3, 3, 5, 1, 7)
     flip = torch.arange(7) % 2 == 0
@@ -175,13 +175,13 @@ def test_prefetch_reads_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cache = tiered(5, (5,), tmp_path / "rows", device=0, host=2, staging=3)
     cache.append(torch.arange(5), rows(5, 5))
     asked: list[list[int]] = []
-    read = tiered_rows.Stores.read
+    read = tiered_rows.TierStorage.read
 
-    def noting(self: tiered_rows.Stores, slots: Tensor, into: Tensor) -> None:
+    def noting(self: tiered_rows.TierStorage, slots: Tensor, into: Tensor) -> None:
         asked.append(slots.tolist())
         read(self, slots, into)
 
-    monkeypatch.setattr(tiered_rows.Stores, "read", noting)
+    monkeypatch.setattr(tiered_rows.TierStorage, "read", noting)
     for batch in (ids(3, 1), ids(2, 4, 2), ids(0)):
         cache.prefetch(batch)
         cache.gather(batch)

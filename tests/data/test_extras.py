@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from learndrop_ext.data.extras import RestOfBatch, input_of, to_device
+from learndrop_ext.data.extras import BatchExtras, input_of, to_device
 
 CPU = torch.device("cpu")
 IMAGES = torch.arange(12.0).view(3, 4)
@@ -64,14 +64,14 @@ BATCHES: list[tuple[str, Any, int | str, Any]] = [
 
 @pytest.mark.parametrize(("batch", "key", "wanted"), [case[1:] for case in BATCHES], ids=[case[0] for case in BATCHES])
 def test_rest_of_batch_gives_back_the_structure_with_other_images(batch: Any, key: int | str, wanted: Any) -> None:
-    rest = RestOfBatch(5, key=key, device=CPU)
+    rest = BatchExtras(5, key=key, device=CPU)
     rest.put(batch, torch.tensor([4, 0, 2]))
     assert same(rest.get(torch.tensor([2, 4]), ROWS), wanted)
 
 
 def test_rest_of_batch_keeps_what_default_collate_makes() -> None:
     samples = [(torch.ones(2) * i, i, f"name{i}", {"box": torch.tensor([i, i])}) for i in range(4)]
-    rest = RestOfBatch(4, key=0, device=CPU)
+    rest = BatchExtras(4, key=0, device=CPU)
     rest.put(default_collate(samples[:2]), torch.tensor([3, 1]))
     rest.put(default_collate(samples[2:]), torch.tensor([0, 2]))
     wanted = default_collate([samples[1], samples[2], samples[0]])
@@ -79,13 +79,13 @@ def test_rest_of_batch_keeps_what_default_collate_makes() -> None:
 
 
 def test_rest_of_batch_keeps_no_images() -> None:
-    rest = RestOfBatch(1000, key=0, device=CPU)
+    rest = BatchExtras(1000, key=0, device=CPU)
     rest.put((torch.ones(2, 3, 8, 8), LABELS[:2]), torch.tensor([0, 999]))
     assert sum(stack.numel() for stack in rest.stacks) == 1000
 
 
 def test_rest_of_batch_grows() -> None:
-    rest = RestOfBatch(2, key=0, device=CPU)
+    rest = BatchExtras(2, key=0, device=CPU)
     rest.put((IMAGES[:2], LABELS[:2], ["a", "b"]), torch.tensor([1, 0]))
     rest.grow(4)
     rest.put((IMAGES[:1], LABELS[2:], ["c"]), torch.tensor([3]))
@@ -94,7 +94,7 @@ def test_rest_of_batch_grows() -> None:
 
 
 def test_rest_of_batch_grows_before_the_first_batch() -> None:
-    rest = RestOfBatch(0, key=0, device=CPU)
+    rest = BatchExtras(0, key=0, device=CPU)
     rest.grow(3)
     rest.put((IMAGES, LABELS), torch.tensor([0, 1, 2]))
     assert same(rest.get(torch.tensor([2]), ROWS), (ROWS, torch.tensor([9])))
@@ -115,7 +115,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("batch", "message"), REFUSED)
 def test_rest_of_batch_refuses_entries_that_are_not_per_sample(batch: Any, message: str) -> None:
-    rest = RestOfBatch(3, key=0, device=CPU)
+    rest = BatchExtras(3, key=0, device=CPU)
     with pytest.raises(ValueError, match=message):
         rest.put(batch, torch.tensor([0, 1, 2]))
     assert rest.spec is None
@@ -147,7 +147,7 @@ CHANGED = [
 
 @pytest.mark.parametrize(("first", "second", "message"), CHANGED)
 def test_rest_of_batch_refuses_a_batch_unlike_the_first(first: Any, second: Any, message: str) -> None:
-    rest = RestOfBatch(3, key=0, device=CPU)
+    rest = BatchExtras(3, key=0, device=CPU)
     rest.put(first, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=message):
         rest.put(second, torch.tensor([2, 1, 0]))

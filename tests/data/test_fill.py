@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.data.extras import RestOfBatch
+from learndrop_ext.data.extras import BatchExtras
 from learndrop_ext.data.fill import (
     check_purity,
     fill_from_images,
@@ -251,10 +251,10 @@ def test_check_purity_passes_clean_layers(count: int, autocast: torch.dtype | No
 
 def filled(
     data: Dataset[Any], ids: list[int], slots: list[int], *, views: int = 1, workers: int = 0, seed: int = 0
-) -> tuple[ActivationCache, RestOfBatch]:
+) -> tuple[ActivationCache, BatchExtras]:
     segment = split(network()).prefix(0)
     cache = ActivationCache(8, (3, 4, 4), codec="fp32", device=CPU)
-    rest = RestOfBatch(8, key=0, device=CPU)
+    rest = BatchExtras(8, key=0, device=CPU)
     loader = DataLoader(data, batch_size=3, num_workers=workers)
     fill_from_images(
         loader,

@@ -180,7 +180,7 @@ def test_rows_are_filled_again_where_the_file_is_gone_or_spoilt(
     ("options", "dataset", "message"),
     [
         ({"codec": "fp32"}, None, "rows must be of codec 'fp32', got rows of codec 'fp16'"),
-        ({"flip": True}, None, "rows must be of moving True, got rows of moving False"),
+        ({"flip": True}, None, "rows must be of augmented True, got rows of augmented False"),
         ({"views": 2}, None, "rows must be of views 2, got rows of views 1"),
         ({}, Other, "rows must be of images"),
     ],
@@ -311,7 +311,7 @@ def test_a_batch_that_no_file_can_hold_is_said(tmp_path: Path) -> None:
 
     run = begun(on_disk(tmp_path), {1: 1}, collate_fn=lambda samples: pair(*torch.utils.data.default_collate(samples)))
     trained(run, 1)
-    with pytest.warns(RuntimeWarning, match=r"will fill its rows again \(RestOfBatch.state: batches must be of plain"):
+    with pytest.warns(RuntimeWarning, match=r"will fill its rows again \(BatchExtras.state: batches must be of plain"):
         assert run[0].state_dict()["rows_file"] is None
 
 

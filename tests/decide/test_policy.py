@@ -58,12 +58,18 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
     ),
     (
         "half at most",
-        StoppedLearning(0.1, warmup=0, most=0.5, smoothing=0.0),
+        StoppedLearning(0.1, warmup=0, max_dropped=0.5, smoothing=0.0),
         after(ALL_REST, ALL_REST),
         2,
         STOPPED,
     ),
-    ("none at most", StoppedLearning(warmup=0, most=0.0), after(ALL_REST), 0, "all 0 layers that may be dropped are"),
+    (
+        "none at most",
+        StoppedLearning(warmup=0, max_dropped=0.0),
+        after(ALL_REST),
+        0,
+        "all 0 layers that may be dropped are",
+    ),
     # 0.8 -> 0.4 -> 0.2 -> 0.1 -> 0.05: under 0.15 from the fourth on.
     (
         "smoothing holds it back",
@@ -146,7 +152,7 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
     ),
     (
         "as little as is wished",
-        StoppedLearning(0.1, warmup=0, smoothing=0.0, least=0.0),
+        StoppedLearning(0.1, warmup=0, smoothing=0.0, min_saving=0.0),
         after(FIRST_RESTS, FIRST_RESTS, fill_seconds=(0, 17, 9, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
         1,
         STOPPED,
@@ -191,7 +197,7 @@ def test_stopped_learning_smooths_what_was_measured_after_the_warm_up() -> None:
         ({"threshold": -0.1}, r"StoppedLearning: threshold must be within 0.0..1.0, got -0.1"),
         ({"threshold": float("nan")}, r"StoppedLearning: threshold must be within 0.0..1.0, got nan"),
         ({"smoothing": 1.5}, r"StoppedLearning: smoothing must be within 0.0..1.0, got 1.5"),
-        ({"most": 2}, r"StoppedLearning: most must be within 0.0..1.0, got 2"),
+        ({"max_dropped": 2}, r"StoppedLearning: max_dropped must be within 0.0..1.0, got 2"),
         ({"patience": 0}, r"StoppedLearning: patience must be a whole number >= 1, got 0"),
         ({"patience": 1.5}, r"StoppedLearning: patience must be a whole number >= 1, got 1.5"),
         ({"warmup": -1}, r"StoppedLearning: warmup must be a whole number >= 0, got -1"),
