@@ -275,7 +275,8 @@ def format_bytes(count: int, *, decimals: int = 3) -> str:
     """A number of bytes in the unit that fits it, without trailing zeros: "10.24 kB"."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
-            return f"{count / size:.{decimals}f}".rstrip("0").rstrip(".") + f" {unit}"
+            text = f"{count / size:.{decimals}f}"
+            return (text.rstrip("0").rstrip(".") if "." in text else text) + f" {unit}"
     return f"{count} bytes"
 
 
