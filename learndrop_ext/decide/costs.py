@@ -183,12 +183,21 @@ def choose_cut(
     tiers: Sequence[TierCost],
     augmented: bool = False,
 ) -> CutChoice:
-    """The cut within a prefix whose cached rows make the step shortest and fit into the tiers, the fastest first.
+    """Choose the cut within a prefix whose rows make the step shortest and fit into the tiers, the fastest first.
 
-    Rows after `c` layers cost what `row_seconds` says and the forward pass of the frozen layers c..prefix-1. kept: the
-    cut of the rows that there are already (0: none), which stay where no later cut is better. rows: how many are kept
-    (samples x views). augmented: only [C, H, W] rows, to be flipped or shifted, will do.
+    Rows after `c` layers cost what `row_seconds` says and the forward pass of the frozen layers c..prefix-1.
+
+    Args:
+        layers: All layers.
+        prefix: Layers dropped.
+        kept: The cut of the rows that there are already, 0 for none. They stay where no later cut is better, and do
+            not count for a prefix that ends before them.
+        rows: How many are kept: samples x views.
+        codec: Of the rows.
+        tiers: Budgets and speeds, the fastest first.
+        augmented: Only [C, H, W] rows, to be flipped or shifted, will do.
     """
+    kept = kept if kept <= prefix else 0
 
     def run_again(cut: int) -> float:
         return sum(layer.seconds for layer in layers[cut:prefix])
@@ -262,11 +271,12 @@ def estimate(
     return Estimate(filled, epoch_seconds - unit * work(*after) - samples * read_seconds[1])
 
 
-def format_bytes(count: int) -> str:
-    """A number of bytes in the unit that fits it, with up to three decimals: "10.24 kB"."""
+def format_bytes(count: int, *, decimals: int = 3) -> str:
+    """A number of bytes in the unit that fits it, without trailing zeros: "10.24 kB"."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
-            return f"{count / size:.3f}".rstrip("0").rstrip(".") + f" {unit}"
+            text = f"{count / size:.{decimals}f}"
+            return (text.rstrip("0").rstrip(".") if "." in text else text) + f" {unit}"
     return f"{count} bytes"
 
 

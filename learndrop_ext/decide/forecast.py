@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from learndrop_ext.decide.costs import LayerCost, TierCost, live_seconds, rows_in_tiers
+from learndrop_ext.decide.costs import LayerCost, TierCost, format_bytes, live_seconds, rows_in_tiers
 
 TIERS = ("device", "host", "disk")
 
@@ -196,18 +196,6 @@ def total_seconds(entries: Iterable[EpochForecast]) -> float:
     return sum(entry.seconds for entry in entries)
 
 
-def one_drop(costs: RunCosts, epochs: int, *, start: int, prefix: int) -> tuple[EpochForecast, ...]:
-    """The plan of a whole run that drops `prefix` layers after `start` epochs."""
-    return plan_prefixes(costs, [0] * start + [prefix] * (epochs - start), epochs)
-
-
-def largest_speedup(costs: RunCosts, epochs: int, *, start: int = 0) -> float:
-    """The largest speedup of a whole run by one drop after `start` epochs; 1.0 where no drop makes it shorter."""
-    prefixes = range(len(costs.layers))
-    shortest = min(total_seconds(one_drop(costs, epochs, start=start, prefix=k)) for k in prefixes)
-    return costs.epoch_seconds(0) * epochs / shortest if shortest > 0 else 1.0
-
-
 @dataclass(frozen=True)
 class DropForecast:
     """A whole run with one drop: of `prefix` layers, `start` epochs after its begin.
@@ -227,6 +215,31 @@ class DropForecast:
     speedup: float
     fill_seconds: float
     read_seconds: float
+
+
+def one_drops(costs: RunCosts, epochs: int, *, prefix: int, starts: Iterable[int]) -> tuple[DropForecast, ...]:
+    """Forecast a whole run that drops `prefix` >= 1 layers once, for each number of epochs before that."""
+    full, steady, read = costs.epoch_seconds(0), costs.epoch_seconds(prefix), costs.read_seconds(prefix)
+    storing, passing = (costs.filling_seconds(0, prefix, stored=stored) for stored in (True, False))
+    found = []
+    for start in starts:
+        left = epochs - start
+        images = min(costs.views, left)
+        # An epoch stores what is read V epochs later.
+        stores = min(images, max(0, left - costs.views))
+        making = stores * storing + (images - stores) * passing
+        seconds = start * full + making + (left - images) * steady
+        speedup = epochs * full / seconds if seconds > 0 else math.inf
+        fill = stores * max(0.0, storing - steady) + (images - stores) * max(0.0, passing - steady)
+        found.append(DropForecast(prefix, start, seconds, speedup, fill, (left - images) * read))
+    return tuple(found)
+
+
+def largest_speedup(costs: RunCosts, epochs: int, *, start: int = 0) -> float:
+    """The largest speedup of a whole run by one drop, `start` epochs after its begin or later; at least 1.0."""
+    starts, prefixes = range(start, epochs), range(1, len(costs.layers))
+    drops = (drop for k in prefixes for drop in one_drops(costs, epochs, prefix=k, starts=starts))
+    return max([1.0, *(drop.speedup for drop in drops)])
 
 
 @dataclass(frozen=True)
@@ -304,25 +317,17 @@ def forecast(
     if row_bytes and len(row_bytes) != len(costs.layers):
         raise ValueError(f"forecast: row_bytes must have {len(costs.layers)} entries, got {len(row_bytes)}")
     full = costs.epoch_seconds(0) * epochs
-    runs = []
-    for prefix in range(1, len(costs.layers)):
-        row = []
-        for start in range(epochs):
-            entries = one_drop(costs, epochs, start=start, prefix=prefix)
-            seconds = total_seconds(entries)
-            fill, read = sum(e.fill_seconds for e in entries), sum(e.read_seconds for e in entries)
-            row.append(DropForecast(prefix, start, seconds, full / seconds if seconds else math.inf, fill, read))
-        runs.append(tuple(row))
+    prefixes = range(1, len(costs.layers))
+    runs = tuple(one_drops(costs, epochs, prefix=k, starts=range(epochs)) for k in prefixes)
     rows = []
-    for prefix in range(1, len(costs.layers)):
+    for prefix in prefixes:
         cut = costs.cuts[prefix]
         size = row_bytes[prefix] if cut and row_bytes else 0
         counts = rows_in_tiers(costs.samples * costs.views, size, tiers) if size else None
         rows.append(RowsForecast(cut, tuple(count * size for count in counts or (0,) * len(tiers))))
     largest = max([1.0, *(run.speedup for row in runs for run in row)])
-    return Forecast(
-        epochs, tuple(layer.name for layer in costs.layers), costs.views, full, tuple(runs), tuple(rows), largest
-    )
+    names = tuple(layer.name for layer in costs.layers)
+    return Forecast(epochs, names, costs.views, full, runs, tuple(rows), largest)
 
 
 def _spread(count: int, shown: int) -> list[int]:
@@ -333,5 +338,7 @@ def _spread(count: int, shown: int) -> list[int]:
 
 
 def _rows_text(rows: RowsForecast) -> str:
-    held = (f"{count / 1e6:,.1f} MB on {tier}" for tier, count in zip(TIERS, rows.bytes, strict=False) if count)
+    held = (
+        f"{format_bytes(count, decimals=1)} on {tier}" for tier, count in zip(TIERS, rows.bytes, strict=False) if count
+    )
     return ", ".join(held) or ("none" if rows.cut == 0 else f"after layer {rows.cut}")

@@ -142,7 +142,7 @@ class _Search:
         """Seconds of a stage with this prefix and of all stages after it, by amount."""
         shift = self.given_up[prefix]
         rest = self.rest[0][self._later(stage, since, prefix), prefix]
-        moved = np.full_like(rest, np.inf)
+        moved: Table = np.full_like(rest, np.inf)
         moved[shift:] = rest[: len(rest) - shift]
         moved += self._stage_seconds(stage, since, prefix)
         return moved
