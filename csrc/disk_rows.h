@@ -30,9 +30,9 @@ uint32_t crc32c(const void* data, std::size_t bytes);
 uint32_t crc32c_portable(const void* data, std::size_t bytes);
 
 // Reads the rows at slots [count] to into + i * into_stride_bytes and compares each with checksums[slot].
-// Rows that are not in the page cache are read from the disk in whole blocks of `block_bytes` (1: the rows
-// alone). Returns the first position i whose row differs or lies beyond the end of the file, or -1. Throws
-// std::system_error.
+// Rows below 64 KB that are not in the page cache are read from the disk in whole blocks of `block_bytes` (1:
+// the rows alone). Returns the first position i whose row differs or lies beyond the end of the file, or -1.
+// Throws std::system_error.
 int64_t read_rows(const RowFile& file, const int64_t* slots, int64_t count, void* into,
                   int64_t into_stride_bytes, const uint32_t* checksums, int64_t block_bytes, int threads);
 
