@@ -22,7 +22,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from learndrop_ext.cache.file import THREADS, DiskTier
+from learndrop_ext.cache.disk import THREADS, DiskTier
 from learndrop_ext.cache.layout import RowLayout
 
 FILE_BYTES = 256 << 20
@@ -67,7 +67,7 @@ def test_disk_rows(benchmark: BenchmarkFixture, file: File, contender: str) -> N
     into = torch.empty((BATCH, file.row_bytes), dtype=torch.uint8)
     buffers = [bytearray(CHUNK) for _ in range(THREADS)]
     share = -(-len(file.order) * file.row_bytes // THREADS // CHUNK) * CHUNK
-    end = file.rows.places.end(len(file.order))
+    end = file.rows.layout.end(len(file.order))
 
     def batches() -> None:
         for slots in file.order.split(BATCH):
@@ -82,7 +82,7 @@ def test_disk_rows(benchmark: BenchmarkFixture, file: File, contender: str) -> N
         for offset in offsets:
             os.preadv(file.descriptor, [row], offset)
 
-    offsets = [file.rows.places.begin(slot) for slot in file.order.tolist()]
+    offsets = [file.rows.layout.begin(slot) for slot in file.order.tolist()]
     with ThreadPoolExecutor(THREADS) as pool:
 
         def sequential() -> None:

@@ -57,7 +57,7 @@ class DropScheduler:
 
     Raises TypeError or ValueError, before anything is changed, for a loader without ids, a dataset that gives another
     image for the same id at each reading while views is 1, an optimizer that holds none of the model's parameters, a
-    cache on another device than the model's or without its folder, or a model that cannot be split.
+    cache without its folder, or a model that cannot be split.
     """
 
     def __init__(
@@ -79,11 +79,6 @@ class DropScheduler:
         check_loader(loader)
         config = cache_config(cache, views)
         device = device_of(model)
-        if config.device is not None and torch.device(config.device).type != device.type:
-            raise ValueError(
-                f"DropScheduler: cache must be on the model's device, {device}, "
-                f"got CacheConfig(device={config.device!r})"
-            )
         folder = config.disk_dir
         if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
             raise ValueError(
