@@ -191,7 +191,7 @@ def copy_engine_from(device: torch.device, *, rows: int = 128, repeats: int = 7)
         The first of SWITCH_SIZES from which the copy engines win at every size; twice the last where they do not.
     """
     try:
-        source = PinnedRows(1, MEASURED_BYTES, device).data
+        source = PinnedRows(1, MEASURED_BYTES, device)
         target = torch.empty(MEASURED_BYTES, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as error:
         warnings.warn(
@@ -206,7 +206,7 @@ def copy_engine_from(device: torch.device, *, rows: int = 128, repeats: int = 7)
         index = torch.randperm(there, generator=torch.Generator().manual_seed(0))[:rows]
         into = target.view(there, size)[: len(index)]
         copies, kernel = (
-            _median_seconds(functools.partial(move, source.view(there, size), index, into), device, repeats)
+            _median_seconds(functools.partial(move, source.data.view(there, size), index, into), device, repeats)
             for move in (transfer.copy_rows_to_device, transfer.gather_rows_to_device)
         )
         if copies > kernel:
