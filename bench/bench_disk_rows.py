@@ -23,7 +23,7 @@ import torch
 from measure import measure_in_turn, waited_for
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from learndrop_ext.cache.file import THREADS, DiskTier
+from learndrop_ext.cache.disk import THREADS, DiskTier
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.ops import transfer
 
