@@ -346,7 +346,7 @@ class DropScheduler:
 
     def _follow_code(self) -> None:
         """Split the model anew where what its forward reads from its modules has moved since."""
-        stale = getattr(self.chain, "stale", lambda: None)()
+        stale = self.chain.stale()
         if stale is None:
             return
         chain = split_layers(self.base_model, self.rows.example[:2], layers=self._layer_names)
