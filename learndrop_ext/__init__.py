@@ -9,7 +9,8 @@ __version__ = version("learndrop_ext")
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.decide.deltas import Deltas, LayerChange
-from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation, StoppedLearning
+from learndrop_ext.decide.forecast import Forecast, RunCosts
+from learndrop_ext.decide.policy import Budget, Decision, Fixed, Policy, Situation, StoppedLearning
 from learndrop_ext.decide.scores import score, scores
 from learndrop_ext.graph.chain import Chain, Layer, split_layers
 from learndrop_ext.history import Record
@@ -18,16 +19,19 @@ from learndrop_ext.scheduler import DropScheduler
 
 __all__ = [
     "ActivationCache",
+    "Budget",
     "CacheConfig",
     "Chain",
     "Decision",
     "Deltas",
     "DropScheduler",
     "Fixed",
+    "Forecast",
     "Layer",
     "LayerChange",
     "Policy",
     "Record",
+    "RunCosts",
     "Situation",
     "StoppedLearning",
     "__version__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -76,6 +77,20 @@ class Ledger:
         filling = run.fill_seconds(self.prefix_before, prefix) if made else 0.0
         modelled = run.epoch_seconds(prefix) * samples + filling * made
         self.costs.observe(modelled / max(1, self.costs.samples), seconds)
+
+    def full_epoch_seconds(self, history: Sequence[Record], newest: float | None) -> float:
+        """Return the seconds of an epoch without drops: the median of those that were run, else what was timed before.
+
+        Args:
+            history: of the run.
+            newest: of the epoch that ended, if nothing was dropped in it.
+        """
+        before = [0, *(record.prefix for record in history)]
+        seconds = [r.epoch_seconds for r, prefix in zip(history, before, strict=False) if r.epoch and prefix == 0]
+        seconds += [newest] if newest is not None else []
+        if seconds:
+            return statistics.median(seconds)
+        return dataclasses.replace(self.run_costs()[0], scale=1.0).epoch_seconds(0)
 
     def expect(self, prefix: int) -> float:
         """Return the seconds that the next epoch is expected to take."""

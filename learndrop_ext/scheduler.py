@@ -267,7 +267,7 @@ class DropScheduler:
     ) -> tuple[Situation, list[costs.CutChoice]]:
         run, choices = self.ledger.run_costs()
         fill_seconds, saved_seconds = run.drop_estimates(self.prefix)
-        whole = run.epoch_seconds(0)
+        whole = self.ledger.full_epoch_seconds(self.history, None if self.prefix or not epoch else epoch_seconds)
         situation = Situation(
             epoch=epoch,
             epochs=self.epochs,
