@@ -8,12 +8,12 @@ waited for at the end, so that they are the device's and not those of a launch.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
+from measure import DEVICE, measure, waited_for
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -22,7 +22,6 @@ from learndrop_ext.kernels.chunks import build_table
 
 Shapes = list[list[tuple[int, ...]]]
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS, ITERATIONS = (50, 20) if DEVICE == "cuda" else (9, 1)
 # A torch recipe takes seconds for the large networks on a CPU.
 LARGEST_BYTES = 1 << 40 if DEVICE == "cuda" else 150 << 20
@@ -118,31 +117,19 @@ def network(request: pytest.FixtureRequest) -> Iterator[Network]:
         torch.cuda.empty_cache()
 
 
-def waited_for() -> float:
-    """Seconds, once the device has done what it was given."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def launches(call: Callable[[], object]) -> int | None:
-    """Kernels and copies that one call starts on the GPU."""
-    if DEVICE == "cpu":
-        return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
-def measure(
+def time_case(
     benchmark: BenchmarkFixture, case: str, contender: str, moved_bytes: int, call: Callable[[], object]
 ) -> None:
-    """Times `call`, which moves at least `moved_bytes`, as one contender of a case."""
-    benchmark.extra_info.update(
-        suite="delta_norms", case=case, contender=contender, bytes=moved_bytes, launches=launches(call)
+    measure(
+        benchmark,
+        call,
+        suite="delta_norms",
+        case=case,
+        contender=contender,
+        moved_bytes=moved_bytes,
+        rounds=ROUNDS,
+        iterations=ITERATIONS,
     )
-    benchmark.pedantic(call, rounds=ROUNDS, iterations=ITERATIONS, warmup_rounds=2)
 
 
 timed = pytest.mark.benchmark(timer=waited_for)
@@ -155,7 +142,7 @@ def test_delta_norms(benchmark: BenchmarkFixture, network: Network, persistence:
     out = torch.empty(len(table), table.columns, dtype=torch.float64, device=DEVICE)
     case = f"{network.name}, persistence" if persistence else network.name
     moved_bytes = (4 if persistence else 3) * network.bytes
-    measure(benchmark, case, "learndrop", moved_bytes, lambda: ops.delta_norms(table, refresh=True, out=out))
+    time_case(benchmark, case, "learndrop", moved_bytes, lambda: ops.delta_norms(table, refresh=True, out=out))
 
 
 @timed
@@ -171,7 +158,7 @@ def test_foreach_recipe(benchmark: BenchmarkFixture, network: Network) -> None:
         torch._foreach_copy_(anchors, weights)
         return norms
 
-    measure(benchmark, network.name, "foreach recipe", 3 * network.bytes, call)
+    time_case(benchmark, network.name, "foreach recipe", 3 * network.bytes, call)
 
 
 @timed
@@ -188,14 +175,14 @@ def test_loop_over_layers(benchmark: BenchmarkFixture, network: Network) -> None
                 anchor.copy_(weight)
         return rows
 
-    measure(benchmark, network.name, "loop over parameters", 3 * network.bytes, call)
+    time_case(benchmark, network.name, "loop over parameters", 3 * network.bytes, call)
 
 
 @timed
 def test_foreach_norm_alone(benchmark: BenchmarkFixture, network: Network) -> None:
     """One l2 norm of each parameter: no anchor, no delta, a third of the bytes."""
     weights = network.parameters
-    measure(benchmark, network.name, "_foreach_norm alone", network.bytes, lambda: torch._foreach_norm(weights, 2))
+    time_case(benchmark, network.name, "_foreach_norm alone", network.bytes, lambda: torch._foreach_norm(weights, 2))
 
 
 @timed
@@ -208,7 +195,7 @@ def test_apex(benchmark: BenchmarkFixture, network: Network) -> None:
         pytest.skip("apex takes one dtype")
     flag = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     call = lambda: applier(amp_C.multi_tensor_l2norm, flag, [weights], True)  # noqa: E731
-    measure(benchmark, network.name, "apex multi_tensor_l2norm", network.bytes, call)
+    time_case(benchmark, network.name, "apex multi_tensor_l2norm", network.bytes, call)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="on a CPU the call is the work")

@@ -2,9 +2,9 @@
 
     pytest bench/bench_row_ops.py --benchmark-only          (on the GPU where there is one, else on torch's CPU threads)
 
-Rows lie in a cache many times the last-level cache, and each call takes another random batch, as an epoch does. "into
-out" writes to a tensor that is there; the others return a new one, whose pages the kernel has to find first, but for
-"ActivationCache", which on a CPU gives out the memory of batches that are gone.
+The cache is many times larger than the last-level cache, and each call takes another random batch, as an epoch does.
+"into out" writes to an existing tensor. The other cases return a new one, whose pages the operating system has to map
+first, except "ActivationCache", which reuses the memory of batches that are no longer held.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from measure import DEVICE, measure, waited_for
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from learndrop_ext import ops
 from learndrop_ext.cache.cache import ActivationCache
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The last-level cache is 36 MB on the Xeon, 50 MB on an H200.
 CACHE_BYTES = (4 << 30) if DEVICE == "cuda" else (256 << 20)
 BATCHES = 16
 # Batch and row: 2 KB, 32 KB, 128 KB and 196 KB of fp16 (the last is ResNet-50's deepest cut at 224 px).
 CASES = [(128, (1024,)), (128, (64, 16, 16)), (128, (64, 32, 32)), (128, (2048, 7, 7))]
+pytestmark = pytest.mark.benchmark(timer=waited_for)
 CODES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,28 +66,22 @@ def data(B: int, shape: tuple[int, ...], codec: str) -> Data:
     return Data(shape, codec, cache, table, scale, rows, [index.to(DEVICE) for index in on_host], on_host)
 
 
-def measure(
-    benchmark: BenchmarkFixture,
-    call: Callable[[int], object],
-    case: str,
-    contender: str,
-    bytes_: int,
-    launches: int | None,
+def time_case(
+    benchmark: BenchmarkFixture, call: Callable[[int], object], case: str, contender: str, moved_bytes: int
 ) -> None:
-    """Times call(i), i counting through the batches; a GPU's work is waited for."""
-    suite = "append_rows" if case.startswith("append") else "gather_rows"
-    benchmark.extra_info |= {
-        **{"suite": suite, "case": case, "contender": contender, "bytes": bytes_},
-        "launches": launches if DEVICE == "cuda" else None,
-    }
+    """Time call(i), i counting through the batches."""
     batches = itertools.cycle(range(BATCHES))
-
-    def once() -> None:
-        call(next(batches))
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(once, rounds=40, warmup_rounds=8)
+    suite = "append_rows" if case.startswith("append") else "gather_rows"
+    measure(
+        benchmark,
+        lambda: call(next(batches)),
+        suite=suite,
+        case=case,
+        contender=contender,
+        moved_bytes=moved_bytes,
+        rounds=40,
+        warmup_rounds=8,
+    )
 
 
 def name(verb: str, B: int, shape: tuple[int, ...], types: str) -> str:
@@ -117,14 +112,14 @@ def test_gather_fp16(
         return flat.copy_(torch.index_select(d.table, 0, d.indices[i], out=picked))
 
     types = f"fp16 to {str(dtype).removeprefix('torch.')}{', into out' if into_out else ''}"
-    call, launches = (ours, 1) if contender == "learndrop" else (theirs, 2 if dtype == torch.float32 else 1)
-    measure(benchmark, call, name("gather", B, shape, types), contender, d.bytes_moved(dtype), launches)
+    call = ours if contender == "learndrop" else theirs
+    time_case(benchmark, call, name("gather", B, shape, types), contender, d.bytes_moved(dtype))
 
 
 @pytest.mark.parametrize("contender", ["learndrop", "index_select + to"])
 @pytest.mark.parametrize(("B", "shape"), CASES, ids=str)
 def test_gather_of_a_training_step(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...], contender: str) -> None:
-    """What the loader calls, the batch before still held as a loop's variable holds it."""
+    """What the loader calls, while the previous batch is still held by the loop's variable."""
     d = data(B, shape, "fp16")
     cache = ActivationCache(len(d.table), shape, codec="fp16", device=torch.device(DEVICE))
     for slots in torch.arange(len(d.table)).split(B):
@@ -139,9 +134,9 @@ def test_gather_of_a_training_step(benchmark: BenchmarkFixture, B: int, shape: t
         held[:] = [d.table.index_select(0, d.indices[i]).to(torch.float32)]
         return held
 
-    call, launches = (ours, 1) if contender == "learndrop" else (theirs, 2)
+    call = ours if contender == "learndrop" else theirs
     case = name("gather", B, shape, "fp16 to float32, ActivationCache")
-    measure(benchmark, call, case, contender, d.bytes_moved(torch.float32), launches)
+    time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
 
 
 @pytest.mark.parametrize("contender", ["learndrop", "index_select + to + mul + add"])
@@ -157,9 +152,9 @@ def test_gather_uint8(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...
         steps = d.table.index_select(0, index).view(B, -1, shape[0]).float()
         return steps.mul_(d.scale.index_select(0, index)).add_(d.scale.index_select(0, index))
 
-    call, launches = (ours, 1) if contender == "learndrop" else (theirs, 6)
+    call = ours if contender == "learndrop" else theirs
     case = name("gather", B, shape, "uint8 to float32")
-    measure(benchmark, call, case, contender, d.bytes_moved(torch.float32), launches)
+    time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
 
 
 @pytest.mark.parametrize("contender", ["learndrop", "gather_rows without flip and shift"])
@@ -178,7 +173,7 @@ def test_gather_moved(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...
 
     case = name("gather", B, shape, "fp16 to float32 with flip and shift, into out")
     call = ours if contender == "learndrop" else plain
-    measure(benchmark, call, case, contender, d.bytes_moved(torch.float32), 1)
+    time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
 
 
 @pytest.mark.parametrize("contender", ["learndrop", "index_copy_ of to"])
@@ -197,17 +192,14 @@ def test_append_fp16(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...]
         flat = rows.permute(0, 2, 3, 1) if len(shape) == 3 else rows
         return d.table.index_copy_(0, d.indices[i], flat.to(torch.float16).reshape(B, -1))
 
-    call, launches = (ours, 1) if contender == "learndrop" else (theirs, 2)
+    call = ours if contender == "learndrop" else theirs
     case = name("append", B, shape, f"float32 to fp16, {layout}")
-    measure(benchmark, call, case, contender, d.bytes_moved(torch.float32), launches)
+    time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
 
 
 @pytest.mark.parametrize(("B", "shape"), CASES[1:], ids=str)
 def test_append_uint8(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...]) -> None:
     d = data(B, shape, "uint8")
     case = name("append", B, shape, "float32 to uint8")
-    measure(
-        benchmark,
-        lambda i: ops.append_rows(d.cache, d.rows, d.on_host[i], codec="uint8"),
-        *(case, "learndrop", d.bytes_moved(torch.float32), 1),
-    )
+    call = lambda i: ops.append_rows(d.cache, d.rows, d.on_host[i], codec="uint8")  # noqa: E731
+    time_case(benchmark, call, case, "learndrop", d.bytes_moved(torch.float32))

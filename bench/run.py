@@ -115,27 +115,14 @@ def kernel_records(device: str, copy_gb_s: float) -> Iterator[dict[str, Any]]:
     """One record for each of our benchmarks and peer of it; without a peer one with peer None.
 
     A benchmark says in `extra_info` what it is: suite, case, contender ("learndrop" or the peer's name), bytes (moved at
-    least, read plus written) and launches (counted by the profiler, or None).
+    least, read plus written), launches (counted by the profiler, or None), and in_turn, the times of peers that were
+    measured in turn with it.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmarks.json"
-        subprocess.run(
-            [
-                *(
-                    sys.executable,
-                    "-m",
-                    "pytest",
-                    "-q",
-                    "--numprocesses=0",
-                    "--benchmark-only",
-                    "--benchmark-save-data",
-                ),
-                f"--benchmark-json={file}",
-                *map(str, sorted((ROOT / "bench").glob("bench_*.py"))),
-            ],
-            cwd=folder,
-            check=True,
-        )
+        suites = sorted((ROOT / "bench").glob("bench_*.py"))
+        options = ["-q", "--numprocesses=0", "--benchmark-only", "--benchmark-save-data", f"--benchmark-json={file}"]
+        subprocess.run([sys.executable, "-m", "pytest", *options, *map(str, suites)], cwd=folder, check=True)
         found = json.loads(file.read_text())["benchmarks"]
     cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for benchmark in found:
@@ -161,8 +148,10 @@ def kernel_records(device: str, copy_gb_s: float) -> Iterator[dict[str, Any]]:
             "share_of_limit": moved / median / 1e9 / copy_gb_s,
             "launches": ours["extra_info"].get("launches"),
         }
-        for peer, benchmark in sorted(contenders.items()) or [(None, None)]:
-            peer_median = statistics.median(benchmark["stats"]["data"]) if benchmark else None
+        peers = {name: benchmark["stats"]["data"] for name, benchmark in contenders.items()}
+        peers |= ours["extra_info"].get("in_turn", {})
+        for peer, peer_times in sorted(peers.items()) or [(None, None)]:
+            peer_median = statistics.median(peer_times) if peer_times else None
             ratio = peer_median / median if peer_median is not None else None
             yield record | {"peer": peer, "peer_median_s": peer_median, "ratio": ratio}
 

@@ -1,0 +1,340 @@
+"""Training with dropping beside an expert's baseline on a GPU; a stage of bench/on_gpu.sh.
+
+    python bench/bench_training_gpu.py --out FILE [--cases NAME ...] [--seconds 480] [--device cpu --toy]
+
+The baseline is what an expert would run: bf16 autocast, channels_last, images and augmentation on the GPU, a fused
+optimizer, and torch.compile where compiled steps are faster. Dropping trains the same way with DropScheduler. `short` is
+the baseline with as many epochs as fit into the seconds that dropping took. Seconds are those of training, with what
+compiling, measuring and filling take, and without evaluation.
+
+LEARNDROP_DATA names the folder with MNIST/raw, cifar-10-batches-py and clothing-160; LEARNDROP_WEIGHTS the file of
+EfficientNet-Lite0's published weights. A case whose data or time is missing is written as not run, with the reason. The
+file is written anew after each run, so that a stage that is cut short leaves what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from learndrop_ext import CacheConfig, DropScheduler, Fixed, Policy, StoppedLearning, backend_info
+from learndrop_ext.app.datasets import ImageSet, load_dataset, make_loader
+from learndrop_ext.app.models import build_model
+
+Batch = tuple[Tensor, Tensor]
+#: Steps of which the time is taken, after as many to warm up, before eager or compiled steps are chosen.
+PROBE_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its data, and the recipe that all sides share.
+
+    lr: peak of the one-cycle learning rate of SGD; adam: Adam at that constant rate in its place. workers: decode the
+    photos at each reading; None: data on the device.
+    """
+
+    name: str
+    dataset: str
+    model: str
+    epochs: int
+    lr: float = 0.2
+    batch_size: int = 256
+    augment: str | None = "standard"
+    adam: bool = False
+    workers: int | None = None
+
+
+CASES = [
+    Case("cifar10-resnet18", "cifar10", "resnet18", 16),
+    Case("warm-start", "cifar10", "resnet18", 12, lr=1e-3, batch_size=128, augment=None, adam=True),
+    Case("cifar10-vgg11", "cifar10", "vgg11", 16, lr=0.1),
+    Case("mnist-vgg11", "mnist", "vgg11", 6, lr=0.1, augment=None),
+    Case("mnist-resnet18", "mnist", "resnet18", 6, augment=None),
+    Case("clothing-gpu", "clothing", "timm:tf_efficientnet_lite0", 6, lr=0.02, batch_size=64, augment=None),
+    Case("clothing-workers", "clothing", "timm:tf_efficientnet_lite0", 6, 0.02, 64, None, workers=8),
+    Case("cifar10-vgg16", "cifar10", "vgg16", 16, lr=0.1),
+    Case("cifar10-resnet50", "cifar10", "resnet50", 10),
+    Case("mnist-vgg16", "mnist", "vgg16", 6, lr=0.1, augment=None),
+    Case("mnist-resnet50", "mnist", "resnet50", 5, augment=None),
+    Case("cifar10-resnet152", "cifar10", "resnet152", 6),
+    Case("mnist-resnet152", "mnist", "resnet152", 4, augment=None),
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What holds for all runs: where they run, whether they are a rehearsal, where the data and weights are."""
+
+    device: torch.device
+    toy: bool
+    data: Path | None
+    weights: Path | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A case with its images and a way to make its network with fresh or pretrained weights, always the same."""
+
+    case: Case
+    train: ImageSet
+    test: ImageSet
+    make_model: Callable[[], nn.Module]
+    device: torch.device
+    policy: Policy = StoppedLearning()
+    compiled: bool = False
+
+
+class NotRunError(Exception):
+    """Why a case has no result."""
+
+
+def load(case: Case, setting: Setting) -> Work:
+    """Read a case's images and find its network; a rehearsal takes the digits, or a few photos, and narrow networks."""
+    device = setting.device
+    if case.dataset == "clothing":
+        return load_photos(case, setting)
+    if setting.data is None and not setting.toy:
+        raise NotRunError("it needs LEARNDROP_DATA")
+    split = load_dataset("digits", limit=48) if setting.toy else load_dataset(case.dataset, setting.data)
+    width = 4 if setting.toy else 64
+
+    def make_model() -> nn.Module:
+        return build_model(case.model, num_classes=len(split.classes), in_channels=split.channels, width=width, seed=0)
+
+    return Work(case, split.train.to(device).augmented(case.augment), split.test.to(device), make_model, device)
+
+
+def load_photos(case: Case, setting: Setting) -> Work:
+    """Read the photos of clothes and EfficientNet-Lite0 with its published weights."""
+    from learndrop_ext.app.datasets import load_folder
+    from learndrop_ext.app.networks import build_network
+
+    if setting.data is None or setting.weights is None:
+        raise NotRunError("it needs LEARNDROP_DATA and LEARNDROP_WEIGHTS")
+    split = load_folder(setting.data / "clothing-160", size=128, limit=48 if setting.toy else None)
+    train, test = split.train, split.test.decoded().to(setting.device)
+    if case.workers is None:
+        train = train.decoded().to(setting.device)
+
+    def make_model() -> nn.Module:
+        return build_network(case.model, num_classes=len(split.classes), weights=str(setting.weights)).model
+
+    return Work(case, train, test, make_model, setting.device)
+
+
+def optimizer_of(work: Work, model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
+    """Return the optimizer, fused on a GPU, and what to call after each step."""
+    fused = work.device.type == "cuda"
+    if work.case.adam:
+        return torch.optim.Adam(model.parameters(), lr=work.case.lr, fused=fused), lambda: None
+    sgd = torch.optim.SGD(
+        model.parameters(), lr=work.case.lr, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=fused
+    )
+    return sgd, torch.optim.lr_scheduler.OneCycleLR(sgd, work.case.lr, total_steps=steps).step
+
+
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def train_step(live: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, device: torch.device) -> None:
+    x, y = (part.to(device, non_blocking=True) for part in batch)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        loss = nn.functional.cross_entropy(live(x), y)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def synchronized(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def compile_if_faster(work: Work) -> tuple[Work, dict[str, Any]]:
+    """Time eager and compiled steps of a throw-away network, and keep what is faster; on a CPU steps are eager."""
+    if work.device.type == "cpu":
+        return work, {"compiled": False, "reason": "not tried on a CPU"}
+    x = torch.stack([work.train[i][0] for i in range(work.case.batch_size)]).to(work.device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.zeros(len(x), dtype=torch.int64, device=work.device)
+    times = {}
+    for name in ("eager", "compiled"):
+        model = on_device(work.make_model(), work.device)
+        live = torch.compile(model) if name == "compiled" else model
+        optimizer, _ = optimizer_of(work, model, 2 * PROBE_STEPS)
+        for step in range(2 * PROBE_STEPS):
+            if step == PROBE_STEPS:
+                begin = synchronized(work.device)
+            train_step(live, optimizer, (x, y), work.device)  # type: ignore[arg-type]
+        times[name] = (synchronized(work.device) - begin) / PROBE_STEPS
+    faster = times["compiled"] < times["eager"]
+    found = {"compiled": faster, **{f"{name}_step_seconds": seconds for name, seconds in times.items()}}
+    return dataclasses.replace(work, compiled=faster), found
+
+
+def fit(work: Work, model: nn.Module, *, epochs: int, drops: bool, train: ImageSet | None = None) -> dict[str, Any]:
+    """Train `model` for some epochs and return what it took and reached, as plain values."""
+    case, device = work.case, work.device
+    torch.manual_seed(0)
+    images = work.train if train is None else train
+    loader = make_loader(images, case.batch_size, shuffle=True, seed=0, num_workers=case.workers or 0)
+    model = on_device(model, device)
+    optimizer, after_step = optimizer_of(work, model, epochs * len(loader))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    wrap = torch.compile if work.compiled else None
+    seconds, fill_seconds, prefixes = 0.0, 0.0, []
+    begin = synchronized(device)
+    scheduler = None
+    if drops:
+        config = CacheConfig(codec="fp16", views=4 if case.augment else 1)
+        scheduler = DropScheduler(
+            model, optimizer, loader, policy=work.policy, epochs=epochs, cache=config, wrap=wrap, seed=0
+        )
+    live = model if wrap is None else wrap(model)
+    for _ in range(epochs):
+        model.train()
+        for batch in loader if scheduler is None else scheduler.loader:
+            train_step(live if scheduler is None else scheduler.model, optimizer, batch, device)  # type: ignore[arg-type]
+            after_step()
+        if scheduler is not None:
+            record = scheduler.step()
+            fill_seconds += record.fill_seconds
+            prefixes.append(record.prefix)
+    seconds += synchronized(device) - begin
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {
+        "epochs": epochs,
+        "seconds": seconds,
+        "fill_seconds": fill_seconds,
+        "accuracy": accuracy(model, work.test),
+        "prefixes": prefixes,
+        "layers": None if scheduler is None else len(scheduler.chain),
+        "peak_memory_bytes": peak,
+    }
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: ImageSet) -> float:
+    """Return the percentage of images that are classified right."""
+    model.eval()
+    right = torch.zeros((), dtype=torch.int64, device=images.device)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
+        for x, y in make_loader(images, 512):
+            right += (model(x).argmax(1) == y).sum()
+    return 100 * int(right) / len(images)
+
+
+def compare(work: Work, add: Callable[[str, dict[str, Any]], None]) -> None:
+    """Train plainly, with dropping, and plainly for as long as dropping took."""
+    plain = fit(work, work.make_model(), epochs=work.case.epochs, drops=False)
+    add("baseline", plain)
+    dropping = fit(work, work.make_model(), epochs=work.case.epochs, drops=True)
+    add("learndrop", dropping | {"speedup": plain["seconds"] / dropping["seconds"]})
+    fitting = max(1, int(min(1.0, dropping["seconds"] / plain["seconds"]) * work.case.epochs))
+    add("short", fit(work, work.make_model(), epochs=fitting, drops=False))
+
+
+def warm_start(work: Work, add: Callable[[str, dict[str, Any]], None]) -> None:
+    """Ash and Adams (NeurIPS 2020): half of the images first, then all, from these weights or from fresh ones.
+
+    Sides: fresh weights on all images; the half's weights; these with dropping; and these shrunk to 0.4 and perturbed by
+    0.1 of fresh weights, which is the paper's remedy.
+    """
+    epochs = work.case.epochs
+    half = work.train.subset(range(len(work.train) // 2))
+    started = work.make_model()
+    add("half", fit(work, started, epochs=epochs, drops=False, train=half))
+    weights = {name: value.detach().clone() for name, value in started.state_dict().items()}
+
+    def from_half() -> nn.Module:
+        model = work.make_model()
+        model.load_state_dict(weights)
+        return model
+
+    def shrunk() -> nn.Module:
+        model, fresh = from_half(), work.make_model()
+        with torch.no_grad():
+            for parameter, other in zip(model.parameters(), fresh.parameters(), strict=True):
+                parameter.mul_(0.4).add_(other.to(parameter.device), alpha=0.1)
+        return model
+
+    add("fresh", fit(work, work.make_model(), epochs=epochs, drops=False))
+    add("warm", fit(work, from_half(), epochs=epochs, drops=False))
+    add("warm, learndrop", fit(work, from_half(), epochs=epochs, drops=True))
+    add("shrink and perturb", fit(work, shrunk(), epochs=epochs, drops=False))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all, in order")
+    parser.add_argument("--seconds", type=float, default=480, help="no case begins after so many")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--toy", action="store_true", help="digits, narrow networks, two epochs, one drop: a rehearsal")
+    args = parser.parse_args()
+    root, weights = os.environ.get("LEARNDROP_DATA"), os.environ.get("LEARNDROP_WEIGHTS")
+    setting = Setting(
+        device=torch.device(args.device),
+        toy=args.toy,
+        data=None if root is None else Path(root),
+        weights=None if weights is None else Path(weights),
+    )
+    if setting.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    info = dataclasses.asdict(backend_info())
+    result: dict[str, Any] = {"machine": info, "toy": args.toy, "cases": {}}
+    begin = time.perf_counter()
+    failed = 0
+    for case in CASES:
+        if args.cases is not None and case.name not in args.cases:
+            continue
+        entry: dict[str, Any] = {"case": dataclasses.asdict(case), "runs": {}}
+        result["cases"][case.name] = entry
+
+        def add(run: str, found: dict[str, Any], entry: dict[str, Any] = entry, name: str = case.name) -> None:
+            entry["runs"][run] = found
+            write(args.out, result)
+            print(f"{name} {run}: {found['seconds']:.1f} s, {found['accuracy']:.2f} %", flush=True)
+
+        try:
+            if time.perf_counter() - begin > args.seconds:
+                raise NotRunError(f"the {args.seconds:g} seconds were over")
+            small = dataclasses.replace(case, epochs=2, batch_size=16, workers=case.workers and 1)
+            work, entry["steps"] = compile_if_faster(load(small if args.toy else case, setting))
+            if args.toy:
+                work = dataclasses.replace(work, policy=Fixed({1: 1}))
+            (warm_start if case.name == "warm-start" else compare)(work, add)
+        except NotRunError as reason:
+            entry["not_run"] = str(reason)
+            print(f"{case.name}: not run, {reason}", flush=True)
+        except Exception as error:  # one case must not cost the others their minutes
+            entry["error"] = f"{type(error).__name__}: {error}"
+            failed += 1
+            print(f"{case.name}: failed, {entry['error']}", flush=True)
+        write(args.out, result)
+    return 1 if failed else 0
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# Runs one stage of the checks and measurements that need a GPU. Each stage takes less than nine minutes on an H100 or
+# H200, needs no network, and writes as it goes: a stage that is cut short leaves what it has.
+#
+#   bench/on_gpu.sh check     build, tests, sanitizers, launches, registers, host time of a measurement
+#   bench/on_gpu.sh kernels   the kernels and the host tier beside their peers and a device copy, with a profile
+#   bench/on_gpu.sh training [CASE ...]    an expert's baseline against dropping (bench/bench_training_gpu.py)
+#   ... --device cpu --toy    a rehearsal without a GPU; what needs one is skipped, and said to be
+#
+# Results go to $OUT (bench/results/gpu-STAGE): a log for each step, JSON, and steps.jsonl with exit codes and seconds.
+# $PYTHON names the interpreter, whose environment has torch, pytest and what pyproject.toml's build requires.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+stage=${1:-}
+case $stage in
+  check | kernels | training) shift ;;
+  *) echo "on_gpu.sh: stage must be check, kernels or training, got '$stage'" >&2; exit 2 ;;
+esac
+device=cuda toy= names=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --device) device=${2:?on_gpu.sh: --device wants cuda or cpu}; shift 2 ;;
+    --toy) toy=1; shift ;;
+    -*) echo "on_gpu.sh: unknown option $1" >&2; exit 2 ;;
+    *) names+=("$1"); shift ;;
+  esac
+done
+if [ "$device" = cpu ] && [ -z "$toy" ]; then echo "on_gpu.sh: --device cpu is for a rehearsal: add --toy" >&2; exit 2; fi
+python=${PYTHON:-python}
+OUT=${OUT:-bench/results/gpu-$stage}
+mkdir -p "$OUT"
+OUT=$(realpath "$OUT")
+limit=${LIMIT:-530} failed=0
+: > "$OUT/steps.jsonl"
+
+note() { # step, exit code or reason, seconds
+  printf '{"step": "%s", "outcome": "%s", "seconds": %d}\n' "$1" "$2" "$3" >> "$OUT/steps.jsonl"
+}
+skip() { # step, reason
+  echo "== $1: skipped, $2"
+  note "$1" "skipped: $2" 0
+}
+step() { # step, most seconds, command
+  local name=$1 most=$2 begin=$SECONDS left=$((limit - SECONDS)) code=0
+  shift 2
+  if [ "$left" -lt 5 ]; then skip "$name" "the stage's $limit seconds are over"; failed=1; return; fi
+  echo "== $name ($SECONDS s)"
+  timeout -k 5 $((most < left ? most : left)) "$@" > "$OUT/$name.log" 2>&1 || code=$?
+  note "$name" "$code" $((SECONDS - begin))
+  tail -n 3 "$OUT/$name.log" | sed 's/^/   /'
+  if [ "$code" -ne 0 ]; then echo "   FAILED with $code: $OUT/$name.log"; failed=1; fi
+}
+gpu() { # as step, where there is a GPU
+  if [ "$device" = cpu ]; then skip "$1" "it needs a GPU"; else step "$@"; fi
+}
+tests=("$python" -m pytest -q -p no:cacheprovider --durations=10)
+profile=("$python" -m pytest -q -p no:cacheprovider -n 0 bench/bench_row_ops.py --benchmark-disable -k "learndrop and 2048")
+
+step build 180 "$python" -m pip install --no-build-isolation --no-deps -e .
+[ "$device" = cpu ] || export LEARNDROP_REQUIRE_CUDA=1
+
+case $stage in
+  check)
+    gpu launches 120 "${tests[@]}" -n 0 -m cuda tests/kernels tests/ops -k "launch or graph or wait"
+    gpu large 120 "${tests[@]}" -n 0 -m cuda tests/kernels tests/ops -k "beyond or 2_to_the_31"
+    gpu cuda-tests 240 "${tests[@]}" -n 2 -m cuda
+    if command -v compute-sanitizer > /dev/null; then
+      for tool in memcheck racecheck; do
+        gpu "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "${tests[@]}" -n 0 -m cuda \
+          tests/ops/test_rows_cuda.py -k "(bits_of_the_cpu and float32 and uint8) or quiet_nan"
+      done
+    else
+      skip memcheck "there is no compute-sanitizer"
+      skip racecheck "there is no compute-sanitizer"
+    fi
+    if PATH=$PATH:/usr/local/cuda/bin command -v nvcc > /dev/null; then
+      step registers 60 env PATH="$PATH:/usr/local/cuda/bin" "$python" bench/resource_usage.py sm_90
+    else
+      skip registers "there is no nvcc"
+    fi
+    step host-time 60 "$python" bench/host_time.py --device "$device" --out "$OUT/host_time.json"
+    if [ -n "$toy" ]; then
+      step tests 120 "${tests[@]}" -n 1 tests/ops/test_rows_refusals.py
+    else
+      step tests 400 "${tests[@]}" -n auto -m "not cuda and not slow"
+    fi
+    ;;
+  kernels)
+    suites=("$python" -m pytest -q -p no:cacheprovider -n 0 --benchmark-only --benchmark-save-data)
+    if [ -n "$toy" ]; then
+      export LEARNDROP_BENCH_ROUNDS=2 LEARNDROP_BENCH_FILE_MB=4
+      step row-ops 120 "${suites[@]}" bench/bench_row_ops.py -k "1024" "--benchmark-json=$OUT/row_ops.json"
+      step delta-norms 120 "${suites[@]}" bench/bench_delta_norms.py -k "ResNet-18 and norms" \
+        "--benchmark-json=$OUT/delta_norms.json"
+    else
+      step delta-norms 150 "${suites[@]}" bench/bench_delta_norms.py "--benchmark-json=$OUT/delta_norms.json"
+      step row-ops 200 "${suites[@]}" bench/bench_row_ops.py "--benchmark-json=$OUT/row_ops.json"
+    fi
+    step copy-limit 60 "$python" -c "import json, pathlib, torch
+from learndrop_ext.decide.probes import copy_bytes_per_second
+rate = copy_bytes_per_second(torch.device('$device'), size=1 << $([ -n "$toy" ] && echo 22 || echo 28))
+print(json.dumps({'copy_gb_s': rate / 1e9}))
+pathlib.Path('$OUT/copy_limit.json').write_text(json.dumps({'copy_gb_s': rate / 1e9}))"
+    gpu host-rows 100 "${suites[@]}" bench/bench_host_rows.py "--benchmark-json=$OUT/host_rows.json"
+    if command -v ncu > /dev/null; then
+      gpu ncu 120 ncu --csv --log-file "$OUT/ncu.csv" --kernel-name regex:"gather|append" --launch-count 40 \
+        --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum.per_second \
+        "${profile[@]}"
+    else
+      skip ncu "there is no ncu"
+    fi
+    ;;
+  training)
+    step training $((limit)) "$python" bench/bench_training_gpu.py --out "$OUT/training.json" --device "$device" \
+      --seconds $((limit - SECONDS - 60)) ${toy:+--toy} ${names[@]:+--cases "${names[@]}"}
+    ;;
+esac
+echo "== $stage: $([ "$failed" -eq 0 ] && echo passed || echo FAILED), $SECONDS s, $OUT"
+exit "$failed"
