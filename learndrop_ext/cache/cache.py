@@ -376,7 +376,8 @@ class ActivationCache:
         if self.codec != "fp16" or rows.dtype == torch.float16 or self._saturation_batches >= SATURATION_BATCHES:
             return
         self._saturation_batches += 1
-        size = rows.detach().abs()
+        # As fp32: in bf16 the limit itself would round to 65536.
+        size = rows.detach().float().abs()
         clamped = ((size > LARGEST_FP16) & size.isfinite()).any()
         self._saturated = clamped if self._saturated is None else self._saturated | clamped
 
