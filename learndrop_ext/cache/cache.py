@@ -25,10 +25,9 @@ SATURATION_BATCHES = 16
 class ActivationCache:
     """R rows of one shape by slot. It never returns a row that was not written, or that is not what was written.
 
-    The rows come back in the dtype and the memory format of the first rows put in; with the codec "uint8", and for rows
-    to be flipped or shifted, 4-D batches come back channels-last. Where the memory of a tier cannot be had, the next
-    tier takes its rows, with a RuntimeWarning. A forked process can read the rows in memory that is not pinned and
-    those on disk; it is refused what it cannot do.
+    Rows come back in the dtype and the memory format of the first rows put in; with the codec "uint8", and for rows to
+    be flipped or shifted, 4-D batches come back channels-last. Where the memory of a tier cannot be had, the next tier
+    takes its rows, with a RuntimeWarning. A forked process can read rows, but not those in pinned memory.
 
     Args:
         slots (int): R.
@@ -37,8 +36,7 @@ class ActivationCache:
         device (torch.device): of the rows put in and given out.
         augmented (bool, optional): whether [C, H, W] rows can be flipped and shifted. Default: False
         budgets (Budgets, optional): bytes of rows in each tier, see `plan_tiers`. Default: all rows on the device
-        path (Path, optional): of the file of the rows on disk, and of `save`; the file is deleted with a cache that is
-            closed before it is saved. Default: None
+        path (Path, optional): of the file of rows; one that was not saved goes with the cache. Default: None
 
     Attributes:
         filled (Tensor): [R] bool, which slots were written.
@@ -102,16 +100,14 @@ class ActivationCache:
         budgets: Budgets | None = None,
         aside: Path | None = None,
     ) -> ActivationCache:
-        """Return the cache that `save` wrote. Rows of the faster tiers are read and checked now, those that stay on disk
-        when they are gathered.
+        """Return the cache that `save` wrote. Rows that stay on disk are checked when they are gathered, others now.
 
         Args:
             path (Path): of the file.
             fingerprint (Fingerprint): what the rows must depend on.
             device (torch.device): of the rows put in and given out.
             budgets (Budgets, optional): bytes of rows in each tier. Default: all rows on the device
-            aside (Path, optional): for a file that other runs read too: it is never changed. The first change of a row
-                makes `path` of this cache the one given here, and copies the rows on disk there. Default: None
+            aside (Path, optional): open a file that other runs read too, as `share` does. Default: None
 
         Raises:
             FileNotFoundError: if there is no file.
@@ -137,7 +133,7 @@ class ActivationCache:
         cache.dtype = getattr(torch, manifest.dtype) if manifest.dtype else None
         cache._stored_shape = manifest.stored_shape
         if aside is not None:
-            cache._open("open").path = aside
+            cache.share(aside)
         return cache
 
     @property
@@ -164,10 +160,7 @@ class ActivationCache:
 
     @property
     def saturated(self) -> bool:
-        """Whether the codec "fp16" clamped finite values beyond +-65504, as far as the first batches show.
-
-        Waits for the device.
-        """
+        """Whether the codec "fp16" clamped finite values beyond +-65504 in the first batches. Waits for the device."""
         return self._saturated is not None and bool(self._saturated)
 
     def append(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
@@ -318,6 +311,18 @@ class ActivationCache:
         tiers.save(manifest, self.filled, sidecar or Sidecar())
         self.path, self.saved = tiers.path, True
 
+    def share(self, aside: Path) -> None:
+        """Leave the saved file to other runs: it is never changed from now on. The first change of a row makes `path` of
+        this cache the one given here, and copies the rows on disk there.
+
+        Raises:
+            ValueError: if the rows are not saved.
+        """
+        tiers = self._open("share")
+        if not self.saved:
+            raise ValueError("ActivationCache.share: the rows must be saved, and they were changed since")
+        tiers.share(aside)
+
     def close(self) -> None:
         """Free the rows; any later use raises RuntimeError. A file that `save` made stays."""
         rows, self._rows = self._rows, None
@@ -371,7 +376,8 @@ class ActivationCache:
         if self.codec != "fp16" or rows.dtype == torch.float16 or self._saturation_batches >= SATURATION_BATCHES:
             return
         self._saturation_batches += 1
-        size = rows.detach().abs()
+        # As fp32: in bf16 the limit itself would round to 65536.
+        size = rows.detach().float().abs()
         clamped = ((size > LARGEST_FP16) & size.isfinite()).any()
         self._saturated = clamped if self._saturated is None else self._saturated | clamped
 

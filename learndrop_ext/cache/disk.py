@@ -89,6 +89,10 @@ class DiskTier:
         path (Path): of the committed file.
         layout (RowLayout): where the rows lie in it.
 
+    Attributes:
+        aside (Path or None): while it is set, the file at `path` is one that other runs read too. It is not changed:
+            the first change of a row is made in a copy, which will be at this path.
+
     Raises:
         OSError: if the part cannot be made, or another cache writes it.
     """
@@ -98,7 +102,7 @@ class DiskTier:
         self.layout = layout
         self.slots = 0
         self.checksums = torch.zeros(0, dtype=torch.int32)  # by slot, with room for more slots than there are
-        self._aside: Path | None = None
+        self.aside: Path | None = None
         self._allocated = range(0)  # bytes of the file that have their disk space
         self._free_bytes = -math.inf, 0  # when it was asked for, and how many there were
         self._hold(_new_part(path) if _descriptor is None else _OpenFile(_descriptor, None))
@@ -245,8 +249,8 @@ class DiskTier:
         self.check_owner()
         if not self.committed:
             return
-        if self._aside is not None:
-            return self._copy_aside(self._aside)
+        if self.aside is not None:
+            return self._copy_aside(self.aside)
         with naming_file(self.path, "must not be read by another process while rows are written"):
             lock(self._file.descriptor, fcntl.LOCK_EX)
             os.rename(self.path, self.part)
@@ -270,7 +274,7 @@ class DiskTier:
             copy.close()
             raise
         self.close()
-        self.path, self._aside, self._allocated = path, None, range(size)
+        self.path, self.aside, self._allocated = path, None, range(size)
         self._hold(copy)
 
 
@@ -299,7 +303,7 @@ def open_rows(path: Path, fingerprint: Fingerprint, *, aside: Path | None = None
         os.close(descriptor)
         raise
     rows = DiskTier(path, RowLayout(manifest.row_bytes, manifest.stride_bytes), _descriptor=descriptor)
-    rows.checksums, rows.slots, rows._aside = checksums, manifest.slots, aside
+    rows.checksums, rows.slots, rows.aside = checksums, manifest.slots, aside
     return SavedRows(rows, manifest, filled, sidecar)
 
 

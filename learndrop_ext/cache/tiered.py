@@ -268,6 +268,12 @@ class TieredRows:
             if disk is not self.storage.disk:
                 disk.close()
 
+    def share(self, aside: Path) -> None:
+        """Leave the committed file as it is from now on; later files go to `aside`."""
+        self.path = aside
+        if self.storage.disk is not None:
+            self.storage.disk.aside = aside
+
     def close(self) -> None:
         """Stop reading ahead and close the file, also where the GPU reports an error, which is then raised."""
         try:

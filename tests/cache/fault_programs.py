@@ -16,6 +16,7 @@ import torch
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.fingerprint import Fingerprint
 from learndrop_ext.cache.plan import Budgets, TierPlan
+from learndrop_ext.cache.shared import FillLock, find_or_lock
 from learndrop_ext.ops import transfer
 
 CPU = torch.device("cpu")
@@ -184,6 +185,16 @@ def forked_reader(folder: str, moment: str) -> None:
     cache.append(torch.tensor([8]), rows(1))
     assert torch.equal(cache.gather(torch.tensor([8])), rows(1))
     cache.close()
+
+
+def fill_shared_rows(folder: str) -> None:
+    """Fill rows that are shared, and wait in the middle to be killed."""
+    lock = find_or_lock(Path(folder), PRINT)
+    assert isinstance(lock, FillLock)
+    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, path=lock.path, budgets=ON_DISK)
+    cache.append(torch.arange(5), rows(5))
+    print("filling", flush=True)
+    signal.pause()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from learndrop_ext.cache.config import CacheConfig, cache_config
 def test_cache_config_defaults() -> None:
     config = CacheConfig()
     assert (config.codec, config.views, config.budget_bytes) == ("fp16", 1, "auto")
-    assert (config.flip, config.shift) == (False, 0)
+    assert (config.flip, config.shift, config.shared, config.mirror) == (False, 0, False, False)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,8 @@ def test_cache_config_defaults() -> None:
         {"host_bytes": "auto", "disk_bytes": 5, "disk_dir": "rows"},
         {"disk_dir": "rows"},
         {"flip": True, "shift": 2},
+        {"shared": True, "disk_dir": "rows"},
+        {"mirror": True, "shift": 2},
     ],
 )
 def test_cache_config_takes(arguments: dict[str, Any]) -> None:
@@ -44,6 +46,14 @@ def test_cache_config_takes(arguments: dict[str, Any]) -> None:
         ({"host_bytes": -1}, "CacheConfig: host_bytes must be bytes >= 0 or 'auto', got -1"),
         ({"disk_bytes": 0.5}, r"CacheConfig: disk_bytes must be bytes >= 0 or 'auto', got 0\.5"),
         ({"disk_bytes": 1}, "CacheConfig: disk_dir must be a folder where disk_bytes is 1, got None"),
+        ({"views": True}, "CacheConfig: views must be a whole number >= 1, got True"),
+        ({"budget_bytes": True}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got True"),
+        ({"shared": True}, "CacheConfig: disk_dir must be a folder where shared is True, got None"),
+        ({"shared": 1, "disk_dir": "rows"}, "CacheConfig: shared must be True or False, got 1"),
+        ({"mirror": "yes"}, "CacheConfig: mirror must be True or False, got 'yes'"),
+        ({"flip": None}, "CacheConfig: flip must be True or False, got None"),
+        ({"mirror": True, "views": 2}, "CacheConfig: views must be 1 where mirror is True, got 2"),
+        ({"mirror": True, "flip": True}, "CacheConfig: flip must be False where mirror is True, got True"),
         ({"shift": -1}, "CacheConfig: shift must be pixels >= 0, got -1"),
         ({"shift": 0.5}, r"CacheConfig: shift must be pixels >= 0, got 0\.5"),
     ],
@@ -83,3 +93,10 @@ def test_cache_config_of_other_arguments_is_refused() -> None:
         cache_config("png", None)
     with pytest.raises(ValueError, match="CacheConfig: views must be a whole number >= 1, got 0"):
         cache_config(None, 0)
+    with pytest.raises(ValueError, match="CacheConfig: views must be 1 where mirror is True, got 3"):
+        cache_config(CacheConfig(mirror=True), 3)
+
+
+@pytest.mark.parametrize(("flip", "shift", "augmented"), [(False, 0, False), (True, 0, True), (False, 1, True)])
+def test_cache_config_is_augmented_by_flips_and_shifts(flip: bool, shift: int, augmented: bool) -> None:
+    assert CacheConfig(flip=flip, shift=shift).augmented is augmented

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +21,11 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
+from learndrop_ext.cache import plan as tier_plan
 from learndrop_ext.cache import storage
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.cache.file import CacheFileError
 from learndrop_ext.cache.fingerprint import Fingerprint
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.cache.plan import Budgets, TierPlan, budgets_of, plan_tiers
@@ -107,15 +111,27 @@ def test_tier_plan_says_what_is_where() -> None:
     assert str(TierPlan(0)) == "no rows"
 
 
-def test_budgets_of_a_configuration(tmp_path: Path) -> None:
-    assert budgets_of(CacheConfig(budget_bytes=5, host_bytes=6), CPU) == Budgets(5, 0, 0)
-    folder = str(tmp_path)
-    assert budgets_of(CacheConfig(budget_bytes=5, disk_bytes=7, disk_dir=folder), CPU) == Budgets(5, 0, 7)
-    automatic = budgets_of(CacheConfig(disk_bytes="auto", disk_dir=folder), CPU)
-    assert automatic.device is not None
-    assert automatic.device > 1 << 20
-    assert automatic.disk > 1 << 20
-    assert budgets_of(CacheConfig(budget_bytes=5, host_bytes=6), torch.device("cuda")) == Budgets(5, 6, 0)
+# configuration, the budgets on a CPU, and on a GPU, of which 1000 bytes are free
+MEANT: list[tuple[dict[str, Any], Budgets, Budgets]] = [
+    ({"budget_bytes": 5, "host_bytes": 6}, Budgets(5, 0, 0), Budgets(5, 6, 0)),
+    ({"host_bytes": "auto"}, Budgets(1500, 0, 0), Budgets(500, 1500, 0)),
+    ({"budget_bytes": 5, "disk_bytes": 7, "disk_dir": "."}, Budgets(5, 0, 7), Budgets(5, 0, 7)),
+    ({"budget_bytes": 5, "disk_bytes": "auto", "disk_dir": "."}, Budgets(5, 0, 450), Budgets(5, 0, 450)),
+    ({"budget_bytes": 5, "disk_dir": "."}, Budgets(5, 0, 0), Budgets(5, 0, 0)),
+    ({"budget_bytes": 5, "shared": True, "disk_dir": "."}, Budgets(5, 0, 450), Budgets(5, 0, 450)),
+    ({"budget_bytes": 5, "shared": True, "disk_bytes": 7, "disk_dir": "."}, Budgets(5, 0, 7), Budgets(5, 0, 7)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "on_cpu", "on_gpu"), MEANT)
+def test_budgets_of_a_configuration(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], on_cpu: Budgets, on_gpu: Budgets
+) -> None:
+    monkeypatch.setattr(tier_plan, "free_bytes", lambda device: 3000 if device.type == "cpu" else 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=900))
+    config = CacheConfig(**arguments)
+    assert budgets_of(config, CPU) == on_cpu
+    assert budgets_of(config, torch.device("cuda")) == on_gpu
 
 
 @pytest.mark.parametrize("staging", [1, 2, 5, 256])
@@ -249,6 +265,37 @@ def test_cache_wants_a_path_for_a_disk_budget() -> None:
     cache = ActivationCache(1, (2,), codec="fp32", device=CPU)
     with pytest.raises(ValueError, match=r"ActivationCache.save: the cache must have a path, got None"):
         cache.save(PRINT)
+
+
+def test_a_prefetch_that_failed_is_reported(tmp_path: Path) -> None:
+    cache = tiered(6, (5,), tmp_path / "rows", device=0, host=0, staging=3)
+    stored = rows(6, 5)
+    cache.append(torch.arange(6), stored)
+    with (tmp_path / "rows.part").open("r+b") as opened:
+        opened.seek(4096 + 4 * 128)
+        opened.write(b"\xaa")
+    # By the gather that asks for its rows, and once.
+    cache.prefetch(ids(4, 1))
+    with pytest.raises(CacheFileError, match="row 4 must have the checksum it was written with"):
+        cache.gather(ids(4, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(cache.gather(ids(0, 1)), stored[:2])
+    # By a warning where nothing asks for them any more.
+    said = r"rows that were read ahead could not be read \(cache file .*row 4 must have .*\); nothing has used them"
+    for use in (
+        lambda: cache.gather(ids(0, 1)),
+        lambda: cache.prefetch(ids(0)),
+        lambda: cache.append(ids(5), stored[5:]),
+        lambda: cache.grow(len(cache.filled) + 1),
+    ):
+        cache.prefetch(ids(4, 1))
+        with pytest.warns(RuntimeWarning, match=said):
+            use()
+    assert torch.equal(cache.gather(ids(0, 5)), stored[[0, 5]])
+    cache.prefetch(ids(4, 1))
+    with pytest.warns(RuntimeWarning, match=said):
+        cache.close()
 
 
 class CacheBesideDictionary(RuleBasedStateMachine):
