@@ -159,7 +159,7 @@ class Mark:
         self.version: int | None = None
         self.items: tuple[Mark, ...] = ()
         self.keys: tuple[Any, ...] = ()
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and not value.is_floating_point():
             self.version = version(value)
         elif isinstance(value, dict):
             self.keys = tuple(value)
@@ -179,7 +179,8 @@ class Mark:
         """Whether the value is still the one that was marked."""
         was = self.value
         if isinstance(was, torch.Tensor):
-            return now is was and version(now) == self.version
+            # The graphs share floating-point values: the proof moves them. Others may have been used as Python numbers.
+            return now is was and (self.version is None or version(now) == self.version)
         if isinstance(was, np.ndarray):
             return isinstance(now, np.ndarray) and np.array_equal(was, now)
         if type(now) is not type(was):
