@@ -80,9 +80,7 @@ def difference(model: nn.Module, twin: nn.Module, x: torch.Tensor) -> str | None
             module.training = training
 
 
-def _run(
-    module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState, *, seed: int, moved: bool
-) -> _Run:
+def _run(module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState, *, seed: int, moved: bool) -> _Run:
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         with fork_rng(seed), deterministic_algorithms(x):
@@ -98,7 +96,11 @@ def _run(
                 gradients = _gradients(outputs, weights)
         kept = tuple((path, v.detach().clone() if isinstance(v, torch.Tensor) else v) for path, v in outputs)
         marks = tuple((path, v.requires_grad) for path, v in outputs if isinstance(v, torch.Tensor))
-        return _Run((*kept, *((f"{path}.requires_grad", value) for path, value in marks)), gradients, state.changes(parameters=not moved))
+        return _Run(
+            (*kept, *((f"{path}.requires_grad", value) for path, value in marks)),
+            gradients,
+            state.changes(parameters=not moved),
+        )
     finally:
         state.restore()
 

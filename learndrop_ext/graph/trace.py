@@ -143,9 +143,7 @@ class _Frame:
 class ValueTracer(fx.Tracer):
     """Traces `OneInput(model)` on two batches. `whole` names modules that must not be traced through, and why."""
 
-    def __init__(
-        self, root: OneInput, inputs: tuple[torch.Tensor, torch.Tensor], whole: Mapping[str, str]
-    ) -> None:
+    def __init__(self, root: OneInput, inputs: tuple[torch.Tensor, torch.Tensor], whole: Mapping[str, str]) -> None:
         super().__init__()
         self.wrapped = root
         self.inputs = inputs
@@ -216,7 +214,9 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         self._check_frame()
         before = next(iter(reversed(self.graph.nodes)))
-        contents = {k: (v, Mark(v), contents_of(v)) for k, v in vars(m).items() if k not in _MODULE_NAMES and is_mutable(v)}
+        contents = {
+            k: (v, Mark(v), contents_of(v)) for k, v in vars(m).items() if k not in _MODULE_NAMES and is_mutable(v)
+        }
         frame = _Frame(path, _context(), contents)
         self.frames.append(frame)
         self.flattened[path] = m

@@ -97,7 +97,12 @@ def reads_raw_buffer(block: Any, x: Tensor) -> Tensor:
 
 WHOLE: list[tuple[str, Callable[[Any, Tensor], Any], dict[str, Any], str]] = [
     ("gradient reversal", lambda b, x: Reversed.apply(b.conv(x)), {}, "autograd state"),
-    ("gradient reversal without an operation", lambda b, x: ReversedIdentity.apply(b.conv(x)), {}, "its trace does not"),
+    (
+        "gradient reversal without an operation",
+        lambda b, x: ReversedIdentity.apply(b.conv(x)),
+        {},
+        "its trace does not",
+    ),
     ("no_grad", under_no_grad, {}, "autograd state"),
     ("enable_grad", under_enable_grad, {}, "autograd state"),
     ("autocast", without_autocast, {}, "enters autocast"),
@@ -135,7 +140,11 @@ def assert_trains_alike(model: nn.Module, chain: Chain, x: Tensor) -> None:
             output = module(entering)
             model.zero_grad()
             output.square().sum().backward()
-            found += [output.detach(), entering.grad, [None if p.grad is None else p.grad.clone() for p in model.parameters()]]
+            found += [
+                output.detach(),
+                entering.grad,
+                [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+            ]
         results.append((found, copy.deepcopy(model.state_dict())))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
     model.load_state_dict(start)
@@ -268,7 +277,9 @@ def test_split_layers_refuses_a_model_whose_own_forward_cannot_be_traced(
 
 def test_split_layers_names_the_modules_kept_whole_where_no_cut_point_is_left() -> None:
     model = nn.Sequential(Block(under_no_grad), nn.ReLU())
-    with pytest.raises(ValueError, match=r"must have a cut point.*; kept whole: 0 \(Block\): its forward changes the autog"):
+    with pytest.raises(
+        ValueError, match=r"must have a cut point.*; kept whole: 0 \(Block\): its forward changes the autog"
+    ):
         split_layers(model, X)
 
 

@@ -57,7 +57,10 @@ CHANGES: list[tuple[Callable[[Any], Any], str]] = [
     (replace_convolution, "1.0.conv was replaced after the model was split"),
     (replace_parameter, "1.1.weight was replaced after the model was split"),
     (lambda m: m[1].register_forward_hook(lambda *_: None), "a hook was added to 1 after the model was split"),
-    (lambda m: m.register_forward_pre_hook(lambda *_: None), "a hook was added to Sequential after the model was split"),
+    (
+        lambda m: m.register_forward_pre_hook(lambda *_: None),
+        "a hook was added to Sequential after the model was split",
+    ),
     (lambda m: setattr(m[1][0], "forward", lambda x: x), "forward of 1.0 was replaced after the model was split"),
 ]
 
