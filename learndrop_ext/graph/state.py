@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,25 @@ from torch import nn
 def version(tensor: torch.Tensor) -> int:
     """The number of in-place writes to a tensor; tensors made in inference mode do not count theirs."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
+    """How to read and set the state of a random generator; None for anything else."""
+    if isinstance(value, torch.Generator):
+        return value.get_state, value.set_state
+    if isinstance(value, random.Random):
+        return value.getstate, value.setstate
+    if isinstance(value, np.random.RandomState):
+        return value.get_state, value.set_state
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return lambda: bits.state, lambda state: setattr(bits, "state", state)
+    return None
+
+
+def is_mutable(value: Any) -> bool:
+    """Whether a module that holds the value can change it in place without setting an attribute."""
+    return isinstance(value, list | dict | set | deque) or _generator(value) is not None
 
 
 class ModelState:
@@ -47,20 +66,16 @@ class ModelState:
             parent = name.rpartition(".")[0] if name.endswith(("._parameters", "._buffers")) else name
             for key, item in list(value.items()) if isinstance(value, dict) else enumerate(value):
                 self._take(f"{parent}.{key}", item, seen)
-        elif isinstance(value, torch.Generator):
-            self._generators.append((value.set_state, value.get_state()))
-        elif isinstance(value, random.Random):
-            self._generators.append((value.setstate, value.getstate()))
-        elif isinstance(value, np.random.Generator):
-            bits = value.bit_generator
-            self._generators.append((lambda state, bits=bits: setattr(bits, "state", state), bits.state))
-        elif isinstance(value, np.random.RandomState):
-            self._generators.append((value.set_state, value.get_state()))
+        elif (access := _generator(value)) is not None:
+            get, put = access
+            self._generators.append((put, get()))
 
-    def changes(self) -> dict[str, torch.Tensor]:
-        """Copies of the tensors that have been written to since, by name."""
+    def changes(self, *, parameters: bool) -> dict[str, torch.Tensor]:
+        """Copies of the buffers and tensor attributes, and of the parameters, that have been written to, by name."""
         return {
-            name: tensor.detach().clone() for key, (name, tensor, _, _) in self._tensors.items() if self._written(key)
+            name: tensor.detach().clone()
+            for key, (name, tensor, _, _) in self._tensors.items()
+            if (parameters or not isinstance(tensor, nn.Parameter)) and self._written(key)
         }
 
     def _written(self, key: int) -> bool:
@@ -85,7 +100,7 @@ class ModelState:
                 if name not in now or now[name] is not value:
                     now[name] = value
         for content, copy in self._contents:
-            _refill(content, copy)
+            refill(content, copy)
         for put, state in self._generators:
             put(state)
         with torch.no_grad():
@@ -97,13 +112,21 @@ class ModelState:
                     tensor.requires_grad_(requires_grad)
 
 
-def _refill(content: Any, copy: Any) -> None:
+def contents_of(value: Any) -> Any:
+    """A copy of a list, dict, set or deque, for `refill`; None for anything else."""
+    return value.copy() if isinstance(value, list | dict | set | deque) else None
+
+
+def refill(content: Any, copy: Any) -> None:
+    """Put the content of a list, dict, set or deque back where it has changed."""
     if isinstance(content, dict):
         same = content.keys() == copy.keys() and all(content[key] is copy[key] for key in copy)
     elif isinstance(content, set):
         same = content == copy
-    else:
+    elif isinstance(content, list | deque):
         same = len(content) == len(copy) and all(a is b for a, b in zip(content, copy, strict=True))
+    else:
+        return
     if same:
         return
     content.clear()
@@ -136,29 +159,37 @@ class Mark:
         self.version: int | None = None
         self.items: tuple[Mark, ...] = ()
         self.keys: tuple[Any, ...] = ()
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) and not value.is_floating_point():
             self.version = version(value)
         elif isinstance(value, dict):
             self.keys = tuple(value)
             self.items = tuple(Mark(item) for item in value.values())
-        elif isinstance(value, list | tuple):
+        elif isinstance(value, list | tuple | deque):
             self.items = tuple(Mark(item) for item in value)
         elif isinstance(value, np.ndarray | set):
             self.value = value.copy()
+        self.state = repr(access[0]()) if (access := _generator(value)) is not None else None
+        #: Whether the same object is always the same value.
+        self.constant = not isinstance(value, torch.Tensor | np.ndarray | dict | list | set | deque) and all(
+            item.constant for item in self.items
+        )
         self.text = _text(value)
 
     def holds(self, now: Any) -> bool:
         """Whether the value is still the one that was marked."""
         was = self.value
         if isinstance(was, torch.Tensor):
-            return now is was and version(now) == self.version
+            # The graphs share floating-point values: the proof moves them. Others may have been used as Python numbers.
+            return now is was and (self.version is None or version(now) == self.version)
         if isinstance(was, np.ndarray):
             return isinstance(now, np.ndarray) and np.array_equal(was, now)
         if type(now) is not type(was):
             return False
+        if (access := _generator(now)) is not None:
+            return now is was and repr(access[0]()) == self.state
         if isinstance(was, dict):
             return tuple(now) == self.keys and all(m.holds(v) for m, v in zip(self.items, now.values(), strict=True))
-        if isinstance(was, list | tuple):
+        if isinstance(was, list | tuple | deque):
             return len(now) == len(self.items) and all(m.holds(v) for m, v in zip(self.items, now, strict=True))
         return now is was or (isinstance(was, int | float | complex | str | bytes | set) and bool(now == was))
 
@@ -171,9 +202,11 @@ class Mark:
 
 
 def _text(value: Any) -> str:
+    plain = int | float | complex | str | bytes | None
     if isinstance(value, torch.Tensor):
         return f"a tensor {list(value.shape)}"
-    if isinstance(value, int | float | complex | str | bytes | None):
+    if isinstance(value, plain):
         return repr(value)
-    text = repr(value) if isinstance(value, list | tuple | dict | set) else f"a {type(value).__name__}"
-    return text if len(text) <= 40 else f"a {type(value).__name__}"
+    if isinstance(value, list | tuple | set) and len(value) <= 8 and all(isinstance(item, plain) for item in value):
+        return repr(value)
+    return f"a {type(value).__name__}"

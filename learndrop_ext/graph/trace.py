@@ -14,7 +14,7 @@ import operator
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -24,7 +24,7 @@ from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from learndrop_ext.graph.state import Mark, version
+from learndrop_ext.graph.state import Mark, contents_of, is_mutable, refill, version
 
 Shape = tuple[int, ...]
 
@@ -99,15 +99,11 @@ class _Shape(tuple[Any, ...]):
 
 
 class TracedValue(fx.Proxy):
-    """A proxy that knows the values behind it. It passes for a tensor where its values are tensors."""
+    """A proxy that knows the values behind it."""
 
     def __init__(self, node: fx.Node, tracer: ValueTracer, values: _Values) -> None:
         super().__init__(node, tracer)
         self.values = values
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor if isinstance(self.values.pair[0], torch.Tensor) else TracedValue
 
     def __getattr__(self, name: str) -> Any:
         tracer: ValueTracer = self.tracer
@@ -116,7 +112,9 @@ class TracedValue(fx.Proxy):
                 return tracer.metadata(self, "size", (), {})
             if name in _METADATA_ATTRIBUTES:
                 return getattr(self.values.pair[0], name)
-        return super().__getattr__(name)
+        if name.startswith("__") or callable(getattr(self.values.pair[0], name)):
+            return super().__getattr__(name)  # a method: recorded when it is called
+        return tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
@@ -137,14 +135,13 @@ class _Frame:
 
     path: str
     context: tuple[Any, ...]
-    contents: dict[str, tuple[Any, Mark]]
+    contents: dict[str, tuple[Any, Mark, Any]]  # lists, generators and the like: the object, its mark, its copy
     reason: str | None = None
+    undo: list[Callable[[], object]] = field(default_factory=list)
 
 
 class ValueTracer(fx.Tracer):
     """Traces `OneInput(model)` on two batches. `whole` names modules that must not be traced through, and why."""
-
-    proxy_buffer_attributes = True
 
     def __init__(self, root: OneInput, inputs: tuple[torch.Tensor, torch.Tensor], whole: Mapping[str, str]) -> None:
         super().__init__()
@@ -152,7 +149,8 @@ class ValueTracer(fx.Tracer):
         self.inputs = inputs
         self.device = inputs[0].device
         self.whole = dict(whole)
-        self.paths = {id(m): name for name, m in root.named_modules()}
+        self.paths = {id(m): name for name, m in root.named_modules() if m is not root}
+        self.tensors = {id(t): name for name, t in (*root.named_buffers(), *root.named_parameters())}
         self.executing = False
         self.frames: list[_Frame] = []
         self.flattened: dict[str, nn.Module] = {}
@@ -216,14 +214,16 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         self._check_frame()
         before = next(iter(reversed(self.graph.nodes)))
-        contents = {k: (v, Mark(v)) for k, v in vars(m).items() if isinstance(v, list | dict | set)}
+        contents = {
+            k: (v, Mark(v), contents_of(v)) for k, v in vars(m).items() if k not in _MODULE_NAMES and is_mutable(v)
+        }
         frame = _Frame(path, _context(), contents)
         self.frames.append(frame)
         self.flattened[path] = m
         try:
             result = forward(*args, **kwargs)
             self._check_frame()
-            for name, (value, mark) in contents.items():
+            for name, (value, mark, _) in contents.items():
                 if not mark.holds(value):
                     frame.reason = frame.reason or f"its forward changes {name}"
         except UntraceableError:
@@ -237,16 +237,27 @@ class ValueTracer(fx.Tracer):
         if path == "model":
             raise UntraceableError(frame.reason)
         self._forget_after(before)
+        for step in reversed(frame.undo):
+            step()
+        for value, _, copy in contents.values():
+            refill(value, copy)
         self.random_state = self._random_state()
         self.whole[path] = frame.reason
         return self.create_proxy("call_module", path, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self.executing else super().getattr(attr, attr_val, self.proxies)
+        path = self.tensors.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if self.executing or path is None:
+            return attr_val
+        if path not in self.proxies:
+            self.proxies[path] = self.create_proxy("get_attr", path, (), {})
+        return self.proxies[path]
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is TracedValue:
             return a.node
+        if isinstance(a, torch.Tensor) and id(a) in self.tensors:
+            return self.create_node("get_attr", self.tensors[id(a)], (), {})
         if type(a) is _Shape:
             return super().create_arg(self.constants(tuple(tuple.__iter__(a))))
         if isinstance(a, dict) and type(a) is not dict and hasattr(type(a), "__dataclass_fields__"):
@@ -351,6 +362,12 @@ class ValueTracer(fx.Tracer):
         """Called for each attribute of a module that Python code sets while tracing."""
         if not self.executing and self.frames and id(module) in self.paths:
             frame = self.frames[-1]
+            tables = (module._parameters, module._buffers, module._modules, vars(module))
+            table = next((t for t in tables if name in t), None)
+            if table is None:
+                frame.undo.append(lambda: vars(module).pop(name, None))
+            else:
+                frame.undo.append(lambda table=table, value=table[name]: table.__setitem__(name, value))  # type: ignore[misc]
             frame.reason = frame.reason or f"its forward sets {self._attribute(module, name)}"
 
     def note_autocast(self) -> None:

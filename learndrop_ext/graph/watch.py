@@ -18,23 +18,26 @@ class Watch:
     """Compares a model with what it was when it was split."""
 
     def __init__(self, root: nn.Module, traces: Iterable[Trace]) -> None:
-        self.flattened: dict[str, nn.Module] = {}
-        self.reads: list[tuple[str, str, nn.Module, Mark]] = []
+        flattened: dict[str, nn.Module] = {}
+        # (dictionary of a module, attribute, path, module, value)
+        self.reads: list[tuple[Mapping[str, Any], str, str, nn.Module, Mark]] = []
         # (dictionary of a module, key, what it holds, path): submodules, parameters and buffers that the graphs hold.
         self.held: list[tuple[Mapping[str, Any], str, Any, str]] = []
         seen: set[tuple[int, str]] = set()
         reads: dict[tuple[str, str], Mark] = {}
         for trace in traces:
-            self.flattened |= {path.removeprefix("model").lstrip("."): m for path, m in trace.flattened.items()}
+            flattened |= trace.flattened
             reads |= trace.reads
             for node in trace.graph.nodes:
                 if node.op in ("call_module", "get_attr"):
                     self._hold(root, node, seen)
         for (path, name), mark in reads.items():
             module = root.get_submodule(path)
-            self.reads.append((path.removeprefix("model").lstrip("."), name, module, mark))
-        for path, module in self.flattened.items():
-            self.held.append((vars(module), "forward", vars(module).get("forward", _MISSING), f"{path}.forward"))
+            self.reads.append((vars(module), name, _shown(path, module), module, mark))
+        self.hooks = [(vars(m)[hooks], _shown(path, m)) for path, m in flattened.items() for hooks in HOOKS]
+        for path, module in flattened.items():
+            forward = vars(module).get("forward", _MISSING)
+            self.held.append((vars(module), "forward", forward, f"forward of {_shown(path, module)}"))
 
     def _hold(self, root: nn.Module, node: fx.Node, seen: set[tuple[int, str]]) -> None:
         module = root
@@ -53,20 +56,24 @@ class Watch:
         """What differs first from the time of the split, in words; None where nothing does."""
         for table, name, value, path in self.held:
             if table.get(name, _MISSING) is not value:
-                return f"{path.lstrip('.')} was replaced after the model was split"
-        for path, module in self.flattened.items():
-            table = vars(module)
-            for hooks in HOOKS:
-                if table[hooks]:
-                    return f"a hook was added to {path or type(module).__name__} after the model was split"
-        for path, name, module, mark in self.reads:
-            try:
-                now = getattr(module, name)
-            except AttributeError:
-                return f"{name} of {path or type(module).__name__} was removed after the model was split"
+                return f"{path} was replaced after the model was split"
+        for hooks, path in self.hooks:
+            if hooks:
+                return f"a hook was added to {path} after the model was split"
+        for table, name, path, module, mark in self.reads:
+            now = table.get(name, _MISSING)
+            if mark.constant and now is mark.value:
+                continue
+            now = getattr(module, name, _MISSING)
+            if now is _MISSING:
+                return f"{name} of {path} was removed after the model was split"
             if not mark.holds(now):
-                return f"{name} of {path or type(module).__name__} {mark.told(now)}"
+                return f"{name} of {path} {mark.told(now)}"
         return None
+
+
+def _shown(path: str, module: nn.Module) -> str:
+    return path.removeprefix("model").lstrip(".") or type(module).__name__
 
 
 def is_lazy(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from learndrop_ext.app.models import build_model
 from learndrop_ext.graph.chain import Chain, split_layers
+from learndrop_ext.graph.state import flatten
 
 
 def assert_equal_in_both_modes(model: nn.Module, chain: Chain, x: Tensor) -> None:
@@ -121,6 +123,38 @@ def batch_size_read_late(net: Any, x: Tensor) -> Tensor:
     return net.c(x.view(x.size(0), -1))
 
 
+def batch_size_read_early(net: Any, x: Tensor) -> Tensor:
+    b = x.size(0)
+    x = net.b(net.a(x))
+    return net.c(x.view(b, -1))
+
+
+def sizes_of_the_input(net: Any, x: Tensor) -> Tensor:
+    size = x.shape[-2:]
+    x = net.b(F.max_pool2d(net.a(x), 2))
+    return F.interpolate(net.c(x), size=size)
+
+
+def product_of_sizes(net: Any, x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    x = net.b(net.a(x).view(b * c, h * w).view(b, c, h, w))
+    return net.c(x.reshape(x.shape[0], x.shape[1], -1).reshape(b, c, h, w))
+
+
+def same_shapes(net: Any, x: Tensor) -> Tensor:
+    y = net.a(x)
+    assert x.shape == y.shape
+    assert len(y.shape) == y.dim() == 4
+    return net.c(net.b(y))
+
+
+def view_written_in_place(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    y = x.view(x.size(0), 3, 64)
+    y.add_(1)
+    return net.c(net.b(y.view(-1, 3, 8, 8)))
+
+
 def abc(**more: nn.Module) -> dict[str, nn.Module]:
     return {"a": conv(), "b": conv(), "c": conv(), **more}
 
@@ -155,6 +189,11 @@ HANDLED: list[tuple[Callable[[Any, Tensor], Any], Callable[[], dict[str, nn.Modu
         ("a", "b", "c"),
     ),
     (batch_size_read_late, lambda: abc(c=nn.Linear(192, 5)), ("a", "b", "c")),
+    (batch_size_read_early, lambda: abc(c=nn.Linear(192, 5)), ("a", "b", "c")),
+    (sizes_of_the_input, abc, ("a", "b", "c")),
+    (product_of_sizes, abc, ("a", "b", "c")),
+    (same_shapes, abc, ("a", "b", "c")),
+    (view_written_in_place, abc, ("a", "b", "c")),
 ]
 
 
@@ -258,6 +297,73 @@ def test_split_layers_gives_back_the_structure_that_the_model_gives() -> None:
     assert chain.layer(len(chain) - 1).shape is None
 
 
+@dataclass
+class Answer:
+    logits: Tensor
+    features: tuple[Tensor, ...]
+    loss: Tensor | None = None
+
+
+@dataclass
+class Output(OrderedDict):  # type: ignore[type-arg]
+    """A dataclass that is a dict too, as model libraries return."""
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("logits", "hidden"):
+            if getattr(self, name) is not None:
+                self[name] = getattr(self, name)
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [
+        lambda x, y: (x, [y, y]),
+        lambda x, y: {"logits": x, "more": {"features": y}},
+        lambda x, y: Answer(x, (y,)),
+        lambda x, y: Output(logits=x, hidden=y),
+    ],
+    ids=["tuple", "dict", "dataclass", "dict dataclass"],
+)
+def test_chain_gives_what_the_model_gives(pack: Callable[[Tensor, Tensor], Any]) -> None:
+    model = Net(lambda net, x: pack(net.c(x := net.b(net.a(x))), x), **abc())
+    x = torch.rand(3, 3, 8, 8)
+    chain = split_layers(model, x)
+    assert len(chain) >= 2
+    wanted, got = model(x), chain(x)
+    assert type(got) is type(wanted)
+    leaves = [dict(flatten(value)) for value in (wanted, got)]
+    assert leaves[0].keys() == leaves[1].keys()
+    torch.testing.assert_close(leaves[1], leaves[0], rtol=0, atol=0)
+    if isinstance(wanted, Output):
+        assert torch.equal(got.logits, wanted["logits"])
+
+
+def test_chain_refuses_images_of_another_size_where_the_forward_reads_sizes() -> None:
+    torch.manual_seed(0)
+    model = Net(sizes_of_the_input, **abc())
+    chain = split_layers(model, torch.rand(2, 3, 8, 8))
+    assert chain(torch.rand(5, 3, 8, 8)).shape == (5, 3, 8, 8)
+    with pytest.raises(
+        ValueError, match=r"input of layer a must be \[B, 3, 8, 8\] as in the example, .*got \[2, 3, 6, 6\]"
+    ):
+        chain(torch.rand(2, 3, 6, 6))
+    free = split_layers(Net(batch_size_read_early, **abc(c=nn.Linear(192, 5))), torch.rand(2, 3, 8, 8))
+    assert free.prefix(1)(torch.rand(2, 3, 6, 6)).shape == (2, 3, 6, 6)
+
+
+def test_rows_survive_a_layer_that_writes_into_its_input_through_a_view() -> None:
+    torch.manual_seed(0)
+    chain = split_layers(Net(view_written_in_place, **abc()), torch.rand(2, 3, 8, 8)).eval()
+    for k in range(1, 3):
+        rows = chain.prefix(k)(torch.rand(2, 3, 8, 8)).detach()
+        before = rows.clone()
+        chain.suffix(k)(rows)
+        assert torch.equal(rows, before)
+
+
 class Branching(nn.Module):
     """Control flow on values: torch.fx cannot trace it."""
 
@@ -272,8 +378,7 @@ class Branching(nn.Module):
 def test_split_layers_keeps_named_layers_whole_and_starts_layers_with_them_only() -> None:
     model = nn.Sequential(OrderedDict(a=conv(), b=Branching(), c=conv(), d=conv()))
     x = torch.rand(2, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"traceable by torch.fx, or layers= must name modules to keep whole; Seq"):
-        split_layers(model, x)
+    assert split_layers(model, x).names == ("a", "b", "c", "d")
     chain = split_layers(model, x, layers=["a", "b", "d"])
     assert chain.names == ("a", "b", "d")
     assert {id(p) for p in chain.layer(1).parameters()} == {id(p) for m in (model.b, model.c) for p in m.parameters()}
@@ -288,6 +393,18 @@ def test_split_layers_takes_modules_without_weights_as_layers() -> None:
     assert {id(p) for p in chain.layer(0).parameters()} == {
         id(p) for p in (*model.a.parameters(), *model.b.parameters())
     }
+
+
+class Branches(nn.Module):
+    """Control flow on values in the model's own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x) if x.mean() > 0 else x
 
 
 class TwoInputs(nn.Module):
@@ -329,23 +446,24 @@ REFUSED: list[tuple[Callable[[], Any], Any, dict[str, Any], type[Exception], str
     (conv, torch.ones(3), {}, ValueError, r"example must be \[B, ...\] with B >= 1, got \[3\]"),
     (TwoInputs, X, {}, ValueError, "model must have one input, got 2: x, y"),
     (NoInput, X, {}, ValueError, "model must have one input, got 0: none"),
-    (conv, X, {}, ValueError, "model must have a cut, .*; Conv2d has none"),
-    (nn.ReLU, X, {}, ValueError, "model must have a cut, .*; ReLU has none"),
+    (conv, X, {}, ValueError, "model must have a cut point, .*; Conv2d has none"),
+    (nn.ReLU, X, {}, ValueError, "model must have a cut point, .*; ReLU has none"),
     (
         lambda: Net(lambda net, x: torch.cat([net.c(net.b(net.a(x))), x], 1), **abc()),
         X,
         {},
         ValueError,
-        "model must have a cut, .*; Net has none",
+        "model must have a cut point, .*; Net has none",
     ),
     (lambda: nn.Sequential(*[(shared := conv()), conv(), shared]), X, {}, ValueError, "must have a cut"),
-    (lambda: nn.Sequential(conv(), Branching()), X, {}, ValueError, "stopped the tracer: symbolically traced"),
+    (Branches, X, {}, ValueError, "forward of Branches itself is not: it stopped the tracer: symbolically traced"),
+    (lambda: nn.Sequential(nn.LazyConv2d(3, 1), conv()), X, {}, ValueError, "must have its parameters, got lazy ones"),
     (lambda: nn.Sequential(conv(), conv()), X, {"layers": ["0", "7"]}, ValueError, "name modules .*, got '7'"),
     (lambda: nn.Sequential(conv(), conv()), X, {"layers": ["0"]}, ValueError, "must have a cut"),
     (lambda: torch.compile(conv(), backend="eager"), X, {}, TypeError, "got a OptimizedModule; give torch.compile"),
     (lambda: nn.DataParallel(conv()), X, {}, TypeError, "the plain module, got a DataParallel"),
-    (Counting, X, {}, RuntimeError, "chain of Counting must equal the model to the bit in eval mode"),
-    (PythonNoise, X, {}, RuntimeError, r"is not a function of its input, .*; name whole modules with layers="),
+    (Counting, X, {}, ValueError, "forward of Counting itself is not: its forward sets calls"),
+    (PythonNoise, X, {}, ValueError, "forward of PythonNoise itself is not: its forward draws random numbers"),
 ]
 
 
@@ -370,8 +488,8 @@ def test_split_layers_refuses_a_distributed_wrapper(tmp_path: Path) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("broken", [False, True])
 def test_split_layers_leaves_the_model_as_it_was(training: bool, broken: bool) -> None:
-    last = Branching() if broken else conv()
-    model = nn.Sequential(conv(), nn.BatchNorm2d(3), nn.Dropout(), conv(), nn.BatchNorm2d(3), last).train(training)
+    model = nn.Sequential(conv(), nn.BatchNorm2d(3), nn.Dropout(), conv(), nn.BatchNorm2d(3), conv()).train(training)
+    function = type(model).forward
     model[1].eval()
     x = torch.rand(4, 3, 8, 8)
     model(x).sum().backward()
@@ -381,8 +499,11 @@ def test_split_layers_leaves_the_model_as_it_was(training: bool, broken: bool) -
     noise = torch.get_rng_state()
     before = x.clone()
     if broken:
+        # The forward fails after half of it has run.
+        model.forward = lambda x: function(model, x) + next(iter([]))  # type: ignore[call-overload]
         with pytest.raises(ValueError, match="traceable"):
             split_layers(model, x)
+        del model.forward
     else:
         chain = split_layers(model, x)
         assert chain.training is training
