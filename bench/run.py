@@ -27,8 +27,8 @@ import torch
 
 from learndrop_ext import backend_info
 from learndrop_ext.app import runs
-from learndrop_ext.app.cli import PRESETS
 from learndrop_ext.app.datasets import load_dataset
+from learndrop_ext.app.options import PRESETS
 from learndrop_ext.decide.probes import copy_bytes_per_second
 
 ROOT = Path(__file__).resolve().parent.parent

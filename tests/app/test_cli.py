@@ -62,19 +62,30 @@ def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "--dataset", "mnist"], "needs a root"),
         (["compare", "--dataset", "mnist", "--data-root", "{tmp}"], "train-images-idx3-ubyte"),
         (["compare", "--model", "lenet"], "lenet"),
-        (["compare", "--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
+        (["compare", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["compare", "--device", "cpu:abc"], "--device must be auto, cpu, cuda or cuda:N, got 'cpu:abc'"),
         (["compare", "--threshold", "7"], "threshold must be within 0.0..1.0, got 7.0"),
-        (["train", "--image-size", "64"], "only imagenette"),
+        (["compare", "--width", "4000"], "million parameters and wants"),
+        (["compare", "--width", "1" + 30 * "0"], "is too large"),
+        (["compare", "--policy", "budget"], "policy must be stopped, budget:SPEEDUP"),
+        (["compare", "--policy", "fixed:1=2", "--patience", "5"], "--patience is for --policy stopped"),
+        (["train", "--test-share", "0.5"], "--test-share is for --dataset folder, got --dataset digits"),
+        (["train", "--dataset", "folder"], "--dataset folder wants --data-root DIR"),
+        (["train", "--dataset", "folder", "--data-root", "{tmp}/none"], "none: no such folder"),
+        (["train", "--weights", "default"], "'default' wants a model timm:NAME or torchvision:NAME"),
+        (["train", "--weights", "{tmp}/none.pt"], "weights must be a file, got"),
+        (["cache", "{tmp}/none"], "DIR must be a folder of rows"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    assert main([*filled, "--out", str(tmp_path / "out")]) == 2
+    assert main(filled if filled[0] == "cache" else [*filled, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert message in said
-    assert "Traceback" not in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -84,6 +95,9 @@ def test_what_cannot_be_done_is_said_in_a_line(
         (["--lr", "-1"], "must be a number above 0, got '-1'"),
         (["--with", "prayer"], "must be of freeze-only, short, separated by commas, got 'prayer'"),
         (["--dataset", "svhn"], "invalid choice"),
+        (["--seed", str(2**64)], f"must be a whole number within 0..{2**32 - 1}, got '{2**64}'"),
+        (["--seed", "-1"], f"must be a whole number within 0..{2**32 - 1}, got '-1'"),
+        (["--width", "9" * 5000], "must be a whole number of at least 1, got '9999"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(
