@@ -114,12 +114,13 @@ def fit_weights(
         )
     left_out = [key for key in wanted if key not in pairs or pairs[key].shape != wanted[key].shape]
     tensors = {key: value for key, value in pairs.items() if key not in left_out}
+    counters = {key: weights[key] for key in network if _is_counter(key) and key in weights}
     words = [f"{len(tensors)} of {len(wanted)} tensors from {path}"]
     if by_order:
         words.append("matched by order and shape, for the names differ")
     if left_out:
         words.append(f"{', '.join(left_out)} left out: the classifier starts fresh")
-    return FittedWeights(tensors, "weights: " + "; ".join(words))
+    return FittedWeights(tensors | counters, "weights: " + "; ".join(words))
 
 
 def _is_counter(key: str) -> bool:

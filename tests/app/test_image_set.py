@@ -215,3 +215,28 @@ def test_subset_has_the_images_asked_for() -> None:
     assert (few.augment, few.flip, few.size) == ("standard", False, 2)
     files = ImageSet([Path("a"), Path("b"), Path("c")], torch.arange(3), mean=(0.0,) * 3, std=(1.0,) * 3)
     assert files.subset(range(2)).images == (Path("a"), Path("b"))
+
+
+def test_image_set_normalized_reads_the_same_pixels_with_another_mean() -> None:
+    data = small_set()
+    other = data.normalized((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert torch.allclose(other[2][0] * 255, data.images[2].float(), atol=1e-4)
+    assert data.mean == (0.5, 0.25, 0.0)
+
+
+def test_image_set_resized() -> None:
+    data = small_set(3, augment="standard", flip=False)
+    larger = data.resized(16)
+    assert isinstance(larger.images, Tensor)
+    assert (larger.images.shape, larger.images.dtype, larger.size) == ((3, 3, 16, 16), torch.uint8, 16)
+    assert (larger.augment, larger.flip, len(data.images[0, 0])) == ("standard", False, 8)
+    # Twice the size: the middle of four pixels lies a quarter and three quarters between two.
+    row = data.images[0, 0].float()
+    column = 0.75 * row[:, 3] + 0.25 * row[:, 4]
+    wanted = 0.75 * column[3] + 0.25 * column[4]
+    assert abs(float(larger.images[0, 0, 7, 7]) - float(wanted)) <= 1
+    assert torch.equal(larger.resized(16).images, larger.images)
+
+
+def test_image_set_bytes_decoded() -> None:
+    assert small_set(6, pixels=8).bytes_decoded == 6 * 3 * 8 * 8

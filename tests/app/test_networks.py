@@ -24,7 +24,7 @@ def test_build_network_built_in(tmp_path: Path) -> None:
     path = tmp_path / "w.pt"
     torch.save(build_model("resnet10", num_classes=5, width=8, seed=2).state_dict(), path)
     loaded = build_network("resnet10", num_classes=3, width=8, seed=1, weights=str(path))
-    assert "50 of 52 tensors" in loaded.note
+    assert "60 of 62 tensors" in loaded.note
     got = loaded.model.state_dict()
     assert torch.equal(got["conv1.weight"], torch.load(path)["conv1.weight"])
     assert torch.equal(got["fc.weight"], wanted["fc.weight"])
@@ -82,7 +82,7 @@ def test_default_weights_are_those_of_the_library(timm_stub: ModuleType, monkeyp
         return torch.nn.Linear(1, 1)
 
     monkeypatch.setattr(timm_stub, "create_model", create)
-    assert "timm's for resnet18" in build_network("timm:resnet18", num_classes=3, weights="default").note
+    assert "those that timm keeps for resnet18" in build_network("timm:resnet18", num_classes=3, weights="default").note
     assert asked == [("resnet18", {"pretrained": True, "num_classes": 3})]
 
 
