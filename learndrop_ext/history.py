@@ -1,19 +1,33 @@
-"""What the scheduler remembers: one record a step, and the fingerprint of what it froze."""
+"""What the scheduler remembers: one record a step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from learndrop_ext.decide.deltas import LayerChange
+
 
 @dataclass(frozen=True)
 class Record:
     """What one `step()` saw and did. Tuples have one entry for each of the L layers, None where a layer was dropped.
 
-    epoch: epochs done. prefix, cut: layers dropped after this step, and after how many of them rows are kept. relative,
-    cosine, scores: of the layers. epoch_seconds: of the epoch's loop; measure_seconds, fill_seconds: of this step.
-    samples: trained in the epoch. forward_flops: of the epoch's steps; fill_flops: of the fill.
-    row_bytes, cache_bytes: of one row and of all rows kept after this step.
+    Args:
+        epoch: how often `step()` was called; 0 for layers dropped before the first step.
+        prefix: layers dropped from here on.
+        cut: after how many of them rows are kept.
+        reason: of the decision.
+        learning_rate: of the optimizer's first group.
+        changes: what was measured of each layer.
+        scores: made of it, see `scores`.
+        epoch_seconds: of the loop since the step before, rows made in it included.
+        fill_seconds: of them, spent on making and storing rows.
+        measure_seconds: of this step.
+        forecast_seconds: what `epoch_seconds` was expected to be, None where nothing was known.
+        samples: trained since the step before.
+        forward_flops: of the training steps.
+        fill_flops: of making rows.
+        row_bytes, cache_bytes: of one row and of all rows after this step.
     """
 
     epoch: int
@@ -21,20 +35,31 @@ class Record:
     cut: int
     reason: str
     learning_rate: float
-    relative: tuple[float | None, ...]
-    cosine: tuple[float | None, ...]
+    changes: tuple[LayerChange | None, ...]
     scores: tuple[float | None, ...]
-    epoch_seconds: float
-    measure_seconds: float
-    fill_seconds: float
-    samples: int
-    forward_flops: int
-    fill_flops: int
+    forecast_seconds: float | None
     row_bytes: int
     cache_bytes: int
+    epoch_seconds: float = 0.0
+    fill_seconds: float = 0.0
+    measure_seconds: float = 0.0
+    samples: int = 0
+    forward_flops: int = 0
+    fill_flops: int = 0
+
+    @property
+    def relative(self) -> tuple[float | None, ...]:
+        """The relative change of each layer."""
+        return tuple(None if change is None else change.relative for change in self.changes)
+
+    @property
+    def cosine(self) -> tuple[float | None, ...]:
+        """The cosine between each layer's change and the one before."""
+        return tuple(None if change is None else change.cosine for change in self.changes)
 
 
 def record_of(values: dict[str, Any]) -> Record:
-    """The record that `dataclasses.asdict` made these values of."""
+    """Return the record that `dataclasses.asdict` made these values of."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields["changes"] = tuple(None if change is None else LayerChange(**change) for change in fields["changes"])
     return Record(**fields)

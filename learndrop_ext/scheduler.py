@@ -1,63 +1,75 @@
-"""DropScheduler: measures, scores, decides, drops and fills, once an epoch, like a learning-rate scheduler."""
+"""DropScheduler: measures, scores, decides and drops, once an epoch, like a learning-rate scheduler."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import statistics
 import time
+import warnings
+import weakref
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from learndrop_ext import checkpoint
 from learndrop_ext.cache.config import CacheConfig, cache_config
-from learndrop_ext.cache.fingerprint import weights_digest
-from learndrop_ext.cache.plan import budgets_of
-from learndrop_ext.data import fill
-from learndrop_ext.data.extras import InputKey, input_of, to_device
-from learndrop_ext.data.loader import DropLoader, Rows, check_loader
+from learndrop_ext.checks import (
+    HOLDERS,
+    check_finite,
+    check_folder,
+    check_free,
+    check_trained,
+    checked_decision,
+    input_name,
+)
+from learndrop_ext.data.drift import follow_model
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
+from learndrop_ext.data.loader import DropLoader
+from learndrop_ext.data.reading import check_loader, first_ids, is_function_of_id, read_batch
 from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.decide import costs
-from learndrop_ext.decide.deltas import Deltas, LayerChange
-from learndrop_ext.decide.policy import Decision, Policy, Situation, StoppedLearning
-from learndrop_ext.decide.probes import tier_costs, tier_speeds
+from learndrop_ext.decide.deltas import Deltas
+from learndrop_ext.decide.forecast import Forecast, forecast
+from learndrop_ext.decide.policy import Policy, Situation, StoppedLearning
 from learndrop_ext.decide.scores import scores
 from learndrop_ext.distributed import from_rank_zero, share_buffers
 from learndrop_ext.graph.chain import Chain, split_layers
-from learndrop_ext.graph.freeze import Frozen, check_optimizer, device_of, freeze, unfreeze
+from learndrop_ext.graph.freeze import FrozenPrefix, check_optimizer, device_of
 from learndrop_ext.graph.live import LiveModel, Wrap, live_body
-from learndrop_ext.history import Record, record_of
+from learndrop_ext.history import Record
+from learndrop_ext.ledger import Ledger
 from learndrop_ext.rng import fork_rng
-
-STATE = {
-    *("layers", "prefix", "cuts", "rows_file", "epochs_loaded", "seen", "view_offset", "generator", "autocast"),
-    *("fingerprint", "deltas", "history"),
-}
 
 
 class DropScheduler:
     """Drops the layers that have stopped learning from the training step, forward and backward.
 
-    model: any module that torch.fx can trace, with one tensor as its input (see `split_layers`); it stays whole, for
-    evaluation and saving, and stays the caller's. optimizer: holds the model's parameters; it is never changed, and
-    the learning rate stays the caller's. loader: a DataLoader over a dataset with ids.
+    Use `loader` and `model` of this object in the training loop and call `step()` after each epoch, or every so many
+    batches. `history` holds one `Record` per step. As a context manager, or by `close()`, the run gives the model back
+    as it was found and frees the rows.
 
-    policy: scores -> Decision; `StoppedLearning()` by default. epochs: length of the run if it is known, so that a drop
-    that cannot earn its fill back is not made. cache: a `CacheConfig`, a codec's name, or None for no rows at all (the
-    frozen prefix is then run at each step: "freeze only"). views: random augmentations kept of each sample, for a
-    dataset with randomness. wrap: applied to the live model now and after every drop (`torch.compile`,
-    DistributedDataParallel). input: place of the model's input in a batch that is no tensor. layers: module names to
-    split at, see `split_layers`. seed: of the views and moves drawn.
+    Args:
+        model: any module that `split_layers` can split, with one tensor as its input. It stays whole, for evaluation and
+            saving, and stays the caller's.
+        optimizer: holds the model's parameters. It is never changed, and the learning rate stays the caller's.
+        loader: a DataLoader over a dataset with ids.
+        policy: scores -> Decision; `StoppedLearning()` by default. It is asked once before training too.
+        epochs: how often `step()` will be called, if that is known, so that no drop is made that cannot pay.
+        cache: a `CacheConfig`, a codec's name, or None for no rows at all (the frozen layers are then run at each step).
+        views: random augmentations kept of each sample, for a dataset with randomness.
+        wrap: applied to the live model now and after every drop: `torch.compile`, DistributedDataParallel.
+        input: place of the model's input in a batch that is no tensor.
+        layers: module names to split at, see `split_layers`.
+        seed: of the views and moves drawn.
+        check_input: whether the loop has to give the model the batch's own input, unchanged.
 
-    Use `loader` and `model` of this object in the training loop and call `step()` after each epoch. `history` holds one
-    `Record` per step.
-
-    Raises TypeError or ValueError, before anything is changed, for a loader without ids, a dataset that gives another
-    image for the same id at each reading while views is 1, an optimizer that holds none of the model's parameters, a
-    cache on another device than the model's or without its folder, or a model that cannot be split.
+    Raises:
+        TypeError, ValueError: before anything is changed, for a loader without ids, a dataset that gives another image
+            for the same id while views is 1, a batch that cannot be kept, an optimizer that holds none of the model's
+            parameters, a model that cannot be split or whose layers another scheduler has dropped, a policy that cannot
+            keep what it promises.
     """
 
     def __init__(
@@ -76,307 +88,310 @@ class DropScheduler:
         seed: int = 0,
         check_input: bool = True,
     ) -> None:
+        begin = time.perf_counter()
         check_loader(loader)
         config = cache_config(cache, views)
         device = device_of(model)
-        if config.device is not None and torch.device(config.device).type != device.type:
-            raise ValueError(
-                f"DropScheduler: cache must be on the model's device, {device}, "
-                f"got CacheConfig(device={config.device!r})"
-            )
-        folder = config.disk_dir
-        if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
-            raise ValueError(
-                "DropScheduler: cache must have a disk_dir that is a folder to write to, got "
-                f"CacheConfig(disk_dir={folder!r})"
-            )
+        check_folder(config)
         check_optimizer(optimizer, model)
-        if epochs is not None and (not isinstance(epochs, int) or epochs < 1):
+        check_free(model)
+        if isinstance(policy, type) or (policy is not None and not callable(policy)):
+            raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
+        if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
             raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
-        if config.views == 1 and cache is not None and not fill.same_image_each_time(loader, input):
-            raise ValueError(
-                "DropScheduler: loader must give the same image for the same id at each reading, got another one, and "
-                "a cached row would freeze it; give views=V to keep V random views of each sample, or a dataset without "
-                "randomness"
-            )
-        size = len(loader.dataset)  # type: ignore[arg-type]
-        batch = min(size, 32)
+        ids = first_ids(loader, 32)
         with fork_rng(seed):
-            example = input_of(to_device(fill.read_batch(loader, range(batch)), device), input)
+            batch = to_device(read_batch(loader, ids), device)
+        example = input_of(batch, input)
+        if cache is not None:
+            BatchExtras(key=input, device=device).check(batch)
+            if (config.views == 1 or config.mirror) and not is_function_of_id(loader, input, ids[:16]):
+                raise ValueError(
+                    "DropScheduler: loader must give the same sample for the same id at each reading and beside any "
+                    "others, got another one, and a cached row would freeze it; give views=V to keep V random views of "
+                    "each sample, or a dataset and a collate_fn without randomness"
+                )
         self.chain: Chain = split_layers(model, example[:2], layers=layers)
-        self.costs = costs.measure_layers(self.chain, example)
         self.base_model = model
         self.optimizer = optimizer
         self.policy: Policy = StoppedLearning() if policy is None else policy
         self.epochs = epochs
         self.config = config
-        self.keeps_rows = cache is not None
         self.wrap = wrap
-        self.seed = seed
-        self.check_input = check_input
         self.device = device
         self.history: list[Record] = []
         self.prefix = 0
-        self.cuts: list[int] = []  # the cut of every fill since images were read
-        self.loader = DropLoader(loader, key=input, device=device, config=config, seed=seed)
-        self.keeper = RowSet(self.chain, model, self.loader, config, example=example, seed=seed)
-        self.loader.fetch_missing = lambda ids: self.keeper.fetch_missing(ids, self.cut, self.model.autocast)
-        self.model: LiveModel = LiveModel(live_body(model, self.chain, 0, 0, wrap), device)
-        self.loader.on_first = self.model.expect
+        self.epoch = 0  # how often step() was called
+        self._layer_names = layers
+        self._keeps_rows = cache is not None
+        self._undropped: int | None = None
+        self._forecast_seconds: float | None = None
+        self._said_saturated = False
+        self.rows = RowSet(self.chain, model, loader, config=config, key=input, example=example, seed=seed)
+        self.model = LiveModel(live_body(model, self.chain, 0, 0, wrap), device, input_name(model))
+        self.model.check_input = check_input
         self.model.train(model.training)
-        self._frozen: list[Frozen] = []
+        self.loader = DropLoader(loader, self.rows, self.model, key=input)
+        self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None)
         self._deltas = self._deltas_from(0)
-        self._speeds: tuple[float, float, float] | None = None
+        promises = getattr(self.policy, "check", None)  # a Budget says before training what it cannot keep
+        if promises is not None:
+            self.ledger.probe(model)
+            promises(self.ledger.run_costs()[0], epochs)
+        self.ledger.setup_seconds = time.perf_counter() - begin
+        self._decide_before_training()
 
     @property
     def cut(self) -> int:
         """After how many layers the rows are kept; 0 while images are read."""
-        return self.cuts[-1] if self.cuts else 0
+        return self.rows.cut
 
     def step(self) -> Record:
-        """Measure the epoch that ended, decide, and where it says so drop: fill the cache and go on with the suffix.
+        """Measure what was trained since the last step, decide, and where the policy says so drop layers.
 
-        Raises RuntimeError when the epoch has not ended or `drop.model` was not what was trained, ValueError for
-        weights that are not finite (named); the model, the optimizer and the rows are then as before.
+        The rows of dropped layers are made as their samples are next drawn. A step that raises can be called again.
+
+        Raises:
+            RuntimeError: nothing was trained since the last step, or not `drop.model` on `drop.loader`'s batches.
+            ValueError: weights that are not finite (the layer is named), or a decision that cannot be followed. The
+                model, the optimizer and the rows are then as before.
         """
-        self.loader.check_epoch_done()
-        self._check_trained()
+        self._check_open("step")
+        samples, epoch_seconds = self.loader.ledger
+        check_trained(self.model, samples)
+        follow_model(self.rows)
+        self._follow_code()
         begin = time.perf_counter()
-        changes = self._deltas.measure()
-        self._check_finite(changes)
+        changes = self._deltas.measure(refresh=False)
+        check_finite(self.chain.names[self.prefix :], changes)
         gone: tuple[None, ...] = (None,) * self.prefix
         measured = (*gone, *scores(changes))
+        images, older, fill_seconds = self.rows.ledger
+        forward_flops = samples * costs.forward_flops(self.ledger.costs.layers[self.cut :])
+        fill_flops = images * costs.forward_flops(self.ledger.costs.layers[: self.cut])
+        fill_flops += older * costs.forward_flops(self.ledger.costs.layers[self.rows.older_cut : self.cut])
+        self.ledger.observe(self.prefix, samples=samples, made=images + older, seconds=epoch_seconds)
+        situation, choices = self._situation(self.epoch + 1, measured, epoch_seconds)
         measure_seconds = time.perf_counter() - begin
-        samples, epoch_seconds = self.loader.samples, self.loader.seconds
-        forward_flops = samples * costs.forward_flops(self.costs[self.cut :])
-        tiers = self._tiers()
-        choices = self._choices(tiers)
-        estimates = [self._estimate(k, choices[k].cut, tiers) for k in range(len(self.chain))]
-        situation = Situation(
-            epoch=len(self.history) + 1,
-            epochs=self.epochs,
-            prefix=self.prefix,
-            layers=self.chain.names,
-            scores=(*(r.scores for r in self.history), measured),
-            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
-            fill_seconds=tuple(e.fill_seconds for e in estimates),
-            saved_seconds=tuple(e.saved_seconds for e in estimates),
-            epoch_seconds=self._whole_epoch_seconds(),
-        )
-        decision, choices = from_rank_zero((self._decide(situation), choices))
-        begin = time.perf_counter()
-        before, reason, fill_flops = self.cut, decision.reason, 0
-        if decision.prefix > self.prefix:
-            choice = choices[decision.prefix]
-            filled = self._drop(decision.prefix, choice.cut)
-            fill_flops = filled * costs.forward_flops(self.costs[before : choice.cut])
-            reason = f"{reason}; {choice.reason}"
-        rows = self.loader.rows
-        record = Record(
-            epoch=situation.epoch,
-            prefix=self.prefix,
-            cut=self.cut,
-            reason=reason,
-            learning_rate=situation.learning_rate,
-            relative=(*gone, *(c.relative for c in changes)),
-            cosine=(*gone, *(c.cosine for c in changes)),
+        reason = self._follow(situation, choices)
+        self._deltas.measure()
+        self.epoch += 1
+        self._forget_ledger()
+        self._say_saturated()
+        record = self._record(
+            reason,
+            changes=(*gone, *changes),
             scores=measured,
             epoch_seconds=epoch_seconds,
+            fill_seconds=fill_seconds,
             measure_seconds=measure_seconds,
-            fill_seconds=time.perf_counter() - begin if fill_flops else 0.0,
             samples=samples,
             forward_flops=forward_flops,
             fill_flops=fill_flops,
-            row_bytes=rows.cache.row_bytes if rows is not None else 0,
-            cache_bytes=rows.cache.nbytes if rows is not None else 0,
         )
         self.history.append(record)
+        self._forecast_seconds = self.ledger.expect(self.prefix)
         return record
+
+    def forecast(self, epochs: int | None = None) -> Forecast:
+        """Return what a run takes, without drops and with one of each length from each start.
+
+        Some training steps are timed for it on a copy of model and optimizer.
+
+        Args:
+            epochs: length of the run; that given to the constructor by default.
+
+        Raises:
+            ValueError: neither is known.
+        """
+        epochs = self.epochs if epochs is None else epochs
+        if epochs is None:
+            raise ValueError("drop.forecast: epochs must be known, give forecast(epochs) or DropScheduler(epochs=...)")
+        self.ledger.probe(self.base_model)
+        run, choices = self.ledger.run_costs()
+        tiers = self.ledger.costs.tiers() if self._keeps_rows else ()
+        return forecast(run, epochs, row_bytes=[choice.row_bytes for choice in choices], tiers=tiers)
 
     def undrop(self) -> None:
         """Train the whole model again, from images: the dropped layers are live and the rows are freed."""
-        for frozen in reversed(self._frozen):
-            unfreeze(frozen, training=self.base_model.training)
-        self.keeper.free()
-        self._frozen, self.cuts, self.prefix = [], [], 0
-        self._show(live_body(self.base_model, self.chain, 0, 0, self.wrap))
-        self._deltas = self._deltas_from(0)
+        self._check_open("undrop")
+        self._undropped = self.epoch
+        self._release()
+
+    def close(self) -> None:
+        """End the run: the model is as it was found, `drop.model` is the whole of it, rows and their files are freed."""
+        self._close(keep_files=False)
+
+    def __enter__(self) -> DropScheduler:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A run that was broken off goes on from its checkpoint, and that from its file.
+        self._close(keep_files=kind is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the model, the optimizer and the rows, as plain values and tensors, for `torch.save`.
+        """Return all but the model, the optimizer and the rows, as plain values and tensors, for `torch.save`.
 
         With `CacheConfig(disk_dir=...)` the rows are written to a file there, if they changed since the last call and
         disk_bytes holds them all; the state has its name. A file of rows that these stand in for is deleted.
         """
-        return {
-            "layers": list(self.chain.names),
-            "prefix": self.prefix,
-            "cuts": list(self.cuts),
-            "rows_file": self.keeper.keep(self.cut, self.model.autocast),
-            "epochs_loaded": self.loader.epochs,
-            "seen": self.loader.batches.seen.clone(),
-            "view_offset": self.loader.view_offset.clone(),
-            "generator": self.loader.generator.get_state(),
-            "autocast": None if self.model.autocast is None else str(self.model.autocast).removeprefix("torch."),
-            "fingerprint": weights_digest(self.chain, self.prefix),
-            "deltas": self._deltas.state_dict(),
-            "history": [dataclasses.asdict(record) for record in self.history],
-        }
+        self._check_open("state_dict")
+        return checkpoint.state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict()`; load the model's own state first.
 
         Dropped layers are dropped again. Their rows are those of the file that the state names, if it is there and its
-        fingerprint is the one of this run, else (RuntimeWarning) they are filled again, through the same cuts.
+        fingerprint is the one of this run, else (RuntimeWarning) they are made anew as their samples are drawn.
 
-        Raises ValueError, before anything is changed, when the state is of another model or the dropped layers'
-        weights are not those that it was saved with; RuntimeError when layers were already dropped here.
+        Raises:
+            ValueError: the state is of another model or dataset, or the dropped layers' weights are not those that it
+                was saved with. Nothing is changed then.
+            RuntimeError: this scheduler has trained with dropped layers already.
         """
-        if missing := STATE - set(state):
-            raise ValueError(
-                f"DropScheduler.load_state_dict: state must be of DropScheduler.state_dict(), got none of {sorted(missing)}"
-            )
-        if list(self.chain.names) != state["layers"]:
-            raise ValueError(
-                "DropScheduler.load_state_dict: state must be of a model with the layers "
-                f"{', '.join(self.chain.names)}; got {', '.join(state['layers'])}"
-            )
-        if len(state["seen"]) != self.loader.size:
-            raise ValueError(
-                f"DropScheduler.load_state_dict: state must be of a dataset with {self.loader.size} samples, "
-                f"got {len(state['seen'])}"
-            )
+        self._check_open("load_state_dict")
+        checkpoint.load_state(self, state)
+
+    def _decide_before_training(self) -> None:
+        """Ask the policy as epoch 0, before any score."""
+        situation, choices = self._situation(0, None, 0.0)
+        reason = self._follow(situation, choices)
         if self.prefix:
-            raise RuntimeError(
-                "DropScheduler.load_state_dict: wanted a scheduler that has not dropped yet, call undrop()"
-            )
-        if weights_digest(self.chain, state["prefix"]) != state["fingerprint"]:
-            raise ValueError(
-                "DropScheduler.load_state_dict: the dropped layers must have the weights and buffers that the state "
-                "was saved with, and they differ; load the model's state_dict first"
-            )
-        deltas = self._deltas_from(state["prefix"])
-        deltas.load_state_dict(state["deltas"])
-        history = [record_of(values) for values in state["history"]]
-        self.loader.epochs = state["epochs_loaded"]
-        self.loader.batches.seen = state["seen"].clone()
-        self.loader.view_offset = state["view_offset"].clone()
-        self.loader.generator.set_state(state["generator"])
-        self.model.autocast = None if state["autocast"] is None else getattr(torch, state["autocast"])
-        found = self.keeper.find(state["rows_file"], [0, *state["cuts"]][-1], self.model.autocast)
-        for cut in state["cuts"] if found is None else state["cuts"][-1:]:
-            self._drop(cut, cut, found)
-        self.cuts = list(state["cuts"])
-        if state["prefix"] > self.prefix:
-            self._drop(state["prefix"], self.cut)
-        self._deltas, self.history = deltas, history
+            nothing = (None,) * len(self.chain)
+            self.history.append(self._record(reason, changes=nothing, scores=nothing))
 
-    def _deltas_from(self, first: int) -> Deltas:
-        layers = [list(self.chain.layer(i).parameters()) for i in range(first, len(self.chain))]
-        return Deltas(layers, model=self.base_model)
-
-    def _whole_epoch_seconds(self) -> float:
-        """The median of the epochs in which nothing was dropped."""
-        before = [0, *(record.prefix for record in self.history)]
-        seconds = [*(record.epoch_seconds for record in self.history), self.loader.seconds]
-        return statistics.median([s for s, prefix in zip(seconds, before, strict=True) if prefix == 0])
-
-    def _check_trained(self) -> None:
-        if self.model.calls == 0:
-            raise RuntimeError(
-                "drop.step: wanted drop.model to be trained on drop.loader, got an epoch without a call of it"
-            )
-        self.model.calls = 0
-        if self.check_input and self.model.foreign is not None:
-            raise RuntimeError(
-                "drop.step: drop.model must get the batch's input as drop.loader gave it, got another tensor "
-                f"{list(self.model.foreign)}; what the loop does to images it would do to cached rows too: move it "
-                "into the dataset or the model, or say check_input=False where it is meant for both"
-            )
-
-    def _check_finite(self, changes: Sequence[LayerChange]) -> None:
-        for name, change in zip(self.chain.names[self.prefix :], changes, strict=True):
-            if change.nonfinite:
-                raise ValueError(
-                    f"drop.step: weights must be finite, got {change.nonfinite} NaN or inf in layer {name}"
-                )
-
-    def _decide(self, situation: Situation) -> Decision:
-        decision = self.policy(situation)
-        last = len(self.chain) - 1
-        if not self.prefix <= decision.prefix <= last:
-            raise ValueError(f"drop.step: policy must decide on {self.prefix}..{last} layers, got {decision.prefix}")
-        return decision
-
-    def _tiers(self) -> list[costs.TierCost]:
-        """What rows cost in each tier now: the speeds are measured once."""
-        if not self.keeps_rows:
-            return []
-        budgets = budgets_of(self.config, self.device)
-        if self._speeds is None:
-            self._speeds = tier_speeds(budgets, self.config, self.device)
-        return tier_costs(budgets, self._speeds)
-
-    def _choices(self, tiers: Sequence[costs.TierCost]) -> list[costs.CutChoice]:
-        """For each prefix length, where its rows would be kept."""
-        if not self.keeps_rows:
-            return [costs.CutChoice(0, 0, "frozen, no rows kept")] * len(self.chain)
-        return [
-            costs.choose_cut(
-                self.costs,
-                prefix,
-                kept=self.cut,
-                rows=self.keeper.count(),
-                codec=self.config.codec,
-                tiers=tiers,
-                augmented=self.config.augmented,
-            )
-            for prefix in range(len(self.chain))
-        ]
-
-    def _estimate(self, prefix: int, cut: int, tiers: Sequence[costs.TierCost]) -> costs.Estimate:
-        rows = self.keeper.count()
-
-        def read_seconds(cut: int) -> float:
-            shape = self.costs[cut - 1].shape if cut else None
-            return 0.0 if shape is None else costs.row_seconds(shape, rows, self.config.codec, tiers) or 0.0
-
-        return costs.estimate(
-            self.costs,
-            before=(self.prefix, self.cut),
-            after=(prefix, cut),
-            epoch_seconds=self.loader.seconds,
-            samples=self.loader.samples,
-            rows=rows,
-            read_seconds=(read_seconds(self.cut), read_seconds(cut)),
+    def _situation(
+        self, epoch: int, measured: tuple[float | None, ...] | None, epoch_seconds: float
+    ) -> tuple[Situation, list[costs.CutChoice]]:
+        run, choices = self.ledger.run_costs()
+        fill_seconds, saved_seconds = run.drop_estimates(self.prefix)
+        whole = run.epoch_seconds(0)
+        situation = Situation(
+            epoch=epoch,
+            epochs=self.epochs,
+            prefix=self.prefix,
+            layers=self.chain.names,
+            scores=(*(r.scores for r in self.history if r.epoch), *([measured] if measured is not None else [])),
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            fill_seconds=fill_seconds,
+            saved_seconds=saved_seconds,
+            epoch_seconds=whole,
+            costs=run,
+            elapsed_seconds=self.ledger.elapsed(self.history) + epoch_seconds,
+            full_seconds=whole * (self.epochs or 0),
+            undropped=self._undropped,
         )
+        return situation, choices
 
-    def _drop(self, prefix: int, cut: int, found: Rows | None = None) -> int:
-        """Fill rows after `cut` layers, freeze `prefix` layers and go on with the rest; the number of rows filled.
+    def _follow(self, situation: Situation, choices: list[costs.CutChoice]) -> str:
+        """Ask the policy and do what it decides; the reason in words."""
+        decision = checked_decision(self.policy(situation), self.prefix, len(self.chain) - 1)
+        decision, choices = from_rank_zero((decision, choices))
+        if decision.prefix <= self.prefix:
+            return decision.reason
+        choice = choices[decision.prefix]
+        self._drop(decision.prefix, choice.cut, situation)
+        return f"{decision.reason}; {choice.reason}"
 
-        found: rows after `cut` layers that there are already. All that can fail comes before anything that the user
-        sees is changed.
+    def _drop(self, prefix: int, cut: int, situation: Situation) -> None:
+        """Freeze `prefix` layers, keep rows after `cut` of them, and go on with the rest.
+
+        All that can fail comes before anything that the user sees is changed.
         """
-        before = self.cut
-        rows = found or self.loader.rows
-        filled = 0
         share_buffers(self.chain.prefix(prefix).buffers())
-        if cut > before and found is None:
-            rows = self.keeper.filled(before, cut, self.model.autocast)
-            filled = int(rows.cache.filled.sum())
         body = live_body(self.base_model, self.chain, cut, prefix, self.wrap)
-        self._frozen.append(freeze(self.base_model, self.chain, prefix))
-        if cut > before:
-            self.keeper.free()
-            self.cuts.append(cut)
-        self.loader.rows = rows
+        if cut > self.cut:
+            left = None if self.epochs is None else self.epochs - situation.epoch
+            rows = self.rows.expected_rows(self.loader.batches.seen)
+            self.rows.advance(cut, rows=rows, stores=left is None or left > self.rows.views)
         self._deltas.drop_first(prefix - self.prefix)
-        self.prefix = prefix
+        self._freeze(prefix, body)
+
+    def _freeze(self, prefix: int, body: nn.Module) -> None:
+        frozen = FrozenPrefix(self.base_model, self.chain, prefix, self.optimizer, before=self.rows.frozen)
+        self.rows.frozen = self.model.frozen = frozen
+        self.ledger.prefix_before, self.prefix = self.prefix, prefix
+        HOLDERS[self.base_model] = weakref.ref(self)
         self._show(body)
-        return filled
+
+    def _release(self) -> None:
+        """Make all layers live again."""
+        if self.rows.frozen is not None:
+            self.rows.frozen.release()
+        self.rows.frozen = self.model.frozen = None
+        self.rows.clear()
+        self.prefix = 0
+        HOLDERS.pop(self.base_model, None)
+        self._show(live_body(self.base_model, self.chain, 0, 0, self.wrap))
+        self._deltas = self._deltas_from(0)
+
+    def _close(self, *, keep_files: bool) -> None:
+        if self.loader.closed:
+            return
+        self.loader.closed = True
+        if self.prefix:
+            self._release()
+        if not keep_files:
+            self.rows.file.delete()
 
     def _show(self, body: nn.Module) -> None:
         training = self.model.training
         self.model.body = body
         self.model.train(training)
+        if self.rows.frozen is not None:
+            self.rows.frozen.hold_eval()
         self.model.row_shape = self.chain.layer(self.cut - 1).shape if self.cut else None
+
+    def _follow_code(self) -> None:
+        """Split the model anew where what its forward reads from its modules has moved since."""
+        stale = getattr(self.chain, "stale", lambda: None)()
+        if stale is None:
+            return
+        chain = split_layers(self.base_model, self.rows.example[:2], layers=self._layer_names)
+        if chain.names != self.chain.names:
+            raise RuntimeError(f"drop.step: the model must keep its layers, got others since {stale}")
+        self.chain = self.rows.chain = chain
+        if self.prefix:
+            warnings.warn(f"drop.step: the rows are made anew: {stale}", RuntimeWarning, stacklevel=3)
+            self.rows.find(None, self.rows.cuts) if self.rows.cuts else None
+            self._freeze(self.prefix, live_body(self.base_model, chain, self.cut, self.prefix, self.wrap))
+
+    def _record(self, reason: str, **values: Any) -> Record:
+        cache = self.rows.cache
+        return Record(
+            epoch=self.epoch,
+            prefix=self.prefix,
+            cut=self.cut,
+            reason=reason,
+            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            forecast_seconds=self._forecast_seconds,
+            row_bytes=cache.row_bytes if cache is not None else 0,
+            cache_bytes=cache.nbytes if cache is not None else 0,
+            **values,
+        )
+
+    def _forget_ledger(self) -> None:
+        self.loader.forget_ledger()
+        self.rows.forget_ledger()
+        self.model.calls = self.model.eval_calls = 0
+
+    def _deltas_from(self, first: int) -> Deltas:
+        layers = [list(self.chain.layer(i).parameters()) for i in range(first, len(self.chain))]
+        return Deltas(layers, model=self.base_model)
+
+    def _check_open(self, name: str) -> None:
+        if self.loader.closed:
+            raise RuntimeError(f"drop.{name}: the DropScheduler must be open, and it was closed")
+
+    def _say_saturated(self) -> None:
+        cache = self.rows.cache
+        if cache is not None and not self._said_saturated and getattr(cache, "saturated", False):
+            self._said_saturated = True
+            warnings.warn(
+                f"drop.step: activations after {self.chain.names[self.cut - 1]} are larger than 65504 and were stored as "
+                "that by the codec fp16; take cache='bf16' or 'fp32'",
+                RuntimeWarning,
+                stacklevel=3,
+            )

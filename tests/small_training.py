@@ -73,3 +73,9 @@ class Jittered(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = self.data[index]
         return x + torch.rand(()), y
+
+
+def prefix_rows(drop: DropScheduler, k: int) -> torch.Tensor:
+    """What the first k layers make of the small data."""
+    with torch.no_grad():
+        return drop.chain.prefix(k).eval()(data().tensors[0])

@@ -44,10 +44,13 @@ def train(rank: int, store: str, out: str) -> None:
             nn.functional.cross_entropy(drop.model(x), y).backward()
             optimizer.step()
         drop.step()
-    rows = drop.loader.rows
-    assert rows is not None
     kept = {"model": model.state_dict(), "reason": drop.history[0].reason, "prefix": drop.prefix}
-    torch.save(kept | {"rows": rows.cache.gather(torch.arange(24))}, f"{out}/{rank}.pt")
+    ids = drop.rows.slots.drawn()
+    assert drop.rows.cache is not None
+    rows = drop.rows.cache.gather(drop.rows.slots.places(ids, 0))
+    with torch.no_grad():
+        wanted = drop.chain.prefix(1).eval()(data.tensors[0][ids])
+    torch.save(kept | {"right": torch.allclose(rows, wanted, atol=1e-6), "rows": len(ids)}, f"{out}/{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -57,6 +60,8 @@ def test_two_ranks_under_ddp_drop_alike(tmp_path: Path) -> None:
     assert first["prefix"] == second["prefix"] == 1
     assert first["reason"] == second["reason"]
     assert first["reason"].startswith("rank 0 said so")
-    assert torch.equal(first["rows"], second["rows"])
+    assert first["right"]
+    assert second["right"]
+    assert first["rows"] >= 12
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation
-from small_training import Jittered, Net, data, epoch, parts
+from learndrop_ext.data.drift import PROBES
+from small_training import Jittered, Net, data, epoch, parts, prefix_rows
 
 
 def test_the_eight_line_loop_works_with_all_defaults() -> None:
@@ -43,7 +44,7 @@ def test_step_records_what_it_saw_and_did() -> None:
     # Multiplies and adds of 3x3 convolutions on 8x8 and 4x4 outputs, and of the classifier.
     conv1, conv2, conv3, fc = 2 * 64 * 4 * 27, 2 * 16 * 6 * 36, 2 * 16 * 8 * 54, 2 * 8 * 5
     assert record.forward_flops == 24 * (conv1 + conv2 + conv3 + fc)
-    assert record.fill_flops == 24 * (conv1 + conv2)
+    assert record.fill_flops == 0
     assert record.row_bytes == 256  # 6 x 4 x 4 fp16 values are 192 bytes, padded to 128
     assert record.cache_bytes == 24 * 256
     assert all(value is not None and value > 0 for value in record.relative)
@@ -51,12 +52,18 @@ def test_step_records_what_it_saw_and_did() -> None:
     epoch(drop, optimizer)
     record = drop.step()
     assert record.forward_flops == 24 * (conv3 + fc)
-    assert record.fill_flops == 0
+    assert record.fill_flops == 24 * (conv1 + conv2)
+    assert 0 < record.fill_seconds < record.epoch_seconds
     assert record.scores[:2] == (None, None)
     assert record.scores[2] is not None
+    assert record.changes[0] is None
+    assert record.changes[2].l2 > 0
+    assert record.forecast_seconds > 0
+    epoch(drop, optimizer)
+    assert drop.step().fill_flops == 0
 
 
-def test_after_a_drop_no_image_is_read_and_the_prefix_stays() -> None:
+def test_images_are_read_once_after_a_drop_and_the_prefix_stays() -> None:
     read: list[int] = []
 
     class Counted(TensorDataset):
@@ -73,10 +80,14 @@ def test_after_a_drop_no_image_is_read_and_the_prefix_stays() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     read.clear()
     epoch(drop, optimizer)
+    assert sorted(read) == list(range(24))
     drop.step()
     assert drop.prefix == 3
-    epoch(drop, optimizer)
-    assert read == []
+    read.clear()
+    for _ in range(2):
+        epoch(drop, optimizer)
+    # A few are read again at each epoch, to see whether they are still what they were.
+    assert len(read) <= 2 * PROBES
     after = model.state_dict()
     for name, value in before.items():
         same = torch.equal(value, after[name])
@@ -89,19 +100,25 @@ def test_the_model_stays_whole() -> None:
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
     epoch(drop, optimizer)
     drop.step()
-    epoch(drop, optimizer)
-    model.train()
     running = model.bn1.running_mean.clone()
-    assert not model.bn1.training
-    assert model.conv3.training
-    model(torch.randn(4, 3, 8, 8))
+    for x, _ in drop.loader:
+        model.train()
+        drop.model(x)
+        assert model.conv3.training
     assert torch.equal(model.bn1.running_mean, running)
-    model.eval()
-    x = torch.stack([data()[i][0] for i in range(8)])
-    with torch.no_grad():
-        rows = drop.loader.rows
-        assert rows is not None
-        assert torch.equal(model(x), drop.model.eval()(rows.cache.gather(torch.arange(8))))
+    for x, y in drop.loader:
+        assert not model.bn1.training
+        images, labels = data().tensors
+        model.eval()
+        ids = [
+            next(i for i in range(24) if labels[i] == one and torch.equal(row, drop_rows[i]))
+            for one, row in zip(y, x, strict=True)
+            for drop_rows in [prefix_rows(drop, 2)]
+        ]
+        with torch.no_grad():
+            assert torch.equal(model(images[ids]), drop.model.eval()(x))
+        model.train()
+        drop.model.train()
     assert list(model.state_dict()) == keys
     assert list(copy.deepcopy(model).state_dict()) == keys
     buffer = io.BytesIO()
@@ -114,21 +131,14 @@ def test_views_keep_several_readings_of_each_sample() -> None:
     epoch(drop, optimizer)
     record = drop.step()
     assert record.cache_bytes == 24 * 4 * record.row_bytes
-    rows = drop.loader.rows
-    assert rows is not None
-    views = rows.cache.gather(torch.arange(4))
-    assert len({float(view.sum()) for view in views}) == 4
-    seen = []
-    for _ in range(4):
-        images = {}
-        for x, y in drop.loader:
-            del y
-            for row in x:
-                images[float(row.sum())] = row
-        seen.append(set(images))
-        drop.loader.position = None
-    assert len(set.union(*seen)) == 96  # each epoch draws another view of each sample
+    seen = [{float(row.sum()) for x, _ in drop.loader for row in x} for _ in range(8)]
     assert all(len(one) == 24 for one in seen)
+    assert len(set.union(*seen[:4])) == 96  # fresh images in the first four epochs
+    assert seen[4:] == seen[:4]  # and then their rows, view by view
+    cache = drop.rows.cache
+    assert cache is not None
+    views = cache.gather(torch.arange(4))
+    assert len({float(view.sum()) for view in views}) == 4
 
 
 def test_labels_and_the_rest_of_the_batch_stay_with_their_rows() -> None:
@@ -192,9 +202,10 @@ def test_undrop_trains_the_whole_model_again() -> None:
     assert drop.prefix == 0
     assert drop.cut == 0
     before = model.conv1.weight.clone()
-    drop.policy = Fixed({})
     epoch(drop, optimizer)
     drop.step()
+    # What was set for an earlier epoch does not count any more.
+    assert drop.prefix == 0
     assert not torch.equal(model.conv1.weight, before)
     assert model.bn1.training
 
@@ -227,12 +238,14 @@ def test_a_sampler_of_few_samples_fills_only_those_and_fetches_the_others_when_d
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
     epoch(drop, optimizer)
     drop.step()
-    rows = drop.loader.rows
-    assert rows is not None
-    assert len(rows.cache.filled) == 4
+    cache = drop.rows.cache
+    assert cache is not None
+    assert len(cache.filled) == 4
+    epoch(drop, optimizer)
+    assert len(cache.filled) == 4
     chosen.ids = [9, 11, 3, 0]
     got = [(x, y) for x, y in drop.loader]
-    assert len(rows.cache.filled) == 6
+    assert int(cache.filled.sum()) == 6
     images, labels = data().tensors
     ids = torch.tensor(chosen.ids)
     with torch.no_grad():
@@ -283,11 +296,15 @@ def test_the_policy_sees_what_an_epoch_took_before_anything_was_dropped() -> Non
 
     model, optimizer, loader = parts()
     drop = DropScheduler(model, optimizer, loader, policy=policy)
-    for seconds in (5.0, 1.0, 2.0, 0.5, 0.25):
+    for seconds in (5.0, 1.0, 2.0):
         epoch(drop, optimizer)
-        drop.loader.seconds = seconds
+        drop.loader._given[1] = seconds
         drop.step()
-    assert [situation.epoch_seconds for situation in seen] == [5.0, 3.0, 2.0, 2.0, 2.0]
+    # The newest epoch counts half.
+    assert [situation.epoch_seconds for situation in seen[1:]] == pytest.approx([5.0, 3.0, 2.5])
+    assert seen[0].epoch == 0
+    assert seen[0].scores == ()
+    assert seen[3].elapsed_seconds >= 8.0
 
 
 def test_rows_spill_to_disk_and_train_the_same(tmp_path: Path) -> None:
@@ -304,9 +321,8 @@ def test_rows_spill_to_disk_and_train_the_same(tmp_path: Path) -> None:
     # 24 rows after conv1 take 1 KiB each: 2 KiB hold none beside the areas that rows from the disk go through.
     got, drop = run(CacheConfig(codec="fp32", budget_bytes=2048, disk_bytes=1 << 20, disk_dir=str(tmp_path)))
     assert got == wanted
-    rows = drop.loader.rows
-    assert rows is not None
-    assert rows.cache.plan.disk > 0
+    assert drop.rows.cache is not None
+    assert drop.rows.cache.plan.disk > 0
     assert len(list(tmp_path.iterdir())) == 1
     drop.undrop()
     assert list(tmp_path.iterdir()) == []

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation
-from small_training import Jittered, Net, data, epoch, parts
+from small_training import Jittered, Net, data, epoch, parts, prefix_rows
 
 
 class Stream(IterableDataset[Any]):
@@ -23,7 +24,7 @@ class Stream(IterableDataset[Any]):
 def test_a_random_dataset_is_refused_and_the_ways_out_are_named() -> None:
     model, optimizer, loader = parts(Jittered())
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match=r"same image for the same id .* views=V .* without randomness"):
+    with pytest.raises(ValueError, match=r"same sample for the same id .* views=V .* without randomness"):
         DropScheduler(model, optimizer, loader)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -35,8 +36,9 @@ def test_load_state_dict_refuses_another_model_or_other_weights() -> None:
     epoch(drop, optimizer)
     drop.step()
     state = drop.state_dict()
-    with pytest.raises(RuntimeError, match=r"scheduler that has not dropped yet"):
+    with pytest.raises(RuntimeError, match=r"scheduler that has not trained with dropped layers"):
         drop.load_state_dict(state)
+    drop.close()
     torch.manual_seed(9)
     other = Net()
     fresh = DropScheduler(other, torch.optim.SGD(other.parameters(), lr=0.1), loader)
@@ -49,8 +51,8 @@ def test_load_state_dict_refuses_another_model_or_other_weights() -> None:
     another = DropScheduler(small, torch.optim.SGD(small.parameters(), lr=0.1), loader)
     with pytest.raises(ValueError, match=r"layers 0, 3; got conv1, conv2, conv3, fc"):
         another.load_state_dict(state)
-    state["seen"] = state["seen"][:-1]
-    with pytest.raises(ValueError, match=r"dataset with 24 samples, got 23"):
+    state["seen"] = torch.ones(25, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"dataset with 24 samples or fewer, got 25"):
         fresh.load_state_dict(state)
 
 
@@ -76,26 +78,28 @@ def test_load_state_dict_changes_nothing_where_any_part_of_the_state_does_not_fi
         fresh = DropScheduler(same, torch.optim.SGD(same.parameters(), lr=0.1), again, policy=Fixed({1: 2}))
         with pytest.raises(ValueError, match=message):
             fresh.load_state_dict(state)
-        assert (fresh.prefix, fresh.cuts, fresh.history, fresh.loader.epochs) == (0, [], [], 0)
-        assert fresh.loader.rows is None
+        assert (fresh.prefix, fresh.rows.cuts, fresh.history, fresh.loader.epochs) == (0, [], [], 0)
+        assert fresh.rows.cache is None
         assert all(p.requires_grad for p in same.parameters())
         fresh.load_state_dict(whole)
         assert fresh.prefix == 2
 
 
-def test_step_before_an_epoch_ended_is_refused() -> None:
+def test_step_without_training_is_refused() -> None:
     model, optimizer, loader = parts()
     drop = DropScheduler(model, optimizer, loader)
-    with pytest.raises(RuntimeError, match=r"finished epoch of drop.loader, got none"):
-        drop.step()
-    next(iter(drop.loader))
-    with pytest.raises(RuntimeError, match=r"finished epoch of drop.loader \(3 batches\), got 1 batches"):
+    with pytest.raises(RuntimeError, match=r"wanted batches of drop.loader since the last step, got none"):
         drop.step()
     epoch(drop, optimizer)
     drop.step()
-    with pytest.raises(RuntimeError, match=r"got none since the last step"):
+    with pytest.raises(RuntimeError, match=r"since the last step, got none"):
         drop.step()
     assert len(drop.history) == 1
+    drop.model.eval()
+    for x, _ in drop.loader:
+        drop.model(x)
+    with pytest.raises(RuntimeError, match=r"got calls of it in eval mode only: call model.train\(\)"):
+        drop.step()
 
 
 def test_step_names_the_layer_with_weights_that_are_not_finite() -> None:
@@ -120,7 +124,7 @@ def test_step_refuses_a_loop_that_trains_something_else() -> None:
     drop = DropScheduler(model, optimizer, loader)
     for x, _ in drop.loader:
         drop.model(2 * x)
-    with pytest.raises(RuntimeError, match=r"must get the batch's input .* got another tensor \[8, 3, 8, 8\]"):
+    with pytest.raises(RuntimeError, match=r"must get the batch's input .* got \[8, 3, 8, 8\]"):
         drop.step()
     drop = DropScheduler(model, optimizer, loader, check_input=False)
     for x, _ in drop.loader:
@@ -142,13 +146,38 @@ def test_a_policy_that_goes_back_or_too_far_is_refused() -> None:
         model, optimizer, loader = parts()
 
         def policy(situation: Situation, wanted: int = wanted) -> Decision:
-            return Decision(wanted, "because")
+            return Decision(wanted if situation.epoch else 0, "because")
 
         drop = DropScheduler(model, optimizer, loader, policy=policy)
         epoch(drop, optimizer)
         with pytest.raises(ValueError, match=rf"policy must decide on 0..3 layers, got {wanted}"):
             drop.step()
         assert drop.prefix == 0
+
+
+@pytest.mark.parametrize(
+    ("decided", "error", "message"),
+    [
+        (None, TypeError, "policy must return a Decision, got NoneType"),
+        (Decision(2.0, ""), TypeError, "policy must decide on a whole number of layers, got 2.0"),  # type: ignore[arg-type]
+        (Decision(Decision, ""), TypeError, "policy must decide on a whole number of layers, got <class"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_decision_that_is_none_is_refused(decided: Any, error: type[Exception], message: str) -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(
+        model, optimizer, loader, policy=lambda situation: decided if situation.epoch else Decision(0, "")
+    )
+    epoch(drop, optimizer)
+    with pytest.raises(error, match=message):
+        drop.step()
+
+
+def test_a_decision_in_numpy_integers_is_followed() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=lambda situation: Decision(np.int64(2), ""))
+    assert drop.prefix == 2
+    assert type(drop.prefix) is int
 
 
 def test_bad_arguments_are_refused_before_anything_is_changed() -> None:
@@ -166,9 +195,11 @@ def test_bad_arguments_are_refused_before_anything_is_changed() -> None:
         ({"model": nn.ReLU()}, ValueError, r"parameters on one device, got no parameters"),
         ({"cache": 3}, TypeError, r"cache must be a CacheConfig, a codec or None, got int"),
         ({"cache": "fp8"}, ValueError, r"codec must be one of fp32, bf16, fp16, uint8, got 'fp8'"),
-        ({"cache": CacheConfig(device="cuda")}, ValueError, r"cache must be on the model's device, cpu, got .*cuda"),
         ({"cache": CacheConfig(disk_dir="/none")}, ValueError, r"disk_dir that is a folder to write to, got .*'/none'"),
         ({"views": 0}, ValueError, r"views must be a whole number >= 1, got 0"),
+        ({"policy": Fixed}, TypeError, r"policy must be a function of a Situation, got <class"),
+        ({"policy": 3}, TypeError, r"policy must be a function of a Situation, got 3"),
+        ({"epochs": True}, ValueError, r"epochs must be a whole number >= 1 or None, got True"),
         ({"epochs": 0}, ValueError, r"epochs must be a whole number >= 1 or None, got 0"),
         ({"input": 7}, ValueError, r"input must be the place of the model's input in a batch, got 7"),
         ({"layers": ["nope"]}, ValueError, r"layers must name modules of the model, got 'nope'"),
@@ -182,7 +213,7 @@ def test_bad_arguments_are_refused_before_anything_is_changed() -> None:
         assert torch.equal(value, weights[name])
 
 
-def test_a_fill_that_fails_leaves_everything_as_it_was() -> None:
+def test_an_epoch_that_a_broken_sample_ends_can_be_begun_again() -> None:
     class Breaks(TensorDataset):
         broken = False
 
@@ -195,19 +226,49 @@ def test_a_fill_that_fails_leaves_everything_as_it_was() -> None:
 
     dataset = Breaks(*data().tensors)
     model, optimizer, loader = parts(dataset)
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
     epoch(drop, optimizer)
     dataset.broken = True
-    with pytest.raises(OSError, match="disk gone"):
-        drop.step()
-    assert drop.prefix == 0
-    assert drop.loader.rows is None
-    assert all(parameter.requires_grad for parameter in model.parameters())
-    assert model.train().bn1.training
-    dataset.broken = False
-    epoch(drop, optimizer)
     drop.step()
-    assert drop.prefix == 2
+    with pytest.raises(OSError, match="disk gone"):
+        epoch(drop, optimizer)
+    dataset.broken = False
+    labels = data().tensors[1]
+    got = {int(y): x for xs, ys in drop.loader for x, y in zip(xs, ys, strict=True)}
+    wanted = prefix_rows(drop, 2)
+    for label, row in got.items():
+        assert any(torch.equal(row, wanted[i]) for i in range(24) if labels[i] == label)
+    assert bool(drop.rows.cache.filled.all())
+
+
+@pytest.mark.parametrize("fails", ["the policy", "the wrap"])
+def test_a_step_that_fails_can_be_called_again(fails: str) -> None:
+    broken = True
+
+    def policy(situation: Situation) -> Decision:
+        if broken and fails == "the policy" and situation.epoch:
+            raise OSError("no policy")
+        return Decision(2 if situation.epoch else 0, "now")
+
+    def wrap(module: nn.Module) -> nn.Module:
+        if broken and fails == "the wrap" and not isinstance(module, Net):
+            raise OSError("no wrap")
+        return module
+
+    runs = []
+    for broken_once in (False, True):
+        broken = broken_once
+        model, optimizer, loader = parts()
+        drop = DropScheduler(model, optimizer, loader, policy=policy, wrap=wrap)
+        epoch(drop, optimizer)
+        if broken_once:
+            with pytest.raises(OSError, match="no "):
+                drop.step()
+            assert (drop.prefix, drop.rows.cache, drop.history) == (0, None, [])
+            broken = False
+        record = drop.step()
+        runs.append((record.relative, record.prefix, record.samples, epoch(drop, optimizer)))
+    assert runs[0] == runs[1]
 
 
 def test_a_prefix_that_is_no_function_of_the_sample_is_refused() -> None:

@@ -33,6 +33,8 @@ class CacheConfig:
     device: str | None = None
     flip: bool = False
     shift: int = 0
+    mirror: bool = False
+    shared: bool = False
 
     @property
     def augmented(self) -> bool:

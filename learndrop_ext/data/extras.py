@@ -1,37 +1,31 @@
-"""What a batch holds beside the model's input: labels, masks, ids, kept by sample and given back by batch."""
+"""What a batch holds beside the model's input: labels, masks, ids, kept by sample and given back by batch.
+
+B samples in a batch, R places.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 InputKey = int | str
 
-_TUPLE = "a tuple of values"
-
-
-def _per_sample_list(value: Any) -> bool:
-    plain = isinstance(value, list | tuple) and not hasattr(value, "_fields") and len(value) > 0
-    return plain and all(isinstance(v, str | bytes | int | float | bool | None) for v in value)
-
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor on the device; the copies do not block the host."""
+    """Return the batch with every tensor on the device; the copies do not block the host."""
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
-def _flatten(batch: Any) -> tuple[list[tuple[str, Any]], Any]:
-    pairs, spec = pytree.tree_flatten_with_path(batch, is_leaf=_per_sample_list)
-    return [(pytree.keystr(path), leaf) for path, leaf in pairs], spec
-
-
 def input_of(batch: Any, key: InputKey) -> torch.Tensor:
-    """The model's input of a batch: the batch itself if it is a tensor, else the entry at `key`.
+    """Return the model's input of a batch: the batch itself if it is a tensor, else the entry at `key`.
 
-    Raises ValueError when there is no such entry or it is no tensor.
+    Raises:
+        ValueError: there is no such entry, or it is no tensor with a row a sample.
     """
     if isinstance(batch, torch.Tensor):
         return batch
@@ -50,122 +44,269 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
     return found
 
 
-class BatchExtras:
-    """All of a batch but the model's input, kept by slot as `collate_fn` made it.
+def with_input(batch: Any, key: InputKey, model_input: torch.Tensor) -> Any:
+    """Return the batch with another tensor in the place of the model's input."""
+    before = input_of(batch, key)
+    leaves, spec = pytree.tree_flatten(batch)
+    place = next(i for i, leaf in enumerate(leaves) if leaf is before)
+    return pytree.tree_unflatten([*leaves[:place], model_input, *leaves[place + 1 :]], spec)
 
-    Tensors of B rows are stacked to [R, ...] on the device, lists of B plain values are kept as they are. R: slots.
+
+@dataclass(frozen=True)
+class _Entry:
+    """One leaf of a batch. kind: "input", "tensor", "array" or "list" (a value a sample), or "constant"."""
+
+    path: tuple[Any, ...]
+    kind: str
+    form: str  # what all batches have in common, in words
+
+    @property
+    def name(self) -> str:
+        return f"batch{pytree.keystr(self.path)}"
+
+
+class BatchExtras:
+    """All of a batch but the model's input, kept by place as `collate_fn` made it.
+
+    Tensors and numpy arrays of B rows are stacked (tensors on the device), lists and tuples of B values are kept value
+    by value, whatever the values are: strings, None, boxes of different counts. What is the same in every batch (None,
+    a number, a name) is kept once.
+
+    Args:
+        key: place of the model's input in a batch.
+        device: of the tensors that are kept.
     """
 
-    def __init__(self, slots: int, *, key: InputKey, device: torch.device) -> None:
-        self.slots = slots
+    def __init__(self, *, key: InputKey, device: torch.device) -> None:
         self.key = key
         self.device = device
-        self.spec: Any = None
-        self.stacks: list[Any] = []
-        self.kinds: list[str] = []  # of the leaves: what one sample's value is
-        self.place = -1  # of the input among the leaves
+        self._spec: Any = None
+        self._entries: list[_Entry] = []
+        self._stacks: list[Any] = []
 
-    def put(self, batch: Any, slots: torch.Tensor) -> None:
-        """Keep the rest of a batch of B samples at `slots` [B] int64 (CPU). Raises ValueError for an entry that is not
-        per sample, or a batch of another structure, or with entries of another shape or dtype, than the first."""
-        count = len(slots)
-        model_input = input_of(batch, self.key)
-        leaves, spec = _flatten(batch)
-        for path, leaf in leaves:
-            rows = len(leaf) if isinstance(leaf, list | tuple) else leaf.shape[0] if _has_rows(leaf) else None
-            if rows != count:
-                raise ValueError(
-                    f"DropScheduler: every entry of a batch must be a tensor of {count} rows or a list of {count} "
-                    f"values, one a sample, got {_describe(leaf)} at batch{path}"
-                )
-        if self.spec is not None and spec != self.spec:
-            raise ValueError(f"DropScheduler: all batches must have one structure, got {spec} after {self.spec}")
-        kinds = [_kind(leaf) for _, leaf in leaves]
-        for i, (path, _) in enumerate(leaves):
-            if self.kinds and i != self.place and kinds[i] != self.kinds[i]:
-                raise ValueError(
-                    f"DropScheduler: entries of all batches must be alike, wanted {self.kinds[i]} as in the first, "
-                    f"got {kinds[i]} at batch{path}"
-                )
-        if self.spec is None:
-            self.spec = spec
-            self.kinds = kinds
-            self.place = next(i for i, (_, leaf) in enumerate(leaves) if leaf is model_input)
-            self.stacks = [
-                [None] * self.slots
-                if isinstance(leaf, list | tuple)
-                else leaf.new_zeros((0 if i == self.place else self.slots, *leaf.shape[1:]), device=self.device)
-                for i, (_, leaf) in enumerate(leaves)
-            ]
-        where = slots.to(self.device)
-        for i, (_, leaf) in enumerate(leaves):
-            if i == self.place:
-                continue
-            if isinstance(leaf, list | tuple):
-                for slot, value in zip(slots.tolist(), leaf, strict=True):
-                    self.stacks[i][slot] = value
+    def check(self, batch: Any) -> None:
+        """Raise ValueError for a batch that could not be kept, naming the entry."""
+        self._read(batch)
+
+    def put(self, batch: Any, at: torch.Tensor, take: torch.Tensor | None = None) -> None:
+        """Keep the extras of a batch.
+
+        Args:
+            batch: of B samples.
+            at: [B] int64 on the CPU, the places; with `take` [n].
+            take: [n] int64 on the CPU, which samples of the batch are kept; all by default.
+
+        Raises:
+            ValueError: an entry is not per sample, or the batch is not built as the first one was. Nothing is kept.
+        """
+        entries, leaves, spec = self._read(batch)
+        if self._spec is None:
+            self._spec, self._entries = spec, entries
+            self._stacks = [self._new_stack(entry, leaf) for entry, leaf in zip(entries, leaves, strict=True)]
+        for i, (entry, leaf) in enumerate(zip(entries, leaves, strict=True)):
+            if entry.kind in ("tensor", "array"):
+                rows = leaf if take is None else leaf[take if entry.kind == "tensor" else take.numpy()]
+                self._stacks[i] = _put_rows(self._stacks[i], at, rows)
+            elif entry.kind == "list":
+                chosen = range(len(leaf)) if take is None else take.tolist()
+                stack = self._stacks[i]
+                for place, sample in zip(at.tolist(), chosen, strict=True):
+                    stack.extend([None] * (place + 1 - len(stack)))
+                    stack[place] = leaf[sample]
+
+    def get(self, at: torch.Tensor, model_input: torch.Tensor) -> Any:
+        """Return the batch at places [B] int64 (CPU) with `model_input` in the place of the images."""
+        leaves: list[Any] = []
+        where = at if self.device.type == "cpu" else at.to(self.device, non_blocking=True)
+        for entry, stack in zip(self._entries, self._stacks, strict=True):
+            if entry.kind == "input":
+                leaves.append(model_input)
+            elif entry.kind == "tensor":
+                leaves.append(stack.index_select(0, where))
+            elif entry.kind == "array":
+                leaves.append(stack[at.numpy()])
+            elif entry.kind == "list":
+                values = [stack[place] for place in at.tolist()]
+                leaves.append(tuple(values) if entry.form.startswith("a tuple") else values)
             else:
-                self.stacks[i][where] = leaf.to(self.device)
+                leaves.append(stack)
+        return pytree.tree_unflatten(leaves, self._spec)
 
-    def grow(self, slots: int) -> None:
-        """Make room for `slots` samples in all; those that there are stay."""
-        more = slots - self.slots
-        for i, stack in enumerate(self.stacks):
-            if isinstance(stack, list):
-                stack.extend([None] * more)
-            elif i != self.place:
-                self.stacks[i] = torch.cat([stack, stack.new_zeros((more, *stack.shape[1:]))])
-        self.slots = slots
+    def first_difference(self, batch: Any, at: torch.Tensor) -> str | None:
+        """Return the name of the first entry of a batch that is not what is kept at places [B], None if all are."""
+        wanted_leaves = self._leaves(self.get(at, input_of(batch, self.key)))
+        for entry, leaf, kept in zip(self._entries, self._leaves(batch), wanted_leaves, strict=True):
+            if entry.kind != "input" and not _equal(leaf, kept):
+                return entry.name
+        return None
 
     def state(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """All that is kept, as plain values and tensors on the CPU. Raises TypeError where a batch's structure has no
-        such form."""
+        """Return all that is kept, as plain values and tensors on the CPU.
+
+        Raises:
+            TypeError: a batch's structure or a value has no such form.
+        """
         try:
-            spec = pytree.treespec_dumps(self.spec)
+            spec = pytree.treespec_dumps(self._spec)
         except NotImplementedError as error:
             raise TypeError(f"BatchExtras.state: batches must be of plain containers, got {error}") from None
-        stacks = [stack if isinstance(stack, list) else None for stack in self.stacks]
-        values = {"spec": spec, "kinds": self.kinds, "place": self.place, "slots": self.slots, "stacks": stacks}
-        return values, [stack.cpu() for stack in self.stacks if not isinstance(stack, list)]
+        stacks, tensors = [], []
+        for entry, stack in zip(self._entries, self._stacks, strict=True):
+            if entry.kind in ("tensor", "array"):
+                tensors.append(torch.as_tensor(stack).cpu())
+                stack = None
+            stacks.append(stack)
+        entries = [[_plain_path(entry.path), entry.kind, entry.form] for entry in self._entries]
+        return {"spec": spec, "entries": entries, "stacks": stacks}, tensors
 
     @classmethod
-    def of_state(
+    def from_state(
         cls, values: dict[str, Any], tensors: Sequence[torch.Tensor], *, key: InputKey, device: torch.device
     ) -> BatchExtras:
-        """What `state` was taken of, on a device."""
-        rest = cls(values["slots"], key=key, device=device)
-        rest.spec = pytree.treespec_loads(values["spec"])
-        rest.kinds, rest.place = list(values["kinds"]), values["place"]
+        """Return what `state` was taken of, on a device."""
+        extras = cls(key=key, device=device)
+        extras._spec = pytree.treespec_loads(values["spec"])
+        extras._entries = [_Entry(_path_of(path), kind, form) for path, kind, form in values["entries"]]
         left = iter(tensors)
-        rest.stacks = [next(left).to(device) if stack is None else stack for stack in values["stacks"]]
-        return rest
+        for entry, stack in zip(extras._entries, values["stacks"], strict=True):
+            if entry.kind == "tensor":
+                stack = next(left).to(device)
+            elif entry.kind == "array":
+                stack = next(left).numpy()
+            extras._stacks.append(stack)
+        return extras
 
-    def get(self, slots: torch.Tensor, model_input: torch.Tensor) -> Any:
-        """The batch at `slots` [B] int64 (CPU) with `model_input` in the place of the images."""
-        where = slots if self.device.type == "cpu" else slots.to(self.device, non_blocking=True)
-        leaves: list[Any] = []
-        for i, stack in enumerate(self.stacks):
-            if i == self.place:
-                leaves.append(model_input)
-            elif isinstance(stack, list):
-                values = [stack[slot] for slot in slots.tolist()]
-                leaves.append(tuple(values) if self.kinds[i] == _TUPLE else values)
-            else:
-                leaves.append(stack.index_select(0, where))
-        return pytree.tree_unflatten(leaves, self.spec)
+    def _leaves(self, batch: Any) -> list[Any]:
+        """The leaves of a batch that is built as the first one was."""
+        lists = {id(_entry_at(batch, entry.path)) for entry in self._entries if entry.kind == "list"}
+        leaves: list[Any] = pytree.tree_leaves(batch, is_leaf=lambda value: id(value) in lists or value is None)
+        return leaves
+
+    def _read(self, batch: Any) -> tuple[list[_Entry], list[Any], Any]:
+        """The entries of a batch with their leaves, checked against those of the first batch."""
+        model_input = input_of(batch, self.key)
+        count = len(model_input)
+        if self._spec is None:
+
+            def is_leaf(value: Any) -> bool:
+                return value is None or (value is not batch and _is_list_of_samples(value, count))
+        else:
+            lists = {id(_entry_at(batch, entry.path)) for entry in self._entries if entry.kind == "list"}
+
+            def is_leaf(value: Any) -> bool:
+                return value is None or id(value) in lists
+
+        pairs, spec = pytree.tree_flatten_with_path(batch, is_leaf=is_leaf)
+        if self._spec is not None and spec != self._spec:
+            raise ValueError(f"DropScheduler: all batches must have one structure, got {spec} after {self._spec}")
+        seen = False
+        entries = []
+        for i, (path, leaf) in enumerate(pairs):
+            is_input = leaf is model_input and not seen
+            seen = seen or is_input
+            entry = _entry(path, leaf, count, is_input=is_input)
+            if self._entries and entry.form != self._entries[i].form:
+                raise ValueError(
+                    f"DropScheduler: entries of all batches must be alike, wanted {self._entries[i].form} as in the "
+                    f"first, got {entry.form} at {entry.name}"
+                )
+            if self._entries and entry.kind == "constant" and not _equal(leaf, self._stacks[i]):
+                raise ValueError(
+                    "DropScheduler: every entry of a batch must be per sample or the same in all batches, got "
+                    f"{leaf!r} after {self._stacks[i]!r} at {entry.name}"
+                )
+            entries.append(entry)
+        return entries, [leaf for _, leaf in pairs], spec
+
+    def _new_stack(self, entry: _Entry, leaf: Any) -> Any:
+        if entry.kind == "tensor":
+            return torch.empty((0, *leaf.shape[1:]), dtype=leaf.dtype, device=self.device)
+        if entry.kind == "array":
+            return np.empty((0, *leaf.shape[1:]), dtype=leaf.dtype)
+        return [] if entry.kind == "list" else leaf if entry.kind == "constant" else None
 
 
-def _kind(leaf: Any) -> str:
-    if isinstance(leaf, torch.Tensor):
-        return f"{leaf.dtype} rows {list(leaf.shape[1:])}"
-    return _TUPLE if isinstance(leaf, tuple) else "a list of values"
+def _entry(path: tuple[Any, ...], leaf: Any, count: int, *, is_input: bool) -> _Entry:
+    if is_input:
+        return _Entry(path, "input", "the model's input")
+    if isinstance(leaf, torch.Tensor | np.ndarray) and leaf.ndim > 0 and len(leaf) == count:
+        kind = "tensor" if isinstance(leaf, torch.Tensor) else "array"
+        return _Entry(path, kind, f"{leaf.dtype} rows {list(leaf.shape[1:])}")
+    if isinstance(leaf, list | tuple) and len(leaf) == count:
+        return _Entry(path, "list", f"a {type(leaf).__name__} of values")
+    if leaf is None or isinstance(leaf, str | bytes | int | float | np.generic):
+        return _Entry(path, "constant", f"a {type(leaf).__name__}")
+    raise ValueError(
+        f"DropScheduler: every entry of a batch must be a tensor of {count} rows or a list of {count} values, one a "
+        f"sample, or a value that is the same in all batches, got {_describe(leaf)} at batch{pytree.keystr(path)}"
+    )
 
 
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+def _is_list_of_samples(value: Any, count: int) -> bool:
+    """Whether a container holds a value a sample, and is no part of the batch's structure."""
+    if not isinstance(value, list | tuple) or hasattr(value, "_fields") or len(value) != count or count == 0:
+        return False
+    return not all(isinstance(v, torch.Tensor | np.ndarray) and v.ndim > 0 and len(v) == count for v in value)
+
+
+def _put_rows(stack: Any, at: torch.Tensor, rows: Any) -> Any:
+    """The stack with rows [n, ...] at places [n]; its memory grows in steps."""
+    wanted = int(at.max()) + 1 if len(at) else 0
+    if wanted > len(stack):
+        size = max(wanted, len(stack) + len(stack) // 2)
+        if isinstance(stack, torch.Tensor):
+            stack = torch.cat([stack, stack.new_zeros((size - len(stack), *stack.shape[1:]))])
+        else:
+            stack = np.concatenate([stack, np.zeros((size - len(stack), *stack.shape[1:]), dtype=stack.dtype)])
+    if isinstance(stack, torch.Tensor):
+        stack[at.to(stack.device)] = rows.to(stack.device)
+    else:
+        stack[at.numpy()] = rows
+    return stack
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = one.shape == other.shape and one.dtype == other.dtype
+        return same and bool(((one == other.to(one.device)) | ((one != one) & (other != other).to(one.device))).all())
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.shape == other.shape and bool(np.all((one == other) | ((one != one) & (other != other))))
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    return type(one) is type(other) and bool(one == other or (one != one and other != other))
+
+
+def _entry_at(batch: Any, path: tuple[Any, ...]) -> Any:
+    """What stands at a path, None where the batch has no such place."""
+    try:
+        for step in path:
+            batch = step.get(batch)
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None
+    return batch
+
+
+def _plain_path(path: tuple[Any, ...]) -> list[Any]:
+    """A path as JSON has it: its keys, with what kind of step each is."""
+    steps = []
+    for step in path:
+        if isinstance(step, pytree.SequenceKey):
+            steps.append(["sequence", step.idx])
+        elif isinstance(step, pytree.MappingKey) and isinstance(step.key, str | int):
+            steps.append(["mapping", step.key])
+        else:
+            raise TypeError(f"BatchExtras.state: batches must be of plain containers, got {step!r}")
+    return steps
+
+
+def _path_of(steps: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    kinds = {"sequence": pytree.SequenceKey, "mapping": pytree.MappingKey}
+    return tuple(kinds[kind](key) for kind, key in steps)
 
 
 def _describe(leaf: Any) -> str:
-    if isinstance(leaf, torch.Tensor):
-        return f"a tensor {list(leaf.shape)}"
+    if isinstance(leaf, torch.Tensor | np.ndarray):
+        return f"a {'tensor' if isinstance(leaf, torch.Tensor) else 'numpy array'} {list(leaf.shape)}"
     return f"{len(leaf)} values" if isinstance(leaf, list | tuple) else f"a {type(leaf).__name__}"

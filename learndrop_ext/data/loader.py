@@ -3,47 +3,61 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
-from learndrop_ext.data.fill import rebuilt
-
-
-@dataclass
-class Rows:
-    """The cached rows of a drop: slot of each sample id (-1: none), rows and rest by slot x views + view."""
-
-    slots: torch.Tensor  # [N] int64
-    cache: ActivationCache
-    rest: BatchExtras
+from learndrop_ext.data.drift import follow_data, follow_model
+from learndrop_ext.data.extras import InputKey, input_of, to_device
+from learndrop_ext.data.reading import check_loader, rebuilt
+from learndrop_ext.data.rowset import RowSet
+from learndrop_ext.graph.live import LiveModel
 
 
-class _NotingBatches:
-    """The user's batch sampler; it checks each id and notes which were drawn."""
+@dataclass(frozen=True)
+class _Plan:
+    """A batch of samples `ids` [B], of which `read` [n] are read as images."""
 
-    def __init__(self, batch_sampler: Any, size: int) -> None:
+    ids: torch.Tensor
+    read: torch.Tensor
+
+
+class _PlannedBatches:
+    """The user's batch sampler as the reading loader sees it: of each batch the samples that have no row yet.
+
+    It checks each id and notes which were drawn. The whole batches wait in `plans`, in order.
+    """
+
+    def __init__(self, batch_sampler: Any, rows: RowSet) -> None:
         self.batch_sampler = batch_sampler
-        self.size = size
-        self.seen = torch.zeros(size, dtype=torch.bool)
+        self.rows = rows
+        self.seen = torch.zeros(len(rows.slots), dtype=torch.bool)
+        self.plans: deque[_Plan] = deque()
+        self.epoch = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        for ids in self.batch_sampler:
-            index = torch.as_tensor(ids, dtype=torch.int64)
-            outside = index[(index < 0) | (index >= self.size)]
+        for plan in self.draw(iter(self.batch_sampler)):
+            self.plans.append(plan)
+            if len(plan.read):
+                yield plan.read.tolist()
+
+    def draw(self, batches: Iterator[Any]) -> Iterator[_Plan]:
+        """Plan the user's batches as they come."""
+        size = len(self.seen)
+        for ids in batches:
+            index = torch.as_tensor(list(ids), dtype=torch.int64)
+            outside = index[(index < 0) | (index >= size)]
             if len(outside):
                 raise IndexError(
                     "drop.loader: the sampler must name samples of the dataset, "
-                    f"within 0..{self.size - 1}, got {int(outside[0])}"
+                    f"within 0..{size - 1}, got {int(outside[0])}"
                 )
             self.seen[index] = True
-            yield ids
+            yield _Plan(index, self.rows.missing(index, self.epoch))
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -56,133 +70,118 @@ class DropLoader:
     the order draws are the same before and after a drop. Made by DropScheduler.
     """
 
-    def __init__(
-        self, loader: DataLoader[Any], *, key: InputKey, device: torch.device, config: CacheConfig, seed: int
-    ) -> None:
+    def __init__(self, loader: DataLoader[Any], rows: RowSet, live: LiveModel, *, key: InputKey) -> None:
         check_loader(loader)
         self.user = loader
+        self.rows = rows
         self.key = key
-        self.device = device
-        self.config = config
-        self.size = len(loader.dataset)  # type: ignore[arg-type]
-        self.batches = _NotingBatches(loader.batch_sampler, self.size)
+        self.batches = _PlannedBatches(loader.batch_sampler, rows)
         self.images: DataLoader[Any] = rebuilt(loader, self.batches)
-        self.rows: Rows | None = None
-        self.fetch_missing: Callable[[torch.Tensor], None] | None = None
-        self.on_first: Callable[[torch.Tensor], None] | None = None
-        self.generator = torch.Generator().manual_seed(seed)
-        self.view_offset = torch.randint(1 << 30, (self.size,), generator=self.generator)
-        self.epochs = 0
-        self.position: int | None = None  # batches given in the epoch that runs; None: none was begun
-        self.finished = False
-        self.samples = 0
-        self.seconds = 0.0
+        self.epochs = 0  # begun
+        self.closed = False
+        self._live = live
+        self._position = 0  # batches given in this epoch
+        self._persistent = False  # whether workers that outlive an epoch have been started
+        self._given = [0, 0.0]  # samples and seconds since `forget_ledger`
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        self.check_size()
-        self.position, self.finished, self.samples = 0, False, 0
+        if self.closed:
+            raise RuntimeError("drop.loader: the DropScheduler must be open, and it was closed")
+        self._begin_epoch()
         begin = time.perf_counter()
-        for batch in self._images() if self.rows is None else self._cached(self.rows):
-            if self.position == 0 and self.on_first is not None:
-                self.on_first(input_of(batch, self.key))
-            self.position += 1
-            self.samples += len(input_of(batch, self.key))
+        for batch in self._from_images() if self._reads_images() else self._from_rows():
+            x = input_of(batch, self.key)
+            self._live.expect(x)
+            self._given[0] += len(x)
+            self._position += 1
             yield batch
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds = time.perf_counter() - begin
-        self.epochs += 1
-        self.finished = True
+            self._given[1] += time.perf_counter() - begin
+            begin = time.perf_counter()
+        if self.rows.device.type == "cuda":
+            torch.cuda.synchronize(self.rows.device)
+        self._given[1] += time.perf_counter() - begin
+        self.rows.end_epoch()
 
     @property
     def batch_size(self) -> int:
-        """The user's batch size; 128 where a batch sampler names none."""
+        """The user's batch size; 32 where a batch sampler names none."""
         size = getattr(self.user.batch_sampler, "batch_size", None)
-        return size if isinstance(size, int) else 128
+        return size if isinstance(size, int) else 32
 
-    def check_size(self) -> None:
-        """Raise RuntimeError when the dataset's length is no longer what it was."""
-        size = len(self.user.dataset)  # type: ignore[arg-type]
-        if size != self.size:
-            raise RuntimeError(f"drop.loader: the dataset must keep its {self.size} samples, got {size}")
+    @property
+    def ledger(self) -> tuple[int, float]:
+        """The samples given and the seconds of the loop since `forget_ledger`."""
+        return int(self._given[0]), float(self._given[1])
 
-    def check_epoch_done(self) -> None:
-        """Raise RuntimeError unless an epoch has ended since the last call, and forget it."""
-        if self.position is None:
-            raise RuntimeError("drop.step: wanted a finished epoch of drop.loader, got none since the last step")
-        if not self.finished:
-            raise RuntimeError(
-                f"drop.step: wanted a finished epoch of drop.loader ({len(self)} batches), got {self.position} batches"
-            )
-        self.position = None
+    def forget_ledger(self) -> None:
+        """Begin to count anew."""
+        self._given = [0, 0.0]
 
-    def _images(self) -> Iterator[Any]:
-        for batch in self.images:
-            yield to_device(batch, self.device)
+    def _begin_epoch(self) -> None:
+        more = self.rows.follow_size()
+        if more:
+            self.batches.seen = torch.cat([self.batches.seen, torch.zeros(more, dtype=torch.bool)])
+        self.rows.set_autocast(self._live.autocast)
+        follow_model(self.rows)
+        follow_data(self.rows, self.epochs)
+        self.batches.epoch = self.epochs
+        self.batches.plans.clear()
+        self.epochs += 1
+        self._position = 0
 
-    def _cached(self, rows: Rows) -> Iterator[Any]:
-        # A DataLoader draws its workers' seed before the sampler draws the order: draw it too, so that the order is
-        # the one that training on images would have had.
-        torch.empty((), dtype=torch.int64).random_(generator=self.user.generator)
-        drawn = (self._draw(rows, torch.as_tensor(ids, dtype=torch.int64)) for ids in self.batches)
-        if not rows.cache.plan.staging:
-            for at, flip, shift in drawn:
-                yield rows.rest.get(at, rows.cache.gather(at, flip=flip, shift=shift))
-            return
-        # Rows of the slower tiers are read while the batch before them trains.
-        ahead = next(drawn, None)
+    def _reads_images(self) -> bool:
+        """Whether the epoch that begins reads images: where one was drawn that has no row, or nothing was drawn yet."""
+        seen = self.batches.seen
+        return not (bool(seen.any()) and self.rows.complete(seen, self.batches.epoch))
+
+    def _from_images(self) -> Iterator[Any]:
+        """Batches as the user's loader reads them, of images or, once there are rows, of rows made of them."""
+        self._persistent = self.images.num_workers > 0 and self.images.persistent_workers
+        read = iter(self.images)
+        plans = self.batches.plans
+        ended = False
+        while plans or not ended:
+            # The reading loader asks for batches some steps ahead; each asked adds its plans.
+            if not plans or len(plans[0].read):
+                batch = next(read, None)
+                ended = batch is None
+                if ended and not plans:
+                    return
+            else:
+                batch = None
+            while plans and not len(plans[0].read):
+                yield self._batch(plans.popleft(), None)
+            if batch is not None:
+                yield self._batch(plans.popleft(), batch)
+
+    def _from_rows(self) -> Iterator[Any]:
+        """Batches of rows that are there; rows of slower tiers are read while the batch before them trains."""
+        if not self._persistent:
+            # A DataLoader draws its workers' seed before the sampler draws the order: draw it too, so that the order is
+            # the one that training on images would have had. Workers that persist were given theirs long ago.
+            torch.empty((), dtype=torch.int64).random_(generator=self.user.generator)
+        plans = self.batches.draw(iter(self.batches.batch_sampler))
+        ahead = next(plans, None)
         while ahead is not None:
-            at, flip, shift = ahead
-            x = rows.cache.gather(at, flip=flip, shift=shift)
-            ahead = next(drawn, None)
+            batch = self._batch(ahead, None)
+            ahead = next(plans, None) if self.rows.reads_ahead else None
             if ahead is not None:
-                rows.cache.prefetch(ahead[0])
-            yield rows.rest.get(at, x)
+                self.rows.prefetch(ahead.ids, self.batches.epoch)
+            yield batch
+            if ahead is None:
+                ahead = next(plans, None)
 
-    def _draw(self, rows: Rows, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Slots, flips and shifts of the samples of one batch."""
-        missing = index[rows.slots[index] < 0]
-        if len(missing):
-            assert self.fetch_missing is not None
-            self.fetch_missing(missing.unique())
-        at = rows.slots[index] * self.config.views
-        if self.config.views > 1:
-            at += (self.view_offset[index] + self.epochs) % self.config.views
-        flip, shift = self._moves(len(index))
-        return at, flip, shift
-
-    def _moves(self, count: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        flip = shift = None
-        if self.config.flip:
-            flip = torch.rand(count, generator=self.generator) < 0.5
-        if self.config.shift:
-            most = self.config.shift
-            shift = torch.randint(-most, most + 1, (count, 2), generator=self.generator)
-        return flip, shift
-
-
-def check_loader(loader: DataLoader[Any]) -> None:
-    """Raise TypeError or ValueError for a loader whose samples cannot be told apart by id."""
-    if not isinstance(loader, DataLoader):
-        raise TypeError(f"DropScheduler: loader must be a torch DataLoader, got {type(loader).__name__}")
-    if type(loader).__iter__ is not DataLoader.__iter__:
-        raise TypeError(
-            f"DropScheduler: loader must iterate as a torch DataLoader does, got {type(loader).__name__} "
-            "with an __iter__ of its own"
-        )
-    if isinstance(loader.dataset, IterableDataset):
-        raise TypeError(
-            "DropScheduler: loader must be over a dataset with ids (__getitem__ and __len__), got an IterableDataset, "
-            f"{type(loader.dataset).__name__}, whose samples have none to keep rows by"
-        )
-    if not hasattr(loader.dataset, "__len__"):
-        raise TypeError(
-            f"DropScheduler: loader must be over a dataset with a length, got {type(loader.dataset).__name__} without"
-        )
-    if loader.batch_sampler is None:
-        raise ValueError("DropScheduler: loader must batch: give it batch_size or batch_sampler, got batch_size=None")
-    if len(loader.dataset) == 0:
-        raise ValueError("DropScheduler: loader must have samples, got an empty dataset")
+    def _batch(self, plan: _Plan, read: Any) -> Any:
+        epoch = self.batches.epoch
+        if read is not None:
+            read = to_device(read, self.rows.device)
+        if self.rows.cache is None:
+            return self.rows.images(self.rows.read(plan.ids, epoch) if read is None else read, plan.ids, epoch)
+        if self._position == 1:
+            # Before the first step nobody knows the autocast that it will run under.
+            self.rows.set_autocast(self._live.autocast)
+        self.rows.hold_eval()
+        return self.rows.batch(plan.ids, epoch, read, plan.read)

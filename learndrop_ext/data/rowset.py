@@ -1,44 +1,57 @@
-"""The rows of a drop: made of images or of the rows before them, kept in a file, and found there by a resumed run."""
+"""The one owner of the rows of a drop: which samples have rows, where they are, and how missing ones are made.
+
+B samples in a batch, N in the dataset, V views of each, D values per row. A sample has a slot, given when it is first
+drawn; the row of a view lies at place slot * V + view.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
-import re
-import uuid
 import warnings
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.cache.file import CacheFileError, Sidecar, remove_abandoned
-from learndrop_ext.cache.fingerprint import Fingerprint, describe, weights_digest
 from learndrop_ext.cache.plan import budgets_of
-from learndrop_ext.data import fill
-from learndrop_ext.data.extras import BatchExtras
-from learndrop_ext.data.loader import DropLoader, Rows
-from learndrop_ext.distributed import several_processes
-from learndrop_ext.graph.chain import Chain, Segment
+from learndrop_ext.data import rowfile
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
+from learndrop_ext.data.fill import Stages, check_purity
+from learndrop_ext.data.reading import read_batch
+from learndrop_ext.data.slots import SlotTable, filled_at
+from learndrop_ext.data.stopwatch import Stopwatch
+from learndrop_ext.graph.chain import Chain
+from learndrop_ext.graph.freeze import FrozenPrefix
+from learndrop_ext.rng import fork_rng
 
 
 class RowSet:
-    """Makes, keeps and finds the rows of the layers of `chain`, for the samples of `loader`.
+    """Rows of the layers of a chain, made as their samples are first drawn.
 
-    model: whose parts are named where a layer's rows are no function of the sample. example: the first model inputs
-    of the dataset. seed: of the random state in which samples are read.
+    In the epoch after a drop each batch comes from where it can be had (images, or the rows of an earlier drop), goes
+    through the newly frozen layers, is stored, and is given out as it was stored. From then on it is gathered.
+
+    Args:
+        chain: the model's layers.
+        model: whose modules are named where a row is no function of its sample.
+        loader: the user's, for samples that have to be read again.
+        config: codec, views, budgets, folder.
+        key: place of the model's input in a batch.
+        example: [B, ...], the first model inputs of the dataset, on the model's device.
+        seed: of the views drawn, and of the random state in which samples are read again.
     """
 
     def __init__(
         self,
         chain: Chain,
         model: nn.Module,
-        loader: DropLoader,
-        config: CacheConfig,
+        loader: DataLoader[Any],
         *,
+        config: CacheConfig,
+        key: InputKey,
         example: torch.Tensor,
         seed: int,
     ) -> None:
@@ -46,165 +59,348 @@ class RowSet:
         self.model = model
         self.loader = loader
         self.config = config
+        self.key = key
         self.example = example
-        self.seed = seed
         self.device = example.device
-        self.file: str | None = None  # the name of the file last written or found
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.slots = SlotTable(len(loader.dataset), self.views, self.generator)  # type: ignore[arg-type]
+        self.cuts: list[int] = []  # the cut of every drop that has rows, oldest first
+        self.file = rowfile.RowFileKeeper(config)
+        self.frozen: FrozenPrefix | None = None  # what the rows are made by
+        self.extras = BatchExtras(key=key, device=self.device)
+        self._stages = Stages(config, self.device)
+        self._watch = Stopwatch(self.device)
+        self._made = [0, 0]  # rows made of images and of older rows since `forget_ledger`
+        self._stores = True  # whether rows are stored at all
+        self._full = False  # whether a row was met that the budgets do not hold
+        self.cache: ActivationCache | None = None  # the rows by place; None while images are given
+        self._older: ActivationCache | None = None
 
-    def ids(self) -> torch.Tensor:
-        """The samples to keep rows of: all, or those drawn so far where they are less than half."""
-        seen = self.loader.batches.seen
-        return torch.nonzero(seen).flatten() if 2 * int(seen.sum()) < len(seen) else torch.arange(len(seen))
+    @property
+    def cut(self) -> int:
+        """After how many layers rows are kept; 0 while images are given."""
+        return self.cuts[-1] if self.cuts else 0
 
-    def count(self) -> int:
-        """Rows that a fill from images makes."""
-        return len(self.ids()) * self.config.views
+    @property
+    def views(self) -> int:
+        """V: how many rows a sample has."""
+        return 2 if self.config.mirror else self.config.views
 
-    def filled(self, before: int, cut: int, autocast: torch.dtype | None) -> Rows:
-        """Rows after `cut` layers, of the rows after `before` layers that there are or, where that is 0, of images.
+    def expected_rows(self, seen: torch.Tensor) -> int:
+        """Return how many rows a drop will keep: of all samples, or of those drawn so far where they are less than half."""
+        drawn = int(seen.sum())
+        size = len(self.slots)
+        return (drawn if 0 < 2 * drawn < size else size) * self.views
 
-        Raises ValueError, naming the module, where a row is no function of its sample, and what ActivationCache raises.
+    def advance(self, cut: int, *, rows: int, stores: bool) -> None:
+        """Keep rows after `cut` layers from now on; nothing is run yet.
+
+        Args:
+            cut: more than the present one.
+            rows: how many to make room for.
+            stores: whether rows are stored at all; they are not where none would be read again.
+
+        Raises:
+            ValueError: a row is no function of its sample (the module is named), or what ActivationCache raises. All
+                is then as it was.
         """
-        segment = self.chain.segment(before, cut)
+        segment = self.chain.segment(self.cut, cut)
+        check_purity(segment, self._probe(), self.model, self._stages.autocast)
+        new = self._new_cache(cut, max(rows, self.slots.used * self.views))
+        self._drop_older()
+        self._older, self.cache = self.cache, new
+        self.cuts.append(cut)
+        self._stages.segments.append(segment)
+        # Rows to be flipped or shifted are moved on the way out of the cache.
+        self._stores, self._full = stores or self.config.augmented, False
+
+    def missing(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Return those of the samples `ids` [B] whose rows have to be made of images, each once."""
+        if self.cache is None:
+            return ids
+        at = self.slots.places(ids, epoch)
+        there = filled_at(self.cache, at) | filled_at(self._older, at)
+        if not bool(there.any()) and len(ids.unique()) == len(ids):
+            return ids
+        missing: torch.Tensor = ids[~there].unique()
+        return missing
+
+    def complete(self, seen: torch.Tensor, epoch: int) -> bool:
+        """Return whether every sample seen so far ([N] bool) has its row for an epoch, so that no image is needed."""
+        return self.cache is not None and len(self.missing(torch.nonzero(seen).flatten(), epoch)) == 0
+
+    def batch(self, ids: torch.Tensor, epoch: int, read: Any = None, read_ids: torch.Tensor | None = None) -> Any:
+        """Return the batch of samples `ids` [B] with their rows in the place of the model's input.
+
+        Args:
+            ids: [B] int64 (CPU).
+            epoch: counts the epochs begun; the view drawn of a sample follows it.
+            read: the batch of images of the samples `read_ids` [n], on the device. Samples that have neither a row nor
+                an image are read here.
+
+        Raises:
+            ValueError: what BatchExtras and ActivationCache raise for a batch unlike the first.
+        """
+        assert self.cache is not None
+        at = self.slots.assign(ids, epoch)
+        have = filled_at(self.cache, at)
+        if bool(have.all()):
+            return self.extras.get(at, self._gather(self.cache, at))
+        begin = self._watch.now()
+        wanted, inverse = at[~have].unique(return_inverse=True)
+        order = torch.empty_like(wanted).scatter_(0, inverse, ids[~have])  # the sample of each place
+        made = self._make(order, wanted, epoch, read, read_ids)
+        stored = self._stores and self._store(wanted, made)
+        self._watch.add(begin)
+        if stored:
+            return self.extras.get(at, self._gather(self.cache, at))
+        if bool(have.any()):
+            x = made.new_empty((len(at), *made.shape[1:]))
+            x[have] = self.cache.gather(at[have]).to(made.dtype)
+            x[~have] = made[inverse]
+        else:
+            x = made if torch.equal(inverse, torch.arange(len(at))) else made[inverse]
+        return self.extras.get(at, x)
+
+    def prefetch(self, ids: torch.Tensor, epoch: int) -> None:
+        """Begin to read the rows of samples `ids` [B], which the next `batch` will ask for, from the slower tiers."""
+        rows = self.cache
+        if rows is None or not rows.plan.staging or not len(ids):
+            return
+        at = self.slots.places(ids, epoch)
+        if bool(filled_at(rows, at).all()):
+            rows.prefetch(at)
+
+    def images(self, batch: Any, ids: torch.Tensor, epoch: int) -> Any:
+        """Return a batch of images as it is to be trained on: with `mirror`, every second view of a sample flipped."""
+        if not self.config.mirror:
+            return batch
+        x = input_of(batch, self.key)
+        flip = self.slots.view(ids, epoch).bool().to(x.device)
+        return with_input(batch, self.key, torch.where(flip.view(-1, *[1] * (x.dim() - 1)), x.flip(-1), x))
+
+    def follow_size(self) -> int:
+        """Make room for samples that the dataset has got since; return how many.
+
+        Raises:
+            RuntimeError: the dataset has become smaller.
+        """
+        size = len(self.loader.dataset)  # type: ignore[arg-type]
+        more = size - len(self.slots)
+        if more < 0:
+            raise RuntimeError(
+                f"drop.loader: the dataset must keep its {len(self.slots)} samples, or get more, got {size}"
+            )
+        self.slots.extend(more)
+        return more
+
+    @property
+    def stores(self) -> bool:
+        """Whether rows are stored, and read again in a later epoch."""
+        return self.cache is not None and self._stores
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The autocast under which rows are made."""
+        return self._stages.autocast
+
+    def filled(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Return which samples [B] have their row for an epoch."""
+        return filled_at(self.cache, self.slots.places(ids, epoch))
+
+    def made_of(self, batch: Any, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Return the rows that the dropped layers make of a batch of images now."""
+        return self._stages.run(input_of(self.images(batch, ids, epoch), self.key), 0)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether rows lie in tiers that are read ahead."""
+        return self.cache is not None and self.cache.plan.staging > 0
+
+    def hold_eval(self) -> None:
+        """Put the dropped layers into eval mode."""
+        if self.frozen is not None:
+            self.frozen.hold_eval()
+
+    def read(self, ids: torch.Tensor, epoch: int) -> Any:
+        """Return the batch of images of samples `ids` [B], read in this process from a random state of its own."""
+        with fork_rng(self.seed + epoch):
+            return to_device(read_batch(self.loader, ids.tolist()), self.device)
+
+    def forget(self) -> None:
+        """Have all rows made anew, of images, as their samples are drawn."""
+        if self.cache is None:
+            return
+        count, cut = len(self.cache.filled), self.cut
+        self._reset()
+        self.cache = self._new_cache(cut, count)
+        self._full = False
+
+    def set_autocast(self, autocast: torch.dtype | None) -> bool:
+        """Make rows under this autocast from now on, and anew those that were made under another; return whether
+        there were any."""
+        if autocast == self._stages.autocast:
+            return False
+        self._stages.autocast = autocast
+        made = self.cache is not None and bool(self.cache.filled.any() or self._older is not None)
+        if made:
+            self.forget()
+        return made
+
+    def end_epoch(self) -> None:
+        """Free the rows of the drop before, once none of them is needed."""
+        if self._older is not None and self.cache is not None:
+            old, new = self._older.filled, self.cache.filled
+            if bool((new[: len(old)] | ~old[: len(new)]).all()):
+                self._drop_older()
+
+    @property
+    def ledger(self) -> tuple[int, int, float]:
+        """Rows made of images and of older rows since `forget_ledger`, and the seconds that it took to make and store
+        them."""
+        return self._made[0], self._made[1], self._watch.seconds()
+
+    def forget_ledger(self) -> None:
+        """Begin to count anew."""
+        self._made = [0, 0]
+        self._watch.reset()
+
+    @property
+    def older_cut(self) -> int:
+        """The cut of the rows that the present ones are made of; 0 for images."""
+        return self.cuts[-2] if len(self.cuts) > 1 else 0
+
+    def save(self) -> str | None:
+        """Return the name of the file that holds the rows of all tiers, written now where they changed; see
+        `RowFileKeeper.save`."""
+        return self.file.save(self.cache, self.slots.table, self.extras, self._fingerprint)
+
+    def find(self, name: str | None, cuts: Sequence[int]) -> None:
+        """Go on with rows after the last of `cuts`, which no rows were kept of so far: those of the file that `save`
+        wrote, or, with a RuntimeWarning, anew where it is not there or is not to be used."""
+        self.cuts = list(cuts)
+        self._stages.segments = [self.chain.segment(a, b) for a, b in zip([0, *cuts], cuts, strict=False)]
+        found = self.file.find(name, self._fingerprint, device=self.device, key=self.key)
+        if found is None:
+            self.cache = self._new_cache(self.cut, len(self.slots) * self.views)
+            return
+        self.cache = found.cache
+        self.slots.load(found.slots)
+        self.extras = found.extras
+
+    def clear(self) -> None:
+        """Give images again; the rows are freed."""
+        self.cuts, self._stages.segments = [], []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._drop_older()
+        if self.cache is not None:
+            self.cache.close()
+        self.cache = None
+        self.slots.clear()
+        self.extras = BatchExtras(key=self.key, device=self.device)
+
+    def _drop_older(self) -> None:
+        if self._older is not None:
+            self._older.close()
+            self._older = None
+
+    def _new_cache(self, cut: int, rows: int) -> ActivationCache:
         shape = self.chain.layer(cut - 1).shape
         assert shape is not None
-        old = self.loader.rows
-        ids = self.ids()
-        probe = self.example[:8] if old is None else old.cache.gather(torch.nonzero(old.cache.filled).flatten()[:8])
-        fill.check_purity(segment, probe, self.model, autocast)
-        self.loader.check_size()
-        slots = self.count() if old is None else len(old.cache.filled)
-        cache = ActivationCache(
-            slots,
+        return ActivationCache(
+            rows,
             shape,
             codec=self.config.codec,
             device=self.device,
             augmented=self.config.augmented,
             budgets=budgets_of(self.config, self.device),
-            path=self._new_path(cut),
+            path=self.file.new_path(cut),
         )
-        if old is not None:
-            fill.fill_from_rows(old.cache, segment, cache, batch_size=self.loader.batch_size, autocast=autocast)
-            return Rows(old.slots, cache, old.rest)
-        made = Rows(
-            torch.full((self.loader.size,), -1, dtype=torch.int64),
-            cache,
-            BatchExtras(slots, key=self.loader.key, device=self.device),
-        )
-        self._read(ids, torch.arange(len(ids)), made, segment, autocast)
-        return made
 
-    def fetch_missing(self, ids: torch.Tensor, cut: int, autocast: torch.dtype | None) -> None:
-        """Give samples that were never drawn before a drop their rows, and only them."""
-        rows = self.loader.rows
-        assert rows is not None
-        used = len(rows.cache.filled) // self.config.views
-        rows.cache.grow((used + len(ids)) * self.config.views)
-        rows.rest.grow((used + len(ids)) * self.config.views)
-        self._read(ids, torch.arange(used, used + len(ids)), rows, self.chain.prefix(cut), autocast)
+    def _probe(self) -> torch.Tensor:
+        """Some inputs of the layers that come next."""
+        x = self.example[:8]
+        return self._stages.run(x, 0) if self.cuts else x
 
-    def free(self) -> None:
-        """Close the rows; images are read from then on."""
-        if self.loader.rows is not None:
-            self.loader.rows.cache.close()
-            self.loader.rows = None
+    def _make(
+        self, ids: torch.Tensor, at: torch.Tensor, epoch: int, read: Any, read_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Rows [n, ...] of different places `at` [n], of samples `ids` [n]."""
+        from_older = filled_at(self._older, at)
+        if bool(from_older.all()):
+            return self._of_older(at)
+        if read is None or read_ids is None or not bool(torch.isin(ids[~from_older], read_ids).all()):
+            read_ids = ids[~from_older]
+            read = self.read(read_ids, epoch)
+        made, places = self._of_images(read, read_ids, epoch)
+        order = torch.searchsorted(places, at[~from_older])
+        if not bool(from_older.any()):
+            return made if torch.equal(order, torch.arange(len(made))) else made[order.to(made.device)]
+        rows = made.new_empty((len(at), *made.shape[1:]))
+        rows[from_older] = self._of_older(at[from_older])
+        rows[~from_older] = made[order.to(made.device)]
+        return rows
 
-    def keep(self, cut: int, autocast: torch.dtype | None) -> str | None:
-        """The name of the file that holds the rows of all tiers and the rest of their batches, written now where they
-        changed; a file that these rows stand in for is deleted.
+    def _of_older(self, at: torch.Tensor) -> torch.Tensor:
+        assert self._older is not None
+        self._made[1] += len(at)
+        return self._stages.run(self._older.gather(at), len(self._stages.segments) - 1)
 
-        None without rows, for one of several processes, where the budget for the disk does not hold all rows, and, with
-        a RuntimeWarning, where the file cannot be written.
-        """
-        if self.config.disk_dir is None or several_processes():
-            return None
-        rows = self.loader.rows
-        name = None if rows is None else self._written(rows, cut, autocast)
-        if self.file not in (None, name) and (name is not None or rows is None):
-            with contextlib.suppress(OSError):
-                (Path(self.config.disk_dir) / str(self.file)).unlink()
-        self.file = name or self.file
-        return name
+    def _of_images(self, read: Any, read_ids: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of a batch of images by ascending place, and their places; the rest of the batch is kept."""
+        places, first = self.slots.assign(read_ids, epoch), torch.arange(len(read_ids))
+        sorted_places, order = places.sort()
+        if len(places) != len(sorted_places.unique()):
+            keep = torch.cat([torch.ones(1, dtype=torch.bool), sorted_places[1:] != sorted_places[:-1]])
+            sorted_places, order = sorted_places[keep], order[keep]
+        self.extras.put(read, sorted_places, first[order])
+        # The batch is run as it came: what a row is must not hang on the order of places.
+        made = self._stages.run(input_of(self.images(read, read_ids, epoch), self.key), 0)
+        self._made[0] += len(order)
+        in_order = torch.equal(order, first)
+        return made if in_order else made[order.to(made.device)], sorted_places
 
-    def find(self, name: str | None, cut: int, autocast: torch.dtype | None) -> Rows | None:
-        """The rows that `keep` wrote; None, with a RuntimeWarning, where they are not there or are not to be used."""
-        if self.config.disk_dir is None or name is None or several_processes():
-            return None
-        path = Path(self.config.disk_dir) / name
-        budgets = budgets_of(self.config, self.device)
-        try:
-            # A file that is there may stay as large as it is.
-            budgets = dataclasses.replace(budgets, disk=max(budgets.disk, path.stat().st_size))
-            cache = ActivationCache.open(path, self._made_of(cut, autocast), device=self.device, budgets=budgets)
-        except (OSError, CacheFileError) as error:
-            warnings.warn(
-                f"DropScheduler.load_state_dict: the rows are filled again ({error})", RuntimeWarning, stacklevel=3
-            )
-            return None
-        self.file = name
-        slots, *tensors = cache.sidecar.tensors
-        rest = BatchExtras.of_state(cache.sidecar.values, tensors, key=self.loader.key, device=self.device)
-        cache.sidecar = Sidecar()
-        return Rows(slots, cache, rest)
-
-    def _read(
-        self, ids: torch.Tensor, at: torch.Tensor, rows: Rows, segment: Segment, autocast: torch.dtype | None
-    ) -> None:
-        fill.fill_from_images(
-            self.loader.user,
-            ids,
-            at,
-            segment,
-            rows.cache,
-            rows.rest,
-            views=self.config.views,
-            batch_size=self.loader.batch_size,
-            seed=self.seed,
-            autocast=autocast,
-            # To start workers takes longer than to read a few samples here.
-            workers=rows is not self.loader.rows or len(ids) > 4 * self.loader.batch_size,
-        )
-        rows.slots[ids] = at
-
-    def _written(self, rows: Rows, cut: int, autocast: torch.dtype | None) -> str | None:
-        cache = rows.cache
-        if cache.path is None or not cache.fits_file:
-            return None
-        if not cache.saved:
+    def _store(self, at: torch.Tensor, rows: torch.Tensor) -> bool:
+        """Store rows at different places; False where the budgets do not hold them."""
+        cache = self.cache
+        assert cache is not None
+        wanted = int(at.max()) + 1
+        if wanted > len(cache.filled):
+            if self._full:
+                return False
             try:
-                values, tensors = rows.rest.state()
-                cache.save(self._made_of(cut, autocast), Sidecar(values, (rows.slots, *tensors)))
-            except (OSError, TypeError) as error:
+                cache.grow(-(-wanted // self.views) * self.views)
+            except ValueError as error:
+                self._full = True
                 warnings.warn(
-                    f"DropScheduler.state_dict: a run that goes on from here will fill its rows again ({error})",
+                    "drop.loader: the sampler draws more samples than the budgets hold rows of; those that do not fit "
+                    f"are read and run through the dropped layers each time ({error})",
                     RuntimeWarning,
                     stacklevel=4,
                 )
-                return None
-        return cache.path.name
+                return False
+        cache.append(at, rows)
+        return True
 
-    def _new_path(self, cut: int) -> Path | None:
-        """A name that no other run has. What runs that were killed left unfinished in the folder is deleted."""
-        if self.config.disk_dir is None:
-            return None
-        folder = Path(self.config.disk_dir)
-        remove_abandoned(folder.glob("rows-*-*.bin.part"))
-        return folder / f"rows-{uuid.uuid4().hex[:12]}-{cut}.bin"
+    def _gather(self, cache: ActivationCache, at: torch.Tensor) -> torch.Tensor:
+        flip = shift = None
+        if self.config.flip:
+            flip = torch.rand(len(at), generator=self.generator) < 0.5
+        if self.config.shift:
+            most = self.config.shift
+            shift = torch.randint(-most, most + 1, (len(at), 2), generator=self.generator)
+        return cache.gather(at, flip=flip, shift=shift)
 
-    def _made_of(self, cut: int, autocast: torch.dtype | None) -> Fingerprint:
-        # Addresses are of this process; the code and the modules in the text are not.
-        code = re.sub(r" at 0x[0-9a-fA-F]+", "", "".join(str(self.chain.layer(i).eval_graph) for i in range(cut)))
-        pixels = self.example.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        return Fingerprint(
-            weights=weights_digest(self.chain, cut),
-            cut=cut,
-            codec=self.config.codec,
-            views=self.config.views,
-            samples=self.loader.size,
-            dataset=describe(self.loader.user.dataset),
-            autocast="" if autocast is None else str(autocast).removeprefix("torch."),
+    def _fingerprint(self) -> Any:
+        return rowfile.fingerprint(
+            self.chain,
+            self.cuts,
+            self.config,
+            loader=self.loader,
+            example=self.example,
+            autocast=self._stages.autocast,
             seed=self.seed,
-            augmented=self.config.augmented,
-            layers=hashlib.sha256(code.encode()).hexdigest(),
-            images=hashlib.sha256(pixels.tobytes()).hexdigest(),
         )

@@ -1,32 +1,51 @@
-"""What a layer costs and what a drop saves: FLOPs, seconds, bytes.
-
-All costs are per sample; a training step of a layer is taken as three forward passes (forward, gradient of the input,
-gradient of the weights), the usual count for convolutions and linear maps.
-"""
+"""What a layer costs, and where the rows of a drop are best kept: FLOPs, seconds, bytes. All costs are per sample."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import statistics
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from learndrop_ext import ops
-from learndrop_ext.graph.chain import Chain
+from learndrop_ext.decide.probes import StepSeconds, median_seconds
+from learndrop_ext.decide.probes import TierCost as TierCost
+from learndrop_ext.graph.chain import Chain, Layer
+from learndrop_ext.rng import fork_rng
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's costs per sample: forward FLOPs, forward seconds, and the shape of the row that leaves it."""
+    """One layer's costs per sample.
+
+    Args:
+        name: The layer's name in the chain.
+        flops: Forward FLOPs.
+        seconds: Forward in eval mode without gradients, as a frozen layer runs.
+        train_seconds: Forward and backward in train mode, as a live layer behind another live one runs.
+        shape: Of the row that leaves it, without the batch dimension; None where no single tensor does.
+        first_seconds: As train_seconds, without the gradient of the input: the first live layer needs none. None for
+            the same as train_seconds.
+        parameters: Elements that the optimizer updates.
+    """
 
     name: str
     flops: int
     seconds: float
+    train_seconds: float
     shape: tuple[int, ...] | None
+    first_seconds: float | None = None
+    parameters: int = 0
+
+    @property
+    def first_live_seconds(self) -> float:
+        """Seconds of training this layer where all layers before it are frozen."""
+        return self.train_seconds if self.first_seconds is None else self.first_seconds
 
 
 @dataclass(frozen=True)
@@ -38,36 +57,91 @@ class CutChoice:
     reason: str
 
 
-def measure_layers(chain: Chain, example: torch.Tensor, *, repeats: int = 3) -> tuple[LayerCost, ...]:
-    """Forward FLOPs and seconds of each layer on a batch [B, ...], in eval mode and without gradients.
+def measure_layers(
+    chain: Chain, example: torch.Tensor, *, repeats: int = 3, autocast: torch.dtype | None = None
+) -> tuple[LayerCost, ...]:
+    """Measure each layer on a batch: FLOPs, seconds frozen, and seconds in training.
 
-    The seconds are the median of `repeats` passes after one to warm up; buffers and training flags stay as they are.
+    Training flags, buffers, gradients and the random state are as before when this returns, also by an error.
+
+    Args:
+        chain: The layers.
+        example: [B, ...], a batch of the model's inputs on its device. One sample is taken twice: batch statistics
+            need two values.
+        repeats: Timed passes of each kind after one to warm up; the median counts.
+        autocast: Dtype of the training step's autocast, None without.
+
+    Returns:
+        One LayerCost per layer, per sample.
     """
-    flags = [(m, m.training) for m in chain.modules()]
+    x = torch.cat([example, example]) if len(example) == 1 else example
+    batch, device = len(x), x.device
     costs = []
-    batch = example.shape[0]
-    chain.eval()
-    try:
-        with torch.no_grad():
-            x = example
-            for i in range(len(chain)):
-                layer = chain.layer(i)
+    with _preserved(chain), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        for i in range(len(chain)):
+            layer = chain.layer(i)
+            _set_training(layer, False)
+            with torch.no_grad():
+                # A layer may work in place.
                 with FlopCounterMode(display=False) as counter:
-                    y = layer(x)
-                times = []
-                for _ in range(repeats):
-                    wait_for(x)
-                    begin = time.perf_counter()
-                    layer(x)
-                    wait_for(x)
-                    times.append(time.perf_counter() - begin)
-                seconds = statistics.median(times) / batch
-                costs.append(LayerCost(layer.name, counter.get_total_flops() // batch, seconds, layer.shape))
-                x = y
-    finally:
-        for module, training in flags:
-            module.training = training
+                    y = layer(x.clone())
+                frozen = median_seconds(layer, device, repeats=repeats, prepare=_clone_of(x))
+            _set_training(layer, True)
+            # Nothing learns before the first layer: its input never has a gradient.
+            live = [
+                _train_seconds(layer, x, repeats, inner=inner) / batch for inner in ((True, False) if i else (False,))
+            ]
+            costs.append(
+                LayerCost(
+                    name=layer.name,
+                    flops=counter.get_total_flops() // batch,
+                    seconds=frozen / batch,
+                    train_seconds=live[0],
+                    shape=layer.shape,
+                    first_seconds=live[-1],
+                    parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad),
+                )
+            )
+            x = y
     return tuple(costs)
+
+
+def fit_to_step(
+    layers: Sequence[LayerCost], step: StepSeconds, *, batch: int
+) -> tuple[tuple[LayerCost, ...], float, float]:
+    """Make the layers' costs and the rest add up to a training step that was measured whole.
+
+    Args:
+        layers: As measured one by one.
+        step: Seconds of a step of the whole model.
+        batch: Samples in that step.
+
+    Returns:
+        The layers, the seconds of a step beyond them, and those of the optimizer, all per sample. Where the layers
+        alone take longer than the step without its optimizer, they are scaled down to it and nothing is left beyond.
+    """
+    optimizer = min(step.optimizer, step.step) / batch
+    passes = step.step / batch - optimizer
+    layers = tuple(layers)
+    train = live_seconds(layers)
+    if train <= passes:
+        return layers, passes - train, optimizer
+    share = passes / train
+    scaled = (
+        replace(
+            layer,
+            seconds=layer.seconds * share,
+            train_seconds=layer.train_seconds * share,
+            first_seconds=layer.first_live_seconds * share,
+        )
+        for layer in layers
+    )
+    return tuple(scaled), 0.0, optimizer
+
+
+def live_seconds(layers: Sequence[LayerCost]) -> float:
+    """Seconds of training these layers on one sample, with nothing live before them."""
+    return sum((layer.train_seconds for layer in layers[1:]), layers[0].first_live_seconds if layers else 0.0)
 
 
 def forward_flops(layers: Sequence[LayerCost]) -> int:
@@ -75,29 +149,28 @@ def forward_flops(layers: Sequence[LayerCost]) -> int:
     return sum(layer.flops for layer in layers)
 
 
-@dataclass(frozen=True)
-class TierCost:
-    """One tier of the cache: the most bytes of rows in it, and how many bytes a second come from it."""
-
-    budget_bytes: int
-    bytes_per_second: float
+def rows_in_tiers(rows: int, stride: int, tiers: Sequence[TierCost]) -> tuple[int, ...] | None:
+    """How many of `rows` rows of `stride` bytes lie in each tier, the first tier first; None where they do not fit."""
+    counts = []
+    for tier in tiers:
+        counts.append(min(rows, tier.budget_bytes // stride))
+        rows -= counts[-1]
+    return None if rows else tuple(counts)
 
 
 def row_seconds(shape: Sequence[int], rows: int, codec: str, tiers: Sequence[TierCost]) -> float | None:
     """Seconds to bring one of `rows` rows of a shape to the step, on average; None where the tiers do not hold them.
 
     Every row is gathered on the device, the first tier: its bytes read, its decoded fp32 values written. The rows that
-    do not fit there come from the next tiers before.
+    do not fit there come from the next tiers before. To store a row moves the same bytes and takes as long.
     """
     stride = ops.row_stride(shape, codec)
+    counts = rows_in_tiers(rows, stride, tiers)
+    if counts is None:
+        return None
     seconds = (stride + 4 * math.prod(shape)) / tiers[0].bytes_per_second
-    left = rows
-    for i, tier in enumerate(tiers):
-        here = min(left, tier.budget_bytes // stride)
-        left -= here
-        if i and here:
-            seconds += here / rows * stride / tier.bytes_per_second
-    return None if left else seconds
+    slower = zip(counts[1:], tiers[1:], strict=True)
+    return seconds + sum(count / rows * stride / tier.bytes_per_second for count, tier in slower if count)
 
 
 def choose_cut(
@@ -110,12 +183,21 @@ def choose_cut(
     tiers: Sequence[TierCost],
     augmented: bool = False,
 ) -> CutChoice:
-    """The cut within a prefix whose cached rows make the step shortest and fit into the tiers, the fastest first.
+    """Choose the cut within a prefix whose rows make the step shortest and fit into the tiers, the fastest first.
 
-    Rows after `c` layers cost what `row_seconds` says and the forward pass of the frozen layers c..prefix-1. kept: the
-    cut of the rows that there are already (0: none), which stay where no later cut is better. rows: how many are kept
-    (samples x views). augmented: only [C, H, W] rows, to be flipped or shifted, will do.
+    Rows after `c` layers cost what `row_seconds` says and the forward pass of the frozen layers c..prefix-1.
+
+    Args:
+        layers: All layers.
+        prefix: Layers dropped.
+        kept: The cut of the rows that there are already, 0 for none. They stay where no later cut is better, and do
+            not count for a prefix that ends before them.
+        rows: How many are kept: samples x views.
+        codec: Of the rows.
+        tiers: Budgets and speeds, the fastest first.
+        augmented: Only [C, H, W] rows, to be flipped or shifted, will do.
     """
+    kept = kept if kept <= prefix else 0
 
     def run_again(cut: int) -> float:
         return sum(layer.seconds for layer in layers[cut:prefix])
@@ -142,8 +224,11 @@ def choose_cut(
     if best.cut == 0 and prefix > 0:
         if smallest is None:
             return CutChoice(0, 0, "no rows: no cut within the prefix has rows that can be kept as asked")
-        wanted, held = smallest * rows / 1e6, sum(tier.budget_bytes for tier in tiers) / 1e6
-        return CutChoice(0, 0, f"no rows: the smallest take {wanted:,.0f} MB and the budget is {held:,.0f} MB")
+        wanted, held = smallest * rows, sum(tier.budget_bytes for tier in tiers)
+        texts = format_bytes(wanted), format_bytes(held)
+        if texts[0] == texts[1]:
+            texts = f"{wanted:,} bytes", f"{held:,} bytes"
+        return CutChoice(0, 0, f"no rows: the smallest take {texts[0]} and the budget is {texts[1]}")
     return best
 
 
@@ -186,6 +271,55 @@ def estimate(
     return Estimate(filled, epoch_seconds - unit * work(*after) - samples * read_seconds[1])
 
 
-def wait_for(x: torch.Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)
+def format_bytes(count: int, *, decimals: int = 3) -> str:
+    """A number of bytes in the unit that fits it, without trailing zeros: "10.24 kB"."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            text = f"{count / size:.{decimals}f}"
+            return (text.rstrip("0").rstrip(".") if "." in text else text) + f" {unit}"
+    return f"{count} bytes"
+
+
+def _train_seconds(layer: Layer, x: torch.Tensor, repeats: int, *, inner: bool) -> float:
+    """Seconds of a forward and backward pass; inner: with the gradient of the input."""
+    parameters = [p for p in layer.parameters() if p.requires_grad]
+
+    def prepare() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        leaf = x.detach().requires_grad_(inner and x.is_floating_point())
+        # What a layer gets in training is no leaf, so that it may work in place.
+        return leaf.clone(), [t for t in (leaf, *parameters) if t.requires_grad]
+
+    def passes(given: torch.Tensor, wanted: list[torch.Tensor]) -> None:
+        outputs = [y for y in pytree.tree_leaves(layer(given)) if isinstance(y, torch.Tensor) and y.requires_grad]
+        if outputs and wanted:
+            # Nothing is added to the parameters' own gradients. The gradient of the sum of all outputs is one.
+            torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
+
+    with torch.enable_grad():
+        return median_seconds(passes, x.device, repeats=repeats, prepare=prepare)
+
+
+def _clone_of(x: torch.Tensor) -> Callable[[], tuple[torch.Tensor]]:
+    return lambda: (x.clone(),)
+
+
+def _set_training(layer: nn.Module, training: bool) -> None:
+    # Not by train(): a frozen module does not listen to it.
+    for module in layer.modules():
+        module.training = training
+
+
+@contextlib.contextmanager
+def _preserved(chain: Chain) -> Iterator[None]:
+    """Put training flags, buffers and the random state back on leaving."""
+    flags = [(m, m.training) for m in chain.modules()]
+    buffers = [(b, b.detach().clone()) for b in chain.buffers()]
+    try:
+        with fork_rng(0):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, training in flags:
+            module.training = training

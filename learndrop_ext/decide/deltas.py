@@ -1,5 +1,4 @@
-"""How far each layer's parameters have moved since the last measurement, and whether they keep their
-direction.
+"""How far each layer's parameters have moved since the last measurement, and whether they keep their direction.
 
 Letters: L layers, K columns of the sums (see kernels/reference.py).
 """
@@ -23,12 +22,18 @@ Slots = tuple[tuple[tuple[dict[str, nn.Parameter | None], str], ...], ...]
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What one measurement says of one layer; norms are over all its parameters, delta = w - anchor.
+    """What one measurement says of one layer; norms are over all its parameters w, delta = w - anchor.
 
-    `l1`, `l2`, `maximum` are norms of delta, `w_l1`, `w_l2` of w. `nonfinite` counts the elements whose delta
-    is NaN or infinite; where it is not 0 the norms are NaN or infinite too. `relative` is l2 / w_l2, 0 where
-    w is 0. `cosine` is that of the angle between delta and the delta measured before it, in [-1, 1], None
-    where one of the two is missing, zero or not finite.
+    Args:
+        l1: Sum of the absolute values of delta.
+        l2: Euclidean norm of delta.
+        maximum: Largest absolute value of delta.
+        w_l1: Sum of the absolute values of w.
+        w_l2: Euclidean norm of w.
+        nonfinite: Elements whose delta is NaN or infinite. Where there are any, the norms are NaN or infinite too.
+        relative: l2 / w_l2, 0 where w is 0.
+        cosine: Of the angle between delta and the delta measured before it, in [-1, 1]; None where one of the two is
+            missing, zero or not finite.
     """
 
     l1: float
@@ -41,40 +46,23 @@ class LayerChange:
     cosine: float | None
 
 
-class PendingChanges:
-    """A measurement that the device may still be working on; `result` waits for it."""
-
-    def __init__(self, sums: Sequence[Tensor]) -> None:
-        self._changes: tuple[LayerChange, ...] | None = None
-        self._host = [to_host(one) for one in sums]
-        self._events = []
-        for device in {one.device for one in sums if one.is_cuda}:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            self._events.append(event)
-
-    def result(self) -> tuple[LayerChange, ...]:
-        """One LayerChange per layer; the first call waits for the device and reads once, later ones do not."""
-        if self._changes is None:
-            for event in self._events:
-                event.synchronize()
-            self._changes = tuple(map(layer_change, combine(self._host).tolist()))
-        return self._changes
-
-
 class Deltas:
-    """Measures the change of every layer's parameters since the anchor, the copy taken at the last refresh.
+    """The change of every layer's parameters since the anchor, the copy taken at the last refresh.
 
-    `layers` [L] holds the parameters of each layer; they may be fp32, bf16, fp16 and fp64, of any size, on
-    several devices, shared between layers (counted in the first), and sharded (DTensor: every rank of the
-    mesh must measure at the same time, and each gets the sums over all). Memory: one copy of the parameters,
-    with `persistence` two. A parameter whose memory moves keeps its anchors while shape and dtype stay, and
-    is measured from its present value otherwise. With `model`, the parameters are looked up in it before
-    every measurement, so that those replaced by ``load_state_dict(assign=True)`` or ``module.weight =
-    nn.Parameter(...)`` are followed.
+    A parameter whose memory moves keeps its anchors while shape and dtype stay, and is measured from its present value
+    otherwise. Memory: one copy of the parameters, with `persistence` two.
 
-    Raises TypeError and ValueError as `kernels.chunks.build_table` does, and ValueError for a parameter that
-    `model` does not hold.
+    Args:
+        layers: [L], the parameters of each layer: fp32, bf16, fp16 or fp64, of any size, on several devices, shared
+            between layers (counted in the first), or sharded (DTensor: every rank of the mesh measures at the same
+            time, and each gets the sums over all).
+        persistence: Whether the delta before the last one is kept too, for the cosine.
+        model: Where given, the parameters are looked up in it before every measurement, so that those replaced by
+            ``load_state_dict(assign=True)`` or ``module.weight = nn.Parameter(...)`` are followed.
+
+    Raises:
+        TypeError, ValueError: As `kernels.chunks.build_table`.
+        ValueError: `model` does not hold one of the parameters.
     """
 
     def __init__(
@@ -94,20 +82,26 @@ class Deltas:
         return len(self._layers)
 
     def measure(self, *, refresh: bool = True) -> tuple[LayerChange, ...]:
-        """One LayerChange per layer since the anchor; with `refresh` the parameters become the anchor."""
-        return self.launch(refresh=refresh).result()
+        """Measure the change of each layer since the anchor.
 
-    def launch(self, *, refresh: bool = True) -> PendingChanges:
-        """Starts what `measure` does on the parameters' devices without waiting for it."""
+        Args:
+            refresh: Whether the parameters become the anchor.
+
+        Returns:
+            One LayerChange per layer, once the devices are done.
+        """
         self._follow()
-        return PendingChanges(
-            [join(ops.delta_norms(part.table, refresh=refresh), part.table.mesh) for part in self._tables],
-        )
+        # All devices work at the same time: the first result is read when the last pass is launched.
+        sums = [join(ops.delta_norms(part.table, refresh=refresh), part.table.mesh) for part in self._tables]
+        return tuple(map(layer_change, combine([one.cpu() for one in sums]).tolist()))
 
     def drop_first(self, k: int) -> None:
-        """Forgets the first `k` layers; the others keep their anchors. Raises ValueError unless 0 <= k <= L.
+        """Forget the first `k` layers; the others keep their anchors.
 
-        A parameter shared by a forgotten layer and a kept one is from now on counted in the kept one.
+        A parameter shared by a forgotten layer and a kept one is counted in the kept one from now on.
+
+        Raises:
+            ValueError: Not 0 <= k <= L.
         """
         if not 0 <= k <= len(self):
             raise ValueError(f"drop_first: k must be from 0 to {len(self)}, got {k}")
@@ -119,10 +113,11 @@ class Deltas:
             self._slots = self._slots[k:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchors by layer and place, as CPU copies; of sharded parameters this rank's shards.
+        """Return the anchors as CPU copies; of sharded parameters this rank's shards.
 
-        Keys: "persistence" (bool), "layers" (number of parameters of each), "anchors" ("layer.place" ->
-        tensors, the newest first; with persistence the one before it follows).
+        Returns:
+            "persistence" (bool), "layers" (number of parameters of each) and "anchors" ("layer.place" -> tensors, the
+            newest first; with persistence the one before it follows).
         """
         self._follow()
         first: set[tuple[int, str]] = set()
@@ -140,11 +135,10 @@ class Deltas:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the anchors of a `state_dict`, so that the next measurement equals that of the run it came
-        from.
+        """Take the anchors of a `state_dict`: the next measurement equals that of the run it came from.
 
-        Raises ValueError, with nothing changed, for another form of state, other layers, shapes, dtypes or
-        persistence.
+        Raises:
+            ValueError: Another form of state, other layers, shapes, dtypes or persistence. Nothing is changed then.
         """
         self._follow()
         if missing := {"persistence", "layers", "anchors"} - set(state):
@@ -190,7 +184,7 @@ class Deltas:
         }
 
     def _follow(self) -> None:
-        """Builds the tables anew, keeping anchors, when parameters were replaced or have moved."""
+        """Build the tables anew, keeping anchors, when parameters were replaced or have moved."""
         layers = self._layers if self._slots is None else look_up(self._slots)
         replaced = any(
             now is not before
@@ -215,7 +209,7 @@ def build_tables(
     persistence: bool,
     anchors: Anchors,
 ) -> tuple[DeviceTable, ...]:
-    """One part for each device on which parameters lie, each with all layers; one on the CPU without any."""
+    """Return a table for each device on which parameters lie, each with all layers; without any, one on the CPU."""
     devices = dict.fromkeys(local_part(tensor).device for layer in layers for tensor in layer)
     parts = []
     for device in devices or {torch.device("cpu"): None}:
@@ -237,9 +231,10 @@ def find_slots(
     layers: Sequence[Sequence[Tensor]],
     model: nn.Module,
 ) -> Slots:
-    """Where each parameter stands in `model`: the dictionary of its module and its name there.
+    """Return where each parameter stands in `model`: the dictionary of its module and its name there.
 
-    Raises ValueError for a parameter that the model does not hold.
+    Raises:
+        ValueError: The model does not hold one of them.
     """
     slots = {
         id(parameter): (module._parameters, name)
@@ -257,7 +252,11 @@ def find_slots(
 
 
 def look_up(slots: Slots) -> tuple[tuple[Tensor, ...], ...]:
-    """The parameters that stand in `slots` now; RuntimeError for one that its module no longer holds."""
+    """Return the parameters that stand in `slots` now.
+
+    Raises:
+        RuntimeError: A module no longer holds one of them.
+    """
     layers = []
     for i_layer, layer in enumerate(slots):
         found = [owner.get(name) for owner, name in layer]
@@ -269,13 +268,6 @@ def look_up(slots: Slots) -> tuple[tuple[Tensor, ...], ...]:
                 )
         layers.append(tuple(tensor for tensor in found if tensor is not None))
     return tuple(layers)
-
-
-def to_host(sums: Tensor) -> Tensor:
-    """`sums` on the CPU, from a device by a copy into pinned memory that is not waited for."""
-    if not sums.is_cuda:
-        return sums
-    return torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True).copy_(sums, non_blocking=True)
 
 
 def combine(
@@ -297,8 +289,7 @@ def layer_change(row: Sequence[float]) -> LayerChange:
     cosine = None
     if persistence:
         dot, previous_squared = persistence
-        # The root of each apart: the product of the squares leaves the range of a double long before its root
-        # does.
+        # The root of each apart: the product of the squares leaves the range of a double long before its root does.
         scale = l2 * math.sqrt(previous_squared)
         if scale > 0 and math.isfinite(dot) and math.isfinite(scale):
             cosine = max(-1.0, min(1.0, dot / scale))

@@ -5,19 +5,33 @@ A policy is any callable `policy(situation) -> Decision`. It never changes anyth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
+from learndrop_ext.decide.schedules import best_prefixes
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a policy sees after an epoch.
+    """What a policy sees: once before training, and after each epoch.
 
-    epoch: epochs done, >= 1. epochs: length of the run, or None when it is not known. prefix: layers dropped now.
-    layers: the names of all L layers. scores: one tuple per measurement so far, each of L entries, None where a layer
-    was already dropped. learning_rate: of the optimizer's first group. fill_seconds, saved_seconds: estimates for
-    every prefix length 0..L-1, for its fill once and for what an epoch then gets shorter. epoch_seconds: of an epoch in
-    which nothing was dropped.
+    Args:
+        epoch: Epochs done; 0 before training.
+        epochs: Length of the run, or None when it is not known.
+        prefix: Layers dropped now.
+        layers: The names of all L layers.
+        scores: One tuple for each epoch done, of L entries, None where a layer was already dropped in it; () before
+            training.
+        learning_rate: Of the optimizer's first group.
+        fill_seconds: For every prefix length 0..L-1, what a drop to it costs once.
+        saved_seconds: For every prefix length, what an epoch then gets shorter.
+        epoch_seconds: Of an epoch in which nothing was dropped.
+        costs: What this run's epochs cost, where that was measured.
+        elapsed_seconds: Wall clock of the training so far, with all that drops took.
+        full_seconds: What the whole run without drops takes; 0.0 to take it from `costs`.
+        undropped: Epochs done when `undrop()` was last called, None where it was not.
     """
 
     epoch: int
@@ -29,6 +43,15 @@ class Situation:
     fill_seconds: tuple[float, ...] = ()
     saved_seconds: tuple[float, ...] = ()
     epoch_seconds: float = 0.0
+    costs: RunCosts | None = None
+    elapsed_seconds: float = 0.0
+    full_seconds: float = 0.0
+    undropped: int | None = None
+
+    @property
+    def past(self) -> tuple[int, ...]:
+        """The prefix of every epoch done."""
+        return tuple(sum(score is None for score in measured) for measured in self.scores)
 
 
 @dataclass(frozen=True)
@@ -52,7 +75,7 @@ class StoppedLearning:
     known, the epochs left are taken to be as many as were done. What it saves then has to be at least the share
     `min_saving` of the run without drops: a drop that saves little costs accuracy all the same, and where this was
     measured (docs/scores.md) the same recipe with one epoch less was better. `max_dropped` bounds the share of layers
-    that may be dropped.
+    that may be dropped. After `undrop()` only what is measured from then on counts.
     """
 
     threshold: float = 0.2
@@ -69,7 +92,7 @@ class StoppedLearning:
                 raise ValueError(f"StoppedLearning: {name} must be within 0.0..1.0, got {value!r}")
         for name, least in (("patience", 1), ("warmup", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"StoppedLearning: {name} must be a whole number >= {least}, got {value!r}")
 
     def __call__(self, situation: Situation) -> Decision:
@@ -86,12 +109,8 @@ class StoppedLearning:
 
     def smoothed(self, situation: Situation, layer: int) -> list[float]:
         """The smoothed scores of one layer after the warm-up, oldest first."""
-        values: list[float] = []
-        for measured in situation.scores[self.warmup :]:
-            value = measured[layer]
-            if value is not None:
-                values.append(value if not values else self.smoothing * values[-1] + (1 - self.smoothing) * value)
-        return values
+        first = max(self.warmup, situation.undropped or 0)
+        return smoothed_scores(situation, layer, first=first, smoothing=self.smoothing)
 
     def _stopped(self, situation: Situation, layer: int) -> bool:
         values = self.smoothed(situation, layer)[-self.patience :]
@@ -101,32 +120,153 @@ class StoppedLearning:
         if prefix >= last:
             return f"all {last} layers that may be dropped are"
         values = self.smoothed(situation, prefix)
-        return f"{situation.layers[prefix]} still learns: score {values[-1]:.2f}" if values else "no score yet"
+        if not values:
+            return "no score yet"
+        name, threshold = situation.layers[prefix], f"{self.threshold:g}"
+        if values[-1] >= self.threshold:
+            return f"{name} still learns: score {_digits(values[-1], self.threshold)}, threshold {threshold}"
+        under = next((i for i, value in enumerate(reversed(values)) if value >= self.threshold), len(values))
+        return (
+            f"{name} may still learn: score {_digits(values[-1], self.threshold)} is under {threshold} "
+            f"for {under} of {self.patience} measurements"
+        )
 
 
 @dataclass(frozen=True)
 class Fixed:
-    """Drops by hand: `Fixed({epoch: prefix length})`, epoch being the epochs done. `Fixed({})` never drops."""
+    """Drops by hand: `Fixed({epoch: prefix length})`, epoch being the epochs done, 0 before training.
+
+    `Fixed({})` never drops. After `undrop()` only entries of later epochs count.
+    """
 
     prefixes: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         before = 0
         for epoch, prefix in sorted(self.prefixes.items()):
-            if epoch < 1 or prefix < before:
+            if epoch < 0 or prefix < before:
                 raise ValueError(
-                    "Fixed: prefixes must map epochs >= 1 to prefix lengths that do not shrink, "
+                    "Fixed: prefixes must map epochs >= 0 to prefix lengths that do not shrink, "
                     f"got {prefix} at epoch {epoch}"
                 )
             before = prefix
 
     def __call__(self, situation: Situation) -> Decision:
-        prefix = max([situation.prefix, *(p for e, p in self.prefixes.items() if e <= situation.epoch)])
+        undropped = -1 if situation.undropped is None else situation.undropped
+        due = (p for e, p in self.prefixes.items() if undropped < e <= situation.epoch)
+        prefix = max([situation.prefix, *due])
         if prefix >= len(situation.layers):
             raise ValueError(
                 f"Fixed: prefix must leave a layer to train: at most {len(situation.layers) - 1}, got {prefix}"
             )
         return Decision(prefix, "set by hand" if prefix > situation.prefix else "nothing set for this epoch")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Drops what has to be dropped for the run to take 1 / `speedup` of its time, and no more.
+
+    Before training and after each epoch the rest of the run is planned from its measured costs and the seconds taken so
+    far: how many layers are dropped in each epoch left, so that the run ends in time. Of all plans in time the one is
+    followed that keeps the most layers live for the most epochs, and of several such plans the one that drops the
+    fewest at first and grows. Every plan is a forecast, so the next one makes up for what an epoch took longer or
+    shorter; layers that are dropped stay dropped.
+
+    Args:
+        speedup: The time of the run without drops over the time asked for, at least 1.
+        start: Epochs in which nothing is dropped. From a start later than 0 the layers that learn least go first, as
+            far as a prefix allows: one epoch of a layer counts from 1 (score 0) to 4 (the highest score), by its
+            scores smoothed with weight 1/2. So a plan stops growing before a layer with a high score, and passes one
+            with a low score early.
+
+    Raises:
+        ValueError: speedup is below 1 or not finite, or start is not a whole number >= 0. When called: the length of
+            the run or its costs are not known.
+    """
+
+    speedup: float = 2.0
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.speedup, int | float) and math.isfinite(self.speedup) and self.speedup >= 1):
+            raise ValueError(f"Budget: speedup must be a number >= 1, got {self.speedup!r}")
+        if not isinstance(self.start, int) or isinstance(self.start, bool) or self.start < 0:
+            raise ValueError(f"Budget: start must be a whole number >= 0, got {self.start!r}")
+
+    def check(self, costs: RunCosts, epochs: int | None) -> None:
+        """Raise ValueError where no drop is fast enough, with the largest speedup that one gives, or without epochs."""
+        length = self._known(epochs)
+        largest = largest_speedup(costs, length, start=min(self.start, length))
+        if largest < self.speedup:
+            # Rounded down: what the message names can be asked for.
+            reached = math.floor(largest * 100) / 100
+            raise ValueError(
+                f"Budget: speedup must be at most {reached:.2f}, the largest that drops after {self.start} of {length} "
+                f"epochs can give this run, got {self.speedup:g}"
+            )
+
+    def __call__(self, situation: Situation) -> Decision:
+        epochs, costs = self._known(situation.epochs), situation.costs
+        if costs is None:
+            raise ValueError("Budget: the run's costs must be measured, got a situation without costs")
+        name = f"budget {self.speedup:g}x"
+        if situation.epoch < self.start:
+            return Decision(situation.prefix, f"{name}: no drop before epoch {self.start}")
+        wanted = (situation.full_seconds or costs.epoch_seconds(0) * epochs) / self.speedup
+        if situation.epoch >= epochs:
+            return Decision(situation.prefix, f"{name}: {situation.elapsed_seconds:.1f} s of {wanted:.1f} s")
+        prefixes = best_prefixes(
+            costs,
+            epochs,
+            epoch=situation.epoch,
+            prefix=situation.prefix,
+            seconds=wanted - situation.elapsed_seconds,
+            past=situation.past,
+            weights=self._weights(situation) if self.start else None,
+        )
+        rest = total_seconds(plan_prefixes(costs, prefixes, epochs, past=situation.past))
+        return Decision(
+            prefixes[0],
+            f"{name}: {prefixes[0]} of {len(situation.layers)} layers, "
+            f"forecast {situation.elapsed_seconds + rest:.1f} s of {wanted:.1f} s",
+        )
+
+    def _known(self, epochs: int | None) -> int:
+        if epochs is None:
+            raise ValueError("Budget: epochs must be known, give DropScheduler(epochs=...), got None")
+        return epochs
+
+    def _weights(self, situation: Situation) -> tuple[int, ...]:
+        """What one epoch of each layer is worth, 1 to 4."""
+        smoothed = [
+            smoothed_scores(situation, i, first=situation.undropped or 0, smoothing=0.5)
+            for i in range(len(situation.layers))
+        ]
+        latest = [values[-1] if values else 0.0 for values in smoothed]
+        top = max(latest)
+        return tuple(1 + round(3 * value / top) if top > 0 else 1 for value in latest)
+
+
+def smoothed_scores(situation: Situation, layer: int, *, first: int, smoothing: float) -> list[float]:
+    """The exponential moving averages of one layer's scores from epoch `first` on, oldest first.
+
+    The newest score has the weight 1 - smoothing.
+    """
+    values: list[float] = []
+    for measured in situation.scores[first:]:
+        value = measured[layer]
+        if value is not None:
+            values.append(value if not values else smoothing * values[-1] + (1 - smoothing) * value)
+    return values
+
+
+def _digits(value: float, threshold: float) -> str:
+    """A score in two decimals, or in as many as tell it from zero and the threshold."""
+    for digits in range(2, 17):
+        text = f"{value:.{digits}f}"
+        if float(text) == value or (float(text) != threshold and float(text) > 0):
+            return text
+    return repr(value)
 
 
 def _worth(situation: Situation, prefix: int, reason: str, *, min_saving: float) -> Decision:

@@ -1,65 +1,159 @@
-"""How fast rows come from each tier: bandwidths, measured once."""
+"""Stopwatches: how fast rows come from each tier, and how long a training step takes."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils import _pytree as pytree
 
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.plan import Budgets
-from learndrop_ext.decide.costs import TierCost, wait_for
+from learndrop_ext.rng import fork_rng
+
+
+@dataclass(frozen=True)
+class TierCost:
+    """One tier of the cache: the most bytes of rows in it, and how many bytes a second come from it."""
+
+    budget_bytes: int
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Seconds of one training step, and of the optimizer's part in it."""
+
+    step: float
+    optimizer: float
+
+
+def median_seconds(
+    run: Callable[..., object],
+    device: torch.device,
+    *,
+    repeats: int,
+    warmup: int = 1,
+    prepare: Callable[[], tuple[Any, ...]] = tuple,
+) -> float:
+    """Return the median seconds of `run(*prepare())`, the device's work included and `prepare` left out.
+
+    Args:
+        run: What is timed.
+        device: Waited for before and after each run.
+        repeats: Timed runs, at least 1.
+        warmup: Runs before them that are not timed.
+        prepare: Makes the arguments of each run anew.
+    """
+    times = []
+    for i in range(warmup + repeats):
+        arguments = prepare()
+        _wait_for(device)
+        begin = perf_counter()
+        run(*arguments)
+        _wait_for(device)
+        seconds = perf_counter() - begin
+        if i >= warmup:
+            times.append(seconds)
+    return statistics.median(times)
+
+
+def probe_training_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch_input: torch.Tensor,
+    *,
+    repeats: int = 3,
+    autocast: torch.dtype | None = None,
+) -> StepSeconds | None:
+    """Time a training step: zero_grad, forward, backward and optimizer.step, on a copy of model and optimizer.
+
+    The loss stands in for the user's: the sum of the mean squares of all floating-point outputs. The model, the
+    optimizer, their gradients and the random state stay as they are, to the bit.
+
+    Args:
+        model: The whole model; its copy runs in train mode.
+        optimizer: Holds the model's parameters.
+        batch_input: [B, ...], the input of one batch on the model's device.
+        repeats: Timed steps after one to warm up; the median counts.
+        autocast: Dtype of the training step's autocast, None without.
+
+    Returns:
+        Seconds of a step of B samples, or None where no such step can be timed: model and optimizer cannot be copied,
+        the optimizer wants a closure, or no output has a gradient.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        return None
+    try:
+        # One call: the parameters that the copied optimizer holds are then those of the copied model.
+        net, steps = copy.deepcopy((model, optimizer))
+    except Exception:  # a module may refuse with any error of its own
+        return None
+    net.train()
+    device = batch_input.device
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            outputs = net(batch_input)
+        leaves = [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor) and y.is_floating_point()]
+        return torch.stack([torch.zeros((), device=device), *(y.float().square().mean() for y in leaves)]).sum()
+
+    def step() -> None:
+        steps.zero_grad()
+        loss().backward()
+        steps.step()
+
+    with fork_rng(0), torch.enable_grad():
+        if not loss().requires_grad:
+            return None
+        whole = median_seconds(step, device, repeats=repeats)
+        # The last step's gradients are still there.
+        return StepSeconds(whole, median_seconds(steps.step, device, repeats=repeats, warmup=0))
 
 
 def copy_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float:
     """Bytes read plus bytes written per second by a copy of `size` bytes on the device: the limit of a gather."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    times = []
-    for _ in range(4):
-        wait_for(source)
-        begin = time.perf_counter()
-        target.copy_(source)
-        wait_for(source)
-        times.append(time.perf_counter() - begin)
-    return 2 * size / statistics.median(times[1:])
+    return 2 * size / median_seconds(lambda: target.copy_(source), device, repeats=3)
 
 
 def host_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float:
     """Bytes per second that a GPU's copy engine brings from pinned host memory."""
     source = torch.ones(size, dtype=torch.uint8).pin_memory()
     target = torch.empty(size, dtype=torch.uint8, device=device)
-    times = []
-    for _ in range(4):
-        wait_for(target)
-        begin = time.perf_counter()
-        target.copy_(source, non_blocking=True)
-        wait_for(target)
-        times.append(time.perf_counter() - begin)
-    return size / statistics.median(times[1:])
+    return size / median_seconds(lambda: target.copy_(source, non_blocking=True), device, repeats=3)
 
 
 def disk_bytes_per_second(folder: Path, *, size: int = 1 << 25) -> float:
-    """Bytes per second of a new file in a folder, read from begin to end after its pages were dropped from the page cache.
+    """Bytes per second of a new file in a folder, read from begin to end after its pages left the page cache.
 
     Raises OSError where it cannot be written.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(bytes(1 << 20) * (size >> 20))
+        file.write(bytes(size))
         file.flush()
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        begin = time.perf_counter()
-        read = 0
-        while read < size:
-            read += len(os.pread(file.fileno(), 1 << 20, read))
-        return size / (time.perf_counter() - begin)
+
+        def read() -> None:
+            at = 0
+            while at < size:
+                at += len(os.pread(file.fileno(), 1 << 20, at))
+
+        return size / median_seconds(read, torch.device("cpu"), repeats=1, warmup=0)
 
 
 def tier_costs(budgets: Budgets, speeds: Sequence[float]) -> list[TierCost]:
@@ -80,3 +174,8 @@ def tier_speeds(budgets: Budgets, config: CacheConfig, device: torch.device) -> 
     if budgets.disk and config.disk_dir is not None:
         disk = disk_bytes_per_second(Path(config.disk_dir))
     return copy_bytes_per_second(device), host, disk
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,64 +1,115 @@
-"""The only file that changes the user's model: freezing a prefix, letting it go again, and swapping what is trained."""
+"""Freezing a prefix: what a drop relies on, and whether it is still so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from learndrop_ext.graph.chain import Chain
-
-Wrap = Callable[[nn.Module], nn.Module]
-
-
-class _StaysInEval:
-    """Stands in for `module.train` while the module is frozen: `model.train()` passes it by."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, mode: bool = True) -> nn.Module:
-        return self.module
+from learndrop_ext.ops.transfer import crc32c
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """What a freeze changed, so that it can be undone."""
+class FrozenPrefix:
+    """The first k layers of a model while they are dropped.
 
-    parameters: tuple[nn.Parameter, ...]
-    modules: tuple[nn.Module, ...]
+    Nothing is put on the model: the optimizer passes parameters without a gradient by, and the modules are put into eval
+    mode at each step (`hold_eval`). A copy of the model is an ordinary model.
 
+    The rows are of the weights and buffers as they were: `first_change` and `first_changed_value` name the layer that is
+    no longer what it was.
 
-def freeze(model: nn.Module, chain: Chain, k: int) -> Frozen:
-    """Freeze the first k layers: no gradients, and eval mode whatever `model.train()` says.
-
-    BatchNorm statistics stay. Frozen parameters keep their place and state in the optimizer; with no gradient, every
-    step passes them by.
+    Args:
+        model: the whole model; parameters that are replaced in it are seen.
+        chain: its layers.
+        k: how many are frozen.
+        optimizer: the user's; parameters that are added to it later are asked to train.
+        before: the shorter prefix that was frozen until now.
     """
-    parameters = tuple(p for p in chain.prefix(k).parameters() if p.requires_grad)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-        parameter.grad = None
-    modules = tuple(m for m in prefix_modules(model, chain, k) if not isinstance(m.__dict__.get("train"), _StaysInEval))
-    for module in modules:
-        module.training = False
-        module.__dict__["train"] = _StaysInEval(module)
-    return Frozen(parameters, modules)
 
+    def __init__(
+        self,
+        model: nn.Module,
+        chain: Chain,
+        k: int,
+        optimizer: torch.optim.Optimizer,
+        *,
+        before: FrozenPrefix | None = None,
+    ) -> None:
+        self.k = k
+        self._model = model
+        self._optimizer = optimizer
+        modules = prefix_modules(model, chain, k)
+        self._modes: dict[nn.Module, bool] = {module: module.training for module in modules}
+        self._modules = tuple(modules)
+        self._root_mode: bool = model.training
+        if before is not None:
+            self._modes |= before._modes
+            self._root_mode = before._root_mode
+        self._slots = tuple(_slots(model, chain, k))
+        held = _held(optimizer)
+        self._asleep = tuple(  # parameters that did not train, and should go on so
+            (layer, owner, name)
+            for layer, owner, name in self._slots
+            if isinstance(owner[name], nn.Parameter) and not (owner[name].requires_grad and id(owner[name]) in held)
+        )
+        self._seen: list[tuple[int, int, int]] = []
+        self._checksums: list[int] = []
+        for parameter in chain.prefix(k).parameters():
+            parameter.grad = None
+        self.accept()
+        self.hold_eval()
 
-def unfreeze(frozen: Frozen, *, training: bool) -> None:
-    """Undo a freeze: the parameters are trained again and the modules follow `model.train()`."""
-    for parameter in frozen.parameters:
-        parameter.requires_grad_(True)
-    for module in frozen.modules:
-        module.__dict__.pop("train", None)
-        module.training = training
+    def hold_eval(self) -> None:
+        """Put the frozen modules into eval mode, which `model.train()` may have ended."""
+        for module in self._modules:
+            module.training = False
+
+    def accept(self) -> None:
+        """Take the weights and buffers as they are now."""
+        self._seen = [_identity(owner.get(name)) for _, owner, name in self._slots]
+        self._checksums = [_checksum(owner.get(name)) for _, owner, name in self._slots]
+
+    def first_change(self) -> str | None:
+        """Return the name of the first layer with a tensor that was written to or replaced, by its version counter and
+        address. Cheap: no value is read. Values written through `.data` are not seen here."""
+        for (layer, owner, name), seen in zip(self._slots, self._seen, strict=True):
+            if _identity(owner.get(name)) != seen:
+                return layer
+        return None
+
+    def first_changed_value(self) -> str | None:
+        """Return the name of the first layer with other values than those accepted, None where all are the same.
+
+        Tensors that were written with the values that they had count as unchanged from then on.
+        """
+        for (layer, owner, name), checksum in zip(self._slots, self._checksums, strict=True):
+            if _checksum(owner.get(name)) != checksum:
+                return layer
+        self._seen = [_identity(owner.get(name)) for _, owner, name in self._slots]
+        return None
+
+    def first_woken(self) -> str | None:
+        """Return the name of the first layer with a parameter that did not train when it was dropped and is asked to
+        now, by `requires_grad_(True)` and a place in the optimizer."""
+        held = _held(self._optimizer)
+        for layer, owner, name in self._asleep:
+            parameter = owner.get(name)
+            if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) in held:
+                return layer
+        return None
+
+    def release(self) -> None:
+        """Let the modules follow the model's mode again: as they were, if the model is in the mode that it was in."""
+        training = self._model.training
+        for module, before in self._modes.items():
+            module.training = before if training == self._root_mode else training
 
 
 def prefix_modules(model: nn.Module, chain: Chain, k: int) -> list[nn.Module]:
-    """The modules of the first k layers: the chain's own, and the model's that hold nothing outside the prefix."""
+    """Return the modules of the first k layers: the chain's own, and the model's that hold nothing outside the prefix."""
     inside = {m for i in range(k) for m in chain.layer(i).modules()}
     outside = {m for i in range(k, len(chain)) for m in chain.layer(i).modules()}
     leaves = {m for m in inside if next(m.children(), None) is None} - outside
@@ -71,7 +122,12 @@ def prefix_modules(model: nn.Module, chain: Chain, k: int) -> list[nn.Module]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """The device of all parameters of a model. Raises TypeError or ValueError where there is none."""
+    """Return the device of all parameters of a model.
+
+    Raises:
+        TypeError: no module.
+        ValueError: no parameters, or parameters on several devices.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"DropScheduler: model must be a torch.nn.Module, got {type(model).__name__}")
     devices = {p.device for p in model.parameters()}
@@ -85,7 +141,40 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Raise TypeError or ValueError for an optimizer that holds none of the model's parameters."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"DropScheduler: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = _held(optimizer)
     own = list(model.parameters())
     if not any(id(p) in held for p in own):
         raise ValueError(f"DropScheduler: optimizer must hold the model's parameters, got none of its {len(own)}")
+
+
+def _held(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _slots(model: nn.Module, chain: Chain, k: int) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """(layer, dictionary of the owning module, name) of each parameter and buffer of the first k layers."""
+    owners: dict[int, tuple[Mapping[str, Any], str]] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    owners.setdefault(id(tensor), (held, name))
+    done: set[int] = set()
+    for i in range(k):
+        layer = chain.layer(i)
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if id(tensor) in owners and id(tensor) not in done:
+                done.add(id(tensor))
+                yield (layer.name, *owners[id(tensor)])
+
+
+def _identity(tensor: torch.Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if tensor is None else (id(tensor), tensor.data_ptr(), tensor._version)
+
+
+def _checksum(tensor: torch.Tensor | None) -> int:
+    """CRC-32C of the values: a changed weight goes unseen once in 2^32 times."""
+    if tensor is None or tensor.numel() == 0:
+        return 0
+    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return crc32c(values.numpy().data)

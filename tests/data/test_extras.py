@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import default_collate
@@ -25,6 +26,8 @@ def same(got: Any, wanted: Any) -> bool:
         return False
     if isinstance(wanted, torch.Tensor):
         return got.dtype == wanted.dtype and torch.equal(got, wanted)
+    if isinstance(wanted, np.ndarray):
+        return got.dtype == wanted.dtype and np.array_equal(got, wanted)
     if isinstance(wanted, dict):
         return list(got) == list(wanted) and all(same(got[key], wanted[key]) for key in wanted)
     if isinstance(wanted, list | tuple):
@@ -58,71 +61,83 @@ BATCHES: list[tuple[str, Any, int | str, Any]] = [
         },
     ),
     ("the input twice", (IMAGES, IMAGES), 0, (ROWS, IMAGES[[2, 0]])),
+    (
+        "boxes of different counts",
+        (IMAGES, [torch.zeros(2, 4), torch.ones(3, 4), torch.ones(0, 4)]),
+        0,
+        (ROWS, [torch.ones(0, 4), torch.zeros(2, 4)]),
+    ),
+    ("a dict a sample", (IMAGES, [{"n": 1}, {"n": 2}, {"n": 3}]), 0, (ROWS, [{"n": 3}, {"n": 1}])),
+    ("a numpy array", (IMAGES, np.array([7, 8, 9])), 0, (ROWS, np.array([9, 7]))),
+    ("float64", (IMAGES, LABELS.double()), 0, (ROWS, torch.tensor([9.0, 7.0], dtype=torch.float64))),
+    ("the same in all batches", (IMAGES, None, 0.5, {"set": "train"}), 0, (ROWS, None, 0.5, {"set": "train"})),
     ("many dtypes", (IMAGES, LABELS.half(), MASKS), 0, (ROWS, LABELS[[2, 0]].half(), MASKS[[2, 0]])),
 ]
 
 
 @pytest.mark.parametrize(("batch", "key", "wanted"), [case[1:] for case in BATCHES], ids=[case[0] for case in BATCHES])
-def test_rest_of_batch_gives_back_the_structure_with_other_images(batch: Any, key: int | str, wanted: Any) -> None:
-    rest = BatchExtras(5, key=key, device=CPU)
+def test_extras_gives_back_the_structure_with_other_images(batch: Any, key: int | str, wanted: Any) -> None:
+    rest = BatchExtras(key=key, device=CPU)
     rest.put(batch, torch.tensor([4, 0, 2]))
     assert same(rest.get(torch.tensor([2, 4]), ROWS), wanted)
 
 
-def test_rest_of_batch_keeps_what_default_collate_makes() -> None:
+def test_extras_keeps_what_default_collate_makes() -> None:
     samples = [(torch.ones(2) * i, i, f"name{i}", {"box": torch.tensor([i, i])}) for i in range(4)]
-    rest = BatchExtras(4, key=0, device=CPU)
+    rest = BatchExtras(key=0, device=CPU)
     rest.put(default_collate(samples[:2]), torch.tensor([3, 1]))
     rest.put(default_collate(samples[2:]), torch.tensor([0, 2]))
     wanted = default_collate([samples[1], samples[2], samples[0]])
     assert same(rest.get(torch.tensor([1, 0, 3]), wanted[0]), wanted)
 
 
-def test_rest_of_batch_keeps_no_images() -> None:
-    rest = BatchExtras(1000, key=0, device=CPU)
+def test_extras_keeps_no_images() -> None:
+    rest = BatchExtras(key=0, device=CPU)
     rest.put((torch.ones(2, 3, 8, 8), LABELS[:2]), torch.tensor([0, 999]))
-    assert sum(stack.numel() for stack in rest.stacks) == 1000
+    assert sum(stack.numel() for stack in rest._stacks if stack is not None) == 1000
 
 
-def test_rest_of_batch_grows() -> None:
-    rest = BatchExtras(2, key=0, device=CPU)
+def test_extras_grows() -> None:
+    rest = BatchExtras(key=0, device=CPU)
     rest.put((IMAGES[:2], LABELS[:2], ["a", "b"]), torch.tensor([1, 0]))
-    rest.grow(4)
     rest.put((IMAGES[:1], LABELS[2:], ["c"]), torch.tensor([3]))
-    assert rest.slots == 4
     assert same(rest.get(torch.tensor([3, 0, 1]), IMAGES), (IMAGES, torch.tensor([9, 8, 7]), ["c", "b", "a"]))
 
 
-def test_rest_of_batch_grows_before_the_first_batch() -> None:
-    rest = BatchExtras(0, key=0, device=CPU)
-    rest.grow(3)
-    rest.put((IMAGES, LABELS), torch.tensor([0, 1, 2]))
-    assert same(rest.get(torch.tensor([2]), ROWS), (ROWS, torch.tensor([9])))
-
-
 PER_SAMPLE = (
-    "DropScheduler: every entry of a batch must be a tensor of 3 rows or a list of 3 values, one a sample, got "
+    "DropScheduler: every entry of a batch must be a tensor of 3 rows or a list of 3 values, one a sample, or a value "
+    "that is the same in all batches, got "
 )
 REFUSED = [
     ((IMAGES, LABELS[:2]), PER_SAMPLE + r"a tensor \[2\] at batch\[1\]"),
     ((IMAGES, torch.tensor(1.0)), PER_SAMPLE + r"a tensor \[\] at batch\[1\]"),
-    ({"x": 5, 0: IMAGES}, PER_SAMPLE + r"a int at batch\['x'\]"),
-    ((IMAGES, ["a", "b"]), PER_SAMPLE + r"2 values at batch\[1\]"),
-    ((IMAGES, {"names": "abc"}), PER_SAMPLE + r"a str at batch\[1\]\['names'\]"),
-    ((IMAGES[:2], LABELS), PER_SAMPLE + r"a tensor \[2, 4\] at batch\[0\]"),
+    ((IMAGES, {"names": {1, 2}}), PER_SAMPLE + r"a set at batch\[1\]\['names'\]"),
+    ((IMAGES, np.zeros(4)), PER_SAMPLE + r"a numpy array \[4\] at batch\[1\]"),
+    ((IMAGES[:2], LABELS), r"a tensor of 2 rows or a list of 2 values, .* got a tensor \[3\] at batch\[1\]"),
 ]
 
 
 @pytest.mark.parametrize(("batch", "message"), REFUSED)
-def test_rest_of_batch_refuses_entries_that_are_not_per_sample(batch: Any, message: str) -> None:
-    rest = BatchExtras(3, key=0, device=CPU)
+def test_extras_refuses_entries_that_are_not_per_sample(batch: Any, message: str) -> None:
+    rest = BatchExtras(key=0, device=CPU)
     with pytest.raises(ValueError, match=message):
         rest.put(batch, torch.tensor([0, 1, 2]))
-    assert rest.spec is None
+    rest.put((IMAGES, LABELS), torch.tensor([0, 1, 2]))
+    assert same(rest.get(torch.tensor([1]), ROWS), (ROWS, LABELS[1:2]))
 
 
 # first batch, second batch, message
 CHANGED = [
+    (
+        (IMAGES, ["a", "b", "c"]),
+        (IMAGES, ["a", "b"]),
+        r"every entry of a batch must be a tensor of 3 rows .* got 2 values at batch\[1\]",
+    ),
+    (
+        (IMAGES, 0.5),
+        (IMAGES, 0.25),
+        r"must be per sample or the same in all batches, got 0.25 after 0.5 at batch\[1\]",
+    ),
     ((IMAGES, LABELS), (IMAGES, LABELS, LABELS), "DropScheduler: all batches must have one structure, got "),
     ((IMAGES, LABELS), [IMAGES, LABELS], "DropScheduler: all batches must have one structure, got "),
     (
@@ -136,18 +151,18 @@ CHANGED = [
         (IMAGES, LABELS.float()),
         r"wanted torch.int64 rows \[\] as in the first, got torch.float32 rows \[\] at batch\[1\]",
     ),
-    ((IMAGES, ["a", "b", "c"]), (IMAGES, LABELS), r"wanted a list of values as in the first, got torch.int64 rows"),
+    ((IMAGES, ["a", "b", "c"]), (IMAGES, LABELS), r"wanted a list of values as in the\s+first, got torch.int64 rows"),
     (
         (IMAGES, LABELS),
         (IMAGES, ["a", "b", "c"]),
-        r"wanted torch.int64 rows \[\] as in the first, got a list of values",
+        "DropScheduler: all batches must have one structure, got ",
     ),
 ]
 
 
 @pytest.mark.parametrize(("first", "second", "message"), CHANGED)
-def test_rest_of_batch_refuses_a_batch_unlike_the_first(first: Any, second: Any, message: str) -> None:
-    rest = BatchExtras(3, key=0, device=CPU)
+def test_extras_refuses_a_batch_unlike_the_first(first: Any, second: Any, message: str) -> None:
+    rest = BatchExtras(key=0, device=CPU)
     rest.put(first, torch.tensor([0, 1, 2]))
     with pytest.raises(ValueError, match=message):
         rest.put(second, torch.tensor([2, 1, 0]))

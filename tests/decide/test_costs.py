@@ -1,27 +1,29 @@
 from __future__ import annotations
 
-from pathlib import Path
+import copy
+import random
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from learndrop_ext.decide import costs as module
 from learndrop_ext.decide.costs import (
     CutChoice,
-    Estimate,
     LayerCost,
-    TierCost,
     choose_cut,
-    estimate,
+    fit_to_step,
+    format_bytes,
     forward_flops,
+    live_seconds,
     measure_layers,
     row_seconds,
+    rows_in_tiers,
 )
-from learndrop_ext.decide.probes import copy_bytes_per_second, disk_bytes_per_second
-from learndrop_ext.graph.chain import split_layers
-from learndrop_ext.ops import free_bytes
-
-CPU = torch.device("cpu")
+from learndrop_ext.decide.probes import StepSeconds, TierCost
+from learndrop_ext.graph.chain import Chain, split_layers
 
 
 def network() -> nn.Module:
@@ -31,70 +33,203 @@ def network() -> nn.Module:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False),
+        nn.Dropout(0.5, inplace=True),
         nn.Flatten(),
         nn.Linear(256, 10),
     )
 
 
+class TwoHeads(nn.Module):
+    """Its last layer has no single output, one of its outputs no gradient, and a layer before it no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.pool = nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = self.head(self.pool(self.stem(x)))
+        return {"sum": y.sum((2, 3)), "largest": y.argmax(1)}
+
+
+def chain_of(model: nn.Module, **more: Any) -> Chain:
+    return split_layers(model, torch.rand(2, 3, 16, 16), **more)
+
+
 def test_measure_layers_counts_flops_of_one_sample() -> None:
-    chain = split_layers(network(), torch.rand(2, 3, 16, 16))
-    costs = measure_layers(chain, torch.rand(4, 3, 16, 16))
+    costs = measure_layers(chain_of(network()), torch.rand(4, 3, 16, 16))
     # Two for each multiplication with its addition: outputs x weights of one output.
     assert [cost.flops for cost in costs] == [
         2 * (8 * 16 * 16) * (3 * 3 * 3),
         2 * (16 * 4 * 4) * (8 * 3 * 3),
         2 * 10 * 256,
     ]
-    assert [cost.name for cost in costs] == ["0", "4", "6"]
+    assert [cost.name for cost in costs] == ["0", "4", "7"]
     assert [cost.shape for cost in costs] == [(8, 8, 8), (256,), (10,)]
-    assert all(cost.seconds > 0 for cost in costs)
+    assert [cost.parameters for cost in costs] == [8 * 3 * 9 + 8 + 16, 16 * 8 * 9, 2570]
     assert forward_flops(costs) == 110_592 + 36_864 + 5_120
     assert forward_flops(costs[1:]) == 41_984
     assert forward_flops([]) == 0
 
 
+class Stopwatch:
+    """Stands in for median_seconds: each call takes one second more than the one before, and is noted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[bool, int, tuple[Any, ...]]] = []
+        monkeypatch.setattr(module, "median_seconds", self)
+
+    def __call__(self, run: Any, device: torch.device, *, repeats: int, prepare: Any) -> float:
+        arguments = prepare()
+        run(*arguments)
+        self.calls.append((torch.is_grad_enabled(), repeats, arguments))
+        return float(len(self.calls))
+
+
+def test_measure_layers_times_each_layer_frozen_and_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Stopwatch(monkeypatch)
+    costs = measure_layers(chain_of(network()), torch.rand(4, 3, 16, 16), repeats=5)
+    # Per sample of a batch of four. The first layer needs no gradient of its input: it is timed once in training.
+    assert [(c.seconds, c.train_seconds, c.first_seconds) for c in costs] == [
+        (1 / 4, 2 / 4, 2 / 4),
+        (3 / 4, 4 / 4, 5 / 4),
+        (6 / 4, 7 / 4, 8 / 4),
+    ]
+    assert [(grad, repeats) for grad, repeats, _ in watch.calls] == [
+        (grad, 5) for grad in (False, True, False, True, True, False, True, True)
+    ]
+    # What gradients are asked for: of the parameters, and of the input where a layer before learns too.
+    assert [len(arguments[1]) for grad, _, arguments in watch.calls if grad] == [4, 2, 1, 3, 2]
+    assert [tuple(arguments[0].shape) for grad, _, arguments in watch.calls if not grad] == [
+        (4, 3, 16, 16),
+        (4, 8, 8, 8),
+        (4, 256),
+    ]
+
+
+def test_measure_layers_runs_frozen_layers_in_eval_mode_and_live_ones_in_train_mode() -> None:
+    modes: list[tuple[bool, bool]] = []
+    model = network()
+    chain = chain_of(model)
+    model[1].register_forward_hook(lambda m, _, y: modes.append((m.training, y.requires_grad)))
+    measure_layers(chain, torch.rand(4, 3, 16, 16), repeats=2)
+    # Once for the FLOPs; then one to warm up and two that count, frozen and live.
+    assert modes == [(False, False)] * 4 + [(True, True)] * 3
+
+
+def test_measure_layers_takes_two_of_a_single_sample() -> None:
+    batches: list[int] = []
+    model = network()
+    chain = chain_of(model)
+    model[0].register_forward_hook(lambda _, x, y: batches.append(len(x[0])))
+    costs = measure_layers(chain, torch.rand(1, 3, 16, 16), repeats=1)
+    assert set(batches) == {2}
+    assert costs[0].flops == 110_592
+
+
+def test_measure_layers_under_autocast() -> None:
+    dtypes: list[torch.dtype] = []
+    model = network()
+    chain = chain_of(model)
+    model[4].register_forward_hook(lambda _, x, y: dtypes.append(y.dtype))
+    measure_layers(chain, torch.rand(2, 3, 16, 16), repeats=1, autocast=torch.bfloat16)
+    assert set(dtypes) == {torch.bfloat16}
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_measure_layers_of_outputs_and_layers_without_gradients() -> None:
+    model = TwoHeads()
+    model.stem.requires_grad_(False)
+    costs = measure_layers(chain_of(model, layers=["stem", "pool", "head"]), torch.rand(2, 3, 16, 16), repeats=1)
+    assert [cost.parameters for cost in costs] == [0, 0, 10]
+    assert [cost.shape for cost in costs] == [(4, 16, 16), (4, 8, 8), None]
+    assert all(cost.train_seconds > 0 and cost.seconds > 0 for cost in costs)
+
+
 @pytest.mark.parametrize("training", [True, False])
-def test_measure_layers_leaves_flags_and_buffers(training: bool) -> None:
+@pytest.mark.parametrize("fails", [True, False])
+def test_measure_layers_leaves_everything_as_it_was(training: bool, fails: bool) -> None:
     model = network().train(training)
-    chain = split_layers(model, torch.rand(2, 3, 16, 16))
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    chain = chain_of(model)
+    chain(torch.rand(2, 3, 16, 16)).sum().backward()
+    model[4].weight.grad = None
     flags = [m.training for m in chain.modules()]
-    measure_layers(chain, torch.rand(2, 3, 16, 16), repeats=1)
+    state = copy.deepcopy((model.state_dict(), [p.grad for p in model.parameters()]))
+    grads = [p.grad for p in model.parameters()]
+    good, bad = torch.rand(2, 3, 16, 16), torch.rand(2, 4, 16, 16)
+    draws = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    if fails:
+        with pytest.raises(RuntimeError):
+            measure_layers(chain, bad)
+    else:
+        measure_layers(chain, good, repeats=2)
     assert [m.training for m in chain.modules()] == flags
     assert all(m.training is training for m in model.modules())
-    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    torch.testing.assert_close((model.state_dict(), grads), state, rtol=0, atol=0)
+    assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+    assert torch.equal(torch.get_rng_state(), draws[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == draws[1:]
 
 
-def test_measure_layers_leaves_flags_after_an_error() -> None:
-    model = network()
-    chain = split_layers(model, torch.rand(2, 3, 16, 16))
-    with pytest.raises(RuntimeError):
-        measure_layers(chain, torch.rand(2, 4, 16, 16))
-    assert all(m.training for m in model.modules())
+def test_measure_layers_leaves_its_example() -> None:
+    x = torch.randn(2, 4, 8, 8)
+    before = x.clone()
+    model = nn.Sequential(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3)), nn.Flatten(), nn.Linear(144, 2))
+    measure_layers(split_layers(model, x.clone(), layers=["0", "2"]), x, repeats=1)
+    assert torch.equal(x, before)
 
 
-def test_free_bytes_of_the_host() -> None:
-    assert 1 << 20 < free_bytes(CPU) < 1 << 50
+# Seconds per sample of three layers, a step of 8 samples and its optimizer; layers, other and optimizer seconds per sample.
+MEASURED = (
+    LayerCost("a", 1, 0.1, 0.4, None, first_seconds=0.2),
+    LayerCost("b", 1, 0.1, 0.4, None),
+    LayerCost("c", 1, 0.1, 0.4, None, first_seconds=0.3),
+)
 
 
-def test_copy_bytes_per_second() -> None:
-    assert 1e8 < copy_bytes_per_second(CPU, size=1 << 22) < 1e13
+def test_live_seconds() -> None:
+    assert live_seconds(MEASURED) == pytest.approx(1.0)
+    assert live_seconds(MEASURED[1:]) == pytest.approx(0.8)
+    assert live_seconds(MEASURED[2:]) == pytest.approx(0.3)
+    assert live_seconds([]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("step", "share", "other", "optimizer"),
+    [
+        (StepSeconds(12.0, 0.8), 1.0, 0.4, 0.1),
+        (StepSeconds(8.8, 0.8), 1.0, 0.0, 0.1),
+        # One by one the layers took twice as long as together.
+        (StepSeconds(4.8, 0.8), 0.5, 0.0, 0.1),
+        (StepSeconds(4.0, 5.0), 0.0, 0.0, 0.5),
+    ],
+)
+def test_fit_to_step(step: StepSeconds, share: float, other: float, optimizer: float) -> None:
+    layers, rest, steps = fit_to_step(MEASURED, step, batch=8)
+    assert (rest, steps) == (pytest.approx(other), pytest.approx(optimizer))
+    assert [layer.seconds for layer in layers] == pytest.approx([0.1 * share] * 3)
+    assert [layer.train_seconds for layer in layers] == pytest.approx([0.4 * share] * 3)
+    assert [layer.first_live_seconds for layer in layers] == pytest.approx([0.2 * share, 0.4 * share, 0.3 * share])
+    assert (live_seconds(layers) + rest + steps) * 8 == pytest.approx(step.step)
 
 
 # Rows of 4096, 4096, 1024 and 256 bytes as fp16 with fp32 values of 8192, 8192, 2048 and 512: at 1e6 bytes a second a
 # gather takes 12.288, 12.288, 3.072 and 0.768 ms.
 LAYERS = (
-    LayerCost("stem", 100, 0.010, (8, 16, 16)),
-    LayerCost("block1", 100, 0.010, (8, 16, 16)),
-    LayerCost("block2", 100, 0.010, (8, 8, 8)),
-    LayerCost("fc", 100, 0.010, (128,)),
-    LayerCost("head", 1, 0.0, None),
+    LayerCost("stem", 100, 0.010, 0.0, (8, 16, 16)),
+    LayerCost("block1", 100, 0.010, 0.0, (8, 16, 16)),
+    LayerCost("block2", 100, 0.010, 0.0, (8, 8, 8)),
+    LayerCost("fc", 100, 0.010, 0.0, (128,)),
+    LayerCost("head", 1, 0.0, 0.0, None),
 )
 CHEAP = (
-    LayerCost("stem", 1, 0.0, (8, 8, 8)),
-    LayerCost("expand", 1, 0.001, (64, 8, 8)),
-    LayerCost("squeeze", 1, 0.001, (8, 8, 8)),
+    LayerCost("stem", 1, 0.0, 0.0, (8, 8, 8)),
+    LayerCost("expand", 1, 0.001, 0.0, (64, 8, 8)),
+    LayerCost("squeeze", 1, 0.001, 0.0, (8, 8, 8)),
 )
+
+HEADLESS = LayerCost("heads", 1, 0.0, 0.0, None)
 
 # layers, prefix, kept, rows, budget, choice
 CUTS = [
@@ -105,8 +240,8 @@ CUTS = [
     (LAYERS, 2, 0, 10, 10**9, CutChoice(2, 4096, "rows after block1")),
     # The budget takes 10 rows of 1,024 bytes and not one byte less.
     (LAYERS, 3, 0, 10, 10_240, CutChoice(3, 1024, "rows after block2")),
-    (LAYERS, 3, 0, 10, 10_239, CutChoice(0, 0, "no rows: the smallest take 0 MB and the budget is 0 MB")),
-    (LAYERS, 3, 0, 10**6, 10**9, CutChoice(0, 0, "no rows: the smallest take 1,024 MB and the budget is 1,000 MB")),
+    (LAYERS, 3, 0, 10, 10_239, CutChoice(0, 0, "no rows: the smallest take 10.24 kB and the budget is 10.239 kB")),
+    (LAYERS, 3, 0, 10**6, 10**9, CutChoice(0, 0, "no rows: the smallest take 1.024 GB and the budget is 1 GB")),
     # 8x the bytes behind `expand` cost 21.5 ms more than its forward pass of 1 ms saves.
     (CHEAP, 2, 0, 10, 10**9, CutChoice(1, 1024, "rows after stem")),
     (CHEAP, 3, 0, 10, 10**9, CutChoice(3, 1024, "rows after squeeze")),
@@ -116,6 +251,26 @@ CUTS = [
     (CHEAP, 2, 1, 10, 10**9, CutChoice(1, 0, "rows stay after stem")),
     (CHEAP, 3, 1, 10, 10**9, CutChoice(3, 1024, "rows after squeeze")),
     (LAYERS, 3, 1, 10, 10_239, CutChoice(1, 0, "rows stay after stem")),
+    # Three decimals do not tell 1,024,000,000 bytes from one less.
+    (
+        LAYERS,
+        3,
+        0,
+        10**6,
+        1_023_999_999,
+        CutChoice(0, 0, "no rows: the smallest take 1,024,000,000 bytes and the budget is 1,023,999,999 bytes"),
+    ),
+    # Rows kept for a longer prefix do not count for a shorter one.
+    (LAYERS, 2, 3, 10, 10**9, CutChoice(2, 4096, "rows after block1")),
+    (LAYERS, 0, 3, 10, 10**9, CutChoice(0, 0, "")),
+    (
+        (HEADLESS,),
+        1,
+        0,
+        10,
+        10**9,
+        CutChoice(0, 0, "no rows: no cut within the prefix has rows that can be kept as asked"),
+    ),
     # A layer without one tensor leaving it cannot be cached; the rows before it can.
     (LAYERS, 5, 0, 10, 10**9, CutChoice(4, 256, "rows after fc")),
 ]
@@ -130,6 +285,13 @@ def test_choose_cut(
     assert choice == wanted
 
 
+@pytest.mark.parametrize(("prefix", "cut"), [(3, 3), (4, 3), (5, 3)])
+def test_choose_cut_keeps_images_where_rows_are_augmented(prefix: int, cut: int) -> None:
+    # The rows after fc are no images; head has none.
+    tiers = [TierCost(10**9, 1e6)]
+    assert choose_cut(LAYERS, prefix, kept=0, rows=10, codec="fp16", tiers=tiers, augmented=True).cut == cut
+
+
 def test_choose_cut_counts_the_bytes_of_the_codec() -> None:
     rows = {
         codec: choose_cut(LAYERS, 3, kept=0, rows=1, codec=codec, tiers=[TierCost(10**9, 1e6)]).row_bytes
@@ -139,42 +301,41 @@ def test_choose_cut_counts_the_bytes_of_the_codec() -> None:
     assert rows == {"fp32": 2048, "fp16": 1024, "bf16": 1024, "uint8": 640}
 
 
-# Forward seconds 1, 2, 3, 4: training the whole takes 3 x 10 = 30 units.
-FOUR = tuple(LayerCost(str(i), 1, float(i), (1,)) for i in (1, 2, 3, 4))
-
-# before, after, epoch seconds, samples, rows, wanted
-ESTIMATES = [
-    # Rows behind the first two: 3 of 30 units a pass, 21 of 30 stay.
-    ((0, 0), (2, 2), 60.0, 100, 100, Estimate(6.0, 18.0)),
-    # Twice the rows (views): twice the fill, the same saving.
-    ((0, 0), (2, 2), 60.0, 100, 200, Estimate(12.0, 18.0)),
-    # Rows one layer earlier: layer 2 is run without gradients, 2 + 21 of 30 units stay.
-    ((0, 0), (2, 1), 60.0, 100, 100, Estimate(2.0, 14.0)),
-    # Frozen and no rows: 3 + 21 of 30.
-    ((0, 0), (2, 0), 60.0, 100, 100, Estimate(0.0, 12.0)),
-    # A second drop: 27 units now (1 frozen and cached), 12 then, layers 2 and 3 fill.
-    ((1, 1), (3, 3), 54.0, 10, 10, Estimate(10.0, 30.0)),
-    ((2, 2), (2, 2), 50.0, 10, 10, Estimate(0.0, 0.0)),
-    ((4, 4), (4, 4), 50.0, 10, 10, Estimate(0.0, 0.0)),
-    ((0, 0), (2, 2), 60.0, 0, 0, Estimate(0.0, 0.0)),
-]
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 kB"),
+        (10_240, "10.24 kB"),
+        (1_024_000_000, "1.024 GB"),
+        (999_999, "999.999 kB"),
+        (20_000_000, "20 MB"),
+        (3_500_000_000_000, "3.5 TB"),
+    ],
+)
+def test_format_bytes(count: int, text: str) -> None:
+    assert format_bytes(count) == text
 
 
-@pytest.mark.parametrize(("before", "after", "seconds", "samples", "rows", "wanted"), ESTIMATES)
-def test_estimate(
-    before: tuple[int, int], after: tuple[int, int], seconds: float, samples: int, rows: int, wanted: Estimate
-) -> None:
-    got = estimate(FOUR, before=before, after=after, epoch_seconds=seconds, samples=samples, rows=rows)
-    assert got.fill_seconds == pytest.approx(wanted.fill_seconds)
-    assert got.saved_seconds == pytest.approx(wanted.saved_seconds)
+def test_format_bytes_of_few_decimals() -> None:
+    assert format_bytes(8192, decimals=1) == "8.2 kB"
+    assert format_bytes(100_000_000, decimals=0) == "100 MB"
 
 
-def test_estimate_takes_what_rows_cost_from_what_is_saved() -> None:
-    # 64 s are 54 s of work, 27 units, and 10 s of rows; then 12 units and 5 s of rows. The fill runs 5 units for each of
-    # the 10 rows and writes each in 0.5 s.
-    got = estimate(FOUR, before=(1, 1), after=(3, 3), epoch_seconds=64.0, samples=10, rows=10, read_seconds=(1.0, 0.5))
-    assert got.fill_seconds == pytest.approx(54 / 27 * 5 + 5)
-    assert got.saved_seconds == pytest.approx(64 - 54 / 27 * 12 - 5)
+@pytest.mark.parametrize(
+    ("rows", "stride", "budgets", "counts"),
+    [
+        (10, 100, [1000], (10,)),
+        (10, 100, [999, 100], (9, 1)),
+        (10, 100, [99, 550, 500], (0, 5, 5)),
+        (10, 100, [99, 550, 499], None),
+        (10, 100, [10**6, 10**6], (10, 0)),
+        (0, 100, [50], (0,)),
+    ],
+)
+def test_rows_in_tiers(rows: int, stride: int, budgets: list[int], counts: tuple[int, ...] | None) -> None:
+    assert rows_in_tiers(rows, stride, [TierCost(budget, 1.0) for budget in budgets]) == counts
 
 
 # shape, rows, tiers, seconds: rows of 4096 bytes and 8192 of values, at 1e6 bytes a second on the device.
@@ -198,8 +359,8 @@ def test_row_seconds(rows: int, tiers: list[TierCost], wanted: float | None) -> 
 
 
 # Two layers of 10 ms, rows of 4096 bytes after the first, of 1024 after the second.
-TWO = (LAYERS[0], LayerCost("block2", 100, 0.010, (8, 8, 8)))
-WIDE = (LAYERS[2], LayerCost("wide", 100, 0.010, (8, 16, 16)))
+TWO = (LAYERS[0], LayerCost("block2", 100, 0.010, 0.0, (8, 8, 8)))
+WIDE = (LAYERS[2], LayerCost("wide", 100, 0.010, 0.0, (8, 16, 16)))
 
 
 @pytest.mark.parametrize(
@@ -221,10 +382,3 @@ def test_choose_cut_counts_what_the_slower_tiers_cost(
 
 def test_rows_that_are_there_stay_where_no_others_fit() -> None:
     assert choose_cut(LAYERS, 3, kept=1, rows=10, codec="fp16", tiers=[TierCost(0, 1e6)]).cut == 1
-
-
-def test_disk_bytes_per_second(tmp_path: Path) -> None:
-    assert 1e5 < disk_bytes_per_second(tmp_path, size=1 << 22) < 1e12
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OSError, match="No such file"):
-        disk_bytes_per_second(tmp_path / "none")

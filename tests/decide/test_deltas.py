@@ -92,17 +92,6 @@ def test_layer_change_holds_the_cosine_to_its_range() -> None:
     assert layer_change([1, 1e200, 1, 1, 1, 0, 1e200, 1e200]).cosine == pytest.approx(1)
 
 
-def test_launch_can_be_read_later_and_again() -> None:
-    w = nn.Parameter(torch.zeros(2))
-    deltas = Deltas([[w]])
-    w.data += 1
-    first = deltas.launch()
-    w.data += 5
-    second = deltas.launch()
-    assert (first.result()[0].maximum, second.result()[0].maximum) == (1.0, 5.0)
-    assert first.result() is first.result()
-
-
 def test_measure_follows_parameters_that_were_assigned_anew() -> None:
     net = network()
     deltas = Deltas(layers_of(net), model=net)

@@ -1,0 +1,80 @@
+"""What DropScheduler refuses."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.decide.deltas import LayerChange
+from learndrop_ext.decide.policy import Decision
+from learndrop_ext.graph.live import LiveModel
+
+#: By model, what holds layers of it dropped: an object with a `prefix`.
+HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+
+
+def check_free(model: nn.Module) -> None:
+    """Raise ValueError for a model that another scheduler has dropped layers of."""
+    holder = HOLDERS.get(model)
+    other = holder() if holder is not None else None
+    if other is not None:
+        raise ValueError(
+            f"DropScheduler: model must have no dropped layers, got one of which another DropScheduler has dropped "
+            f"{other.prefix}: close() that one first"
+        )
+
+
+def check_folder(config: CacheConfig) -> None:
+    """Raise ValueError for a folder that cannot be written to."""
+    folder = config.disk_dir
+    if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise ValueError(
+            f"DropScheduler: cache must have a disk_dir that is a folder to write to, got CacheConfig(disk_dir={folder!r})"
+        )
+
+
+def input_name(model: nn.Module) -> str:
+    """Return the name of the first argument of the model's forward."""
+    return next(iter(inspect.signature(model.forward).parameters), "x")
+
+
+def checked_decision(decision: Any, prefix: int, last: int) -> Decision:
+    """Return a policy's decision with a plain int in it. Raises TypeError or ValueError for what cannot be followed."""
+    if not isinstance(decision, Decision):
+        raise TypeError(f"drop.step: policy must return a Decision, got {type(decision).__name__}")
+    try:
+        wanted = operator.index(decision.prefix)
+    except TypeError:
+        raise TypeError(f"drop.step: policy must decide on a whole number of layers, got {decision.prefix!r}") from None
+    if not prefix <= wanted <= last:
+        raise ValueError(f"drop.step: policy must decide on {prefix}..{last} layers, got {wanted}")
+    return Decision(wanted, decision.reason)
+
+
+def check_trained(model: LiveModel, samples: int) -> None:
+    """Raise RuntimeError where nothing was trained, or something else than the loader's batches."""
+    if not samples:
+        raise RuntimeError("drop.step: wanted batches of drop.loader since the last step, got none")
+    if model.calls == 0:
+        got = "calls of it in eval mode only: call model.train()" if model.eval_calls else "no call of it"
+        raise RuntimeError(f"drop.step: wanted drop.model to be trained on drop.loader's batches, got {got}")
+    if foreign := model.take_foreign():
+        raise RuntimeError(
+            f"drop.step: drop.model must get the batch's input as drop.loader gave it, got {foreign}; what the loop "
+            "does to images it would do to cached rows too: move it into the dataset or the model, or say "
+            "check_input=False where it is meant for both"
+        )
+
+
+def check_finite(names: Sequence[str], changes: Sequence[LayerChange]) -> None:
+    """Raise ValueError for weights that are not finite, naming the layer."""
+    for name, change in zip(names, changes, strict=True):
+        if change.nonfinite:
+            raise ValueError(f"drop.step: weights must be finite, got {change.nonfinite} NaN or inf in layer {name}")

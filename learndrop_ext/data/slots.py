@@ -1,0 +1,78 @@
+"""Where the rows of a sample are: sample and view -> place. N samples, V views, B samples in a batch."""
+
+from __future__ import annotations
+
+import torch
+
+from learndrop_ext.cache.cache import ActivationCache
+
+
+class SlotTable:
+    """Gives samples their slots in the order in which they are first drawn.
+
+    The row of a view lies at place slot * V + view, so that the rows of few samples lie together.
+
+    Args:
+        size: N.
+        views: V.
+        generator: draws the view with which each sample begins.
+    """
+
+    def __init__(self, size: int, views: int, generator: torch.Generator) -> None:
+        self.views = views
+        self.used = 0
+        self._generator = generator
+        self.table = torch.empty(0, dtype=torch.int64)  # [N] slots, -1 for none
+        self.view_offset = torch.empty(0, dtype=torch.int64)  # [N]
+        self.extend(size)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def extend(self, more: int) -> None:
+        """Add samples at the end."""
+        self.table = torch.cat([self.table, torch.full((more,), -1, dtype=torch.int64)])
+        offsets = torch.randint(1 << 30, (more,), generator=self._generator)
+        self.view_offset = torch.cat([self.view_offset, offsets])
+
+    def clear(self) -> None:
+        """Take all slots back."""
+        self.table.fill_(-1)
+        self.used = 0
+
+    def load(self, table: torch.Tensor) -> None:
+        """Take the slots [N] of an earlier run."""
+        self.table = table.clone()
+        self.used = int(table.max()) + 1 if len(table) else 0
+
+    def view(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Return the view [B] of each sample that an epoch draws: another one each time, until all have been drawn."""
+        if self.views == 1:
+            return torch.zeros_like(ids)
+        return (self.view_offset[ids] + epoch) % self.views
+
+    def places(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Return the place [B] of each sample's row in an epoch, -1 for samples without a slot."""
+        slots = self.table[ids]
+        return torch.where(slots < 0, -1, slots * self.views + self.view(ids, epoch))
+
+    def assign(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Return `places`, with slots for the samples that had none."""
+        new = ids[self.table[ids] < 0]
+        if len(new):
+            new = torch.as_tensor(list(dict.fromkeys(new.tolist())))
+            self.table[new] = torch.arange(self.used, self.used + len(new))
+            self.used += len(new)
+        return self.places(ids, epoch)
+
+    def drawn(self) -> torch.Tensor:
+        """Return the samples [n] that have a slot."""
+        return torch.nonzero(self.table >= 0).flatten()
+
+
+def filled_at(cache: ActivationCache | None, at: torch.Tensor) -> torch.Tensor:
+    """Return which places [B], -1 for none, have a row in a cache."""
+    if cache is None or not len(cache.filled):
+        return torch.zeros(len(at), dtype=torch.bool)
+    inside = (at >= 0) & (at < len(cache.filled))
+    return inside & cache.filled[at.clamp(0, len(cache.filled) - 1)]

@@ -1,0 +1,113 @@
+"""What layers, rows and images cost in this run: measured once, corrected by the epochs that were run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.cache.plan import budgets_of
+from learndrop_ext.decide import costs
+from learndrop_ext.decide.forecast import RunCosts
+from learndrop_ext.decide.probes import StepSeconds, tier_costs, tier_speeds
+
+#: Weight of the newest epoch in what the model of costs is corrected by.
+NEWEST = 0.5
+
+
+class CostBook:
+    """Costs of a run, for policies and forecasts.
+
+    Args:
+        layers: measured costs of each layer.
+        config: of the rows; None where none are kept.
+        device: of the model.
+        samples: of an epoch.
+    """
+
+    def __init__(
+        self, layers: Sequence[costs.LayerCost], config: CacheConfig | None, device: torch.device, *, samples: int
+    ) -> None:
+        self.layers = tuple(layers)
+        self.samples = samples
+        self.image_seconds = 0.0
+        self.other_seconds = 0.0
+        self.optimizer_seconds = 0.0
+        self.scale = 1.0
+        self.probed = False
+        self._config = config
+        self._device = device
+        self._speeds: tuple[float, float, float] | None = None
+        self._observed = False
+
+    def choices(self, cut: int, rows: int) -> list[costs.CutChoice]:
+        """Return for each prefix length where its rows would be kept; rows: how many, cut: of those there are."""
+        config = self._config
+        if config is None:
+            return [costs.CutChoice(0, 0, "frozen, no rows kept")] * len(self.layers)
+        tiers = self.tiers()
+        found: list[costs.CutChoice] = []
+        for k in range(len(self.layers)):
+            choice = costs.choose_cut(
+                self.layers,
+                k,
+                kept=cut if k >= cut else 0,
+                rows=rows,
+                codec=config.codec,
+                tiers=tiers,
+                augmented=config.augmented,
+            )
+            # A longer prefix keeps its rows no earlier than a shorter one.
+            found.append(found[-1] if found and found[-1].cut > choice.cut else choice)
+        return found
+
+    def run_costs(self, choices: Sequence[costs.CutChoice], rows: int, *, views: int) -> RunCosts:
+        """Return the costs of this run as policies see them."""
+        seconds = tuple(self._row_seconds(choice.cut, rows) for choice in choices)
+        return RunCosts(
+            layers=self.layers,
+            cuts=tuple(choice.cut for choice in choices),
+            row_seconds=seconds,
+            write_seconds=seconds,  # a row is encoded and written at the bytes that it is read and decoded at
+            image_seconds=self.image_seconds,
+            other_seconds=self.other_seconds,
+            samples=self.samples,
+            views=views,
+            scale=self.scale,
+            optimizer_seconds=self.optimizer_seconds,
+        )
+
+    def probe(self, step: StepSeconds | None, *, batch: int, read_seconds: float, workers: int) -> None:
+        """Take a training step that was timed whole, of `batch` samples, and the seconds in which they are read.
+
+        Workers read while the step is computed: only what they take longer is waited for.
+        """
+        self.probed = True
+        step_seconds = 0.0
+        if step is not None:
+            self.layers, self.other_seconds, self.optimizer_seconds = costs.fit_to_step(self.layers, step, batch=batch)
+            step_seconds = step.step
+        read = read_seconds if workers == 0 else max(0.0, read_seconds / workers - step_seconds)
+        self.image_seconds = read / batch
+
+    def observe(self, modelled: float, measured: float) -> None:
+        """Correct the model by an epoch: the seconds that it took, and those that a scale of 1 gives for it."""
+        if modelled > 0 and measured > 0:
+            newest = measured / modelled
+            self.scale = NEWEST * newest + (1 - NEWEST) * self.scale if self._observed else newest
+            self._observed = True
+
+    def tiers(self) -> list[costs.TierCost]:
+        """Return what rows cost in each tier now; the speeds are measured once."""
+        assert self._config is not None
+        budgets = budgets_of(self._config, self._device)
+        if self._speeds is None:
+            self._speeds = tier_speeds(budgets, self._config, self._device)
+        return tier_costs(budgets, self._speeds)
+
+    def _row_seconds(self, cut: int, rows: int) -> float:
+        shape = self.layers[cut - 1].shape if cut else None
+        if shape is None or self._config is None or not rows:
+            return 0.0
+        return costs.row_seconds(shape, rows, self._config.codec, self.tiers()) or 0.0

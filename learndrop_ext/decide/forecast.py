@@ -1,0 +1,344 @@
+"""Forecasts: from measured costs to the seconds of every epoch of a run, whatever it drops and when. Pure arithmetic.
+
+A drop is lazy. In the epochs after it each batch comes from its source (images, or rows of an earlier drop), goes
+through the newly frozen layers, is stored as rows and trains the rest. With V views an epoch draws one view of each
+sample, in turn, so an epoch reads what was stored V epochs before it: images in the first V epochs after the first
+drop, rows from then on. What would not be read again before the run ends is not stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from learndrop_ext.decide.costs import LayerCost, TierCost, format_bytes, live_seconds, rows_in_tiers
+
+TIERS = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class RunCosts:
+    """What a run's epochs cost.
+
+    Args:
+        layers: All L layers, per sample.
+        cuts: For each prefix length 0..L-1, after how many layers its rows are kept; 0 for no rows.
+        row_seconds: For each prefix length, bringing one row to the step; 0.0 where there are no rows.
+        write_seconds: Likewise, storing one row.
+        image_seconds: Bringing one image to the step, as far as that is not hidden behind the step.
+        other_seconds: Of a step beyond its layers and optimizer, per sample: loss, overhead.
+        samples: Samples of an epoch.
+        views: Rows kept of each sample.
+        scale: Measured seconds over modelled ones so far; all seconds are multiplied by it.
+        optimizer_seconds: Of the optimizer while all layers are live, per sample; it falls with the live parameters.
+
+    Raises:
+        ValueError: The tables do not have L entries each, or cuts do not grow with the prefix within 0..prefix.
+    """
+
+    layers: tuple[LayerCost, ...]
+    cuts: tuple[int, ...]
+    row_seconds: tuple[float, ...]
+    write_seconds: tuple[float, ...]
+    image_seconds: float
+    other_seconds: float
+    samples: int
+    views: int = 1
+    scale: float = 1.0
+    optimizer_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("cuts", "row_seconds", "write_seconds"):
+            if len(getattr(self, name)) != len(self.layers):
+                raise ValueError(
+                    f"RunCosts: {name} must have an entry for each of the {len(self.layers)} layers, "
+                    f"got {len(getattr(self, name))}"
+                )
+        if any(not 0 <= cut <= k for k, cut in enumerate(self.cuts)) or list(self.cuts) != sorted(self.cuts):
+            raise ValueError(f"RunCosts: cuts must grow with the prefix and lie within it, got {list(self.cuts)}")
+        if self.views < 1:
+            raise ValueError(f"RunCosts: views must be at least 1, got {self.views}")
+
+    def epoch_seconds(self, prefix: int) -> float:
+        """Seconds of an epoch with `prefix` layers dropped whose rows, where it keeps any, are all there."""
+        frozen = self._frozen_seconds(self.cuts[prefix], prefix)
+        return self._seconds(self._source_seconds(prefix) + frozen + self._live_seconds(prefix))
+
+    def filling_seconds(self, before: int, after: int, *, stored: bool = True) -> float:
+        """Seconds of an epoch that reads what prefix `before` reads and trains behind prefix `after`.
+
+        The rows of `after` are made on the way, and stored unless `stored` is False. Where both prefixes have their
+        rows at one cut nothing is made.
+        """
+        frozen = self._frozen_seconds(self.cuts[before], after)
+        made = self.cuts[after] > self.cuts[before] and stored
+        written = self.write_seconds[after] if made else 0.0
+        return self._seconds(self._source_seconds(before) + frozen + written + self._live_seconds(after))
+
+    def fill_seconds(self, before: int, after: int) -> float:
+        """What an epoch that makes the rows of `after` takes longer than those that read them; at least 0."""
+        return max(0.0, self.filling_seconds(before, after) - self.epoch_seconds(after))
+
+    def read_seconds(self, prefix: int) -> float:
+        """Seconds of an epoch in which rows are brought to the step; 0 where there are none."""
+        return self._seconds(self.row_seconds[prefix]) if self.cuts[prefix] else 0.0
+
+    def drop_estimates(self, prefix: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """For a run with `prefix` layers dropped: what a drop to each prefix length costs once, and saves an epoch.
+
+        Returns:
+            Seconds for all V views to be filled, and seconds that an epoch gets shorter; both [L], 0 up to `prefix`.
+        """
+        later = range(prefix + 1, len(self.layers))
+        none = (0.0,) * (prefix + 1)
+        now = self.epoch_seconds(prefix)
+        return (
+            (*none, *(self.views * self.fill_seconds(prefix, k) for k in later)),
+            (*none, *(now - self.epoch_seconds(k) for k in later)),
+        )
+
+    def _source_seconds(self, prefix: int) -> float:
+        return self.row_seconds[prefix] if self.cuts[prefix] else self.image_seconds
+
+    def _frozen_seconds(self, start: int, stop: int) -> float:
+        return sum(layer.seconds for layer in self.layers[start:stop])
+
+    def _live_seconds(self, prefix: int) -> float:
+        parameters = sum(layer.parameters for layer in self.layers)
+        live = sum(layer.parameters for layer in self.layers[prefix:])
+        optimizer = self.optimizer_seconds * (live / parameters if parameters else 1.0)
+        return live_seconds(self.layers[prefix:]) + optimizer + self.other_seconds
+
+    def _seconds(self, per_sample: float) -> float:
+        return per_sample * self.samples * self.scale
+
+
+@dataclass(frozen=True)
+class EpochForecast:
+    """One epoch of a plan.
+
+    Args:
+        epoch: Epochs done before it.
+        prefix: Layers dropped in it.
+        seconds: What it takes.
+        fill_seconds: What of that the making of rows takes, beyond an epoch that reads them.
+        read_seconds: What of that bringing rows to the step takes.
+        filling: Whether rows are stored in it.
+    """
+
+    epoch: int
+    prefix: int
+    seconds: float
+    fill_seconds: float
+    read_seconds: float
+    filling: bool
+
+
+def plan(
+    costs: RunCosts,
+    drops: Mapping[int, int],
+    epochs: int,
+    *,
+    epoch: int = 0,
+    prefix: int = 0,
+    past: Sequence[int] | None = None,
+) -> tuple[EpochForecast, ...]:
+    """Forecast each epoch of the rest of a run.
+
+    Args:
+        costs: What epochs cost.
+        drops: From which epoch on (epochs done) how many layers are dropped; a prefix never shrinks.
+        epochs: Length of the run.
+        epoch: Epochs done.
+        prefix: Layers dropped now.
+        past: The prefix of every epoch done, the last ones suffice; None where all rows of `prefix` are there.
+
+    Returns:
+        One entry for each epoch from `epoch` to `epochs - 1`.
+
+    Raises:
+        ValueError: A drop leaves no layer to train.
+    """
+    last = len(costs.layers) - 1
+    for at, k in drops.items():
+        if not 0 <= k <= last:
+            raise ValueError(f"plan: drops must leave a layer to train: 0 to {last} layers, got {k} at epoch {at}")
+    prefixes = [max([prefix, *(k for at, k in drops.items() if at <= e)]) for e in range(epoch, epochs)]
+    return plan_prefixes(costs, prefixes, epochs, past=[prefix] * costs.views if past is None else past)
+
+
+def plan_prefixes(
+    costs: RunCosts, prefixes: Sequence[int], epochs: int, *, past: Sequence[int] = ()
+) -> tuple[EpochForecast, ...]:
+    """Forecast the last epochs of a run from the prefix of each; past: those of the epochs before them."""
+    all_prefixes = [*past, *prefixes]
+    entries = []
+    for i, prefix in enumerate(prefixes):
+        epoch = epochs - len(prefixes) + i
+        window = all_prefixes[: len(past) + i][-costs.views :]
+        # An epoch without a drop has stored nothing, and a drop taken back has freed what was.
+        source = window[0] if len(window) == costs.views and all(window) else 0
+        stored = epochs - epoch > costs.views
+        if costs.cuts[source] == costs.cuts[prefix]:
+            seconds, filling = costs.epoch_seconds(prefix), False
+        else:
+            seconds, filling = costs.filling_seconds(source, prefix, stored=stored), stored
+        fill = max(0.0, seconds - costs.epoch_seconds(prefix))
+        entries.append(EpochForecast(epoch, prefix, seconds, fill, costs.read_seconds(source), filling))
+    return tuple(entries)
+
+
+def total_seconds(entries: Iterable[EpochForecast]) -> float:
+    """Seconds of all epochs of a plan."""
+    return sum(entry.seconds for entry in entries)
+
+
+@dataclass(frozen=True)
+class DropForecast:
+    """A whole run with one drop: of `prefix` layers, `start` epochs after its begin.
+
+    Args:
+        prefix: Layers dropped.
+        start: Epochs done before the drop.
+        seconds: Of the whole run.
+        speedup: Of the run without drops over it.
+        fill_seconds: What of the seconds the making of rows takes.
+        read_seconds: What of them bringing rows to the step takes.
+    """
+
+    prefix: int
+    start: int
+    seconds: float
+    speedup: float
+    fill_seconds: float
+    read_seconds: float
+
+
+def one_drops(costs: RunCosts, epochs: int, *, prefix: int, starts: Iterable[int]) -> tuple[DropForecast, ...]:
+    """Forecast a whole run that drops `prefix` >= 1 layers once, for each number of epochs before that."""
+    full, steady, read = costs.epoch_seconds(0), costs.epoch_seconds(prefix), costs.read_seconds(prefix)
+    storing, passing = (costs.filling_seconds(0, prefix, stored=stored) for stored in (True, False))
+    found = []
+    for start in starts:
+        left = epochs - start
+        images = min(costs.views, left)
+        # An epoch stores what is read V epochs later.
+        stores = min(images, max(0, left - costs.views))
+        making = stores * storing + (images - stores) * passing
+        seconds = start * full + making + (left - images) * steady
+        speedup = epochs * full / seconds if seconds > 0 else math.inf
+        fill = stores * max(0.0, storing - steady) + (images - stores) * max(0.0, passing - steady)
+        found.append(DropForecast(prefix, start, seconds, speedup, fill, (left - images) * read))
+    return tuple(found)
+
+
+def largest_speedup(costs: RunCosts, epochs: int, *, start: int = 0) -> float:
+    """The largest speedup of a whole run by one drop, `start` epochs after its begin or later; at least 1.0."""
+    starts, prefixes = range(start, epochs), range(1, len(costs.layers))
+    drops = (drop for k in prefixes for drop in one_drops(costs, epochs, prefix=k, starts=starts))
+    return max([1.0, *(drop.speedup for drop in drops)])
+
+
+@dataclass(frozen=True)
+class RowsForecast:
+    """The rows of one prefix length.
+
+    Args:
+        cut: After how many layers they are kept; 0 for none.
+        bytes: Of all of them in each tier: device, host, disk.
+    """
+
+    cut: int
+    bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run takes without drops, and with one drop of each length from each start.
+
+    Args:
+        epochs: Length of the run.
+        layers: The layers' names.
+        views: Rows kept of each sample.
+        full_seconds: Of the run without drops.
+        runs: For each prefix length 1..L-1 (first index) and each start 0..epochs-1 (second).
+        rows: For each prefix length 1..L-1.
+        largest_speedup: The largest in `runs`, at least 1.0.
+    """
+
+    epochs: int
+    layers: tuple[str, ...]
+    views: int
+    full_seconds: float
+    runs: tuple[tuple[DropForecast, ...], ...]
+    rows: tuple[RowsForecast, ...]
+    largest_speedup: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    def format_table(self, *, starts: int = 6) -> str:
+        """A table: dropped layers down, up to `starts` starts across, in each field the seconds and the speedup."""
+        shown = _spread(self.epochs, starts)
+        head = ["layers", *(f"from epoch {start}" for start in shown), "rows"]
+        lines = [head]
+        for runs, rows in zip(self.runs, self.rows, strict=True):
+            fields = (f"{runs[start].seconds:.1f} s {runs[start].speedup:.2f}x" for start in shown)
+            lines.append([f"{runs[0].prefix} ({self.layers[runs[0].prefix - 1]})", *fields, _rows_text(rows)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = ["  ".join(f.ljust(w) for f, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+        full = f"{self.epochs} epochs without drops: {self.full_seconds:.1f} s"
+        return "\n".join([full, *table, f"largest speedup: {self.largest_speedup:.2f}x"])
+
+    def __str__(self) -> str:
+        return self.format_table()
+
+
+def forecast(
+    costs: RunCosts, epochs: int, *, row_bytes: Sequence[int] = (), tiers: Sequence[TierCost] = ()
+) -> Forecast:
+    """Forecast a run from its begin: without drops, and with one drop of each length from each start.
+
+    Args:
+        costs: What epochs cost.
+        epochs: Length of the run, at least 1.
+        row_bytes: For each prefix length 0..L-1, the bytes of one of its rows; empty where no rows are kept.
+        tiers: Budgets of device, host and disk, the fastest first.
+
+    Raises:
+        ValueError: epochs is not a whole number from 1 on, or row_bytes has not L entries.
+    """
+    if not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"forecast: epochs must be a whole number >= 1, got {epochs!r}")
+    if row_bytes and len(row_bytes) != len(costs.layers):
+        raise ValueError(f"forecast: row_bytes must have {len(costs.layers)} entries, got {len(row_bytes)}")
+    full = costs.epoch_seconds(0) * epochs
+    prefixes = range(1, len(costs.layers))
+    runs = tuple(one_drops(costs, epochs, prefix=k, starts=range(epochs)) for k in prefixes)
+    rows = []
+    for prefix in prefixes:
+        cut = costs.cuts[prefix]
+        size = row_bytes[prefix] if cut and row_bytes else 0
+        counts = rows_in_tiers(costs.samples * costs.views, size, tiers) if size else None
+        rows.append(RowsForecast(cut, tuple(count * size for count in counts or (0,) * len(tiers))))
+    largest = max([1.0, *(run.speedup for row in runs for run in row)])
+    names = tuple(layer.name for layer in costs.layers)
+    return Forecast(epochs, names, costs.views, full, runs, tuple(rows), largest)
+
+
+def _spread(count: int, shown: int) -> list[int]:
+    """Up to `shown` of 0..count-1, evenly from the first to the last."""
+    if count <= shown:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (shown - 1)) for i in range(shown)}) if shown > 1 else [0]
+
+
+def _rows_text(rows: RowsForecast) -> str:
+    held = (
+        f"{format_bytes(count, decimals=1)} on {tier}" for tier, count in zip(TIERS, rows.bytes, strict=False) if count
+    )
+    return ", ".join(held) or ("none" if rows.cut == 0 else f"after layer {rows.cut}")

@@ -1,0 +1,85 @@
+"""What a run has cost, and what it will."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from learndrop_ext.data.extras import input_of
+from learndrop_ext.data.loader import DropLoader
+from learndrop_ext.data.reading import first_ids, seconds_to_read
+from learndrop_ext.data.rowset import RowSet
+from learndrop_ext.decide import costs
+from learndrop_ext.decide.costbook import CostBook
+from learndrop_ext.decide.forecast import RunCosts
+from learndrop_ext.decide.probes import probe_training_step
+from learndrop_ext.graph.chain import Chain
+from learndrop_ext.history import Record
+
+#: Samples on which the layers are timed; what they take is scaled to a whole training step where that is timed.
+TIMED_SAMPLES = 16
+
+
+class Ledger:
+    """The costs of a run: layers are timed when it is made, whole training steps when they are asked for.
+
+    Args:
+        chain: the model's layers.
+        optimizer: the user's.
+        rows: of the run.
+        loader: of the run.
+        keeps_rows: whether dropped layers leave rows at all.
+    """
+
+    def __init__(
+        self, chain: Chain, optimizer: torch.optim.Optimizer, rows: RowSet, loader: DropLoader, *, keeps_rows: bool
+    ) -> None:
+        self.setup_seconds = 0.0  # spent on making the scheduler
+        self.prefix_before = 0  # layers dropped before the last drop, whose rows the present ones are made of
+        self.costs = CostBook(
+            costs.measure_layers(chain, rows.example[:TIMED_SAMPLES]),
+            rows.config if keeps_rows else None,
+            rows.device,
+            samples=len(rows.slots),
+        )
+        self._optimizer = optimizer
+        self._rows = rows
+        self._loader = loader
+
+    def run_costs(self) -> tuple[RunCosts, list[costs.CutChoice]]:
+        """Return the costs as policies see them, and for each prefix length where its rows would be kept."""
+        count = self._rows.expected_rows(self._loader.batches.seen)
+        choices = self.costs.choices(self._rows.cut, count)
+        return self.costs.run_costs(choices, count, views=self._rows.views), choices
+
+    def probe(self, model: nn.Module) -> None:
+        """Time training steps of a model, on a copy, and readings of its images, once."""
+        if self.costs.probed:
+            return
+        user = self._loader.user
+        ids = first_ids(user, self._loader.batch_size)
+        batch = self._rows.read(torch.as_tensor(ids), 0)
+        step = probe_training_step(model, self._optimizer, input_of(batch, self._loader.key))
+        read_seconds = seconds_to_read(user, ids)
+        self.costs.probe(step, batch=len(ids), read_seconds=read_seconds, workers=user.num_workers)
+
+    def elapsed(self, history: Sequence[Record]) -> float:
+        """Return the seconds of the run so far, with the making of the scheduler."""
+        return self.setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
+
+    def observe(self, prefix: int, *, samples: int, made: int, seconds: float) -> None:
+        """Correct the model of costs by an epoch: the samples trained, the rows made for them, what it took."""
+        run = dataclasses.replace(self.run_costs()[0], scale=1.0)
+        filling = run.fill_seconds(self.prefix_before, prefix) if made else 0.0
+        modelled = run.epoch_seconds(prefix) * samples + filling * made
+        self.costs.observe(modelled / max(1, self.costs.samples), seconds)
+
+    def expect(self, prefix: int) -> float:
+        """Return the seconds that the next epoch is expected to take."""
+        run = self.run_costs()[0]
+        if prefix and not self._rows.complete(self._loader.batches.seen, self._loader.epochs):
+            return run.filling_seconds(self.prefix_before, prefix)
+        return run.epoch_seconds(prefix)

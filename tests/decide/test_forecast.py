@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from four_layers import four_layers
+
+from learndrop_ext.decide.costs import LayerCost, TierCost
+from learndrop_ext.decide.forecast import (
+    DropForecast,
+    EpochForecast,
+    RowsForecast,
+    RunCosts,
+    forecast,
+    largest_speedup,
+    one_drops,
+    plan,
+    total_seconds,
+)
+
+COSTS = four_layers()
+FREEZE_ONLY = four_layers(cuts=(0, 0, 0, 0), row_seconds=(0.0,) * 4, write_seconds=(0.0,) * 4)
+# The rows after the first layer stay for a prefix of two, those after three are kept for three.
+EARLY_CUT = four_layers(cuts=(0, 1, 1, 3))
+SLOW_ROWS = four_layers(row_seconds=(0.0, 99.0, 99.0, 99.0), write_seconds=(0.0, 99.0, 99.0, 99.0))
+
+
+@pytest.mark.parametrize(
+    ("costs", "wanted"),
+    [
+        (COSTS, (26.6, 19.9, 13.7, 7.3)),
+        (four_layers(scale=1.5), (39.9, 29.85, 20.55, 10.95)),
+        # Images, and the frozen layers run again: 0.5 + prefix + live + optimizer + 1.
+        (FREEZE_ONLY, (26.6, 22.4, 18.2, 13.8)),
+        # The second layer is run again: one second more.
+        (EARLY_CUT, (26.6, 19.9, 15.7, 7.3)),
+        # Nobody knows the parameters: the optimizer takes 0.8 s whatever is live.
+        (
+            four_layers(layers=tuple(LayerCost("", 1, 1.0, 3.0, (4,)) for _ in range(4))),
+            (28.6, 22.1, 16.1, 10.1),
+        ),
+    ],
+)
+def test_epoch_seconds(costs: RunCosts, wanted: tuple[float, ...]) -> None:
+    assert [costs.epoch_seconds(k) for k in range(4)] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("costs", "before", "after", "wanted", "extra"),
+    [
+        # An image, the frozen layers, a row stored, and the live layers.
+        (COSTS, 0, 1, 2 * (0.5 + 1 + 0.5 + 8 + 0.7 + 1), 3.5),
+        (COSTS, 0, 3, 2 * (0.5 + 3 + 0.5 + 2 + 0.4 + 1), 7.5),
+        (COSTS, 1, 3, 2 * (0.25 + 2 + 0.5 + 2 + 0.4 + 1), 5.0),
+        (COSTS, 2, 2, 13.7, 0.0),
+        (four_layers(scale=2.0), 1, 3, 24.6, 10.0),
+        (FREEZE_ONLY, 0, 2, 18.2, 0.0),
+        (FREEZE_ONLY, 1, 3, 13.8, 0.0),
+        # The rows after the first layer serve both.
+        (EARLY_CUT, 1, 2, 15.7, 0.0),
+        (EARLY_CUT, 0, 2, 2 * (0.5 + 2 + 0.5 + 5 + 0.6 + 1), 3.5),
+        # Two layers lie between the cuts.
+        (EARLY_CUT, 2, 3, 2 * (0.25 + 2 + 0.5 + 2 + 0.4 + 1), 5.0),
+        # Rows so slow that making them costs less than reading them.
+        (four_layers(row_seconds=(0.0, 9.0, 9.0, 9.0)), 0, 1, 23.4, 0.0),
+    ],
+)
+def test_filling_seconds(costs: RunCosts, before: int, after: int, wanted: float, extra: float) -> None:
+    assert costs.filling_seconds(before, after) == pytest.approx(wanted)
+    assert costs.fill_seconds(before, after) == pytest.approx(extra)
+
+
+def test_filling_seconds_without_storing() -> None:
+    assert COSTS.filling_seconds(0, 3, stored=False) == pytest.approx(14.8 - 1.0)
+    assert COSTS.filling_seconds(3, 3, stored=False) == pytest.approx(7.3)
+
+
+def test_drop_estimates() -> None:
+    fills, saved = four_layers(views=2).drop_estimates(0)
+    assert fills == pytest.approx((0.0, 7.0, 11.0, 15.0))
+    assert saved == pytest.approx((0.0, 6.7, 12.9, 19.3))
+    fills, saved = COSTS.drop_estimates(2)
+    assert fills == pytest.approx((0.0, 0.0, 0.0, 3.0))
+    assert saved == pytest.approx((0.0, 0.0, 0.0, 6.4))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"cuts": (0, 1, 2)}, r"RunCosts: cuts must have an entry for each of the 4 layers, got 3"),
+        ({"row_seconds": ()}, r"RunCosts: row_seconds must have an entry for each of the 4 layers, got 0"),
+        ({"write_seconds": (0.0,) * 5}, r"RunCosts: write_seconds must have an entry .* got 5"),
+        ({"cuts": (0, 1, 2, 4)}, r"RunCosts: cuts must grow with the prefix and lie within it, got \[0, 1, 2, 4\]"),
+        ({"cuts": (0, 1, 0, 3)}, r"RunCosts: cuts must grow .*, got \[0, 1, 0, 3\]"),
+        ({"cuts": (-1, 1, 2, 3)}, r"RunCosts: cuts must grow .*, got \[-1, 1, 2, 3\]"),
+        ({"views": 0}, r"RunCosts: views must be at least 1, got 0"),
+    ],
+)
+def test_run_costs_refuses(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        four_layers(**changed)
+
+
+# costs, drops, epochs, keywords of plan; then prefix, seconds and whether rows are stored, epoch by epoch
+PLANS: list[tuple[RunCosts, Mapping[int, int], int, dict[str, Any], list[tuple[int, float, bool]]]] = [
+    (COSTS, {}, 2, {}, [(0, 26.6, False)] * 2),
+    (COSTS, {0: 3}, 3, {}, [(3, 14.8, True), (3, 7.3, False), (3, 7.3, False)]),
+    # Images are read in one epoch only; then rows come from rows.
+    (
+        COSTS,
+        {1: 1, 2: 3},
+        4,
+        {},
+        [(0, 26.6, False), (1, 23.4, True), (3, 12.3, True), (3, 7.3, False)],
+    ),
+    # Rows of the last epoch would never be read.
+    (COSTS, {2: 3}, 3, {}, [(0, 26.6, False), (0, 26.6, False), (3, 13.8, False)]),
+    (COSTS, {0: 1, 2: 3}, 3, {}, [(1, 23.4, True), (1, 19.9, False), (3, 11.3, False)]),
+    # Two views: two epochs of images.
+    (
+        four_layers(views=2),
+        {1: 3},
+        5,
+        {},
+        [(0, 26.6, False), (3, 14.8, True), (3, 14.8, True), (3, 7.3, False), (3, 7.3, False)],
+    ),
+    # The second view is stored at the new cut at once, the first is brought there when it is next drawn.
+    (
+        four_layers(views=2),
+        {0: 1, 1: 3},
+        5,
+        {},
+        [(1, 23.4, True), (3, 14.8, True), (3, 12.3, True), (3, 7.3, False), (3, 7.3, False)],
+    ),
+    # Each of two views is drawn once in the two epochs left.
+    (four_layers(views=2), {1: 3}, 3, {}, [(0, 26.6, False), (3, 13.8, False), (3, 13.8, False)]),
+    (four_layers(views=2), {0: 3}, 3, {}, [(3, 14.8, True), (3, 13.8, False), (3, 7.3, False)]),
+    (FREEZE_ONLY, {1: 2}, 3, {}, [(0, 26.6, False), (2, 18.2, False), (2, 18.2, False)]),
+    # The rest of a run.
+    (COSTS, {1: 1, 2: 3}, 4, {"epoch": 2, "prefix": 1}, [(3, 12.3, True), (3, 7.3, False)]),
+    (COSTS, {}, 4, {"epoch": 2, "prefix": 3}, [(3, 7.3, False)] * 2),
+    # A prefix never shrinks.
+    (COSTS, {0: 1}, 4, {"epoch": 2, "prefix": 3}, [(3, 7.3, False)] * 2),
+    (
+        four_layers(views=2),
+        {},
+        6,
+        {"epoch": 3, "prefix": 3, "past": (0, 0, 3)},
+        [(3, 14.8, True), (3, 7.3, False), (3, 7.3, False)],
+    ),
+    # Rows freed by undrop() in between are not there.
+    (COSTS, {3: 3}, 5, {"epoch": 3, "prefix": 0, "past": (3, 3, 0)}, [(3, 14.8, True), (3, 7.3, False)]),
+    (
+        four_layers(views=2),
+        {3: 3},
+        6,
+        {"epoch": 3, "prefix": 0, "past": (3, 3, 0)},
+        [(3, 14.8, True), (3, 13.8, False), (3, 7.3, False)],
+    ),
+]
+
+
+@pytest.mark.parametrize(("costs", "drops", "epochs", "more", "wanted"), PLANS)
+def test_plan(
+    costs: RunCosts,
+    drops: Mapping[int, int],
+    epochs: int,
+    more: dict[str, Any],
+    wanted: list[tuple[int, float, bool]],
+) -> None:
+    entries = plan(costs, drops, epochs, **more)
+    assert [(e.prefix, round(e.seconds, 9), e.filling) for e in entries] == wanted
+    assert [e.epoch for e in entries] == list(range(more.get("epoch", 0), epochs))
+    assert total_seconds(entries) == pytest.approx(sum(seconds for _, seconds, _ in wanted))
+
+
+def test_plan_says_what_rows_take() -> None:
+    entries = plan(COSTS, {0: 1, 2: 3}, 4)
+    assert entries[0] == EpochForecast(0, 1, pytest.approx(23.4), pytest.approx(3.5), 0.0, True)
+    assert entries[1] == EpochForecast(1, 1, pytest.approx(19.9), 0.0, pytest.approx(0.5), False)
+    assert entries[2] == EpochForecast(2, 3, pytest.approx(12.3), pytest.approx(5.0), pytest.approx(0.5), True)
+
+
+@pytest.mark.parametrize("prefix", [-1, 4])
+def test_plan_refuses(prefix: int) -> None:
+    with pytest.raises(ValueError, match=rf"plan: drops must leave a layer to train: .* got {prefix} at epoch 1"):
+        plan(COSTS, {1: prefix}, 3)
+
+
+@pytest.mark.parametrize(
+    ("costs", "epochs", "start", "seconds"),
+    [
+        (COSTS, 5, 0, 14.8 + 4 * 7.3),
+        (COSTS, 5, 2, 2 * 26.6 + 14.8 + 2 * 7.3),
+        (COSTS, 1, 0, 13.8),
+        (COSTS, 3, 3, 3 * 26.6),
+        (FREEZE_ONLY, 5, 0, 5 * 13.8),
+        # Rows that take longer than the layers that they stand in for: best not stored, in the last epoch.
+        (SLOW_ROWS, 9, 0, 8 * 26.6 + 13.8),
+        (COSTS, 3, 1, 26.6 + 14.8 + 7.3),
+    ],
+)
+def test_largest_speedup(costs: RunCosts, epochs: int, start: int, seconds: float) -> None:
+    assert largest_speedup(costs, epochs, start=start) == pytest.approx(epochs * 26.6 / seconds)
+
+
+def test_largest_speedup_is_at_least_that_of_no_drop() -> None:
+    dear = four_layers(layers=tuple(LayerCost("", 1, 5.0, 3.0, (4,)) for _ in range(4)))
+    assert largest_speedup(dear, 1) == 1.0
+
+
+@pytest.mark.parametrize("views", [1, 2, 5])
+@pytest.mark.parametrize("prefix", [1, 3])
+def test_one_drops_are_plans_of_a_whole_run(views: int, prefix: int) -> None:
+    costs = four_layers(views=views)
+    for drop in one_drops(costs, 6, prefix=prefix, starts=range(6)):
+        entries = plan(costs, {drop.start: prefix}, 6, past=())
+        assert drop.seconds == pytest.approx(total_seconds(entries))
+        assert drop.fill_seconds == pytest.approx(sum(entry.fill_seconds for entry in entries))
+        assert drop.read_seconds == pytest.approx(sum(entry.read_seconds for entry in entries))
+        assert drop.speedup == pytest.approx(6 * 26.6 / drop.seconds)
+
+
+ROW_BYTES = (0, 4096, 1_000_000, 1_000_000)
+TIERS = (TierCost(1_000_000, 1e9), TierCost(500_000, 1e9), TierCost(9_000_000, 1e9))
+
+
+def test_forecast() -> None:
+    found = forecast(COSTS, 3, row_bytes=ROW_BYTES, tiers=TIERS)
+    assert found.full_seconds == pytest.approx(79.8)
+    assert found.layers == ("stem", "block1", "block2", "fc")
+    assert [[run.seconds for run in row] for row in found.runs] == [
+        pytest.approx([23.4 + 2 * 19.9, 26.6 + 23.4 + 19.9, 53.2 + 22.4]),
+        pytest.approx([19.2 + 2 * 13.7, 26.6 + 19.2 + 13.7, 53.2 + 18.2]),
+        pytest.approx([14.8 + 2 * 7.3, 26.6 + 14.8 + 7.3, 53.2 + 13.8]),
+    ]
+    assert found.runs[2][1] == DropForecast(
+        3, 1, pytest.approx(48.7), pytest.approx(79.8 / 48.7), pytest.approx(7.5), pytest.approx(0.5)
+    )
+    assert found.largest_speedup == pytest.approx(79.8 / 29.4) == largest_speedup(COSTS, 3)
+    # Two rows: of 4 kB both on the device, of 1 MB one there and one in the file.
+    assert found.rows == (
+        RowsForecast(1, (8192, 0, 0)),
+        RowsForecast(2, (1_000_000, 0, 1_000_000)),
+        RowsForecast(3, (1_000_000, 0, 1_000_000)),
+    )
+    assert json.loads(json.dumps(found.as_dict()))["runs"][2][1]["fill_seconds"] == pytest.approx(7.5)
+
+
+def test_forecast_counts_the_rows_of_all_views() -> None:
+    found = forecast(four_layers(views=2), 3, row_bytes=ROW_BYTES, tiers=TIERS)
+    assert found.rows[0].bytes == (4 * 4096, 0, 0)
+
+
+TABLE = """\
+3 epochs without drops: 79.8 s
+layers      from epoch 0  from epoch 1  from epoch 2  rows
+1 (stem)    63.2 s 1.26x  69.9 s 1.14x  75.6 s 1.06x  8.2 kB on device
+2 (block1)  46.6 s 1.71x  59.5 s 1.34x  71.4 s 1.12x  1 MB on device, 1 MB on disk
+3 (block2)  29.4 s 2.71x  48.7 s 1.64x  67.0 s 1.19x  1 MB on device, 1 MB on disk
+largest speedup: 2.71x"""
+
+
+def test_forecast_prints_a_table() -> None:
+    assert str(forecast(COSTS, 3, row_bytes=ROW_BYTES, tiers=TIERS)) == TABLE
+
+
+@pytest.mark.parametrize(
+    ("epochs", "starts", "shown"),
+    [(3, 6, "0 1 2"), (6, 6, "0 1 2 3 4 5"), (7, 6, "0 1 2 4 5 6"), (21, 3, "0 10 20"), (9, 1, "0")],
+)
+def test_forecast_shows_some_starts(epochs: int, starts: int, shown: str) -> None:
+    head = forecast(COSTS, epochs).format_table(starts=starts).splitlines()[1]
+    assert head.split() == ["layers", *(word for start in shown.split() for word in ("from", "epoch", start)), "rows"]
+
+
+def test_forecast_without_rows() -> None:
+    found = forecast(FREEZE_ONLY, 2)
+    assert found.rows == (RowsForecast(0, ()),) * 3
+    assert str(found).splitlines()[2].endswith("none")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "more", "message"),
+    [
+        (0, {}, r"forecast: epochs must be a whole number >= 1, got 0"),
+        (1.5, {}, r"forecast: epochs must be a whole number >= 1, got 1.5"),
+        (2, {"row_bytes": (1, 2)}, r"forecast: row_bytes must have 4 entries, got 2"),
+    ],
+)
+def test_forecast_refuses(epochs: Any, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        forecast(COSTS, epochs, **more)
