@@ -74,6 +74,7 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
         augment=augment,
         codec=args.codec,
         views=args.views or (4 if augment else 1),
+        mirror=args.mirror,
         policy=args.policy,
         **{name: getattr(args, name) for name in STOPPED_OPTIONS},
     )

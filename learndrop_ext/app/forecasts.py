@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
 
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split
 from learndrop_ext.app.report import check_extras, write_page
 from learndrop_ext.app.runs import Recipe
+from learndrop_ext.decide.forecast import Forecast
+from learndrop_ext.decide.policy import Fixed
 
-__all__ = ["Forecast", "draw_forecast", "make_forecast"]
-
-
-class Forecast(Protocol):
-    """What `DropScheduler.forecast` returns, as far as the command line shows it."""
-
-    def format_table(self) -> str:
-        """Return a table for a terminal."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
+__all__ = ["draw_forecast", "make_forecast"]
 
 
 def make_forecast(split: Split, recipe: Recipe) -> Forecast:
     """Measure the costs of a recipe's model and data and forecast its run. Trains nothing."""
-    drop = runs.make_scheduler(runs.set_up(split, recipe), recipe, runs.policy_of(recipe))
-    found: Forecast = drop.forecast(recipe.epochs)  # type: ignore[attr-defined]
-    return found
+    with runs.make_scheduler(runs.set_up(split, recipe), recipe, Fixed({})) as drop:
+        return drop.forecast(recipe.epochs)
 
 
 def draw_forecast(folder: Path, forecast: Forecast) -> Path:

@@ -21,7 +21,7 @@ from learndrop_ext.app.photos import read_photo
 
 __all__ = ["AUGMENTATIONS", "ImageSet", "collate_batch", "make_loader"]
 
-AUGMENTATIONS = (None, "standard")
+AUGMENTATIONS = (None, "standard", "flip")
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
@@ -37,7 +37,7 @@ class ImageSet(Dataset[Batch]):
 
     ``augment="standard"`` draws for each reading a shift by up to an eighth of the image, 4 pixels at most,
     with zero fill and, where ``flip`` is set, a horizontal flip with probability 1/2, from torch's global
-    random state of the device. Raises IndexError for ids outside [0, N).
+    random state of the device; ``augment="flip"`` draws the flip alone. Raises IndexError for ids outside [0, N).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ImageSet(Dataset[Batch]):
                 f"ImageSet: mean and std (> 0) must have {channels} values, got {tuple(mean)}, {tuple(std)}"
             )
         if augment not in AUGMENTATIONS:
-            raise ValueError(f"ImageSet: augment must be None or 'standard', got {augment!r}")
+            raise ValueError(f"ImageSet: augment must be None, 'standard' or 'flip', got {augment!r}")
         self.labels = labels.to(device)
         self.device = self.labels.device
         self.images = images.to(self.device) if isinstance(images, Tensor) else tuple(images)
@@ -96,7 +96,9 @@ class ImageSet(Dataset[Batch]):
             x = self.images[rows]
         else:
             x = torch.stack([read_photo(self.images[i], size=self.size) for i in ids.tolist()]).to(self.device)
-        if self.augment == "standard":
+        if self.augment == "flip":
+            x = _flip(x)
+        elif self.augment == "standard":
             x = _standard(x, padding=min(4, self.size // 8), flip=self.flip)
         return x.to(torch.float32).sub_(self._shift).mul_(self._scale), self.labels[rows]
 
@@ -155,10 +157,13 @@ def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
     windows = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     dy, dx = torch.randint(0, 2 * padding + 1, (2, b), device=images.device)
     shifted = windows[torch.arange(b, device=images.device), :, dy, dx]
-    if flip:
-        mirrored = torch.rand(b, 1, 1, 1, device=images.device) < 0.5
-        shifted = torch.where(mirrored, shifted.flip(3), shifted)
-    return shifted.contiguous()
+    return (_flip(shifted) if flip else shifted).contiguous()
+
+
+def _flip(images: Tensor) -> Tensor:
+    """Mirror each of ``images`` [B, C, H, W] with probability 1/2."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(3), images)
 
 
 def collate_batch(batch: Batch | list[Batch]) -> Batch:

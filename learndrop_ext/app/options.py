@@ -117,7 +117,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--image-size", type=_count, metavar="PIXELS", help="side of the images (default: as they are; of photos: 128)"
     )
-    data.add_argument("--augment", choices=["none", "standard"], help="random shift and flip (default: by dataset)")
+    data.add_argument(
+        "--augment", choices=["none", "flip", "standard"], help="random flip, or shift and flip (default: by dataset)"
+    )
     recipe = parser.add_argument_group("recipe (defaults depend on the dataset)")
     recipe.add_argument(
         "--model",
@@ -150,6 +152,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     dropping.add_argument("--codec", choices=CODECS, default=Recipe.codec, help="how cached activations are stored")
     dropping.add_argument(
         "--views", type=_count, metavar="V", help="augmented views kept of an image (default: 4 or 1)"
+    )
+    dropping.add_argument(
+        "--mirror", action="store_true", help="keep each image and its mirror image, without --augment"
     )
     stopped = parser.add_argument_group("the policy stopped")
     stopped.add_argument(

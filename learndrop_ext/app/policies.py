@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from learndrop_ext.decide.policy import Fixed, Policy, StoppedLearning
+from learndrop_ext.decide.policy import Budget, Fixed, Policy, StoppedLearning
 
 __all__ = ["PolicySpec", "parse_policy"]
 
@@ -26,10 +26,7 @@ class PolicySpec:
             return StoppedLearning(**stopped)
         if self.kind == "fixed":
             return Fixed(**self.arguments)
-        from learndrop_ext.decide.policy import Budget  # type: ignore[attr-defined]
-
-        policy: Policy = Budget(**self.arguments)
-        return policy
+        return Budget(**self.arguments)
 
 
 def parse_policy(text: str) -> PolicySpec:

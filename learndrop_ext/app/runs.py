@@ -38,7 +38,7 @@ class Recipe:
 
     model, stem, width, weights: see `build_network`. epochs and batch_size count as usual, lr is the peak.
     optimizer: "sgd" (Nesterov momentum 0.9) or "adamw". seed: of the weights, the order and the views, in 0..2**32-1.
-    amp: None or "bf16" autocast. codec, views: of the cache. policy: see `parse_policy`. threshold, patience, warmup,
+    amp: None or "bf16" autocast. codec, views, mirror: of the cache. policy: see `parse_policy`. threshold, patience, warmup,
     max_dropped, min_saving: of `StoppedLearning`.
     """
 
@@ -57,6 +57,7 @@ class Recipe:
     augment: str | None = None
     codec: str = "fp16"
     views: int = 1
+    mirror: bool = False
     policy: str = "stopped"
     threshold: float = StoppedLearning.threshold
     patience: int = StoppedLearning.patience
@@ -71,7 +72,7 @@ class Recipe:
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"Recipe: seed must be within 0..{MAX_SEED}, got {self.seed}")
         policy_of(self)
-        CacheConfig(codec=self.codec, views=self.views)
+        cache_of(self)
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool
         setup.loader,
         policy=policy,
         epochs=recipe.epochs,
-        cache=CacheConfig(codec=recipe.codec, views=recipe.views) if caches else None,
+        cache=cache_of(recipe) if caches else None,
         seed=recipe.seed,
     )
 
@@ -194,6 +195,7 @@ def train(
         drop = make_scheduler(setup, recipe, policy, caches=caches)
         seconds = measure_seconds = time.perf_counter() - begin
         layers = len(drop.chain)
+        _note_drop(drops, drop, 0)
     else:
         example = setup.train[0][0][None]
         chain = split_layers(setup.model, example)
@@ -218,7 +220,6 @@ def train(
         measured: dict[str, Any] = {"scores": None, "relative": None, "cosine": None}
         reason = ""
         if drop is not None:
-            _note_drop(drops, drop, epoch - 1)  # made before the first step
             record = drop.step()
             if drops:
                 drops[-1] = dataclasses.replace(drops[-1], fill_seconds=drops[-1].fill_seconds + record.fill_seconds)
@@ -249,6 +250,8 @@ def train(
             }
         )
         progress(name, done, steps, f"epoch {epoch}/{recipe.epochs}, {accuracy:.1f} %")
+    if drop is not None:
+        drop.close()
     result = Result(
         seconds=seconds,
         fill_seconds=fill_seconds,
@@ -266,18 +269,10 @@ def _note_drop(drops: list[Dropped], drop: DropScheduler, epoch: int) -> None:
     """Add to `drops` the drop that was made after `epoch`, if one was."""
     if drop.prefix == (drops[-1].prefix if drops else 0):
         return
-    record = drop.history[-1] if drop.history else None
-    drops.append(
-        Dropped(
-            epoch=epoch,
-            prefix=drop.prefix,
-            layers=list(drop.chain.names[: drop.prefix]),
-            reason=record.reason if record else "before the first step",
-            fill_seconds=0.0,  # The epochs that follow make the rows.
-            row_bytes=record.row_bytes if record else 0,
-            tier=slowest_tier(drop),
-        )
-    )
+    record = drop.history[-1]
+    names, tier = list(drop.chain.names[: drop.prefix]), slowest_tier(drop)
+    # The epochs that follow make the rows: their seconds are added as they come.
+    drops.append(Dropped(epoch, drop.prefix, names, record.reason, 0.0, record.row_bytes, tier))
 
 
 def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
@@ -285,20 +280,18 @@ def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
     out: dict[str, Any] = {
         key: dict(zip(names, getattr(record, key), strict=True)) for key in ("scores", "relative", "cosine")
     }
-    out |= {"epoch_seconds": record.epoch_seconds, "forecast_seconds": getattr(record, "forecast_seconds", None)}
-    if changes := getattr(record, "changes", None):
-        out["changes"] = {
-            name: None if change is None else {key: getattr(change, key) for key in MEASURED}
-            for name, change in zip(names, changes, strict=True)
-        }
-    return out
+    out["changes"] = {
+        name: None if change is None else {key: getattr(change, key) for key in MEASURED}
+        for name, change in zip(names, record.changes, strict=True)
+    }
+    return out | {"epoch_seconds": record.epoch_seconds, "forecast_seconds": record.forecast_seconds}
 
 
 def slowest_tier(drop: DropScheduler) -> str:
     """Where the last of the rows are: "device", "host", "disk", or "none" where none are kept."""
-    if drop.loader.rows is None:
+    if drop.rows.cache is None:
         return "none"
-    plan = drop.loader.rows.cache.plan
+    plan = drop.rows.cache.plan
     return "disk" if plan.disk else "host" if plan.host else "device"
 
 
@@ -322,6 +315,11 @@ def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | 
             right += (model(x).argmax(1) == y).sum()
     model.train(training)
     return 100 * int(right) / len(images)
+
+
+def cache_of(recipe: Recipe) -> CacheConfig:
+    """How a recipe keeps rows."""
+    return CacheConfig(codec=recipe.codec, views=recipe.views, mirror=recipe.mirror)
 
 
 def policy_of(recipe: Recipe) -> Policy:

@@ -78,7 +78,7 @@ LABELS = torch.zeros(2, dtype=torch.int64)
             r"mean and std \(> 0\) must have 1 values, got \(0.0, 0.0, 0.0\), ",
         ),
         (PIXELS, LABELS, {"std": (0.0,)}, r"mean and std \(> 0\) must have 1 values, got \(0.0,\), \(0.0,\)"),
-        (PIXELS, LABELS, {"augment": "strong"}, r"augment must be None or 'standard', got 'strong'"),
+        (PIXELS, LABELS, {"augment": "strong"}, r"augment must be None, 'standard' or 'flip', got 'strong'"),
     ],
 )
 def test_image_set_refuses(images: Tensor, labels: Tensor, arguments: dict[str, object], message: str) -> None:
@@ -240,3 +240,14 @@ def test_image_set_resized() -> None:
 
 def test_image_set_bytes_decoded() -> None:
     assert small_set(6, pixels=8).bytes_decoded == 6 * 3 * 8 * 8
+
+
+def test_image_set_flip_mirrors_half_of_the_images_and_no_more() -> None:
+    data = small_set(64).augmented("flip").normalized((0.0,) * 3, (1 / 255,) * 3)
+    torch.manual_seed(0)
+    x, _ = data.__getitems__(range(64))
+    whole = data.images.float()
+    kept = torch.isclose(x, whole, atol=1e-3).flatten(1).all(1)
+    mirrored = torch.isclose(x, whole.flip(3), atol=1e-3).flatten(1).all(1)
+    assert bool((kept ^ mirrored).all())
+    assert 20 < int(kept.sum()) < 44

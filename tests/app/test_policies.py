@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import re
-import sys
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from learndrop_ext.app.policies import PolicySpec, parse_policy
-from learndrop_ext.decide.policy import Fixed, StoppedLearning
+from learndrop_ext.decide.policy import Budget, Fixed, StoppedLearning
 
 
 @pytest.mark.parametrize(
@@ -52,12 +49,7 @@ def test_parse_policy_refuses(text: str) -> None:
         parse_policy(text)
 
 
-def test_build_gives_each_kind_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_gives_each_kind_its_arguments() -> None:
     assert parse_policy("stopped").build(patience=3) == StoppedLearning(patience=3)
-    assert parse_policy("fixed:1=2").build(patience=3) == Fixed({1: 2})
-
-    def budget(**arguments: Any) -> Any:
-        return lambda situation: arguments
-
-    monkeypatch.setitem(sys.modules, "learndrop_ext.decide.policy", SimpleNamespace(Budget=budget))
-    assert parse_policy("budget:2.5,start=1").build(patience=3)(None) == {"speedup": 2.5, "start": 1}
+    assert parse_policy("fixed:0=2").build(patience=3) == Fixed({0: 2})
+    assert parse_policy("budget:2.5,start=1").build(patience=3) == Budget(2.5, start=1)

@@ -140,6 +140,11 @@ def test_format_table_claims_nothing_without_a_drop() -> None:
     )
 
 
+def test_format_table_of_a_drop_before_the_first_step() -> None:
+    text = format_table({"learndrop": numbers(1.0, 1e9, 1.0, {**DROP, "epoch": 0}, DROP)})
+    assert text.endswith("2 before the first step, 2 after epoch 8")
+
+
 def test_format_table_shortens_many_drops() -> None:
     drops = [{**DROP, "epoch": epoch, "prefix": epoch} for epoch in range(1, 7)]
     assert format_table({"learndrop": numbers(1.0, 1e9, 1.0, *drops)}).endswith(
