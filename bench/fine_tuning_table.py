@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import statistics
 import sys
@@ -49,7 +50,7 @@ def plain_at(methods: Mapping[str, Records], seconds: float) -> float | None:
     points = sorted((mean(methods[run], "seconds"), mean(methods[run], "accuracy")) for run in PLAIN if run in methods)
     if not points or seconds < points[0][0]:
         return None
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+    for (left, low), (right, high) in itertools.pairwise(points):
         if seconds <= right:
             return low + (high - low) * (seconds - left) / (right - left)
     return points[-1][1]

@@ -38,8 +38,8 @@ class Recipe:
 
     model, stem, width, weights: see `build_network`. epochs and batch_size count as usual, lr is the peak.
     optimizer: "sgd" (Nesterov momentum 0.9) or "adamw". seed: of the weights, the order and the views, in 0..2**32-1.
-    amp: None or "bf16" autocast. codec, views, mirror: of the cache. policy: see `parse_policy`. threshold, patience, warmup,
-    max_dropped, min_saving: of `StoppedLearning`.
+    amp: None or "bf16" autocast. codec, views, mirror: of the cache. policy: see `parse_policy`. threshold, patience,
+    warmup, max_dropped, min_saving: of `StoppedLearning`.
     """
 
     model: str
