@@ -1,12 +1,12 @@
-"""Rows of a file, read in random order and checked, beside a plain read of the same file from its begin to its end, and
-beside plain reads of the same rows in the same order, which show what the disk gives for reads of that size.
+"""Rows of a file, read in random order and checked, beside plain positioned reads of the same rows.
 
-    pytest bench/bench_disk_rows.py --benchmark-only --benchmark-group-by=param:case
+    pytest bench/bench_disk_rows.py --benchmark-only
 
-Each round reads the whole file cold: its pages are dropped from the page cache before (POSIX_FADV_DONTNEED; what a
-virtual machine's host caches stays). All use THREADS threads; the plain ones check nothing, and the sequential one reads MB
-by MB into one buffer a thread. LEARNDROP_BENCH_DIR names the folder, on the disk to be measured (default: the temporary
-one).
+Each round reads the whole file cold: its pages are dropped from the page cache before (POSIX_FADV_DONTNEED; what the
+host of a virtual machine caches stays). The plain reads take the same batches of rows by as many threads, each row by
+one read and with its checksum, so that both sides do the same work. A read of the file from its begin to its end shows
+what the disk gives. All three are taken in turn in the same round, because a shared disk's speed changes from one second
+to the next. LEARNDROP_BENCH_DIR names the folder, on the disk to be measured (default: the temporary one).
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from measure import measure_in_turn, waited_for
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from learndrop_ext.cache.file import THREADS, DiskTier
+from learndrop_ext.cache.disk import THREADS, DiskTier
 from learndrop_ext.cache.layout import RowLayout
+from learndrop_ext.ops import transfer
 
-FILE_BYTES = 256 << 20
+FILE_BYTES = int(os.environ.get("LEARNDROP_BENCH_FILE_MB", "256")) << 20
 BATCH = 128
 CHUNK = 1 << 20
 # The disk is shared: single rounds differ by half.
-ROUNDS = 15
-SIZES = [4096, 32 << 10, 128 << 10, 196 << 10]
+ROUNDS = int(os.environ.get("LEARNDROP_BENCH_ROUNDS", "15"))
+SIZES = [4096, 32 << 10, 128 << 10, 256 << 10]
 
 
 @dataclass(frozen=True)
 class File:
-    """An open file of `count` rows, in the order in which they are asked for."""
+    """An open file of rows, in the order in which they are asked for."""
 
     rows: DiskTier
     descriptor: int
@@ -49,7 +51,7 @@ class File:
 @pytest.fixture(params=SIZES, ids=lambda size: f"{size >> 10}KB")
 def file(request: pytest.FixtureRequest) -> Iterator[File]:
     size = request.param
-    count = FILE_BYTES // size // BATCH * BATCH
+    count = max(1, FILE_BYTES // size // BATCH) * BATCH
     with tempfile.TemporaryDirectory(dir=os.environ.get("LEARNDROP_BENCH_DIR")) as folder:
         rows = DiskTier(Path(folder) / "rows", RowLayout(size, size))
         rows.grow(count, first=0)
@@ -62,14 +64,16 @@ def file(request: pytest.FixtureRequest) -> Iterator[File]:
         rows.close()
 
 
-@pytest.mark.parametrize("contender", ["learndrop", "sequential read", "plain reads of the rows"])
-def test_disk_rows(benchmark: BenchmarkFixture, file: File, contender: str) -> None:
+@pytest.mark.benchmark(timer=waited_for)
+def test_disk_rows(benchmark: BenchmarkFixture, file: File) -> None:
     into = torch.empty((BATCH, file.row_bytes), dtype=torch.uint8)
+    memory = [memoryview(row.numpy()) for row in into]
     buffers = [bytearray(CHUNK) for _ in range(THREADS)]
     share = -(-len(file.order) * file.row_bytes // THREADS // CHUNK) * CHUNK
-    end = file.rows.places.end(len(file.order))
+    end = file.rows.layout.end(len(file.order))
+    batches = [slots.tolist() for slots in file.order.split(BATCH)]
 
-    def batches() -> None:
+    def ours() -> None:
         for slots in file.order.split(BATCH):
             file.rows.read(slots, into)
 
@@ -77,25 +81,28 @@ def test_disk_rows(benchmark: BenchmarkFixture, file: File, contender: str) -> N
         for offset in range(4096 + thread * share, min(4096 + (thread + 1) * share, end), CHUNK):
             os.preadv(file.descriptor, [buffers[thread]], offset)
 
-    def row_by_row(offsets: list[int]) -> None:
-        row = bytearray(file.row_bytes)
-        for offset in offsets:
-            os.preadv(file.descriptor, [row], offset)
+    def read_rows(positions: range, slots: list[int]) -> None:
+        for i in positions:
+            os.preadv(file.descriptor, [memory[i]], file.rows.layout.begin(slots[i]))
+            transfer.crc32c(memory[i])
 
-    offsets = [file.rows.places.begin(slot) for slot in file.order.tolist()]
     with ThreadPoolExecutor(THREADS) as pool:
 
         def sequential() -> None:
             list(pool.map(from_begin_to_end, range(THREADS)))
 
         def plain() -> None:
-            list(pool.map(row_by_row, [offsets[thread::THREADS] for thread in range(THREADS)]))
+            for slots in batches:
+                shares = [range(thread, BATCH, THREADS) for thread in range(THREADS)]
+                list(pool.map(read_rows, shares, [slots] * THREADS))
 
-        benchmark.extra_info |= {
-            "suite": "disk_rows",
-            "case": f"read {file.row_bytes >> 10} KB rows, cold, {THREADS} threads",
-            "contender": contender,
-            "bytes": len(file.order) * file.row_bytes,
-        }
-        calls = {"learndrop": batches, "sequential read": sequential, "plain reads of the rows": plain}
-        benchmark.pedantic(calls[contender], setup=file.drop_pages, rounds=ROUNDS)
+        measure_in_turn(
+            benchmark,
+            ours,
+            {"plain reads of the rows": plain, "sequential read": sequential},
+            prepare=file.drop_pages,
+            suite="disk_rows",
+            case=f"read {file.row_bytes >> 10} KB rows, cold, {THREADS} threads",
+            moved_bytes=len(file.order) * file.row_bytes,
+            rounds=ROUNDS,
+        )

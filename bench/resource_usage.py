@@ -38,7 +38,7 @@ class Usage:
 
 def compile_report(source: Path, architecture: str) -> str:
     """What ptxas says of a source's kernels."""
-    command = ["nvcc", "-std=c++17", f"-I{CSRC}", f"-arch={architecture}", "-cubin", "--resource-usage"]
+    command = ["nvcc", "-std=c++20", f"-I{CSRC}", f"-arch={architecture}", "-cubin", "--resource-usage"]
     done = subprocess.run([*command, "-o", "/dev/null", source], check=True, capture_output=True, text=True)
     return done.stdout + done.stderr
 

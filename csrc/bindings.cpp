@@ -1,8 +1,7 @@
-// learndrop_ext._C: raw pointers and sizes in, exceptions out. learndrop_ext/ops/rows.py has checked the
-// arguments.
+// learndrop_ext._C takes raw pointers and sizes and throws exceptions. The arguments have been checked in
+// learndrop_ext/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <array>
@@ -32,7 +31,9 @@ using Shape = std::array<int64_t, 3>;      // height, width, channels
 using Strides = std::array<int64_t, 4>;    // of B, height, width, channels, in values
 using Target = std::pair<int, uintptr_t>;  // device number and stream; device -1 is the CPU
 
-RowShape row_shape(const Shape& shape) { return {shape[0], shape[1], shape[2]}; }
+RowShape row_shape(const Shape& shape) {
+  return {.height = shape[0], .width = shape[1], .channels = shape[2]};
+}
 
 #ifndef LEARNDROP_CUDA_ARCHITECTURES
 [[noreturn]] void refuse_cuda() { throw std::runtime_error("learndrop_ext._C was built without CUDA"); }
@@ -41,19 +42,19 @@ RowShape row_shape(const Shape& shape) { return {shape[0], shape[1], shape[2]}; 
 void append_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t rows,
                  int dtype, int64_t batch, const Shape& shape, const Strides& strides, uintptr_t index,
                  int threads, const Target& target) {
-  const Append append{pointer<void>(cache),
-                      cache_rows,
-                      cache_stride_bytes,
-                      static_cast<Codec>(codec),
-                      pointer<const void>(rows),
-                      static_cast<Dtype>(dtype),
-                      batch,
-                      row_shape(shape),
-                      strides[0],
-                      strides[1],
-                      strides[2],
-                      strides[3],
-                      pointer<const int64_t>(index)};
+  const Append append{.cache = pointer<void>(cache),
+                      .cache_rows = cache_rows,
+                      .cache_stride_bytes = cache_stride_bytes,
+                      .codec = static_cast<Codec>(codec),
+                      .rows = pointer<const void>(rows),
+                      .dtype = static_cast<Dtype>(dtype),
+                      .batch = batch,
+                      .shape = row_shape(shape),
+                      .stride_b = strides[0],
+                      .stride_h = strides[1],
+                      .stride_w = strides[2],
+                      .stride_c = strides[3],
+                      .index = pointer<const int64_t>(index)};
   const py::gil_scoped_release release;
   if (target.first < 0) return cpu::append_rows(append, threads);
 #ifdef LEARNDROP_CUDA_ARCHITECTURES
@@ -66,17 +67,17 @@ void append_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes
 void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t out,
                  int dtype, int64_t batch, const Shape& shape, uintptr_t index, uintptr_t flip,
                  uintptr_t shift, int threads, const Target& target) {
-  const Gather gather{pointer<const void>(cache),
-                      cache_rows,
-                      cache_stride_bytes,
-                      static_cast<Codec>(codec),
-                      pointer<void>(out),
-                      static_cast<Dtype>(dtype),
-                      batch,
-                      row_shape(shape),
-                      pointer<const int64_t>(index),
-                      pointer<const uint8_t>(flip),
-                      pointer<const int32_t>(shift)};
+  const Gather gather{.cache = pointer<const void>(cache),
+                      .cache_rows = cache_rows,
+                      .cache_stride_bytes = cache_stride_bytes,
+                      .codec = static_cast<Codec>(codec),
+                      .out = pointer<void>(out),
+                      .dtype = static_cast<Dtype>(dtype),
+                      .batch = batch,
+                      .shape = row_shape(shape),
+                      .index = pointer<const int64_t>(index),
+                      .flip = pointer<const uint8_t>(flip),
+                      .shift = pointer<const int32_t>(shift)};
   const py::gil_scoped_release release;
   if (target.first < 0) return cpu::gather_rows(gather, threads);
 #ifdef LEARNDROP_CUDA_ARCHITECTURES
@@ -94,7 +95,7 @@ int64_t first_outside(uintptr_t index, int64_t batch, int64_t rows) {
   return found == last ? -1 : found - first;
 }
 
-// A row that the index names twice, or -1.
+// A row that occurs twice in the index, or -1.
 int64_t first_repeated(uintptr_t index, int64_t batch) {
   const int64_t* first = pointer<const int64_t>(index);
   if (std::is_sorted(first, first + batch)) {
@@ -105,19 +106,6 @@ int64_t first_repeated(uintptr_t index, int64_t batch) {
   std::sort(sorted.begin(), sorted.end());
   const auto found = std::adjacent_find(sorted.begin(), sorted.end());
   return found == sorted.end() ? -1 : *found;
-}
-
-// Asks for 2 MB pages in memory that has not been touched yet: 51 MB are then 25 page faults instead of
-// 12,500, each of which costs 1 to 2 us on a virtual machine. A kernel that has none says no, which is no
-// error.
-void advise_huge_pages(uintptr_t address, int64_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 4096;
-  const uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
-  if (first < last) madvise(pointer<void>(first), last - first, MADV_HUGEPAGE);
-#else
-  static_cast<void>(address), static_cast<void>(bytes);
-#endif
 }
 
 py::dict build_info() {
@@ -144,7 +132,6 @@ PYBIND11_MODULE(_C, m) {
   if (const char* simd = std::getenv("LEARNDROP_SIMD")) cpu::select_simd(simd);
   m.def("build_info", &build_info);
   m.def("select_simd", &cpu::select_simd, py::arg("name"));
-  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   m.def(
       "row_bytes",
       [](int codec, const Shape& shape) { return row_bytes(static_cast<Codec>(codec), row_shape(shape)); },

@@ -1,4 +1,4 @@
-// What the bindings share. They are compiled as one file (CMakeLists.txt).
+// Shared by the bindings, which are compiled as one file (CMakeLists.txt).
 #pragma once
 
 #include <cstdint>

@@ -11,17 +11,17 @@ namespace {
 void delta_norms(uintptr_t chunks, int64_t chunk_count, uintptr_t starts, int64_t layers, uintptr_t anchors,
                  int64_t row_bytes, uintptr_t role, uintptr_t partials, uintptr_t out, bool persistence,
                  bool refresh, int threads) {
-  const DeltaNorms work{pointer<const Chunk>(chunks),
-                        chunk_count,
-                        pointer<const int64_t>(starts),
-                        layers,
-                        pointer<char>(anchors),
-                        row_bytes,
-                        pointer<int32_t>(role),
-                        pointer<double>(partials),
-                        pointer<double>(out),
-                        persistence,
-                        refresh};
+  const DeltaNorms work{.chunks = pointer<const Chunk>(chunks),
+                        .chunk_count = chunk_count,
+                        .starts = pointer<const int64_t>(starts),
+                        .layers = layers,
+                        .anchors = pointer<char>(anchors),
+                        .row_bytes = row_bytes,
+                        .role = pointer<int32_t>(role),
+                        .partials = pointer<double>(partials),
+                        .out = pointer<double>(out),
+                        .persistence = persistence,
+                        .refresh = refresh};
   const py::gil_scoped_release release;
   cpu::delta_norms(work, threads);
 }

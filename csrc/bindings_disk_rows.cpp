@@ -16,10 +16,15 @@ namespace {
 using File = std::array<int64_t, 6>;  // the members of RowFile
 
 RowFile row_file(const File& file) {
-  return {static_cast<int>(file[0]), file[1], file[2], file[3], file[4], file[5]};
+  return {.descriptor = static_cast<int>(file[0]),
+          .rows_offset = file[1],
+          .rows_per_group = file[2],
+          .group_bytes = file[3],
+          .place_bytes = file[4],
+          .row_bytes = file[5]};
 }
 
-// Runs without the GIL; an error of the file becomes the OSError that Python would raise.
+// Calls without the GIL. An error of the file becomes the OSError that Python would raise.
 template <class Call>
 auto released(const Call& call) {
   try {

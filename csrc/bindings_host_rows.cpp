@@ -16,27 +16,26 @@ using Target = std::pair<int, uintptr_t>;  // device number and stream
 #ifdef LEARNDROP_CUDA_ARCHITECTURES
 void pin(uintptr_t address, int64_t bytes, int device) {
   const py::gil_scoped_release release;
-  cuda::pin(reinterpret_cast<void*>(address), bytes, device);
+  cuda::pin(pointer<void>(address), bytes, device);
 }
 
 void unpin(uintptr_t address) {
   const py::gil_scoped_release release;
-  cuda::unpin(reinterpret_cast<void*>(address));
+  cuda::unpin(pointer<void>(address));
 }
 
 void host_rows_to_device(uintptr_t source, int64_t source_stride_bytes, uintptr_t index, int64_t count,
                          uintptr_t into, int64_t into_stride_bytes, int64_t row_bytes, bool kernel,
                          const Target& target) {
-  const HostRows rows{reinterpret_cast<const void*>(source),
-                      source_stride_bytes,
-                      reinterpret_cast<const int64_t*>(index),
-                      count,
-                      reinterpret_cast<void*>(into),
-                      into_stride_bytes,
-                      row_bytes};
+  const HostRows rows{.source = pointer<const void>(source),
+                      .source_stride_bytes = source_stride_bytes,
+                      .index = pointer<const int64_t>(index),
+                      .count = count,
+                      .into = pointer<void>(into),
+                      .into_stride_bytes = into_stride_bytes,
+                      .row_bytes = row_bytes};
   const py::gil_scoped_release release;
-  (kernel ? cuda::gather_host_rows : cuda::copy_host_rows)(rows, target.first,
-                                                           reinterpret_cast<void*>(target.second));
+  (kernel ? cuda::gather_host_rows : cuda::copy_host_rows)(rows, target.first, pointer<void>(target.second));
 }
 #else
 constexpr auto kRefusal = "learndrop_ext._C was built without CUDA";

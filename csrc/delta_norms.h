@@ -1,5 +1,5 @@
-// How far each layer's parameters are from their anchors: the CPU form of kernels/delta_norms.py, over the
-// same table (kernels/chunks.py).
+// How far each layer's parameters are from their anchors: the CPU form of kernels/delta_norms.py, on the same
+// table (kernels/chunks.py).
 //
 // L layers, C chunks, S bytes of an anchor row, K columns: 6, with persistence 8. Lengths are elements; names
 // that end in _bytes are bytes.
@@ -43,9 +43,9 @@ struct DeltaNorms {
 
 namespace cpu {
 
-// delta = w - newer anchor and previous delta = newer - older are rounded once to float, for fp64 to double;
-// the sums are double. The bits of the result depend on neither the threads nor the instruction set. With
-// refresh the older anchor, without persistence the only one, becomes w.
+// delta = w - newer anchor and previous delta = newer - older anchor are rounded once, to float, for fp64 to
+// double. The sums are double. The bits of the result depend neither on the threads nor on the instruction
+// set. With refresh, w is written to the older anchor, without persistence to the only one.
 void delta_norms(const DeltaNorms& work, int threads);
 
 }  // namespace cpu

@@ -1,8 +1,8 @@
-// Rows of a cache in a file: positioned reads and writes with a CRC-32C for each row.
+// Rows of a cache in a file: positioned reads and writes, with a CRC-32C for each row.
 //
-// A row takes `row_bytes` bytes of its place. Places are numbered by slot; `rows_per_group` of them follow
-// each other at `place_bytes`, and groups at `group_bytes`, so that no small row crosses a page and every
-// large one begins one.
+// Slots number the places of the rows. `rows_per_group` places of `place_bytes` lie in a group, and groups
+// lie `group_bytes` apart, so that no small row crosses a page and every large row begins at one. A row takes
+// `row_bytes` of its place.
 #pragma once
 
 #include <cstddef>
@@ -25,19 +25,19 @@ struct RowFile {
 
 namespace cpu {
 
-// CRC-32C (Castagnoli) of `bytes` bytes, as in RFC 3720; crc32c_portable gives the same without SSE4.2.
+// CRC-32C (Castagnoli) of `bytes` bytes, as in RFC 3720. crc32c_portable gives the same without SSE4.2.
 uint32_t crc32c(const void* data, std::size_t bytes);
 uint32_t crc32c_portable(const void* data, std::size_t bytes);
 
 // Reads the rows at slots [count] to into + i * into_stride_bytes and compares each with checksums[slot].
-// What is not in the page cache comes from the disk in whole blocks of `block_bytes` (1: the rows alone).
-// Gives the first position i whose row differs or lies beyond the end of the file, or -1. Throws
-// std::system_error.
+// Rows below 64 KB that are not in the page cache are read from the disk in whole blocks of `block_bytes` (1:
+// the rows alone). Returns the first position i whose row differs or lies beyond the end of the file, or -1.
+// Throws std::system_error.
 int64_t read_rows(const RowFile& file, const int64_t* slots, int64_t count, void* into,
                   int64_t into_stride_bytes, const uint32_t* checksums, int64_t block_bytes, int threads);
 
-// Writes count rows from `rows` + i * rows_stride_bytes to slots [count], none twice, and notes
-// checksums[slot]. Throws std::system_error; what is then in the file at these slots is open.
+// Writes the rows at rows + i * rows_stride_bytes to slots [count], which must not repeat, and sets
+// checksums[slot]. Throws std::system_error; the contents of these slots are then undefined.
 void write_rows(const RowFile& file, const int64_t* slots, int64_t count, const void* rows,
                 int64_t rows_stride_bytes, uint32_t* checksums, int threads);
 

@@ -1,16 +1,16 @@
-// Rows in pinned host memory, brought to a GPU by its copy engines or by a kernel that reads them where they
-// lie.
+// Rows in pinned host memory, copied to a GPU by its copy engines or by a kernel that reads host memory.
 #pragma once
 
 #include <cstdint>
 
 namespace learndrop {
 
-// Row index[i] goes to into + i * into_stride_bytes. All sizes are multiples of 16 bytes.
+// Row index[i] is copied to into + i * into_stride_bytes. All sizes are multiples of 16 bytes.
 struct HostRows {
   const void* source;  // [R, source_stride_bytes], pinned by `pin`
   int64_t source_stride_bytes;
-  const int64_t* index;  // [count], checked; the host's for copy_rows, the device's for gather_rows
+  const int64_t*
+      index;  // [count], checked; host memory for copy_host_rows, device memory for gather_host_rows
   int64_t count;
   void* into;  // [count, into_stride_bytes] on the device
   int64_t into_stride_bytes;
@@ -19,12 +19,12 @@ struct HostRows {
 
 namespace cuda {
 
-// Pins host memory for all GPUs, and gives it back. Throw std::runtime_error.
+// Pins host memory for all GPUs, and releases it. pin throws std::runtime_error.
 void pin(void* address, int64_t bytes, int device);
 void unpin(void* address);
 
-// Both enqueue on `stream` (a cudaStream_t) and throw std::runtime_error when that fails. The index of
-// copy_host_rows is read before it returns.
+// Both enqueue on `stream` (a cudaStream_t) and throw std::runtime_error when that fails. copy_host_rows has
+// read the index when it returns.
 void copy_host_rows(const HostRows& rows, int device, void* stream);
 void gather_host_rows(const HostRows& rows, int device, void* stream);
 

@@ -1,24 +1,23 @@
-// append_rows and gather_rows: what both backends take, do and promise. cpu/row_ops.cpp and cuda/row_ops.cu
-// keep the same order and give the same bits.
+// append_rows and gather_rows: the contract of both backends. cpu/row_ops.cpp, cuda/row_ops_append.cu and
+// cuda/row_ops_gather.cu give the same bits.
 //
 // B rows in the batch, R rows in the cache, S bytes from one cache row to the next, [H, W, C] the values of
 // one row, channels last. A row that is no image is [1, D, 1]. Offsets and strides are values; names that end
 // in _bytes are bytes.
 //
-// A cache row is its header, then H*W*C values of the codec. Only uint8 has a header: scale [C] fp32, zero
+// A cache row is a header, then H*W*C values of the codec. Only uint8 has a header: scale [C] fp32, zero
 // [C] fp32, padded to 16 bytes.
 //
-//   fp32, bf16   value rounded to nearest even
+//   fp32, bf16   the value, rounded to nearest even
 //   fp16         the same, after clamping to +-65504 (infinities too)
-//   uint8        per row and channel: zero = min, scale = (max - min) / 255, q = round((x - zero) * (255 /
-//   (max - min))),
-//                read as zero + scale * q. A range below 2^-100 is stored as the constant min. A channel that
-//                holds a NaN or an infinity, or whose range overflows fp32, is NaN throughout: loud, never
-//                plausible.
+//   uint8        for each row and channel: zero = min, scale = (max - min) / 255,
+//                q = round((x - zero) * (255 / (max - min))), decoded as zero + scale * q. A range below
+//                2^-100 is stored as the constant min. A channel that holds a NaN or an infinity, or whose
+//                range overflows fp32, decodes to NaN throughout, so that bad values are seen.
 //
-// On the way out a value is rounded to nearest even to the dtype asked for, without clamping. NaN stays NaN:
-// a copy (same type in and out, bf16 to fp32) keeps its bits, any other conversion gives the quiet NaN
-// 0x7fc00000, 0x7fc0, 0x7e00.
+// gather_rows rounds to nearest even in the requested dtype, without clamping. NaN stays NaN: a copy (same
+// type in and out, bf16 to fp32) keeps its bits, any other conversion gives the quiet NaN 0x7fc00000, 0x7fc0,
+// 0x7e00.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +30,7 @@
 
 namespace learndrop {
 
-// The first three of Codec are those of Dtype, in the same order.
+// The first three codecs are the dtypes, in the same order.
 enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 enum class Codec : int { fp32 = 0, bf16 = 1, fp16 = 2, uint8 = 3 };
 
@@ -66,7 +65,7 @@ struct Append {
   int64_t batch;  // B
   RowShape shape;
   int64_t stride_b, stride_h, stride_w, stride_c;
-  const int64_t* index;  // [B] cache rows, none twice
+  const int64_t* index;  // [B] cache rows without repeats
 };
 
 struct Gather {
@@ -79,7 +78,7 @@ struct Gather {
   int64_t batch;  // B
   RowShape shape;
   const int64_t* index;  // [B] cache rows
-  // out[b, y, x] = flipped[y - dy, x - dx], zero outside, flipped being the row mirrored in x where flip is
+  // out[b, y, x] = flipped[y - dy, x - dx] and zero outside; flipped is the row, mirrored in x where flip is
   // set.
   const uint8_t* flip;   // [B], or null
   const int32_t* shift;  // [B, 2] (dy, dx), or null
@@ -94,7 +93,8 @@ constexpr bool is_dense(const Append& a) {
 
 namespace cpu {
 
-// The index must have been checked: memory outside the cache is touched otherwise. Throws std::bad_alloc.
+// The index must have been checked: a bad one reads or writes memory outside the cache. Throws
+// std::bad_alloc.
 void append_rows(const Append& append, int threads);
 void gather_rows(const Gather& gather, int threads);
 

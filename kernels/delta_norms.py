@@ -31,6 +31,10 @@ from .reference import check_out
 WARPS = 4
 TILE_ROWS = 4
 
+# Said outright: Triton 3.9 warns where the default of enable_fp_fusion is used, and later versions have another one.
+# Fused, a square or product of a delta is not rounded before it is added.
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
+
 CHUNK_COLUMNS = tl.constexpr(5)
 PARTIAL_COLUMNS = tl.constexpr(8)
 MAXIMUM = tl.constexpr(2)
@@ -388,6 +392,6 @@ def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) 
                 len(table),
                 table.anchors.shape[1],
                 **constants(refresh=refresh, persistence=table.persistence),
-                num_warps=WARPS,
+                **OPTIONS,
             )
     return sums

@@ -346,7 +346,7 @@ class DropScheduler:
 
     def _follow_code(self) -> None:
         """Split the model anew where what its forward reads from its modules has moved since."""
-        stale = getattr(self.chain, "stale", lambda: None)()
+        stale = self.chain.stale()
         if stale is None:
             return
         chain = split_layers(self.base_model, self.rows.example[:2], layers=self._layer_names)
@@ -387,7 +387,7 @@ class DropScheduler:
 
     def _say_saturated(self) -> None:
         cache = self.rows.cache
-        if cache is not None and not self._said_saturated and getattr(cache, "saturated", False):
+        if cache is not None and not self._said_saturated and cache.saturated:
             self._said_saturated = True
             warnings.warn(
                 f"drop.step: activations after {self.chain.names[self.cut - 1]} are larger than 65504 and were stored as "

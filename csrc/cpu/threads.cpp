@@ -19,8 +19,8 @@ struct Job {
   const Body& body;
   const int64_t count, grain;
   std::atomic<int64_t> next{0};
-  std::mutex error_mutex;
-  std::exception_ptr error;
+  std::mutex error_mutex{};
+  std::exception_ptr error{};
 
   void work() noexcept {
     for (;;) {
@@ -41,7 +41,7 @@ class Pool {
  public:
   const pid_t process = getpid();
 
-  // False when another call has the threads.
+  // False when another call uses the threads.
   bool run(Job& job, int helpers) {
     const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return false;
@@ -55,7 +55,7 @@ class Pool {
     for (int i = 0; i < helpers; ++i) wake_.notify_one();
     job.work();
     std::unique_lock<std::mutex> lock(mutex_);
-    // Who has not woken by now finds no place: a late thread delays nobody.
+    // Threads that wake up later find no place, so that nobody waits for them.
     places_ = 0;
     idle_.wait(lock, [this] { return active_ == 0; });
     return true;
@@ -114,7 +114,7 @@ void parallel_for(int64_t count, int64_t grain, int threads, const Body& body, T
   if (count <= 0) return;
   const int64_t pieces = (count + grain - 1) / grain;
   const int helpers = static_cast<int>(std::min<int64_t>(threads, pieces)) - 1;
-  Job job{body, count, grain, {}, {}, {}};
+  Job job{.body = body, .count = count, .grain = grain};
   if (helpers < 1 || !pool(kind).run(job, helpers)) job.work();
   if (job.error) std::rethrow_exception(job.error);
 }

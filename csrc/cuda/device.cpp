@@ -13,7 +13,7 @@ std::string version_text(int version) {
 }  // namespace
 
 Device describe_device() {
-  Device found{version_text(CUDART_VERSION), "", {}};
+  Device found{.runtime = version_text(CUDART_VERSION), .driver = "", .gpus = {}};
   int version = 0;
   if (cudaDriverGetVersion(&version) != cudaSuccess || version == 0) return found;
   found.driver = version_text(version);

@@ -1,4 +1,4 @@
-// What CUDA this build and this machine have.
+// The CUDA versions of this build and this machine, and its GPUs.
 #pragma once
 
 #include <string>

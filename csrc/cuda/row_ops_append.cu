@@ -1,5 +1,5 @@
 // append_rows on CUDA: dense rows by vectors, strided images by tiles through shared memory, uint8 by
-// channels.
+// channels or, for rows of one channel, by vectors.
 #include <math_constants.h>
 
 #include "cuda/row_ops.cuh"
@@ -13,84 +13,152 @@ struct DenseLaunch {
 };
 
 // One group of threads writes one slice of one row, n values to a vector.
+//
+// Moves H*W*C * value_bytes(dtype) + row_bytes for each row, read once and written once, and is held to 90 %
+// of a device copy of as many bytes.
 template <Dtype dtype, Codec codec, int n>
 __global__ void __launch_bounds__(kThreads) append_dense_kernel(const __grid_constant__ DenseLaunch launch) {
   using In = ValueOf<dtype>;
   using Out = CodeOf<codec>;
   const Append& a = launch.a;
-  const Split& split = launch.split;
-  const uint32_t threads = 1u << split.log_group;
-  const uint32_t lane = threadIdx.x & (threads - 1);
-  const int64_t b = static_cast<int64_t>(blockIdx.x / split.slices) * (kThreads >> split.log_group) +
-                    (threadIdx.x >> split.log_group);
-  if (b >= split.batch) return;
-  const In* in = static_cast<const In*>(a.rows) + b * a.stride_b;
+  const Share share = launch.split.share();
+  if (share.b >= launch.split.batch) return;
+  const In* in = static_cast<const In*>(a.rows) + share.b * a.stride_b;
   Out* out = reinterpret_cast<Out*>(static_cast<unsigned char*>(a.cache) +
-                                    checked_row(a.index, b, a.cache_rows) * a.cache_stride_bytes);
-  const uint32_t first = blockIdx.x % split.slices * split.slice;
-  const uint32_t last = min(first + split.slice, split.vectors);
-  for (uint32_t v = first + lane; v < last; v += threads * kUnroll) {
-    Pack<In, n> packs[kUnroll];
+                                    checked_row(a.index, share.b, a.cache_rows) * a.cache_stride_bytes);
+  for_each_vector(
+      share,
+      [&](uint32_t at) { return *reinterpret_cast<const Pack<In, n>*>(in + static_cast<int64_t>(at) * n); },
+      [&](uint32_t at, const Pack<In, n>& values) {
+        Pack<Out, n> codes;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t at = v + u * threads;
-      if (at < last) packs[u] = *reinterpret_cast<const Pack<In, n>*>(in + static_cast<int64_t>(at) * n);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const uint32_t at = v + u * threads;
-      if (at >= last) break;
-      Pack<Out, n> codes;
-#pragma unroll
-      for (int i = 0; i < n; ++i) codes.v[i] = convert<Out, codec == Codec::fp16>(packs[u].v[i]);
-      *reinterpret_cast<Pack<Out, n>*>(out + static_cast<int64_t>(at) * n) = codes;
-    }
-  }
+        for (int i = 0; i < n; ++i) codes.v[i] = convert<Out, codec == Codec::fp16>(values.v[i]);
+        *reinterpret_cast<Pack<Out, n>*>(out + static_cast<int64_t>(at) * n) = codes;
+      });
 }
 
-constexpr int kTile = 32;
-constexpr int kTileRows = kThreads / kTile;
+// A tile is 32 channels by 32 pixels; with fewer channels, the next power of two by as many more pixels.
+constexpr int kLogTile = 10;
+constexpr int kTile = 1 << kLogTile;
 
 struct TileLaunch {
   Append a;
   Divider width;
+  int log_channels;  // of a tile
   uint32_t pixel_tiles, channel_tiles;
 };
 
-// One block writes 32 pixels by 32 channels of one row: read along the pixels, written along the channels.
+// One block writes one tile of one row: read along the pixels, written along the channels. Three channels
+// fill three quarters of a tile of 4 x 256; of one of 32 x 32 they would fill a tenth.
+//
+// Moves as many bytes as append_dense_kernel. Loads and stores of 2 or 4 bytes: held to 60 % of a device
+// copy.
 template <Dtype dtype, Codec codec>
 __global__ void __launch_bounds__(kThreads) append_tile_kernel(const __grid_constant__ TileLaunch launch) {
   using In = ValueOf<dtype>;
   using Out = CodeOf<codec>;
-  // A column more keeps the 32 threads that read down a column in 32 banks.
-  __shared__ In tile[kTile][kTile + 1];
+  // Channels lie 32 / tile_channels values further apart than their pixels take: the threads that read down a
+  // column are then in 32 banks.
+  __shared__ In tile[kTile + kWarp];
   const Append& a = launch.a;
+  const int log_pixels = kLogTile - launch.log_channels;
+  const uint32_t tile_pixels = 1u << log_pixels, tile_channels = 1u << launch.log_channels;
+  const uint32_t apart = tile_pixels + (kWarp >> launch.log_channels);
   const uint32_t tiles = launch.pixel_tiles * launch.channel_tiles;
   const int64_t b = blockIdx.x / tiles;
   const uint32_t of_row = blockIdx.x % tiles;
-  const uint32_t pixel_0 = of_row / launch.channel_tiles * kTile,
-                 channel_0 = of_row % launch.channel_tiles * kTile;
+  const uint32_t pixel_0 = of_row / launch.channel_tiles * tile_pixels,
+                 channel_0 = of_row % launch.channel_tiles * tile_channels;
   const auto pixels = static_cast<uint32_t>(a.shape.pixels()),
              channels = static_cast<uint32_t>(a.shape.channels);
-  const uint32_t across = threadIdx.x % kTile, down = threadIdx.x / kTile;
-  const uint32_t pixel = pixel_0 + across;
-  const int64_t line = launch.width.divide(pixel);
-  const In* in = static_cast<const In*>(a.rows) + b * a.stride_b + line * a.stride_h +
-                 (pixel - line * a.shape.width) * a.stride_w;
-  for (uint32_t i = down; i < kTile; i += kTileRows) {
-    const uint32_t c = channel_0 + i;
-    if (pixel < pixels && c < channels) tile[i][across] = in[c * a.stride_c];
+  const In* in = static_cast<const In*>(a.rows) + b * a.stride_b;
+#pragma unroll
+  for (uint32_t t = threadIdx.x; t < kTile; t += kThreads) {
+    const uint32_t column = t & (tile_pixels - 1), row = t >> log_pixels;
+    const uint32_t pixel = pixel_0 + column, c = channel_0 + row;
+    if (pixel >= pixels || c >= channels) continue;
+    const int64_t line = launch.width.divide(pixel);
+    tile[row * apart + column] =
+        in[line * a.stride_h + (pixel - line * a.shape.width) * a.stride_w + c * a.stride_c];
   }
   __syncthreads();
   Out* out = reinterpret_cast<Out*>(static_cast<unsigned char*>(a.cache) +
                                     checked_row(a.index, b, a.cache_rows) * a.cache_stride_bytes);
-  const uint32_t c = channel_0 + across;
-  for (uint32_t i = down; i < kTile; i += kTileRows) {
-    const uint32_t p = pixel_0 + i;
-    if (p < pixels && c < channels) {
-      out[static_cast<int64_t>(p) * channels + c] = convert<Out, codec == Codec::fp16>(tile[across][i]);
+#pragma unroll
+  for (uint32_t t = threadIdx.x; t < kTile; t += kThreads) {
+    const uint32_t row = t & (tile_channels - 1), column = t >> launch.log_channels;
+    const uint32_t pixel = pixel_0 + column, c = channel_0 + row;
+    if (pixel >= pixels || c >= channels) continue;
+    out[static_cast<int64_t>(pixel) * channels + c] =
+        convert<Out, codec == Codec::fp16>(tile[row * apart + column]);
+  }
+}
+
+// The extent of n channels.
+template <int n>
+struct Extent {
+  Pack<float, n> low, high;
+  Pack<uint32_t, n> magnitude;  // as bits, which show NaN and infinity
+
+  static __device__ Extent of_nothing() {
+    Extent extent;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      extent.low.v[i] = CUDART_INF_F;
+      extent.high.v[i] = -CUDART_INF_F;
+      extent.magnitude.v[i] = 0;
+    }
+    return extent;
+  }
+
+  __device__ void include(int i, float least, float greatest, uint32_t widest) {
+    low.v[i] = fminf(low.v[i], least);
+    high.v[i] = fmaxf(high.v[i], greatest);
+    magnitude.v[i] = max(magnitude.v[i], widest);
+  }
+  __device__ void include(int i, float value) {
+    include(i, value, value, __float_as_uint(value) & 0x7fffffffu);
+  }
+  __device__ void include(const Extent& other) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) include(i, other.low.v[i], other.high.v[i], other.magnitude.v[i]);
+  }
+
+  // Joins the extents of the warp's threads whose numbers are equal modulo `apart`, a power of two.
+  __device__ void join_warp(int apart) {
+    constexpr unsigned int kAll = 0xffffffffu;
+    for (int mask = kWarp / 2; mask >= apart; mask /= 2) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) {
+        const float least = __shfl_xor_sync(kAll, low.v[i], mask);
+        const float greatest = __shfl_xor_sync(kAll, high.v[i], mask);
+        include(i, least, greatest, __shfl_xor_sync(kAll, magnitude.v[i], mask));
+      }
     }
   }
+};
+
+// How a channel is stored.
+struct Fit {
+  float zero, scale, inverse;
+
+  __device__ uint8_t code(float value) const {
+    const float steps = __fmul_rn(__fsub_rn(value, zero), inverse);
+    return static_cast<uint8_t>(__float2int_rn(fminf(fmaxf(steps, 0.0f), 255.0f)));
+  }
+};
+
+// The fit of channel i of an extent, as in cpu/row_ops.cpp.
+template <int n>
+__device__ inline Fit fit(const Extent<n>& extent, int i) {
+  const float low = extent.low.v[i], range = __fsub_rn(extent.high.v[i], low);
+  const bool finite = extent.magnitude.v[i] < 0x7f800000u && range <= CUDART_MAX_NORMAL_F;
+  const bool constant = finite && range < kSmallestRange;
+  return {.zero = finite ? __fadd_rn(low, 0.0f) : 0.0f,
+          .scale = !finite    ? __uint_as_float(0x7fc00000u)
+                   : constant ? 0.0f
+                              : __fdiv_rn(range, 255.0f),
+          .inverse = !finite || constant ? 0.0f : __fdiv_rn(255.0f, range)};
 }
 
 struct ByteLaunch {
@@ -100,24 +168,17 @@ struct ByteLaunch {
   uint32_t channel_tiles;  // blocks to a row
 };
 
-// zero, scale and inverse of one channel, as in cpu/row_ops.cpp.
-__device__ inline void fit(float low, float high, uint32_t magnitude, float& zero, float& scale,
-                           float& inverse) {
-  const float range = __fsub_rn(high, low);
-  const bool finite = magnitude < 0x7f800000u && range <= CUDART_MAX_NORMAL_F;
-  const bool constant = finite && range < kSmallestRange;
-  zero = finite ? __fadd_rn(low, 0.0f) : 0.0f;
-  scale = !finite ? quiet_nan() : constant ? 0.0f : __fdiv_rn(range, 255.0f);
-  inverse = !finite || constant ? 0.0f : __fdiv_rn(255.0f, range);
-}
-
-// One block finds the extent of some channels of one row, then reads them again (from L2) and writes their
-// bytes.
+// One block finds the extent of some channels of one row, then reads them again and writes their bytes.
+//
+// Moves H*W*C * value_bytes(dtype) + row_bytes for each row from and to memory, and reads the values once
+// more from L2: 25 KB a block for 32 channels of 14 x 14 fp32. Held to 70 % of a device copy.
 template <Dtype dtype, int n, bool dense>
 __global__ void __launch_bounds__(kThreads) append_uint8_kernel(const __grid_constant__ ByteLaunch launch) {
   using In = ValueOf<dtype>;
-  __shared__ float lows[kThreads][n], highs[kThreads][n];
-  __shared__ uint32_t magnitudes[kThreads][n];
+  using Part = Extent<n>;
+  constexpr int kWarps = kThreads / kWarp;
+  constexpr int kLanes = dense ? kWarp / n : 1;
+  __shared__ Part parts[kWarps][kLanes];
   const Append& a = launch.a;
   const int64_t b = blockIdx.x / launch.channel_tiles;
   const uint32_t lanes = 1u << launch.log_lanes, pixel_lanes = kThreads >> launch.log_lanes;
@@ -137,106 +198,141 @@ __global__ void __launch_bounds__(kThreads) append_uint8_kernel(const __grid_con
       return Pack<In, 1>{in[line * a.stride_h + (p - line * a.shape.width) * a.stride_w + c * a.stride_c]};
     }
   };
-  float low[n], high[n];
-  uint32_t magnitude[n];
+  const Share share{.b = b, .first = inside ? pixel_lane : pixels, .last = pixels, .step = pixel_lanes};
+  Part extent = Part::of_nothing();
+  for_each_vector(share, load, [&](uint32_t, const Pack<In, n>& values) {
 #pragma unroll
-  for (int i = 0; i < n; ++i) {
-    low[i] = CUDART_INF_F;
-    high[i] = -CUDART_INF_F;
-    magnitude[i] = 0;
-  }
-  for (uint32_t p = pixel_lane; inside && p < pixels; p += pixel_lanes) {
-    const auto pack = load(p);
-#pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const float value = widen(pack.v[i]);
-      low[i] = fminf(low[i], value);
-      high[i] = fmaxf(high[i], value);
-      magnitude[i] = max(magnitude[i], __float_as_uint(value) & 0x7fffffffu);
-    }
-  }
-  // Thread (lane, pixel_lane) sits at slot pixel_lane * lanes + lane; the halves of the pixel lanes are
-  // joined in turn.
-  const uint32_t slot = pixel_lane * lanes + lane;
-  for (uint32_t half = pixel_lanes;; half /= 2) {
-    if (pixel_lane < half) {
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        lows[slot][i] = low[i];
-        highs[slot][i] = high[i];
-        magnitudes[slot][i] = magnitude[i];
-      }
-    }
-    __syncthreads();
-    if (half == 1) break;
-    if (pixel_lane < half / 2) {
-      const uint32_t other = slot + half / 2 * lanes;
-#pragma unroll
-      for (int i = 0; i < n; ++i) {
-        low[i] = fminf(low[i], lows[other][i]);
-        high[i] = fmaxf(high[i], highs[other][i]);
-        magnitude[i] = max(magnitude[i], magnitudes[other][i]);
-      }
-    }
-    __syncthreads();
-  }
+    for (int i = 0; i < n; ++i) extent.include(i, widen(values.v[i]));
+  });
+  // A warp holds all channels of a dense block and one channel of a strided one.
+  extent.join_warp(dense ? lanes : 1);
+  const uint32_t warp = threadIdx.x / kWarp, of_warp = threadIdx.x % kWarp;
+  if (of_warp < (dense ? lanes : 1)) parts[warp][of_warp] = extent;
+  __syncthreads();
   if (!inside) return;
+  const uint32_t warps = dense ? kWarps : pixel_lanes / kWarp;
+  const uint32_t first_warp = dense ? 0 : lane * warps;
+  for (uint32_t w = 0; w < warps; ++w) extent.include(parts[first_warp + w][dense ? lane : 0]);
   auto* row =
       static_cast<unsigned char*>(a.cache) + checked_row(a.index, b, a.cache_rows) * a.cache_stride_bytes;
   float* table = reinterpret_cast<float*>(row);
   uint8_t* payload = row + header_bytes(Codec::uint8, a.shape);
-  float zero[n], inverse[n];
+  Fit fits[n];
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    float scale;
-    fit(lows[lane][i], highs[lane][i], magnitudes[lane][i], zero[i], scale, inverse[i]);
+    fits[i] = fit(extent, i);
     if (pixel_lane == 0) {
-      table[c + i] = scale;
-      table[channels + c + i] = zero[i];
+      table[c + i] = fits[i].scale;
+      table[channels + c + i] = fits[i].zero;
     }
   }
   // The header's padding is written too, so that a row is the same bytes whatever lay there.
   if (pixel_lane == 0 && c == 0 && channels % 2 == 1) table[2 * channels] = table[2 * channels + 1] = 0.0f;
-  for (uint32_t p = pixel_lane; p < pixels; p += pixel_lanes) {
-    const auto pack = load(p);
+  for_each_vector(share, load, [&](uint32_t p, const Pack<In, n>& values) {
     Pack<uint8_t, n> codes;
 #pragma unroll
-    for (int i = 0; i < n; ++i) {
-      const float steps = __fmul_rn(__fsub_rn(widen(pack.v[i]), zero[i]), inverse[i]);
-      codes.v[i] = static_cast<uint8_t>(__float2int_rn(fminf(fmaxf(steps, 0.0f), 255.0f)));
-    }
+    for (int i = 0; i < n; ++i) codes.v[i] = fits[i].code(widen(values.v[i]));
     *reinterpret_cast<Pack<uint8_t, n>*>(payload + static_cast<int64_t>(p) * channels + c) = codes;
+  });
+}
+
+// A row of one channel takes one block of up to 1,024 threads: with four loads of 16 bytes they have 64 KB in
+// flight, where Little's law wants 23 KB on each SM (row_ops.cuh).
+constexpr int kMostThreads = 1024;
+
+struct FlatLaunch {
+  Append a;
+  uint32_t vectors;
+};
+
+// One block finds the extent of one dense row of one channel, n values to a vector, then reads it again.
+//
+// Moves D * value_bytes(dtype) + row_bytes for each row from and to memory, and reads the values once more
+// from L2. Held to 70 % of a device copy for batches of at least as many rows as there are SMs.
+template <Dtype dtype, int n>
+__global__ void __launch_bounds__(kMostThreads)
+    append_uint8_flat_kernel(const __grid_constant__ FlatLaunch launch) {
+  using In = ValueOf<dtype>;
+  using Part = Extent<1>;
+  __shared__ Part parts[kMostThreads / kWarp];
+  const Append& a = launch.a;
+  const Share share{.b = blockIdx.x, .first = threadIdx.x, .last = launch.vectors, .step = blockDim.x};
+  const In* in = static_cast<const In*>(a.rows) + share.b * a.stride_b;
+  const auto load = [&](uint32_t at) {
+    return *reinterpret_cast<const Pack<In, n>*>(in + static_cast<int64_t>(at) * n);
+  };
+  Part extent = Part::of_nothing();
+  for_each_vector(share, load, [&](uint32_t, const Pack<In, n>& values) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) extent.include(0, widen(values.v[i]));
+  });
+  extent.join_warp(1);
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = extent;
+  __syncthreads();
+  if (threadIdx.x % kWarp < blockDim.x / kWarp) extent.include(parts[threadIdx.x % kWarp]);
+  extent.join_warp(1);
+  const Fit only = fit(extent, 0);
+  auto* row = static_cast<unsigned char*>(a.cache) +
+              checked_row(a.index, share.b, a.cache_rows) * a.cache_stride_bytes;
+  if (threadIdx.x == 0) {
+    float* table = reinterpret_cast<float*>(row);
+    table[0] = only.scale;
+    table[1] = only.zero;
+    table[2] = table[3] = 0.0f;
   }
+  uint8_t* payload = row + header_bytes(Codec::uint8, a.shape);
+  for_each_vector(share, load, [&](uint32_t at, const Pack<In, n>& values) {
+    Pack<uint8_t, n> codes;
+#pragma unroll
+    for (int i = 0; i < n; ++i) codes.v[i] = only.code(widen(values.v[i]));
+    *reinterpret_cast<Pack<uint8_t, n>*>(payload + static_cast<int64_t>(at) * n) = codes;
+  });
 }
 
 template <Dtype dtype, Codec codec, int n>
-void launch_dense(const Append& a, cudaStream_t stream) {
-  const DenseLaunch launch{a, Split(a.batch, a.shape.values(), n)};
-  append_dense_kernel<dtype, codec, n>
-      <<<grid_of("append_rows", launch.split.blocks()), kThreads, 0, stream>>>(launch);
+void launch_dense(const Append& a, const DeviceGuard& guard, cudaStream_t stream) {
+  const auto kernel = append_dense_kernel<dtype, codec, n>;
+  const DenseLaunch launch{.a = a,
+                           .split = Split(a.batch, a.shape.values(), n, guard.resident_blocks(kernel))};
+  append_dense_kernel<dtype, codec, n><<<guard.grid(launch.split.blocks()), kThreads, 0, stream>>>(launch);
 }
 
 template <Dtype dtype, Codec codec>
-void launch_tiles(const Append& a, cudaStream_t stream) {
-  const TileLaunch launch{a, Divider(a.shape.width),
-                          static_cast<uint32_t>((a.shape.pixels() + kTile - 1) / kTile),
-                          static_cast<uint32_t>((a.shape.channels + kTile - 1) / kTile)};
+void launch_tiles(const Append& a, const DeviceGuard& guard, cudaStream_t stream) {
+  int log_channels = 0;
+  while ((1 << log_channels) < a.shape.channels && (1 << log_channels) < kWarp) ++log_channels;
+  const int64_t tile_channels = int64_t{1} << log_channels;
+  const TileLaunch launch{
+      .a = a,
+      .width = Divider(a.shape.width),
+      .log_channels = log_channels,
+      .pixel_tiles = static_cast<uint32_t>(ceil_div(a.shape.pixels(), kTile / tile_channels)),
+      .channel_tiles = static_cast<uint32_t>(ceil_div(a.shape.channels, tile_channels))};
   const int64_t blocks = a.batch * launch.pixel_tiles * launch.channel_tiles;
-  append_tile_kernel<dtype, codec><<<grid_of("append_rows", blocks), kThreads, 0, stream>>>(launch);
+  append_tile_kernel<dtype, codec><<<guard.grid(blocks), kThreads, 0, stream>>>(launch);
 }
 
 template <Dtype dtype, int n, bool dense>
-void launch_uint8(const Append& a, cudaStream_t stream) {
-  ByteLaunch launch{a, Divider(a.shape.width), 0, 0};
+void launch_uint8(const Append& a, const DeviceGuard& guard, cudaStream_t stream) {
   // 32 channels to a block: 128 bytes of a dense fp32 pixel. A strided row is read along its pixels by whole
   // warps.
-  const int most = dense ? kTile / n : kThreads / kTile;
-  while ((1 << launch.log_lanes) < most && (int64_t{n} << launch.log_lanes) < a.shape.channels)
-    ++launch.log_lanes;
-  const int64_t channels = int64_t{n} << launch.log_lanes;
-  launch.channel_tiles = static_cast<uint32_t>((a.shape.channels + channels - 1) / channels);
-  const int64_t blocks = a.batch * launch.channel_tiles;
-  append_uint8_kernel<dtype, n, dense><<<grid_of("append_rows", blocks), kThreads, 0, stream>>>(launch);
+  const int most = dense ? kWarp / n : kThreads / kWarp;
+  int log_lanes = 0;
+  while ((1 << log_lanes) < most && (int64_t{n} << log_lanes) < a.shape.channels) ++log_lanes;
+  const int64_t tiles = ceil_div(a.shape.channels, int64_t{n} << log_lanes);
+  const ByteLaunch launch{.a = a,
+                          .width = Divider(a.shape.width),
+                          .log_lanes = log_lanes,
+                          .channel_tiles = static_cast<uint32_t>(tiles)};
+  append_uint8_kernel<dtype, n, dense><<<guard.grid(a.batch * tiles), kThreads, 0, stream>>>(launch);
+}
+
+template <Dtype dtype, int n>
+void launch_uint8_flat(const Append& a, const DeviceGuard& guard, cudaStream_t stream) {
+  const FlatLaunch launch{.a = a, .vectors = static_cast<uint32_t>(a.shape.values() / n)};
+  const uint32_t warps = ceil_div<uint32_t>(launch.vectors, kWarp * kUnroll);
+  const uint32_t threads = std::min<uint32_t>(warps * kWarp, kMostThreads);
+  append_uint8_flat_kernel<dtype, n><<<guard.grid(a.batch), threads, 0, stream>>>(launch);
 }
 
 }  // namespace
@@ -249,18 +345,24 @@ void append_rows(const Append& a, int device, void* stream) {
     for_codec(a.codec, [&](auto codec) {
       using In = ValueOf<dtype()>;
       constexpr bool bytes = codec() == Codec::uint8;
-      constexpr int n = bytes ? 4 : kVector<In, CodeOf<codec()>>;
-      const int64_t divided = bytes ? a.shape.channels : a.shape.values();
-      const bool vectors = divided % n == 0 && a.stride_b % n == 0 && a.cache_stride_bytes % 16 == 0 &&
-                           aligned(a.cache, 16) && aligned(a.rows, sizeof(In) * n);
+      const bool flat = a.shape.channels == 1;
+      // Whether vectors of n values out of `divided` lie at multiples of their size.
+      const auto admits = [&](int n, int64_t divided) {
+        return divided % n == 0 && a.stride_b % n == 0 && a.cache_stride_bytes % 16 == 0 &&
+               aligned(a.cache, 16) && aligned(a.rows, static_cast<int64_t>(sizeof(In)) * n);
+      };
+      constexpr int n = kVector<In, CodeOf<codec()>>;
       if constexpr (bytes) {
-        if (!is_dense(a)) return launch_uint8<dtype(), 1, false>(a, to);
-        if (vectors) return launch_uint8<dtype(), n, true>(a, to);
-        launch_uint8<dtype(), 1, true>(a, to);
+        constexpr int across = 4;
+        if (!is_dense(a)) return launch_uint8<dtype(), 1, false>(a, guard, to);
+        if (flat && admits(n, a.shape.values())) return launch_uint8_flat<dtype(), n>(a, guard, to);
+        if (flat) return launch_uint8_flat<dtype(), 1>(a, guard, to);
+        if (admits(across, a.shape.channels)) return launch_uint8<dtype(), across, true>(a, guard, to);
+        launch_uint8<dtype(), 1, true>(a, guard, to);
       } else {
-        if (!is_dense(a)) return launch_tiles<dtype(), codec()>(a, to);
-        if (vectors) return launch_dense<dtype(), codec(), n>(a, to);
-        launch_dense<dtype(), codec(), 1>(a, to);
+        if (!is_dense(a)) return launch_tiles<dtype(), codec()>(a, guard, to);
+        if (admits(n, a.shape.values())) return launch_dense<dtype(), codec(), n>(a, guard, to);
+        launch_dense<dtype(), codec(), 1>(a, guard, to);
       }
     });
   });

@@ -1,35 +1,55 @@
-"""The rows of the activations at a cut, kept compactly by slot."""
+"""The rows of the activations at a cut, stored compactly by slot."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from learndrop_ext import ops
-from learndrop_ext.cache.file import Manifest, SavedRows, Sidecar, open_rows
+from learndrop_ext.cache.disk import SavedRows, open_rows
+from learndrop_ext.cache.file import Manifest, Sidecar
 from learndrop_ext.cache.fingerprint import Fingerprint
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.cache.output_pool import OutputPool
-from learndrop_ext.cache.plan import STAGING_ROWS, Budgets, TierPlan
+from learndrop_ext.cache.plan import Budgets, TierPlan, lengthened
+from learndrop_ext.cache.slots import check_filled, check_form, check_range, check_unique
 from learndrop_ext.cache.tiered import TieredRows
+
+LARGEST_FP16 = torch.finfo(torch.float16).max
+#: Values that fp16 does not hold are looked for in so many batches: activations of the same layers have the same range.
+SATURATION_BATCHES = 16
 
 
 class ActivationCache:
-    """R rows of one shape by slot; a row that was never written, or is no longer what was written, is never given out.
+    """R rows of one shape by slot. It never returns a row that was not written, or that is not what was written.
 
-    shape: of one row, without the batch dimension. codec: how a row is stored. device: of the rows put in and given
-    out. The dtype and the memory format of the rows given out are those of the first rows put in; with the codec
-    "uint8" and for rows to be flipped or shifted (augmented) 4-D batches come out channels-last.
+    The rows come back in the dtype and the memory format of the first rows put in; with the codec "uint8", and for rows
+    to be flipped or shifted, 4-D batches come back channels-last. Where the memory of a tier cannot be had, the next
+    tier takes its rows, with a RuntimeWarning. A forked process can read the rows in memory that is not pinned and
+    those on disk; it is refused what it cannot do.
 
-    budgets: bytes of rows in each tier, by default all on the device; see `plan_tiers`. path: of the file of those on
-    disk, and of `save`; the file goes with a cache that is closed before it is saved. staging: rows of the slower tiers
-    that are read ahead at once. saved: whether the file holds just these rows. sidecar: what else the file held.
+    Args:
+        slots (int): R.
+        shape (sequence of int): of one row, without the batch dimension.
+        codec (str): how a row is stored: "fp32", "bf16", "fp16" or "uint8".
+        device (torch.device): of the rows put in and given out.
+        augmented (bool, optional): whether [C, H, W] rows can be flipped and shifted. Default: False
+        budgets (Budgets, optional): bytes of rows in each tier, see `plan_tiers`. Default: all rows on the device
+        path (Path, optional): of the file of the rows on disk, and of `save`; the file is deleted with a cache that is
+            closed before it is saved. Default: None
 
-    Raises ValueError where the budgets are too small or want a path, OSError where the disk is full; where memory
-    cannot be had the next tier takes its rows, with a RuntimeWarning.
+    Attributes:
+        filled (Tensor): [R] bool, which slots were written.
+        dtype (torch.dtype or None): of the rows; None before the first.
+        saved (bool): whether the file at `path` holds exactly these rows.
+        sidecar (Sidecar): what an opened file held beside its rows.
+
+    Raises:
+        ValueError: if the budgets are too small or need a path.
+        OSError: if the disk is full.
+        torch.OutOfMemoryError: if memory cannot be had and the next tier may not take the rows.
     """
 
     def __init__(
@@ -42,7 +62,6 @@ class ActivationCache:
         augmented: bool = False,
         budgets: Budgets | None = None,
         path: Path | None = None,
-        staging: int = STAGING_ROWS,
         _saved: SavedRows | None = None,
     ) -> None:
         if slots < 0:
@@ -58,8 +77,11 @@ class ActivationCache:
         self.dtype: torch.dtype | None = None
         self.augmented = augmented
         self.path = path
+        self._filled_table = self.filled  # `filled`, with room for more slots
         self._stored_shape = self.shape
         self._outputs = OutputPool(device)
+        self._saturated: torch.Tensor | None = None
+        self._saturation_batches = 0
         layout = RowLayout(ops.row_bytes(self.shape, codec), ops.row_stride(self.shape, codec))
         self._rows: TieredRows | None = TieredRows(
             slots,
@@ -67,7 +89,6 @@ class ActivationCache:
             device,
             budgets=budgets or Budgets(),
             path=path,
-            staging=staging,
             saved=None if _saved is None else (_saved.disk, _saved.filled),
         )
 
@@ -79,15 +100,25 @@ class ActivationCache:
         *,
         device: torch.device,
         budgets: Budgets | None = None,
-        staging: int = STAGING_ROWS,
+        aside: Path | None = None,
     ) -> ActivationCache:
-        """The cache that `save` made of these rows. Those of the faster tiers are read and checked now, those that stay
-        on disk when they are gathered.
+        """Return the cache that `save` wrote. Rows of the faster tiers are read and checked now, those that stay on disk
+        when they are gathered.
 
-        Raises FileNotFoundError, or CacheFileError for a file that is damaged or of another cache, naming the first
-        difference.
+        Args:
+            path (Path): of the file.
+            fingerprint (Fingerprint): what the rows must depend on.
+            device (torch.device): of the rows put in and given out.
+            budgets (Budgets, optional): bytes of rows in each tier. Default: all rows on the device
+            aside (Path, optional): for a file that other runs read too: it is never changed. The first change of a row
+                makes `path` of this cache the one given here, and copies the rows on disk there. Default: None
+
+        Raises:
+            FileNotFoundError: if there is no file.
+            CacheFileError: naming the first difference of a file that is damaged or of another cache.
+            ValueError, OSError, torch.OutOfMemoryError: as the constructor.
         """
-        saved = open_rows(path, fingerprint)
+        saved = open_rows(path, fingerprint, aside=aside)
         manifest = saved.manifest
         try:
             cache = cls(
@@ -98,7 +129,6 @@ class ActivationCache:
                 augmented=manifest.augmented,
                 budgets=budgets,
                 path=path,
-                staging=staging,
                 _saved=saved,
             )
         except BaseException:
@@ -106,6 +136,8 @@ class ActivationCache:
             raise
         cache.dtype = getattr(torch, manifest.dtype) if manifest.dtype else None
         cache._stored_shape = manifest.stored_shape
+        if aside is not None:
+            cache._open("open").path = aside
         return cache
 
     @property
@@ -115,56 +147,83 @@ class ActivationCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows."""
-        return self._open("nbytes").plan.slots * self.row_bytes
+        """Bytes of all rows, without the room that memory has for later ones."""
+        self._open("nbytes")
+        return len(self.filled) * self.row_bytes
 
     @property
     def plan(self) -> TierPlan:
         """Which slots are in which tier."""
-        return self._open("plan").plan
+        return self._open("plan").plan.first(len(self.filled))
 
     @property
     def fits_file(self) -> bool:
-        """Whether a file of all rows keeps the budget for the disk."""
+        """Whether a file of all rows is within the budget for the disk."""
         tiers = self._open("fits_file")
-        return tiers.layout.end(tiers.plan.slots) <= tiers.budgets.disk
+        return tiers.layout.end(len(self.filled)) <= tiers.budgets.disk
+
+    @property
+    def saturated(self) -> bool:
+        """Whether the codec "fp16" clamped finite values beyond +-65504, as far as the first batches show.
+
+        Waits for the device.
+        """
+        return self._saturated is not None and bool(self._saturated)
 
     def append(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """Store rows [B, *shape] at slots [B] int64 (CPU).
+        """Store rows.
 
-        Raises RuntimeError on a closed cache, ValueError for rows of another shape or dtype than the first, TypeError
-        or IndexError for slots that are none of the cache's; nothing is written then. OSError where the disk is full:
-        the rows that were to be written are then not there.
+        Args:
+            slots (Tensor): [B] int64 (CPU), where to; no slot twice.
+            rows (Tensor): [B, *shape] on the cache's device, of the dtype of the first rows.
+
+        Raises:
+            RuntimeError: on a closed cache, and in a forked process if rows are on disk.
+            TypeError, ValueError, IndexError: for rows or slots that are not as above; nothing is written then.
+            OSError: if the disk is full; the rows that were being written are then lost.
         """
         tiers = self._open("append")
-        self.saved = False
         if tuple(rows.shape[1:]) != self.shape:
             raise ValueError(
                 f"ActivationCache.append: rows must be [B, {', '.join(map(str, self.shape))}], got {list(rows.shape)}"
             )
         if self.dtype not in (None, rows.dtype):
             raise ValueError(f"ActivationCache.append: rows must be {self.dtype} as the first were, got {rows.dtype}")
-        self._check_slots("append", slots)
+        check_form("append", slots)
         stored = self._layout(rows)
-        rows = rows.reshape(len(rows), *stored)
+        batch = rows.reshape(len(rows), *stored)
         if tiers.plan.staging:
-            return self._append_tiered(tiers, slots, rows, stored)
-        ops.append_rows(tiers.data, rows, slots, codec=self.codec)
-        self.dtype, self._stored_shape = rows.dtype, stored
-        self.filled[slots] = True
+            self._append_tiered(tiers, slots, batch, stored)
+        else:
+            # It sees no more slots than there are, whatever the memory has room for, and checks them.
+            ops.append_rows(tiers.data[: len(self.filled)], batch, slots, codec=self.codec)
+            self._change(tiers)
+            self.dtype, self._stored_shape = rows.dtype, stored
+            self.filled[slots] = True
+        self._note_saturation(rows)
 
     def gather(
         self, slots: torch.Tensor, *, flip: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The rows at slots [B] int64 (CPU) as a batch [B, *shape], from all tiers in the order of the slots.
+        """Return rows as a batch, from all tiers in the order of the slots.
 
-        flip [B] bool and shift [B, 2] (dy, dx) move each sample of [C, H, W] rows on the way out. On a CPU the memory of
-        a large batch that nothing holds any more is used for a later one. Raises RuntimeError
-        on a closed cache, TypeError or IndexError for slots outside it or never written, CacheFileError for a row on
-        disk that is no longer what was written.
+        On a CPU the memory of a large batch that nothing holds any more is used for a later one.
+
+        Args:
+            slots (Tensor): [B] int64 (CPU).
+            flip (Tensor, optional): [B] bool, which [C, H, W] rows to mirror in x. Default: None
+            shift (Tensor, optional): [B, 2] integers (dy, dx), pixels to move each [C, H, W] row by. Default: None
+
+        Returns:
+            Tensor: [B, *shape].
+
+        Raises:
+            RuntimeError: on a closed cache.
+            TypeError, IndexError: for slots outside the cache, or never written.
+            CacheFileError: for a row on disk that is no longer what was written.
         """
         tiers = self._open("gather")
-        self._check_readable("gather", slots)
+        check_filled("gather", slots, self.filled)
         form, dtype = self._stored_shape, self.dtype or torch.float32
         out = self._outputs.take((len(slots), *form), dtype, ops.memory_format(form))
         if tiers.plan.staging:
@@ -174,40 +233,76 @@ class ActivationCache:
         return out.view(len(slots), *self.shape) if form != self.shape else out
 
     def prefetch(self, slots: torch.Tensor) -> None:
-        """Say which slots [B] int64 (CPU) the next `gather` will ask for: rows that are not on the device are read ahead,
-        beside what the caller does meanwhile. Raises as `gather` does for such slots; it alone gives rows."""
+        """Begin to read the rows of the slower tiers that the next `gather` will ask for, while the caller goes on.
+
+        A row that cannot be read is reported by that `gather`; if it asks for others, by a RuntimeWarning.
+
+        Args:
+            slots (Tensor): [B] int64 (CPU), those of the next `gather`.
+
+        Raises:
+            RuntimeError, TypeError, IndexError: as `gather`.
+        """
         tiers = self._open("prefetch")
-        self._check_readable("prefetch", slots)
+        check_filled("prefetch", slots, self.filled)
         if tiers.plan.staging:
             tiers.prefetch(slots)
 
     def grow(self, slots: int) -> None:
-        """Make room for `slots` rows in all; the rows that there are stay. Raises ValueError where the budgets are too
-        small, and what the constructor raises; nothing is changed then."""
+        """Make room for more rows; those that there are stay. Cheap when called often: memory grows by a quarter at least.
+
+        Args:
+            slots (int): rows in all, not fewer than now.
+
+        Raises:
+            ValueError: if the budgets are too small; nothing is changed then.
+            OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
+        """
         tiers = self._open("grow")
         if slots < len(self.filled):
             raise ValueError(f"ActivationCache.grow: slots must be at least {len(self.filled)}, got {slots}")
-        self.saved = False
-        tiers.arrange(slots, tiers.budgets, self.filled, kept=tiers.plan)
-        self.filled = torch.cat([self.filled, torch.zeros(slots - len(self.filled), dtype=torch.bool)])
+        if slots == len(self.filled):
+            return
+        tiers.grow(slots, self.filled)
+        self._change(tiers)
+        self._filled_table = lengthened(self._filled_table, slots)
+        self.filled = self._filled_table[:slots]
 
-    def spill(self, budgets: Budgets) -> None:
-        """Move rows between the tiers so that other budgets are kept, as when the device's memory is wanted for more
-        layers. Raises as the constructor does; nothing is changed then."""
-        tiers = self._open("spill")
-        if budgets.disk and self.path is None:
-            raise ValueError("ActivationCache.spill: budgets must have no disk for a cache without a path")
-        self.saved = False
-        tiers.arrange(len(self.filled), budgets, self.filled)
+    def forget(self, slots: torch.Tensor | None = None) -> None:
+        """Treat rows as never written. Once no row is left, the next rows may be of another dtype.
+
+        Args:
+            slots (Tensor, optional): [n] int64 (CPU); None for all. Default: None
+
+        Raises:
+            RuntimeError: on a closed cache.
+            TypeError, ValueError, IndexError: for slots outside the cache; nothing is forgotten then.
+        """
+        tiers = self._open("forget")
+        if slots is None:
+            self.filled.zero_()
+        else:
+            check_form("forget", slots)
+            check_range("forget", slots, len(self.filled))
+            self.filled[slots] = False
+        self._change(tiers)
+        if not bool(self.filled.any()):
+            self.dtype, self._saturated, self._saturation_batches = None, None, 0
 
     def save(self, fingerprint: Fingerprint, sidecar: Sidecar | None = None) -> None:
-        """Write all rows to the file at `path`, synced and then renamed, to be found by `open` with this fingerprint.
+        """Write all rows to the file at `path`, synced and then renamed.
 
-        sidecar: what the opened cache's `sidecar` then is. Raises ValueError for a cache without a path, TypeError for
-        values beside the rows that JSON does not have, OSError where the disk is full: what was at `path` then stays.
+        Args:
+            fingerprint (Fingerprint): what `open` must be given to find them.
+            sidecar (Sidecar, optional): what the opened cache's `sidecar` will be. Default: None
+
+        Raises:
+            ValueError: for a cache without a path.
+            TypeError: for values in the sidecar that JSON does not have.
+            OSError: if the disk is full; what was at `path` then stays.
         """
         tiers = self._open("save")
-        if self.path is None:
+        if tiers.path is None:
             raise ValueError("ActivationCache.save: the cache must have a path, got None")
         manifest = Manifest(
             codec=self.codec,
@@ -221,30 +316,30 @@ class ActivationCache:
             fingerprint=fingerprint,
         )
         tiers.save(manifest, self.filled, sidecar or Sidecar())
-        self.saved = True
+        self.path, self.saved = tiers.path, True
 
     def close(self) -> None:
         """Free the rows; any later use raises RuntimeError. A file that `save` made stays."""
-        if self._rows is not None:
-            self._rows.close()
-        self._rows = None
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            rows.close()
 
     def _append_tiered(
         self, tiers: TieredRows, slots: torch.Tensor, rows: torch.Tensor, stored: tuple[int, ...]
     ) -> None:
         if len(rows) != len(slots):
             raise ValueError(f"ActivationCache.append: slots must be [{len(rows)}], got [{len(slots)}]")
-        values, counts = slots.unique(return_counts=True)
-        if len(values) < len(slots):
-            repeated = int(values[counts > 1][0])
-            raise ValueError(f"ActivationCache.append: slots must name no row twice, got {repeated} twice")
-        tiers.forget_prefetch()
-        for piece in tiers.pieces(slots, load=False):
-            ops.append_rows(tiers.data, rows[piece.begin : piece.end], piece.index, codec=self.codec)
+        check_range("append", slots, len(self.filled))
+        check_unique("append", slots)
+        tiers.check_writable()
+        tiers.discard_prefetch()
+        for part in tiers.staged(slots, load=False):
+            ops.append_rows(tiers.data, rows[part.begin : part.end], part.index, codec=self.codec)
+            self._change(tiers)
             self.dtype, self._stored_shape = rows.dtype, stored
-            self.filled[piece.slow] = False
-            tiers.keep(piece)
-            self.filled[slots[piece.begin : piece.end]] = True
+            self.filled[part.slow] = False
+            tiers.write_back(part)
+            self.filled[slots[part.begin : part.end]] = True
 
     def _gather_tiered(
         self,
@@ -254,42 +349,31 @@ class ActivationCache:
         flip: torch.Tensor | None,
         shift: torch.Tensor | None,
     ) -> None:
-        for piece in tiers.pieces(slots, load=True):
-            part = slice(piece.begin, piece.end)
+        for part in tiers.staged(slots, load=True):
+            these = slice(part.begin, part.end)
             ops.gather_rows(
                 tiers.data,
-                piece.index,
+                part.index,
                 self._stored_shape,
                 codec=self.codec,
                 dtype=out.dtype,
-                flip=None if flip is None else flip[part],
-                shift=None if shift is None else shift[part],
-                out=out[part],
+                flip=None if flip is None else flip[these],
+                shift=None if shift is None else shift[these],
+                out=out[these],
             )
 
-    def _check_slots(self, name: str, slots: torch.Tensor) -> None:
-        if slots.dtype != torch.int64:
-            raise TypeError(f"ActivationCache.{name}: slots must be int64, got {slots.dtype}")
-        if slots.ndim != 1 or slots.device.type != "cpu":
-            raise ValueError(
-                f"ActivationCache.{name}: slots must be [B] on the CPU, got {list(slots.shape)} on {slots.device}"
-            )
-        if len(slots) and (int(slots.min()) < 0 or int(slots.max()) >= len(self.filled)):
-            raise IndexError(
-                f"ActivationCache.{name}: slots must be within 0..{len(self.filled) - 1}, "
-                f"got {int(slots.min())}..{int(slots.max())}"
-            )
+    def _change(self, tiers: TieredRows) -> None:
+        """Note that the file at `path`, if there is one, does not hold these rows any more."""
+        self.saved = False
+        self.path = tiers.path
 
-    def _check_readable(self, name: str, slots: torch.Tensor) -> None:
-        if slots.dtype == torch.int64 and slots.ndim == 1 and slots.device.type == "cpu":
-            # One look where all is well, as at each step.
-            with contextlib.suppress(IndexError, RuntimeError):
-                if bool(self.filled.index_select(0, slots).all()):
-                    return
-        self._check_slots(name, slots)
-        if not bool(self.filled[slots].all()):
-            missing = slots[~self.filled[slots]][0]
-            raise IndexError(f"ActivationCache.{name}: slots must have been written, got {int(missing)}, which was not")
+    def _note_saturation(self, rows: torch.Tensor) -> None:
+        if self.codec != "fp16" or rows.dtype == torch.float16 or self._saturation_batches >= SATURATION_BATCHES:
+            return
+        self._saturation_batches += 1
+        size = rows.detach().abs()
+        clamped = ((size > LARGEST_FP16) & size.isfinite()).any()
+        self._saturated = clamped if self._saturated is None else self._saturated | clamped
 
     def _open(self, name: str) -> TieredRows:
         if self._rows is None:
@@ -297,8 +381,8 @@ class ActivationCache:
         return self._rows
 
     def _layout(self, rows: torch.Tensor) -> tuple[int, ...]:
-        """The shape under which the row operations see a row: flat keeps the memory format of contiguous rows, so that
-        training on the cache is bit-equal to training behind the live prefix; [C, H, W] means channels-last."""
+        """The shape of a row for the row operations. Flat keeps the memory format of contiguous rows, so that training
+        on the cache is bit-equal to training behind the live prefix; [C, H, W] means channels-last."""
         if self.dtype is not None:
             return self._stored_shape
         plain = len(self.shape) != 3 or rows.is_contiguous()

@@ -10,18 +10,30 @@ from learndrop_ext.ops import CODECS
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """How the rows of the dropped prefix are kept.
+    """How the rows of the dropped layers are kept.
 
-    codec: "fp16" (default, saturating at 65504), "bf16", "fp32" (exact for fp32 training) or "uint8" (one scale and
-    zero point per sample and channel; half the bytes of fp16).
-    views: how many random augmentations of a sample are kept; 1 wants a dataset without randomness.
-    budget_bytes: the most the rows may take on the device, or "auto": half of what is free when a drop is decided.
-    host_bytes, disk_bytes: the most that the rows which do not fit there may take in the host's memory (of a GPU model)
-    and then in a file; "auto" as above. disk_dir: the folder of the file; where disk_bytes holds all rows, a run that
-    goes on from a checkpoint finds them there.
-    device: None for the model's device. Another device than the model's is refused.
-    flip, shift: augmentation of cached [C, H, W] rows on the way out, drawn per sample and step: horizontal flip with
-    probability 1/2, and an integer shift of up to `shift` pixels of the row with zero fill. Off by default.
+    Args:
+        codec (str, optional): "fp16" (clamped to +-65504), "bf16", "fp32" (exact for fp32 training) or "uint8" (one
+            scale and zero point per sample and channel; half the bytes of fp16). Default: "fp16"
+        views (int, optional): random augmentations kept of each sample; 1 needs a dataset without randomness.
+            Default: 1
+        budget_bytes (int or "auto", optional): the most bytes of rows on the model's device; "auto" is half of what is
+            free when a drop is decided. Default: "auto"
+        host_bytes (int or "auto", optional): the most bytes of further rows in the host's memory, for a model on a GPU.
+            Default: 0
+        disk_bytes (int or "auto", optional): the most bytes of further rows in a file. Where it holds all rows, a run
+            that resumes from a checkpoint finds them there. Default: 0
+        disk_dir (str, optional): the folder of the file. Default: None
+        flip (bool, optional): mirror each cached [C, H, W] row with probability 1/2 when it is read. Default: False
+        shift (int, optional): move each cached [C, H, W] row by up to so many of its pixels in x and y when it is read,
+            filled with zeros. Default: 0
+        shared (bool, optional): look in `disk_dir` for rows that another run made of the same images with the same
+            layers, and leave this run's rows there for others; `disk_bytes=0` then means "auto". Default: False
+        mirror (bool, optional): keep two rows of each sample, of the image and of its horizontal flip, drawn in turn:
+            a sample is seen mirrored in every second epoch. Default: False
+
+    Raises:
+        ValueError: for a value that is out of range, or two that exclude each other.
     """
 
     codec: str = "fp16"
@@ -30,36 +42,52 @@ class CacheConfig:
     host_bytes: int | str = 0
     disk_bytes: int | str = 0
     disk_dir: str | None = None
-    device: str | None = None
     flip: bool = False
     shift: int = 0
-    mirror: bool = False
     shared: bool = False
+    mirror: bool = False
 
     @property
     def augmented(self) -> bool:
-        """Whether rows are flipped or shifted on the way out."""
+        """Whether rows are flipped or shifted when they are read."""
         return self.flip or self.shift > 0
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(f"CacheConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
-        if not isinstance(self.views, int) or isinstance(self.views, bool) or self.views < 1:
+        if not _is_whole(self.views) or self.views < 1:
             raise ValueError(f"CacheConfig: views must be a whole number >= 1, got {self.views!r}")
         for name in ("budget_bytes", "host_bytes", "disk_bytes"):
             value = getattr(self, name)
-            if value != "auto" and not (isinstance(value, int) and value >= 0):
+            if value != "auto" and not (_is_whole(value) and value >= 0):
                 raise ValueError(f"CacheConfig: {name} must be bytes >= 0 or 'auto', got {value!r}")
-        if self.disk_bytes and self.disk_dir is None:
-            raise ValueError(
-                f"CacheConfig: disk_dir must be a folder where disk_bytes is {self.disk_bytes!r}, got None"
-            )
-        if not isinstance(self.shift, int) or self.shift < 0:
+        for name in ("flip", "shared", "mirror"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"CacheConfig: {name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("disk_bytes", "shared"):
+            if getattr(self, name) and self.disk_dir is None:
+                raise ValueError(
+                    f"CacheConfig: disk_dir must be a folder where {name} is {getattr(self, name)!r}, got None"
+                )
+        if not _is_whole(self.shift) or self.shift < 0:
             raise ValueError(f"CacheConfig: shift must be pixels >= 0, got {self.shift!r}")
+        if self.mirror and self.views > 1:
+            raise ValueError(f"CacheConfig: views must be 1 where mirror is True, got {self.views}")
+        if self.mirror and self.flip:
+            raise ValueError("CacheConfig: flip must be False where mirror is True, got True")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def cache_config(cache: CacheConfig | str | None, views: int | None) -> CacheConfig:
-    """The configuration that the arguments of DropScheduler mean. Raises TypeError or ValueError for others."""
+    """Return the configuration that the arguments of DropScheduler mean.
+
+    Raises:
+        TypeError: if `cache` is neither a CacheConfig, a codec's name nor None.
+        ValueError: for an unknown codec, or views that the configuration does not allow.
+    """
     if isinstance(cache, str):
         cache = CacheConfig(codec=cache)
     if cache is not None and not isinstance(cache, CacheConfig):

@@ -14,12 +14,21 @@ from learndrop_ext.graph.chain import Chain
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """All that the rows of a cache depend on.
+    """All that the rows of a cache depend on. Rows are used only where every field is the same.
 
-    weights: SHA-256 of the prefix's parameters and buffers. cut: layers before the rows. samples: of the dataset.
-    dataset: what it is and how it transforms, see `describe`. autocast: dtype of the frozen pass, "" for none. seed: of
-    the views drawn. augmented: whether rows are [C, H, W] to be flipped or shifted. layers: SHA-256 of the prefix's code.
-    images: SHA-256 of the first model inputs of the dataset.
+    Args:
+        weights (str): SHA-256 of the dropped layers' parameters and buffers, see `weights_digest`.
+        cut (int): layers before the rows.
+        codec (str): how rows are stored.
+        views (int): rows of each sample.
+        samples (int): length of the dataset.
+        dataset (str): the dataset and its transforms in words, see `describe`.
+        autocast (str, optional): dtype of autocast while the rows were made; "" for none. Default: ""
+        seed (int, optional): of the random views. Default: 0
+        augmented (bool, optional): whether rows are stored as [C, H, W], to be flipped or shifted. Default: False
+        layers (str, optional): SHA-256 of the dropped layers' code. Default: ""
+        images (str, optional): SHA-256 of a few model inputs of the dataset. Default: ""
+        mirror (bool, optional): whether every second row is of the mirrored image. Default: False
     """
 
     weights: str
@@ -33,17 +42,18 @@ class Fingerprint:
     augmented: bool = False
     layers: str = ""
     images: str = ""
+    mirror: bool = False
 
 
 def describe(dataset: Any) -> str:
-    """A dataset in words that are the same in the next run: its type, repr and transforms, without addresses."""
+    """Return a dataset's type, repr and transforms in words that are the same in the next run: without addresses."""
     parts = [f"{type(dataset).__module__}.{type(dataset).__qualname__}", repr(dataset)]
     parts += [f"{name}={getattr(dataset, name)!r}" for name in ("transform", "transforms") if hasattr(dataset, name)]
     return re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(parts))
 
 
 def weights_digest(chain: Chain, prefix: int) -> str:
-    """SHA-256 over the names, shapes and bytes of the first layers' parameters and buffers."""
+    """Return the SHA-256 over the names, shapes and bytes of the first layers' parameters and buffers."""
     digest = hashlib.sha256()
     for i in range(prefix):
         layer = chain.layer(i)

@@ -1,11 +1,18 @@
-"""Rows in the host's memory, and the stream on which they come to a GPU beside the training step."""
+"""Rows in the host's memory, and the stream that copies them to a GPU while it trains.
+
+R rows, S bytes from one row to the next, n rows in a call, T rows in a staging area.
+"""
 
 from __future__ import annotations
 
 import functools
+import mmap
+import os
 import statistics
 import time
+import warnings
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,60 +20,156 @@ from torch import Tensor
 
 from learndrop_ext.ops import transfer
 
-#: Sizes of rows at which the two ways to a GPU are compared, 4 KiB to 256 KiB.
+#: Row bytes at which the two ways to a GPU are compared, 4 KiB to 256 KiB.
 SWITCH_SIZES = tuple(4096 << k for k in range(7))
+#: Pinned memory for the comparison. At 55 GB/s it is 0.3 ms of copies, against 64 x 0.5 us to start them.
+MEASURED_BYTES = 16 << 20
+#: Row bytes from which the copy engines are used where they cannot be measured. A copy costs them about 0.5 us beside
+#: the transfer, in which a link of 55 GB/s brings 28 KB.
+COPY_ENGINE_BYTES = 32 << 10
+
+
+class PinnedRows:
+    """Host memory [R, S] uint8 that the copy engines and the kernels of a GPU read.
+
+    It lies in pages of its own, which a forked process does not get (MADV_DONTFORK). Otherwise the kernel would copy a
+    page that either process writes after a fork, and this one might be left with a copy that the GPU does not see.
+
+    Args:
+        count (int): R.
+        stride_bytes (int): S.
+        device (torch.device): the GPU.
+
+    Raises:
+        torch.OutOfMemoryError: if the host does not have the memory, or it cannot be pinned.
+    """
+
+    def __init__(self, count: int, stride_bytes: int, device: torch.device) -> None:
+        size = count * stride_bytes
+        self.data = torch.empty((count, stride_bytes), dtype=torch.uint8) if size == 0 else self._map(size, device)
+        self.data = self.data.view(count, stride_bytes)
+
+    def _map(self, size: int, device: torch.device) -> Tensor:
+        try:
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            data = torch.frombuffer(pages, dtype=torch.uint8)
+            transfer.pin(data, device)
+        except (OSError, OverflowError, RuntimeError) as error:
+            raise torch.OutOfMemoryError(
+                f"PinnedRows: the host must have {size:,} bytes of memory to pin, got {error}"
+            ) from error
+        pages.madvise(mmap.MADV_DONTFORK)
+        weakref.finalize(self, _unpin, data, pages, os.getpid())
+        return data
+
+
+def _unpin(data: Tensor, pages: mmap.mmap, owner: int) -> None:
+    if owner != os.getpid():
+        return
+    try:
+        transfer.unpin(data)
+    finally:
+        pages.madvise(mmap.MADV_DOFORK)
 
 
 class HostTier:
     """Rows [R, S] uint8 in the host's memory, pinned where the model is on a GPU.
 
-    Raises torch.OutOfMemoryError where they do not fit or cannot be pinned.
+    Args:
+        count (int): R.
+        stride_bytes (int): S.
+        device (torch.device): where rows are read to. On a GPU the faster way there is measured now, see
+            `copy_engine_from`: once, and not beside the training step.
+
+    Raises:
+        torch.OutOfMemoryError: if the host does not have the memory, or it cannot be pinned.
     """
 
     def __init__(self, count: int, stride_bytes: int, device: torch.device) -> None:
+        self._pinned: PinnedRows | None = None
+        self._process = os.getpid()
+        self._by_copy_engine = False
+        if device.type == "cuda":
+            self._pinned = PinnedRows(count, stride_bytes, device)
+            self.data = self._pinned.data
+            self._by_copy_engine = stride_bytes >= copy_engine_from(device)
+            return
         try:
             self.data = torch.empty((count, stride_bytes), dtype=torch.uint8)
-            if device.type == "cuda":
-                transfer.pin(self.data, device)
-                weakref.finalize(self, transfer.unpin, self.data)
         except RuntimeError as error:
             raise torch.OutOfMemoryError(
-                f"HostTier: the host must hold {count * stride_bytes:,} bytes of rows, got {error}"
+                f"HostTier: the host must have {count * stride_bytes:,} bytes for rows, got {error}"
             ) from error
 
     def read(self, index: Tensor, into: Tensor) -> None:
-        """Copy rows index [n] int64 (CPU) to `into` [n, S] uint8; on a GPU on the current stream."""
+        """Copy rows; on a GPU, enqueue the copies on the current stream.
+
+        Args:
+            index (Tensor): [n] int64 (CPU), the rows to copy.
+            into (Tensor): [n, S] uint8, written.
+
+        Raises:
+            RuntimeError: in a forked process, which does not have pinned memory.
+        """
+        self._check_process()
         if into.device.type == "cpu":
-            # Not index_select: called beside the training step it would take that one's threads.
+            # Not index_select: beside the training step it would take that one's threads.
             np.take(self.data.numpy(), index.numpy(), axis=0, out=into.numpy(), mode="clip")
-        elif self.data.shape[1] >= copy_engine_from(into.device):
+        elif self._by_copy_engine:
             transfer.copy_rows_to_device(self.data, index, into)
         else:
             transfer.gather_rows_to_device(self.data, index, into)
 
     def write(self, index: Tensor, rows: Tensor) -> None:
-        """Keep rows [n, S] uint8 at index [n] int64 (CPU)."""
+        """Store rows.
+
+        Args:
+            index (Tensor): [n] int64 (CPU), where to.
+            rows (Tensor): [n, S] uint8.
+
+        Raises:
+            RuntimeError: in a forked process, which does not have pinned memory.
+        """
+        self._check_process()
         self.data.index_copy_(0, index, rows.cpu())
+
+    def _check_process(self) -> None:
+        if self._pinned is not None and self._process != os.getpid():
+            raise RuntimeError(
+                "ActivationCache: rows in pinned memory must be used by the process that made the cache, "
+                f"{self._process}, got the forked process {os.getpid()}"
+            )
 
 
 class CopyStream:
-    """A stream beside the training step that fills two areas of a GPU's memory, each while the other is read.
+    """A stream beside the training step that fills two areas of a GPU's memory, each while the other one is read.
 
-    bounce: pinned memory [2, T, S] through which rows of a file go.
+    Args:
+        data (Tensor): [R, S] uint8 on the GPU, where the areas are.
+        staging (int): T.
+        bounces (bool): whether rows of a file pass through it; pinned memory [2, T, S] is then taken for them.
+
+    Raises:
+        torch.OutOfMemoryError: if the host does not have the memory, or it cannot be pinned.
     """
 
-    def __init__(self, device: torch.device, staging: int, stride_bytes: int, *, bounces: bool) -> None:
-        self.stream = torch.cuda.Stream(device)
+    def __init__(self, data: Tensor, staging: int, *, bounces: bool) -> None:
+        self.stream = torch.cuda.Stream(data.device)
         self.filled = [torch.cuda.Event() for _ in range(2)]
         self.free = [torch.cuda.Event() for _ in range(2)]
-        self.bounce: HostTier | None = HostTier(2 * staging, stride_bytes, device) if bounces else None
+        self.bounce = PinnedRows(2 * staging, data.shape[1], data.device) if bounces else None
         self.staging = staging
+        self.fill_areas_of(data)
+
+    def fill_areas_of(self, data: Tensor) -> None:
+        """Fill areas of `data` [R, S] uint8 from now on; what the current stream does with it comes first."""
         for event in self.free:
-            # What the allocator gave may still be read by earlier work.
-            event.record(torch.cuda.current_stream(device))
+            event.record(torch.cuda.current_stream(data.device))
+        # Memory that is freed while a copy is in flight is not given out again before the copy has ended.
+        data.record_stream(self.stream)
 
     def bounce_rows(self, area: int, count: int) -> Tensor:
-        """Host memory [count, S] for an area, once the copy that last read it has ended."""
+        """Return the host memory [count, S] of an area, once the copy that last read it has ended."""
         assert self.bounce is not None
         self.filled[area].synchronize()
         return self.bounce.data[area * self.staging :][:count]
@@ -74,26 +177,49 @@ class CopyStream:
 
 @functools.lru_cache(maxsize=16)
 def copy_engine_from(device: torch.device, *, rows: int = 128, repeats: int = 7) -> int:
-    """Row bytes from which a GPU's copy engines bring scattered host rows faster than a kernel that reads them.
+    """Return the row bytes from which a GPU's copy engines bring scattered host rows faster than a kernel that reads them.
 
-    Measured once for each GPU: `rows` rows in random order, median of `repeats`, the sizes SWITCH_SIZES; the first from
-    which the engines win for good.
+    Measured once for each GPU at each of SWITCH_SIZES, with rows in random order of MEASURED_BYTES of pinned memory.
+    Where that memory cannot be had, a RuntimeWarning says so and COPY_ENGINE_BYTES is returned.
+
+    Args:
+        device (torch.device): the GPU.
+        rows (int, optional): the most rows to move at once. Default: 128
+        repeats (int, optional): times that each is measured; the median counts. Default: 7
+
+    Returns:
+        The first of SWITCH_SIZES from which the copy engines win at every size; twice the last where they do not.
     """
-    largest = SWITCH_SIZES[-1]
-    source = HostTier(4 * rows, largest, device)
-    into = torch.empty((rows, largest), dtype=torch.uint8, device=device)
-    index = torch.randperm(4 * rows, generator=torch.Generator().manual_seed(0))[:rows]
+    try:
+        source = PinnedRows(1, MEASURED_BYTES, device)
+        target = torch.empty(MEASURED_BYTES, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        warnings.warn(
+            "ActivationCache: the copy engines could not be measured, so rows of "
+            f"{COPY_ENGINE_BYTES:,} bytes and more are copied by them ({error})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return COPY_ENGINE_BYTES
     for size in reversed(SWITCH_SIZES):
-        seconds = []
-        for move in (transfer.copy_rows_to_device, transfer.gather_rows_to_device):
-            times = []
-            for _ in range(repeats):
-                torch.cuda.synchronize(device)
-                begin = time.perf_counter()
-                move(source.data, index, into, row_bytes=size)
-                torch.cuda.synchronize(device)
-                times.append(time.perf_counter() - begin)
-            seconds.append(statistics.median(times))
-        if seconds[0] > seconds[1]:
+        there = MEASURED_BYTES // size
+        index = torch.randperm(there, generator=torch.Generator().manual_seed(0))[:rows]
+        into = target.view(there, size)[: len(index)]
+        copies, kernel = (
+            _median_seconds(functools.partial(move, source.data.view(there, size), index, into), device, repeats)
+            for move in (transfer.copy_rows_to_device, transfer.gather_rows_to_device)
+        )
+        if copies > kernel:
             return 2 * size
     return SWITCH_SIZES[0]
+
+
+def _median_seconds(move: Callable[[], None], device: torch.device, repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        move()
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)

@@ -9,9 +9,12 @@ from learndrop_ext.ops.transfer import PAGE_BYTES, RowFile
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where rows lie in a file: small ones share a page and none crosses one, large ones each begin one.
+    """The offsets of rows in a file. Small rows share a page and never cross one; large rows each begin a page.
 
-    row_bytes: of a row without padding. stride_bytes: from one row to the next in memory.
+    Args:
+        row_bytes (int): bytes of a row without padding.
+        stride_bytes (int): bytes from one row to the next, in memory and within a page.
+        first_byte (int, optional): file offset of the first row, after the header. Default: one page
     """
 
     row_bytes: int
@@ -20,7 +23,7 @@ class RowLayout:
 
     @property
     def rows_per_group(self) -> int:
-        """Rows that share a page, 1 for rows of more than half of one."""
+        """Rows that share a page; 1 for rows of more than half a page."""
         return max(1, PAGE_BYTES // self.stride_bytes)
 
     @property
@@ -29,15 +32,15 @@ class RowLayout:
         return -(-self.rows_per_group * self.stride_bytes // PAGE_BYTES) * PAGE_BYTES
 
     def begin(self, slot: int) -> int:
-        """The file offset of the group that holds a slot."""
+        """Return the file offset of the group that holds a slot."""
         return self.first_byte + slot // self.rows_per_group * self.group_bytes
 
     def end(self, slots: int) -> int:
-        """The file offset behind the last of `slots` rows."""
+        """Return the file offset after the last of `slots` rows."""
         return self.first_byte + -(-slots // self.rows_per_group) * self.group_bytes
 
     def file(self, descriptor: int) -> RowFile:
-        """An open file with these rows, as the row transfers want it."""
+        """Return an open file of such rows, as `transfer.read_rows` and `transfer.write_rows` take it."""
         return RowFile(
             descriptor, self.first_byte, self.rows_per_group, self.group_bytes, self.stride_bytes, self.row_bytes
         )

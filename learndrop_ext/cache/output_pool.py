@@ -1,7 +1,7 @@
-"""The host's memory of earlier batches, given out again once nobody holds it: its pages are there already.
+"""The host's memory of earlier batches, used again once nothing holds them any more.
 
-The pages of a large new tensor are found and zeroed one by one, at each step, and given back to the kernel after it. On
-two cores a gather of 128 x 100,352 fp32 values took 4.5 ms into memory that was there and 12.3 ms into a new tensor.
+A large new tensor costs page faults: the kernel finds and zeroes each of its pages, and takes them back when it is
+freed. On two cores a gather of 128 x 100,352 fp32 values took 4.5 ms into used memory and 12.3 ms into a new tensor.
 """
 
 from __future__ import annotations
@@ -14,33 +14,36 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Less is soon found again by the C library; from some MB on it gives memory back to the kernel.
+#: The C library keeps smaller blocks itself, and returns larger ones to the kernel.
 MIN_POOLED_BYTES = 1 << 20
-#: One that is trained on, one that the loop still names, one that is written.
+#: A loop holds up to three batches: the one it trains on, the one its variable still names, and the one being written.
 MAX_FREE = 3
 
 
 class OutputPool:
-    """Gives out memory for batches, and takes back what nobody holds any more: no tensor, view, array or graph."""
+    """Lends memory for batches and takes it back when no tensor, view, array or graph holds it any more.
+
+    Args:
+        device (torch.device): of the batches. Only CPU memory is pooled: a GPU's allocator keeps its memory itself.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._free: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> torch.Tensor:
-        """A tensor with values that are open, as `torch.empty` gives."""
+        """Return a tensor with undefined values, as `torch.empty` does."""
         nbytes = math.prod(shape) * dtype.itemsize
-        # A GPU's allocator keeps all of its memory.
         if nbytes < MIN_POOLED_BYTES or self._device.type != "cpu":
             return torch.empty(tuple(shape), dtype=dtype, device=self._device, memory_format=memory_format)
         strides = torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=memory_format).stride()
-        self._free = [piece for piece in self._free if piece.nbytes >= nbytes]
-        piece = self._free.pop() if self._free else torch.empty(nbytes, dtype=torch.uint8).numpy()
-        # The storage of the tensor holds this array, an object of its own, and drops it when it goes itself.
-        lent = piece[:nbytes]
-        weakref.finalize(lent, self._take_back, piece).atexit = False
+        self._free = [block for block in self._free if block.nbytes >= nbytes]
+        block = self._free.pop() if self._free else torch.empty(nbytes, dtype=torch.uint8).numpy()
+        # The tensor's storage holds `lent`, an object of its own; when the storage goes, so does `lent`.
+        lent = block[:nbytes]
+        weakref.finalize(lent, self._take_back, block).atexit = False
         return torch.empty(0, dtype=dtype).set_(torch.from_numpy(lent).untyped_storage(), 0, tuple(shape), strides)
 
-    def _take_back(self, piece: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    def _take_back(self, block: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         if len(self._free) < MAX_FREE:
-            self._free.append(piece)
+            self._free.append(block)

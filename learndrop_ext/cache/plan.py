@@ -1,35 +1,66 @@
-"""Where rows live: on the device, in the host's memory, in a file; by budgets in bytes, in ranges of slots."""
+"""Which rows live on the device, which in the host's memory and which in a file: budgets in bytes give ranges of slots."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.ops import free_bytes
 
-#: Rows that are read ahead at once: a batch, unless their bytes go beyond STAGING_BYTES.
+#: Rows of the slower tiers that are read ahead at once: a usual batch.
 STAGING_ROWS = 256
+#: The most bytes of a staging area.
 STAGING_BYTES = 256 << 20
+#: Growing memory is made larger by 1 / GROWTH_SHARE at least. With a quarter, rows that are added one by one are copied
+#: 1 / (1 - 4/5) = 5 times each at most.
+GROWTH_SHARE = 4
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """The most bytes of rows in each tier. device: None for no limit."""
+    """The most that rows may take in each tier.
+
+    Args:
+        device (int, optional): bytes on the device, the staging areas included; None for no limit. Default: None
+        host (int, optional): bytes in the host's memory. Default: 0
+        disk (int, optional): bytes in a file. Default: 0
+        staging_rows (int, optional): rows of the slower tiers that are read ahead at once. Default: 256
+
+    Raises:
+        ValueError: for a negative number of bytes, or fewer than one staging row.
+    """
 
     device: int | None = None
     host: int = 0
     disk: int = 0
+    staging_rows: int = STAGING_ROWS
+
+    def __post_init__(self) -> None:
+        for name in ("device", "host", "disk"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"Budgets: {name} must be bytes >= 0, got {value}")
+        if self.staging_rows < 1:
+            raise ValueError(f"Budgets: staging_rows must be >= 1, got {self.staging_rows}")
 
 
 @dataclass(frozen=True)
 class TierPlan:
-    """Slots of each tier: the first `device` on the device, the next `host` in the host's memory, the last `disk` in a
-    file. staging: rows of each of the two areas on the device through which those of the slower tiers go."""
+    """How many slots each tier holds: the first ones are on the device, the next on the host, the last on disk.
+
+    Args:
+        device (int): slots on the device.
+        host (int, optional): slots in the host's memory. Default: 0
+        disk (int, optional): slots in the file. Default: 0
+        staging (int, optional): rows of each of the two staging areas on the device through which rows of the slower
+            tiers pass; 0 where all slots are on the device. Default: 0
+    """
 
     device: int
     host: int = 0
@@ -38,33 +69,49 @@ class TierPlan:
 
     @property
     def slots(self) -> int:
-        """Rows in all."""
+        """Slots of all tiers."""
         return self.device + self.host + self.disk
+
+    def first(self, slots: int) -> TierPlan:
+        """Return the part of this plan that the first `slots` slots make up."""
+        device = min(slots, self.device)
+        host = min(slots - device, self.host)
+        return TierPlan(device, host, min(slots - device - host, self.disk), self.staging)
 
     def __str__(self) -> str:
         tiers = [(name, getattr(self, name)) for name in ("device", "host", "disk")]
         return ", ".join(f"{count} rows on {name}" for name, count in tiers if count) or "no rows"
 
 
-def plan_tiers(
-    slots: int, layout: RowLayout, budgets: Budgets, *, staging: int = STAGING_ROWS, kept: TierPlan | None = None
-) -> TierPlan:
-    """The slots of each tier that the budgets give, the fastest first.
+def plan_tiers(slots: int, layout: RowLayout, budgets: Budgets, *, kept: TierPlan | None = None) -> TierPlan:
+    """Distribute slots over the tiers, the fastest first.
 
-    A row takes layout.stride_bytes in memory and its share of pages in a file. Where rows do not all fit on the device,
-    two areas of `staging` rows each (fewer where slots are fewer, or they would take more than STAGING_BYTES) are part
-    of its budget; they are there also where it is smaller. kept: a plan of these rows for fewer slots: its slower
-    tiers stay where they begin, so that no row changes its tier. Raises ValueError where the budgets are too small.
+    Where the rows do not all fit on the device, its budget also pays for two staging areas of `budgets.staging_rows`
+    rows each (fewer where there are fewer slots, or where an area would exceed STAGING_BYTES). A smaller budget gets
+    the areas all the same: nothing works without them.
+
+    Args:
+        slots (int): rows to place.
+        layout (RowLayout): size of the rows; a row takes `stride_bytes` in memory, and its share of pages in a file.
+        budgets (Budgets): the most that each tier may take.
+        kept (TierPlan, optional): the plan of these rows for fewer slots. Its slower tiers stay where they begin, so
+            that no row changes its tier. Default: None
+
+    Returns:
+        TierPlan: the slots of each tier.
+
+    Raises:
+        ValueError: if the budgets do not hold all rows.
     """
     row = layout.stride_bytes
     on_device = slots if budgets.device is None else budgets.device // row
-    whole = kept is None or kept.device == kept.slots
-    if slots <= on_device and whole:
+    one_tier = kept is None or kept.device == kept.slots
+    if slots <= on_device and one_tier:
         return TierPlan(slots)
     if kept is not None and kept.staging:
         area, device = kept.staging, kept.device
     else:
-        area = max(1, min(staging, slots, STAGING_BYTES // row))
+        area = max(1, min(budgets.staging_rows, slots, STAGING_BYTES // row))
         device = min(slots, max(0, on_device - 2 * area))
     host = min(slots - device, budgets.host // row)
     if kept is not None and kept.disk:
@@ -80,10 +127,49 @@ def plan_tiers(
     return TierPlan(device, host, disk, area)
 
 
-def budgets_of(config: CacheConfig, device: torch.device) -> Budgets:
-    """The budgets in bytes that a configuration means here and now; "auto" is half of what is free.
+def add_reserve(plan: TierPlan, layout: RowLayout, budgets: Budgets, *, slots: int) -> TierPlan:
+    """Return the plan with room for later rows in its last tier, as far as the budget of that tier goes.
 
-    A CPU model's device is the host's memory: it has no host tier of its own.
+    A file gets none: it grows without being copied.
+
+    Args:
+        plan (TierPlan): what the rows need now.
+        layout (RowLayout): size of the rows.
+        budgets (Budgets): the most that each tier may take.
+        slots (int): the slots to have room for.
+    """
+    more = max(0, slots - plan.slots)
+    if plan.disk:
+        return plan
+    if plan.host:
+        return replace(plan, host=plan.host + min(more, budgets.host // layout.stride_bytes - plan.host))
+    if budgets.device is not None:
+        more = min(more, budgets.device // layout.stride_bytes - plan.device)
+    return replace(plan, device=plan.device + more)
+
+
+def room_for(slots: int) -> int:
+    """Return the slots to make room for when `slots` do not suffice any more."""
+    return slots + -(-slots // GROWTH_SHARE)
+
+
+def lengthened(table: Tensor, length: int) -> Tensor:
+    """Return a table [R, ...] of at least `length` rows, new ones zero: itself, or a copy with room for more."""
+    if length <= len(table):
+        return table
+    longer = table.new_zeros((max(length, room_for(len(table))), *table.shape[1:]))
+    longer[: len(table)] = table
+    return longer
+
+
+def budgets_of(config: CacheConfig, device: torch.device) -> Budgets:
+    """Return the budgets in bytes that a configuration means here and now; "auto" is half of what is free.
+
+    The device of a CPU model is the host's memory, so it has no host tier. Rows that are shared by runs need a file:
+    with `shared` a disk budget of 0 means "auto".
+
+    Raises:
+        OSError: if the folder of the file is not there.
     """
     budget = config.budget_bytes
     on_device = budget if isinstance(budget, int) else free_bytes(device) // 2
@@ -91,6 +177,6 @@ def budgets_of(config: CacheConfig, device: torch.device) -> Budgets:
     if device.type != "cpu":
         host = config.host_bytes if isinstance(config.host_bytes, int) else free_bytes(torch.device("cpu")) // 2
     if config.disk_dir is not None:
-        free = config.disk_bytes
-        disk = free if isinstance(free, int) else shutil.disk_usage(Path(config.disk_dir)).free // 2
+        limit = config.disk_bytes if config.disk_bytes or not config.shared else "auto"
+        disk = limit if isinstance(limit, int) else shutil.disk_usage(Path(config.disk_dir)).free // 2
     return Budgets(on_device, host, disk)

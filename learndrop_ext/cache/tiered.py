@@ -1,75 +1,43 @@
-"""Rows as bytes by slot over device, host and file, and the areas through which those of the slower tiers are read ahead.
+"""Rows as bytes by slot over device, host and disk, and the areas through which those of the slower tiers are read ahead.
 
-R rows, S bytes from one row to the next, T rows in each of two areas. What the bytes mean is the cache's business.
+R rows, S bytes from one row to the next, B rows in a batch, T rows in each of two staging areas. What the bytes mean is
+the business of the cache.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import os
 import warnings
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from learndrop_ext.cache.file import DiskTier, Manifest, Sidecar
-from learndrop_ext.cache.host import CopyStream, HostTier
+from learndrop_ext.cache.disk import DiskTier
+from learndrop_ext.cache.file import Manifest, Sidecar
+from learndrop_ext.cache.host import CopyStream
 from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.plan import STAGING_ROWS, Budgets, TierPlan, plan_tiers
+from learndrop_ext.cache.plan import STAGING_ROWS, Budgets, TierPlan, add_reserve, plan_tiers, room_for
+from learndrop_ext.cache.storage import Resources, TierMemoryError, TierStorage, allocate_storage
 
 
 @dataclass(frozen=True)
-class TierStorage:
-    """The memory and the file of a plan. data [plan.device + 2 * T, S] uint8: the device's rows, then the areas."""
+class StagedBatch:
+    """A part of a batch that has at most T rows of the slower tiers.
 
-    plan: TierPlan
-    data: Tensor
-    host: HostTier | None
-    disk: DiskTier | None
-
-    def read(self, slots: Tensor, into: Tensor) -> None:
-        """Copy rows slots [n], ascending, to `into` [n, S] on the CPU."""
-        first, last = self._ends(slots)
-        if first:
-            into[:first] = self.data[slots[:first].to(self.data.device)].cpu()
-        if self.host is not None and last > first:
-            self.host.read(slots[first:last] - self.plan.device, into[first:last])
-        if self.disk is not None and last < len(slots):
-            self.disk.read(slots[last:], into[last:])
-
-    def write(self, slots: Tensor, rows: Tensor) -> None:
-        """Keep rows [n, S] at slots [n], ascending."""
-        first, last = self._ends(slots)
-        if first:
-            self.data[slots[:first].to(self.data.device)] = rows[:first].to(self.data.device)
-        if self.host is not None and last > first:
-            self.host.write(slots[first:last] - self.plan.device, rows[first:last])
-        if self.disk is not None and last < len(slots):
-            self.disk.write(slots[last:], rows[last:].cpu())
-
-    def holds_same(self, other: TierStorage, slots: Tensor) -> Tensor:
-        """Which of the slots [n] lie at the same place in both."""
-        same = (slots < self.plan.device) & (slots < other.plan.device)
-        if self.host is other.host and self.plan.device == other.plan.device:
-            same |= (self._tier(slots) == 1) & (other._tier(slots) == 1)
-        return same | ((self._tier(slots) == 2) & (other._tier(slots) == 2))
-
-    def _tier(self, slots: Tensor) -> Tensor:
-        return (slots >= self.plan.device).int() + (slots >= self.plan.device + self.plan.host).int()
-
-    def _ends(self, slots: Tensor) -> tuple[int, int]:
-        """How many of the slots are the device's, and how many the device's and the host's."""
-        return int((slots < self.plan.device).sum()), int((slots < self.plan.device + self.plan.host).sum())
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Positions begin..end-1 of a batch: index [end - begin] into `data`; slow: its slots of the slower tiers,
-    ascending, whose rows stand for them in the area."""
+    Args:
+        begin (int): its first position in the batch.
+        end (int): the position after its last.
+        index (Tensor): [end - begin] int64 (CPU), where in `TieredRows.data` its rows are.
+        slow (Tensor): [n] int64 (CPU), its slots of the slower tiers, ascending: the first n rows of the area.
+        area (int): 0 or 1, the staging area of these rows.
+    """
 
     begin: int
     end: int
@@ -78,12 +46,32 @@ class Piece:
     area: int
 
 
-class TieredRows:
-    """R rows of S bytes by slot in up to three tiers; a batch is one `index` into `data`, whatever its tiers.
+class _Prefetch(NamedTuple):
+    """Rows `slow` [n] of the slower tiers that a thread brings to an area."""
 
-    layout: their size. budgets: of the tiers. path: of the file. staging: T. saved: a file that holds all rows, and which
-    of them were written [R] bool. Where a tier's memory cannot be had the
-    next one takes its rows, with a RuntimeWarning; where that is not allowed, torch.OutOfMemoryError is raised.
+    slow: Tensor
+    area: int
+    future: Future[None]
+
+
+class TieredRows:
+    """R rows of S bytes by slot in up to three tiers; a batch is one index into `data`, whatever its tiers.
+
+    Where the memory of a tier cannot be had, the next one takes its rows, with a RuntimeWarning. A forked process can
+    read the rows, but not write those on disk.
+
+    Args:
+        slots (int): R.
+        layout (RowLayout): size of the rows.
+        device (torch.device): of `data`.
+        budgets (Budgets): the most that each tier may take.
+        path (Path, optional): of the file. Default: None
+        saved (tuple, optional): a DiskTier that holds all rows, and which of them were written, [R] bool. Default: None
+
+    Raises:
+        ValueError: if the budgets are too small.
+        OSError: if the disk is full.
+        torch.OutOfMemoryError: if memory cannot be had and the next tier may not take the rows.
     """
 
     def __init__(
@@ -94,26 +82,30 @@ class TieredRows:
         *,
         budgets: Budgets,
         path: Path | None,
-        staging: int = STAGING_ROWS,
         saved: tuple[DiskTier, Tensor] | None = None,
     ) -> None:
         self.layout = layout
         self.device = device
         self.budgets = budgets
         self.path = path
-        self.staging = staging
-        self._thread: ThreadPoolExecutor | None = None
-        self._ahead: tuple[Tensor, int, Future[None]] | None = None
+        self._prefetch: _Prefetch | None = None
         self._area = 0
-        self._copy_stream: CopyStream | None = None
         disk, filled = saved if saved is not None else (None, torch.zeros(slots, dtype=torch.bool))
         nothing = torch.empty(0, layout.stride_bytes, dtype=torch.uint8, device=device)
-        self.storage = TierStorage(TierPlan(0, 0, slots if disk is not None else 0), nothing, None, disk)
+        before = TierPlan(0, 0, slots if disk is not None else 0)
+        self._resources = Resources(TierStorage(before, nothing, None, disk))
+        self._finalizer = weakref.finalize(self, self._resources.end)
+        self._process = os.getpid()
         self.arrange(slots, budgets, filled)
 
     @property
+    def storage(self) -> TierStorage:
+        """The memory and the file."""
+        return self._resources.storage
+
+    @property
     def plan(self) -> TierPlan:
-        """Where the slots are."""
+        """Where the slots are, those included that there is room for."""
         return self.storage.plan
 
     @property
@@ -121,42 +113,76 @@ class TieredRows:
         """[plan.device + 2 * T, S] uint8, on the device."""
         return self.storage.data
 
+    def grow(self, slots: int, filled: Tensor) -> None:
+        """Make room for more slots. Memory grows by a quarter at least, so that rows added one by one are not copied
+        each time.
+
+        Args:
+            slots (int): rows in all.
+            filled (Tensor): [R] bool, the rows that there are.
+
+        Raises:
+            ValueError, OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
+        """
+        plan = self.plan
+        if slots <= plan.slots:
+            return
+        if plan.disk:
+            wanted = plan_tiers(slots, self.layout, self.budgets, kept=plan)
+            self.discard_prefetch()
+            assert self.storage.disk is not None
+            self.storage.disk.grow(slots, first=plan.slots)
+            self._resources.storage = replace(self.storage, plan=wanted)
+        else:
+            self.arrange(slots, self.budgets, filled, kept=plan)
+
     def arrange(self, slots: int, budgets: Budgets, filled: Tensor, *, kept: TierPlan | None = None) -> None:
-        """Move the filled [R] rows to where `plan_tiers` wants them for `slots` and `budgets`. Where that fails, all
-        stays as it was."""
-        self.forget_prefetch()
-        if self._copy_stream is not None:
-            self._copy_stream.stream.synchronize()
-        old = self.storage
-        while True:
-            plan = plan_tiers(slots, self.layout, budgets, staging=self.staging, kept=kept)
-            try:
-                new = self._allocate_storage(plan, old)
-                break
-            except _NoMemoryError as error:
-                budgets = self._without(error, slots, budgets)
-                kept = None
+        """Move the rows to where `plan_tiers` wants them.
+
+        Args:
+            slots (int): rows in all.
+            budgets (Budgets): the most that each tier may take from now on.
+            filled (Tensor): [R] bool, the rows that there are.
+            kept (TierPlan, optional): the plan of rows that are being added to, see `plan_tiers`; memory that grows
+                then gets room for more. Default: None
+
+        Raises:
+            ValueError, OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
+        """
+        plan_tiers(slots, self.layout, budgets, kept=kept)
+        self.discard_prefetch()
+        old, old_stream = self.storage, self._resources.copy_stream
+        if old_stream is not None:
+            old_stream.stream.synchronize()
+        new, budgets = self._allocate(slots, budgets, kept)
         try:
+            copy_stream = self._copy_stream_for(new)
             if new.data is not old.data:
-                both = min(plan.device, old.plan.device)
+                both = min(new.plan.device, old.plan.device)
                 new.data[:both] = old.data[:both]
-            moved = torch.nonzero(filled).flatten()
-            moved = moved[~old.holds_same(new, moved)]
-            for part in moved.split(STAGING_ROWS):
-                new.write(part, self._read(old, part))
+            for part in new.moved_from(old, torch.nonzero(filled).flatten()).split(STAGING_ROWS):
+                new.write(part, self._read_rows(old, part))
         except BaseException:
             if new.disk is not None and new.disk is not old.disk:
                 new.disk.close()
             raise
-        if new.disk is not None and not plan.disk:
+        if new.disk is not None and not new.plan.disk:
             new.disk.close()
             new = replace(new, disk=None)
-        self.storage, self.budgets = new, budgets
-        if self.device.type == "cuda" and plan.staging:
-            self._copy_stream = CopyStream(self.device, plan.staging, self.layout.stride_bytes, bounces=plan.disk > 0)
+        self.budgets = budgets
+        self._resources.storage, self._resources.copy_stream = new, copy_stream
 
-    def pieces(self, slots: Tensor, *, load: bool) -> Iterator[Piece]:
-        """A batch's slots [B] in parts that have at most T rows of the slower tiers; load: bring these to the area."""
+    def staged(self, slots: Tensor, *, load: bool) -> Iterator[StagedBatch]:
+        """Yield a batch in parts, each with its rows of the slower tiers in an area.
+
+        Args:
+            slots (Tensor): [B] int64 (CPU).
+            load (bool): whether these rows are brought to the area, to be read; else the area is to be written.
+
+        Raises:
+            OSError, CacheFileError: as `DiskTier.read`.
+        """
+        self._leave_parent()
         plan = self.plan
         for begin, end in self._split(slots):
             index = slots[begin:end]
@@ -164,102 +190,136 @@ class TieredRows:
             behind = index >= plan.device
             if bool(behind.any()):
                 slow, where = index[behind].unique(return_inverse=True)
-                area = self._bring(slow) if load else self._next_area()
+                area = self._loaded_area(slow) if load else self._next_area()
                 index = index.masked_scatter(behind, where + plan.device + area * plan.staging)
-            yield Piece(begin, end, index, slow, area)
-            if self._copy_stream is not None and len(slow):
-                self._copy_stream.free[area].record(torch.cuda.current_stream(self.device))
+            try:
+                yield StagedBatch(begin, end, index, slow, area)
+            finally:
+                copy_stream = self._resources.copy_stream
+                if copy_stream is not None and len(slow):
+                    copy_stream.free[area].record(torch.cuda.current_stream(self.device))
 
-    def keep(self, piece: Piece) -> None:
-        """Write the piece's rows of the slower tiers from the area to where they live. Raises OSError."""
-        self.storage.write(piece.slow, self._rows_of_area(piece.area, len(piece.slow)))
+    def write_back(self, batch: StagedBatch) -> None:
+        """Write the rows of the slower tiers from the area to where they live. Raises OSError."""
+        self.storage.write(batch.slow, self._area_rows(batch.area, len(batch.slow)))
+
+    def check_writable(self) -> None:
+        """Raise RuntimeError in a forked process, if rows are on disk."""
+        if self.storage.disk is not None:
+            self.storage.disk.check_owner()
 
     def prefetch(self, slots: Tensor) -> None:
-        """Begin to bring the first T rows of the slower tiers of a batch's slots [B] to an area, on a thread."""
-        self.forget_prefetch()
-        for begin, end in self._split(slots)[:1]:
-            part = slots[begin:end]
-            slow = part[part >= self.plan.device].unique()
-            if len(slow):
-                if self._thread is None:
-                    self._thread = ThreadPoolExecutor(1, thread_name_prefix="learndrop-rows")
-                area = self._next_area()
-                self._ahead = slow, area, self._thread.submit(self._load, slow, area)
+        """Begin to bring the first T rows of the slower tiers of a batch to an area, on a thread.
 
-    def forget_prefetch(self) -> None:
-        """Wait for rows that are being read ahead, and use them for nothing: they are about to change."""
-        if self._ahead is not None:
-            _, _, future = self._ahead
-            self._ahead = None
-            # Whoever asks for these rows reads them again, and is told then.
-            with contextlib.suppress(OSError, ValueError):
-                future.result()
+        Args:
+            slots (Tensor): [B] int64 (CPU).
+        """
+        self.discard_prefetch()
+        begin, end = self._split(slots)[0]
+        part = slots[begin:end]
+        slow = part[part >= self.plan.device].unique()
+        if len(slow) == 0:
+            return
+        if self._resources.thread is None:
+            self._resources.thread = ThreadPoolExecutor(1, thread_name_prefix="learndrop-rows")
+        area = self._next_area()
+        self._prefetch = _Prefetch(slow, area, self._resources.thread.submit(self._load, slow, area))
+
+    def discard_prefetch(self) -> None:
+        """Wait for rows that are being read ahead, and do not use them: nobody asked for them, or they are to change.
+
+        Where they could not be read, a RuntimeWarning says why.
+        """
+        self._leave_parent()
+        if self._prefetch is None:
+            return
+        future, self._prefetch = self._prefetch.future, None
+        try:
+            future.result()
+        except Exception as error:
+            warnings.warn(
+                f"ActivationCache: rows that were read ahead could not be read ({error}); nothing has used them",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def save(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
-        """Write the filled [R] rows of all tiers to the file at `path`. Raises OSError."""
-        self.forget_prefetch()
+        """Write the rows of all tiers to the file at `path`.
+
+        Args:
+            manifest (Manifest): what the rows are.
+            filled (Tensor): [R] bool, which of them there are.
+            sidecar (Sidecar): what to keep beside them.
+
+        Raises:
+            OSError: if the disk is full.
+            TypeError: for values that JSON does not have.
+        """
+        self.discard_prefetch()
         assert self.path is not None
         disk = self.storage.disk or DiskTier(self.path, self.layout)
         try:
-            disk.grow(self.plan.slots, first=0)
-            fast = torch.nonzero(filled[: self.plan.slots - self.plan.disk]).flatten()
-            for part in fast.split(STAGING_ROWS):
-                disk.write(part, self._read(self.storage, part))
+            disk.grow(manifest.slots, first=0)
+            in_memory = torch.nonzero(filled[: self.plan.device + self.plan.host]).flatten()
+            for part in in_memory.split(STAGING_ROWS):
+                disk.write(part, self._read_rows(self.storage, part))
             disk.commit(manifest, filled, sidecar)
         finally:
             if disk is not self.storage.disk:
                 disk.close()
 
     def close(self) -> None:
-        """Stop reading ahead and close the file."""
-        self.forget_prefetch()
-        if self._thread is not None:
-            self._thread.shutdown()
-        if self._copy_stream is not None:
-            self._copy_stream.stream.synchronize()
-        if self.storage.disk is not None:
-            self.storage.disk.close()
+        """Stop reading ahead and close the file, also where the GPU reports an error, which is then raised."""
+        try:
+            self.discard_prefetch()
+        finally:
+            self._finalizer()
 
-    def _read(self, storage: TierStorage, slots: Tensor) -> Tensor:
+    def _read_rows(self, storage: TierStorage, slots: Tensor) -> Tensor:
         rows = torch.empty((len(slots), self.layout.stride_bytes), dtype=torch.uint8)
         storage.read(slots, rows)
         return rows
 
-    def _allocate_storage(self, plan: TierPlan, old: TierStorage) -> TierStorage:
-        same = (plan.device, plan.staging) == (old.plan.device, old.plan.staging)
-        data = old.data if same else _device_rows(plan, self.layout, self.device)
-        host = None
-        if plan.host:
-            same_host = old.host is not None and (plan.device, plan.host) == (old.plan.device, old.plan.host)
-            host = old.host if same_host else _host_rows(plan, self.layout, self.device)
-        disk = old.disk
-        if disk is None and plan.disk:
-            assert self.path is not None
-            disk = DiskTier(self.path, self.layout)
-        if disk is not None and plan.disk:
+    def _allocate(self, slots: int, budgets: Budgets, kept: TierPlan | None) -> tuple[TierStorage, Budgets]:
+        """Storage for the slots, and the budgets that it keeps: less than those given where memory cannot be had."""
+        reserve = 0 if kept is None else room_for(kept.slots)
+        while True:
+            exact = plan_tiers(slots, self.layout, budgets, kept=kept)
+            plan = add_reserve(exact, self.layout, budgets, slots=reserve)
             try:
-                disk.grow(plan.slots, first=plan.slots - plan.disk)
-            except OSError:
-                if disk is not old.disk:
-                    disk.close()
-                raise
-        return TierStorage(plan, data, host, disk)
+                return allocate_storage(plan, self.layout, self.device, old=self.storage, path=self.path), budgets
+            except TierMemoryError as error:
+                if plan == exact:
+                    budgets, kept = self._budgets_without(error, slots, budgets), None
+                reserve = 0
 
-    def _without(self, error: _NoMemoryError, slots: int, budgets: Budgets) -> Budgets:
+    def _budgets_without(self, error: TierMemoryError, slots: int, budgets: Budgets) -> Budgets:
+        """The budgets without the tier that has no memory; raises the error where they do not hold the rows."""
         fewer = replace(budgets, **{error.tier: 0})
         try:
-            plan = plan_tiers(slots, self.layout, fewer, staging=self.staging)
+            plan = plan_tiers(slots, self.layout, fewer)
         except ValueError:
-            fewer = budgets
+            raise error.error from None
         if fewer == budgets:
             raise error.error
         warnings.warn(
             f"ActivationCache: the rows that were to be kept on the {error.tier} did not fit into its memory; "
             f"now {plan} ({error.error})",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
         return fewer
+
+    def _copy_stream_for(self, storage: TierStorage) -> CopyStream | None:
+        """The stream that fills the areas of a storage; None on a CPU, and without areas."""
+        plan, old = storage.plan, self._resources.copy_stream
+        if self.device.type != "cuda" or not plan.staging:
+            return None
+        if old is None or old.staging != plan.staging or (old.bounce is None) == (plan.disk > 0):
+            return CopyStream(storage.data, plan.staging, bounces=plan.disk > 0)
+        if storage.data is not self.data:
+            old.fill_areas_of(storage.data)
+        return old
 
     def _split(self, slots: Tensor) -> list[tuple[int, int]]:
         """Where a batch is cut so that no part has more than T rows of the slower tiers."""
@@ -272,74 +332,49 @@ class TieredRows:
 
     def _next_area(self) -> int:
         self._area = 1 - self._area
-        if self._copy_stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._copy_stream.filled[self._area])
+        copy_stream = self._resources.copy_stream
+        if copy_stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(copy_stream.filled[self._area])
         return self._area
 
-    def _bring(self, slow: Tensor) -> int:
+    def _loaded_area(self, slow: Tensor) -> int:
         """The area that holds rows `slow`, read ahead or now."""
-        if self._ahead is not None and torch.equal(self._ahead[0], slow):
-            _, area, future = self._ahead
-            self._ahead = None
+        if self._prefetch is not None and torch.equal(self._prefetch.slow, slow):
+            (_, area, future), self._prefetch = self._prefetch, None
             future.result()
         else:
-            self.forget_prefetch()
+            self.discard_prefetch()
             area = self._next_area()
             self._load(slow, area)
-        if self._copy_stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._copy_stream.filled[area])
+        copy_stream = self._resources.copy_stream
+        if copy_stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(copy_stream.filled[area])
         return area
 
     def _load(self, slow: Tensor, area: int) -> None:
-        into = self._rows_of_area(area, len(slow))
-        if self._copy_stream is None:
-            return self.storage.read(slow, into)
-        plan, copy_stream = self.plan, self._copy_stream
-        on_host = int((slow < plan.device + plan.host).sum())
+        into = self._area_rows(area, len(slow))
+        storage, copy_stream = self.storage, self._resources.copy_stream
+        if copy_stream is None:
+            return storage.read(slow, into)
+        on_host = int((slow < storage.plan.device + storage.plan.host).sum())
         with torch.cuda.stream(copy_stream.stream):
             copy_stream.stream.wait_event(copy_stream.free[area])
-            if self.storage.host is not None and on_host:
-                self.storage.host.read(slow[:on_host] - plan.device, into[:on_host])
-            if self.storage.disk is not None and on_host < len(slow):
-                bounce = copy_stream.bounce_rows(area, len(slow) - on_host)
-                self.storage.disk.read(slow[on_host:], bounce)
-                into[on_host:].copy_(bounce, non_blocking=True)
-            copy_stream.filled[area].record(copy_stream.stream)
+            try:
+                if storage.host is not None and on_host:
+                    storage.host.read(slow[:on_host] - storage.plan.device, into[:on_host])
+                if storage.disk is not None and on_host < len(slow):
+                    bounce = copy_stream.bounce_rows(area, len(slow) - on_host)
+                    storage.disk.read(slow[on_host:], bounce)
+                    into[on_host:].copy_(bounce, non_blocking=True)
+            finally:
+                # Also where a read fails: the copies before it are in flight, and what uses the area next waits for them.
+                copy_stream.filled[area].record(copy_stream.stream)
 
-    def _rows_of_area(self, area: int, count: int) -> Tensor:
+    def _area_rows(self, area: int, count: int) -> Tensor:
         return self.data[self.plan.device + area * self.plan.staging :][:count]
 
-
-class _NoMemoryError(Exception):
-    """The memory of a tier cannot be had."""
-
-    def __init__(self, tier: str, error: RuntimeError) -> None:
-        super().__init__(tier)
-        self.tier = tier
-        self.error = error
-
-
-def _device_rows(plan: TierPlan, layout: RowLayout, device: torch.device) -> Tensor:
-    try:
-        return allocate(plan.device + 2 * plan.staging, layout.stride_bytes, device)
-    except torch.OutOfMemoryError as error:
-        raise _NoMemoryError("device", error) from error
-
-
-def _host_rows(plan: TierPlan, layout: RowLayout, device: torch.device) -> HostTier:
-    try:
-        return HostTier(plan.host, layout.stride_bytes, device)
-    except torch.OutOfMemoryError as error:
-        raise _NoMemoryError("host", error) from error
-
-
-def allocate(rows: int, stride_bytes: int, device: torch.device) -> Tensor:
-    """Memory [rows, stride_bytes] uint8; torch.OutOfMemoryError on every device where there is none."""
-    try:
-        return torch.empty((rows, stride_bytes), dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
-        raise torch.OutOfMemoryError(str(error)) from error
+    def _leave_parent(self) -> None:
+        """In a forked process: do without the thread, which did not come along, and what it was reading."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._prefetch, self._resources.thread = None, None

@@ -64,6 +64,9 @@ class Decision:
 
 Policy = Callable[[Situation], Decision]
 
+#: How far epochs may be from their forecast, either way, before one with dropped layers was measured.
+UNCONFIRMED = 1.3
+
 
 @dataclass(frozen=True)
 class StoppedLearning:
@@ -164,13 +167,15 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Budget:
-    """Drops what has to be dropped for the run to take 1 / `speedup` of its time, and no more.
+    """Drops as many layers as have to be dropped for the run to take 1 / `speedup` of its time, and no more.
 
     Before training and after each epoch the rest of the run is planned from its measured costs and the seconds taken so
     far: how many layers are dropped in each epoch left, so that the run ends in time. Of all plans in time the one is
     followed that keeps the most layers live for the most epochs, and of several such plans the one that drops the
     fewest at first and grows. Every plan is a forecast, so the next one makes up for what an epoch took longer or
-    shorter; layers that are dropped stay dropped.
+    shorter. Layers that are dropped stay dropped: the first drop is therefore no larger than it would be if epochs
+    were 30 % shorter than forecast, as long as the drops after it can make up for epochs that are as forecast or 30 %
+    longer.
 
     Args:
         speedup: The time of the run without drops over the time asked for, at least 1.
@@ -215,21 +220,43 @@ class Budget:
         wanted = (situation.full_seconds or costs.epoch_seconds(0) * epochs) / self.speedup
         if situation.epoch >= epochs:
             return Decision(situation.prefix, f"{name}: {situation.elapsed_seconds:.1f} s of {wanted:.1f} s")
-        prefixes = best_prefixes(
-            costs,
-            epochs,
-            epoch=situation.epoch,
-            prefix=situation.prefix,
-            seconds=wanted - situation.elapsed_seconds,
-            past=situation.past,
-            weights=self._weights(situation) if self.start else None,
-        )
+        prefixes = self._prefixes(situation, costs, epochs, wanted - situation.elapsed_seconds)
         rest = total_seconds(plan_prefixes(costs, prefixes, epochs, past=situation.past))
         return Decision(
             prefixes[0],
             f"{name}: {prefixes[0]} of {len(situation.layers)} layers, "
             f"forecast {situation.elapsed_seconds + rest:.1f} s of {wanted:.1f} s",
         )
+
+    def _prefixes(self, situation: Situation, costs: RunCosts, epochs: int, seconds: float) -> tuple[int, ...]:
+        """The prefix of each epoch left, within `seconds`."""
+        weights = self._weights(situation) if self.start else None
+        past = situation.past
+
+        def best(first: tuple[int, ...], seconds: float) -> tuple[int, ...]:
+            """`first`, and what is best after it with this many seconds left."""
+            epoch = situation.epoch + len(first)
+            if epoch == epochs:
+                return first
+            prefix = max((situation.prefix, *first))
+            more = best_prefixes(
+                costs, epochs, epoch=epoch, prefix=prefix, seconds=seconds, past=(*past, *first), weights=weights
+            )
+            return (*first, *more)
+
+        def total(prefixes: tuple[int, ...]) -> float:
+            return total_seconds(plan_prefixes(costs, prefixes, epochs, past=past))
+
+        planned = best((), seconds)
+        if any(past):
+            return planned
+        # No epoch with dropped layers has confirmed the costs yet.
+        for prefix in range(best((), seconds * UNCONFIRMED)[0], planned[0]):
+            begun = plan_prefixes(costs, (prefix, *planned[1:]), epochs, past=past)[0].seconds
+            cautious = best((prefix,), seconds - begun)
+            if total(cautious) <= seconds and total(best((prefix,), 0.0)) * UNCONFIRMED <= seconds:
+                return cautious
+        return planned
 
     def _known(self, epochs: int | None) -> int:
         if epochs is None:

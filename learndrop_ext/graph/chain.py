@@ -1,154 +1,215 @@
-"""Model -> chain of layers: the points of the forward graph where one tensor is live, and the modules between them.
-
-A *cut* is a point of the graph where exactly one tensor is live. A *layer* is the part between two chosen cuts: it
-starts at an operation with weights (a convolution, a linear map, a residual block, in which two tensors are live) and
-takes along the norms, activations and pools that follow. Dropout goes with the layer after it, so that a cached
-activation is the tensor before the dropout and the noise stays fresh.
-"""
+"""Model -> chain of layers, proved to compute the same."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from learndrop_ext.graph.trace import (
-    OneInput,
-    Subgraph,
-    deterministic_algorithms,
-    find_subgraphs,
-    layer_name,
-    merge_subgraphs,
-    node_shapes,
-    subgraph_module,
-    trace,
-)
+from learndrop_ext.graph.cuts import Splitter, Subgraph, layer_name, merge_subgraphs, random_modules
+from learndrop_ext.graph.layers import Chain, Layer, Segment
+from learndrop_ext.graph.proof import deterministic_algorithms, difference
+from learndrop_ext.graph.state import ModelState
+from learndrop_ext.graph.trace import OneInput, Trace, UntraceableError, ValueTracer
+from learndrop_ext.graph.watch import Watch, is_lazy
+from learndrop_ext.rng import fork_rng
 
+__all__ = ["Chain", "Layer", "Segment", "split_layers"]
 
-class Layer(nn.Module):
-    """One layer of a chain; its parameters are the model's own.
-
-    `name` is the module path of what it starts with, `shape` the shape of one sample of the tensor that leaves it
-    (without the batch dimension; None for the last layer of a model that returns no single tensor).
-    """
-
-    def __init__(
-        self, name: str, shape: tuple[int, ...] | None, train: fx.GraphModule, evaluate: fx.GraphModule
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.shape = shape
-        self.train_graph = train
-        # A module that asks for self.training has it baked in by the tracer: then there are two graphs.
-        self.eval_graph = evaluate if evaluate.code != train.code else train
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.train_graph(x) if self.training else self.eval_graph(x)
-
-
-class Segment(nn.Module):
-    """Some neighbouring layers of a chain, run one after the other; `Segment([])` is the identity."""
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-class Chain(nn.Module):
-    """A model as a sequence of layers: `chain(x)` equals `model(x)` and shares its parameters and buffers."""
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-    def layer(self, i: int) -> Layer:
-        """The i-th layer, 0 <= i < len(chain)."""
-        found = self.layers[i]
-        assert isinstance(found, Layer)
-        return found
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of all layers, in order."""
-        return tuple(self.layer(i).name for i in range(len(self)))
-
-    def segment(self, start: int, stop: int) -> Segment:
-        """The layers start..stop-1 as one module. Raises IndexError unless 0 <= start <= stop <= len(chain)."""
-        if not 0 <= start <= stop <= len(self):
-            raise IndexError(f"Chain: layers must be within 0..{len(self)} and in order, got {start}..{stop}")
-        return Segment([self.layer(i) for i in range(start, stop)])
-
-    def prefix(self, k: int) -> Segment:
-        """The first k layers as one module."""
-        return self.segment(0, k)
-
-    def suffix(self, k: int) -> Segment:
-        """All layers from the k-th on as one module."""
-        return self.segment(k, len(self))
+_BY_PROOF = "its trace does not compute what it does"
 
 
 def split_layers(model: nn.Module, example: torch.Tensor, *, layers: Sequence[str] | None = None) -> Chain:
     """Cut a model into its chain of layers, and prove on the example that the chain computes the same.
 
-    model: any module that torch.fx can trace, with one tensor as its input. example: [B, ...], a batch of its inputs on
-    its device, B >= 1. layers: module names, in order; each is then kept whole (control flow inside it is not traced)
-    and starts a layer, and nothing else does.
+    The proof takes outputs, gradients of the parameters and of the input, and writes to buffers: all are equal to the
+    bit, in eval and in train mode, from several random states, and with all weights moved. A module whose meaning
+    torch.fx cannot hold is kept whole: the chain calls the user's own module. The model is left as it was found, with
+    its training flags, buffers, attributes and gradients; so is the random state of torch, numpy and Python.
 
-    The proof: chain(example) equals model(example) to the bit, in eval mode and, from the same random state, in train
-    mode. Buffers, random state, gradients and training flags of the model are as before when this returns.
+    Args:
+        model: the model, called with one tensor. Further inputs must have defaults.
+        example: [B, ...], a batch of its inputs on its device, B >= 1. At most two samples of it are used.
+        layers: names of modules, in order. Each is kept whole and starts a layer, and nothing else does.
 
-    Raises TypeError for another model or example, ValueError when the model has several inputs, cannot be traced, or
-    has no cut (fewer than two layers), and RuntimeError when the proof fails.
+    Returns:
+        The chain of at least two layers. It starts in the model's mode.
+
+    Raises:
+        TypeError: for another model or example.
+        ValueError: if the model has several inputs, its own forward cannot be traced, or it has no cut point.
+        RuntimeError: if the proof fails.
     """
     _check_arguments(model, example, layers)
-    if example.shape[0] == 1:
-        example = torch.cat([example, example])  # batch statistics need two values
-    root = OneInput(model)
-    with _preserve_state(model), torch.no_grad():
-        parts: dict[bool, list[Subgraph]] = {}
-        for training in (True, False):
-            model.train(training)
-            graph = trace(root, model, layers)
-            values = [node_shapes(root, graph, x) for x in (example, torch.cat([example, example[:1]]))]
-            parts[training] = find_subgraphs(root, graph, values, layers)
-        names = [part.key for part in parts[True]]
-        common = [key for key in names if key in {part.key for part in parts[False]}]
-        merged = {training: merge_subgraphs(parts[training], common) for training in parts}
+    example = example[:2] if example.shape[0] > 1 else torch.cat([example, example])  # batch statistics need two
+    example = example.detach()
+    with _preserved(model) as state:
+        split = _Split(model, example, layers, state)
+        whole = {f"model.{name}": "named in layers=" for name in layers or ()}
+        chain = split.chain(whole)
+        found = difference(model, chain, example)
+        if found:
+            chain = split.chain(split.whole_by_proof(whole, found))
+            found = difference(model, chain, example)
+        if found:
+            raise RuntimeError(split.not_equal(found))
+    for module in chain.modules():
+        if isinstance(module, Chain | Layer) or module in split.graphs:
+            module.training = model.training
+    return chain
+
+
+@dataclass
+class _Split:
+    """One model being split: traces it with a given set of modules kept whole."""
+
+    model: nn.Module
+    example: torch.Tensor
+    layers: Sequence[str] | None
+    state: ModelState
+    root: OneInput = field(init=False)
+    graphs: set[nn.Module] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.root = OneInput(self.model)
+
+    def traces(self, whole: Mapping[str, str]) -> dict[bool, Trace]:
+        """The traces of both modes, with the same modules kept whole in each."""
+        longer = torch.cat([self.example, self.example[:1]])
+        while True:
+            made = {}
+            known = dict(whole)
+            for training in (True, False):
+                self.model.train(training)
+                # Contexts inside the forward differ from the one around it in one of the modes.
+                with torch.set_grad_enabled(training), deterministic_algorithms(self.example):
+                    tracer = ValueTracer(self.root, (self.example, longer), known)
+                    try:
+                        made[training] = tracer.run()
+                    except UntraceableError as error:
+                        raise ValueError(
+                            "split_layers: model must be traceable by torch.fx but for its submodules; the forward of "
+                            f"{type(self.model).__name__} itself is not: {error}"
+                        ) from error
+                    finally:
+                        self.state.restore()
+                known = dict(made[training].whole)
+            if made[True].whole.keys() == known.keys():
+                return made
+            whole = known
+
+    def chain(self, whole: Mapping[str, str]) -> Chain:
+        """The chain with these modules kept whole, and others that the tracer keeps whole of itself."""
+        traces = self.traces(whole)
+        drawing = random_modules(traces[True]) | random_modules(traces[False])
+        splitters = {mode: Splitter(self.root, traces[mode], self.layers, drawing) for mode in traces}
+        parts = {mode: splitters[mode].subgraphs() for mode in traces}
+        known = {part.key for part in parts[False]}
+        common = [part.key for part in parts[True] if part.key in known]
         if len(common) < 2:
-            raise ValueError(
-                "split_layers: model must have a cut, a point where exactly one tensor is live between two operations "
-                f"with weights; {type(model).__name__} has none"
-            )
+            raise ValueError(self._no_cut(traces[True].whole))
+        merged = {mode: merge_subgraphs(parts[mode], common) for mode in parts}
+        return self._assemble(traces, splitters, merged)
+
+    def _assemble(
+        self, traces: dict[bool, Trace], splitters: dict[bool, Splitter], parts: dict[bool, list[Subgraph]]
+    ) -> Chain:
         taken: dict[str, int] = {}
         made = []
-        for train_part, eval_part in zip(merged[True], merged[False], strict=True):
-            name = _unique(layer_name(root, train_part), taken)
-            graphs = [subgraph_module(root, part) for part in (train_part, eval_part)]
-            made.append(Layer(name, train_part.shape, graphs[0], graphs[1]))
-        chain = Chain(made)
-        _prove(model, chain, example)
-    for layer in chain.modules():
-        if isinstance(layer, Chain | Layer | fx.GraphModule):
-            layer.training = model.training
-    return chain
+        entered: tuple[int, ...] | None = tuple(self.example.shape[1:])
+        fixed = any(trace.reads_sizes for trace in traces.values())
+        switches = traces[True].mode_reads | traces[False].mode_reads
+        for pair in zip(parts[True], parts[False], strict=True):
+            graphs = [splitters[mode].module(part) for mode, part in zip((True, False), pair, strict=True)]
+            self.graphs |= {module for graph in graphs for module in graph.modules()} - set(self.model.modules())
+            asking = {
+                path
+                for mode, part in zip((True, False), pair, strict=True)
+                for node in part.nodes
+                for path in traces[mode].frames[node]
+                if path in switches
+            }
+            made.append(
+                Layer(
+                    _unique(layer_name(self.root, pair[0]), taken),
+                    pair[0].shape,
+                    graphs[0],
+                    graphs[1],
+                    fixed_input=entered if fixed else None,
+                    writes_input=any(splitters[m].writes_its_input(p) for m, p in zip((True, False), pair, strict=True)),
+                    switches=[self.root.get_submodule(path) for path in sorted(asking)],
+                )
+            )
+            entered = pair[0].shape
+        whole = {name.removeprefix("model."): reason for name, reason in traces[True].whole.items()}
+        return Chain(made, kept_whole=whole, watch=Watch(self.root, traces.values()))
+
+    def whole_by_proof(self, whole: Mapping[str, str], found: str) -> dict[str, str]:
+        """The modules to keep whole so that the proof holds, found by trying.
+
+        With every submodule kept whole only the model's own forward is traced. From there on submodules of one class
+        are opened together, then one by one, as long as the proof holds.
+        """
+        flattened = {p: m for t in self.traces(whole).values() for p, m in t.flattened.items() if p != "model"}
+
+        def children(path: str) -> list[str]:
+            inside = [p for p in flattened if p.startswith(f"{path}.")]
+            return [p for p in inside if not any(p.startswith(f"{q}.") for q in inside)]
+
+        kept = {**whole, **dict.fromkeys(children("model"), _BY_PROOF)}
+        if not flattened or not self._holds(kept):
+            raise RuntimeError(self.not_equal(found))
+        waiting = _by_class(children("model"), flattened)
+        while waiting:
+            group = waiting.pop(0)
+            inner = [p for path in group for p in children(path)]
+            trial = {p: reason for p, reason in kept.items() if p not in group} | dict.fromkeys(inner, _BY_PROOF)
+            if self._holds(trial):
+                kept = trial
+                waiting += _by_class(inner, flattened)
+            elif len(group) > 1:
+                waiting += [[path] for path in group]
+        return kept
+
+    def _holds(self, whole: Mapping[str, str]) -> bool:
+        traces = self.traces(whole)
+        graphs = {}
+        for mode, trace in traces.items():
+            splitter = Splitter(self.root, trace, None, frozenset())
+            everything = Subgraph(
+                tuple(splitter.nodes), splitter.source, splitter.output.args[0], None, (frozenset(), ())
+            )
+            graphs[mode] = splitter.module(everything)
+        return difference(self.model, Layer("model", None, graphs[True], graphs[False]), self.example) is None
+
+    def not_equal(self, found: str) -> str:
+        """The refusal of a model that its trace does not equal."""
+        return (
+            f"split_layers: the chain of {type(self.model).__name__} must equal the model to the bit, and it does not in "
+            f"{found}: the forward of {type(self.model).__name__} itself is not a function of its input, parameters and "
+            "random state that torch.fx can hold; move that code into a submodule, which is then kept whole"
+        )
+
+    def _no_cut(self, whole: Mapping[str, str]) -> str:
+        kept = [
+            f"{path.removeprefix('model.')} ({type(self.root.get_submodule(path)).__name__}): {reason}"
+            for path, reason in whole.items()
+        ]
+        return (
+            "split_layers: model must have a cut point, where exactly one tensor is live between two operations with "
+            f"weights; {type(self.model).__name__} has none" + (f"; kept whole: {'; '.join(kept)}" if kept else "")
+        )
+
+
+def _by_class(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[list[str]]:
+    groups: dict[type, list[str]] = {}
+    for path in paths:
+        groups.setdefault(type(modules[path]), []).append(path)
+    return list(groups.values())
 
 
 def _check_arguments(model: nn.Module, example: torch.Tensor, layers: Sequence[str] | None) -> None:
@@ -172,6 +233,8 @@ def _check_arguments(model: nn.Module, example: torch.Tensor, layers: Sequence[s
         raise ValueError(
             f"split_layers: model must have one input, got {len(required)}: {', '.join(required) or 'none'}"
         )
+    if is_lazy(model):
+        raise ValueError("split_layers: model must have its parameters, got lazy ones; call it once on a batch before")
     known = dict(model.named_modules())
     for name in layers or ():
         if name not in known:
@@ -179,47 +242,16 @@ def _check_arguments(model: nn.Module, example: torch.Tensor, layers: Sequence[s
 
 
 @contextlib.contextmanager
-def _preserve_state(model: nn.Module) -> Iterator[None]:
-    """Put training flags, buffers and random state back on leaving."""
-    flags = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
+def _preserved(model: nn.Module) -> Iterator[ModelState]:
+    """Put the model and all random states back on leaving."""
+    state = ModelState(model)
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        with fork_rng(0):
+            yield state
     finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for module, training in flags:
-            module.training = training
+        state.restore()
 
 
 def _unique(name: str, taken: dict[str, int]) -> str:
     taken[name] = taken.get(name, 0) + 1
     return name if taken[name] == 1 else f"{name}#{taken[name]}"
-
-
-def _prove(model: nn.Module, chain: Chain, example: torch.Tensor) -> None:
-    devices = [example.device] if example.device.type == "cuda" else []
-
-    def run(call: Callable[[torch.Tensor], Any]) -> list[Any]:
-        with torch.random.fork_rng(devices=devices), _preserve_state(model), deterministic_algorithms(example):
-            return pytree.tree_leaves(call(example.clone()))
-
-    for training in (False, True):
-        model.train(training)
-        chain.train(training)
-        wanted, got = run(model), run(chain)
-        same = len(wanted) == len(got) and all(
-            torch.equal(w, g) or bool((w.isnan() & g.isnan() | (w == g)).all())
-            if isinstance(w, torch.Tensor) and isinstance(g, torch.Tensor) and w.shape == g.shape
-            else w is g or w == g
-            for w, g in zip(wanted, got, strict=False)
-        )
-        if not same:
-            raise RuntimeError(
-                f"split_layers: the chain of {type(model).__name__} must equal the model to the bit in "
-                f"{'train' if training else 'eval'} mode, and it does not: its forward is not a function of its input, "
-                "parameters and random state; name whole modules with layers=[...]"
-            )

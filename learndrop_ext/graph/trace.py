@@ -1,22 +1,40 @@
-"""The forward graph of a model by torch.fx, and the points where it can be cut. Used by `layers` alone."""
+"""The forward graph of a model by torch.fx, traced with values.
+
+Each node is run as it is recorded, on two batches that differ in length. Sizes that both agree on are constants; a
+size that follows the batch stays in the graph. A module is traced through only if the graph can hold its meaning.
+One whose forward stops the tracer, draws random numbers in Python, sets an attribute, or changes the autograd or
+autocast state is kept whole: the graph calls the user's own module. So is a module with hooks, one without
+submodules, and one of torch.nn.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Sequence
+import operator
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import fx, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
-_NORM_MODULES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_NORM_FUNCTIONS = ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm")
-_RANDOM_MODULES = (nn.modules.dropout._DropoutNd, nn.RReLU)
-_RANDOM_FUNCTIONS = frozenset(
-    ("dropout", "dropout1d", "dropout2d", "dropout3d", "dropout_", "feature_dropout", "alpha_dropout")
-) | frozenset(("alpha_dropout_", "feature_alpha_dropout", "rrelu", "stochastic_depth", "drop_path"))
+from learndrop_ext.graph.state import Mark, version
+
+Shape = tuple[int, ...]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MODULE_NAMES = frozenset(vars(nn.Module()))
+_METADATA = frozenset(
+    ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex")
+)
+_METADATA_ATTRIBUTES = frozenset(("ndim", "device", "layout", "is_cuda", "is_nested", "is_quantized", "is_sparse"))
 
 
 class OneInput(nn.Module):
@@ -30,261 +48,443 @@ class OneInput(nn.Module):
         return self.model(x)
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, whole: Sequence[str]) -> None:
-        super().__init__()
-        self.whole = {f"model.{name}" for name in whole}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(root: nn.Module, model: nn.Module, layers: Sequence[str] | None) -> fx.Graph:
-    try:
-        return _Tracer(layers or ()).trace(root)
-    except (fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        raise ValueError(
-            f"split_layers: model must be traceable by torch.fx, or layers= must name modules to keep whole; "
-            f"{type(model).__name__} stopped the tracer: {error}"
-        ) from error
-
-
-@contextlib.contextmanager
-def deterministic_algorithms(x: torch.Tensor) -> Iterator[None]:
-    """The same algorithm at each call, so that equal inputs give equal bits on a GPU too."""
-    if x.device.type != "cuda":
-        yield
-        return
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        yield
-
-
-def node_shapes(root: nn.Module, graph: fx.Graph, x: torch.Tensor) -> dict[str, tuple[int, ...] | None]:
-    """Shape of every node's value where it is one floating-point tensor, else None; of the input in any dtype."""
-    shapes: dict[str, tuple[int, ...] | None] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            fits = isinstance(value, torch.Tensor) and (value.is_floating_point() or n.op == "placeholder")
-            is_rows = fits and value.dim() > 0
-            shapes[n.name] = tuple(value.shape) if is_rows else None
-            return value
-
-    with deterministic_algorithms(x):
-        Recorder(fx.GraphModule(root, graph)).run(x.clone())
-    return shapes
+class UntraceableError(Exception):
+    """The forward of the whole model cannot be held in a graph; says why."""
 
 
 @dataclass(frozen=True)
-class Subgraph:
-    """A run of nodes between two cuts. `key` names its first cut by the weights used before it."""
+class Trace:
+    """A traced model and what was seen while it was traced. Paths are those of `OneInput`."""
 
-    nodes: tuple[fx.Node, ...]
-    source: fx.Node  # the tensor that enters
-    result: Any  # the node, or for the last part the structure of nodes, that leaves
-    shape: tuple[int, ...] | None
-    key: tuple[frozenset[str], tuple[str, ...]]
-
-
-def find_subgraphs(
-    root: nn.Module, graph: fx.Graph, values: list[dict[str, tuple[int, ...] | None]], layers: Sequence[str] | None
-) -> list[Subgraph]:
-    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    source = next(n for n in graph.nodes if n.op == "placeholder")
-    output = next(n for n in graph.nodes if n.op == "output")
-    cuts = _cut_points(root, nodes, source, output, values)
-    bounds = [(0, source), *cuts, (len(nodes), None)]
-    pieces = [(nodes[a:b], before) for (a, before), (b, _) in itertools.pairwise(bounds)]
-    groups: list[tuple[list[fx.Node], fx.Node]] = []
-    weighted = False
-    pending: list[tuple[list[fx.Node], fx.Node]] = []  # from a dropout on, up to the next weights
-
-    def join(piece: list[fx.Node], entering: fx.Node) -> None:
-        if groups:
-            groups[-1][0].extend(piece)
-        else:
-            groups.append((list(piece), entering))
-
-    for piece, entering in pieces:
-        starts = any(_has_weights(root, n, layers) for n in piece)
-        if starts and weighted:
-            head = [n for p, _ in pending for n in p]
-            groups.append(([*head, *piece], pending[0][1] if pending else entering))
-            pending = []
-        elif not starts and weighted and (pending or any(_is_random(root, n) for n in piece)):
-            pending.append((piece, entering))
-        else:
-            join(piece, entering)
-        weighted = weighted or starts
-    for piece, entering in pending:
-        join(piece, entering)
-    made = []
-    used: set[str] = set()
-    tail: tuple[str, ...] = ()
-    for i, (run, entering) in enumerate(groups):
-        last = i + 1 == len(groups)
-        result = output.args[0] if last else groups[i + 1][1]
-        shape = values[0].get(result.name) if isinstance(result, fx.Node) else None
-        made.append(Subgraph(tuple(run), entering, result, shape[1:] if shape else None, (frozenset(used), tail)))
-        used |= {name for n in run for name in _tensors(root, n)}
-        tail = _tail(root, run, layers)
-    return made
+    graph: fx.Graph
+    shapes: Mapping[fx.Node, tuple[Shape | None, Shape | None]]  # of floating-point tensors, for both batches
+    batch_sizes: frozenset[fx.Node]  # integers that follow from the batch size alone
+    random: frozenset[fx.Node]  # nodes that drew random numbers
+    storage: Mapping[fx.Node, int]
+    writes: Mapping[fx.Node, frozenset[int]]  # storages that a node wrote into
+    frames: Mapping[fx.Node, tuple[str, ...]]  # modules whose forward was running, outermost first
+    flattened: Mapping[str, nn.Module]  # modules that were traced through
+    whole: Mapping[str, str]  # modules that had to be kept whole, and why
+    reads: Mapping[tuple[str, str], Mark]  # attributes that are constants of the graph
+    mode_reads: frozenset[str]  # modules whose training flag was read
+    reads_sizes: bool  # the input's sizes are constants of the graph
 
 
-def _cut_points(
-    root: nn.Module,
-    nodes: list[fx.Node],
-    source: fx.Node,
-    output: fx.Node,
-    values: list[dict[str, tuple[int, ...] | None]],
-) -> list[tuple[int, fx.Node]]:
-    """(position, live tensor) of each point that can be cut.
+class _Values:
+    """What a node gives for each of the two batches."""
 
-    One tensor is live there, with one row a sample; no weight is used on both sides, and no operation writes into the
-    tensor in place right after it.
-    """
-    position = {n: i for i, n in enumerate(nodes)} | {output: len(nodes), source: -1}
-    last_use = {n: max((position[u] for u in n.users if u in position), default=-1) for n in [source, *nodes]}
-    first, final = _spans(root, nodes)
-    batch = [shapes[source.name] for shapes in values]
-    found = []
-    live: list[fx.Node] = [source]
-    for i, node in enumerate(nodes[:-1]):
-        live = [n for n in [*live, node] if last_use[n] > i]
-        if len(live) != 1:
-            continue
-        tensor = live[0]
-        shapes = [shape[tensor.name] for shape in values]
-        if any(s is None or b is None or s[0] != b[0] for s, b in zip(shapes, batch, strict=True)):
-            continue
-        if len({s[1:] for s in shapes if s}) != 1 or len(shapes[0] or ()) < 2:
-            continue
-        if any(first[t] <= i < final[t] for t in first):
-            continue
-        if any(_writes_in_place(root, user) for user in tensor.users if position.get(user, -1) > i):
-            continue
-        found.append((i + 1, tensor))
-    return found
+    def __init__(self, pair: tuple[Any, Any]) -> None:
+        self.pair = pair
 
 
-def _spans(root: nn.Module, nodes: list[fx.Node]) -> tuple[dict[str, int], dict[str, int]]:
-    """First and last position at which each parameter or buffer is used."""
-    first: dict[str, int] = {}
-    final: dict[str, int] = {}
-    for i, node in enumerate(nodes):
-        for tensor in _tensors(root, node):
-            first.setdefault(tensor, i)
-            final[tensor] = i
-    return first, final
+class _Shape(tuple[Any, ...]):
+    """A shape with constants, and proxies where it follows the batch."""
+
+    tracer: ValueTracer
+
+    def __getitem__(self, index: Any) -> Any:
+        found = tuple.__getitem__(self, index)
+        return self.tracer.constants(found)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tracer.constants(tuple(tuple.__iter__(self))))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, tuple) and len(self) == len(other) and all(map(operator.eq, self, other))
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
 
 
-def _module_of(root: nn.Module, node: fx.Node) -> nn.Module | None:
-    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+class TracedValue(fx.Proxy):
+    """A proxy that knows the values behind it. It passes for a tensor where its values are tensors."""
+
+    def __init__(self, node: fx.Node, tracer: ValueTracer, values: _Values) -> None:
+        super().__init__(node, tracer)
+        self.values = values
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Tensor if isinstance(self.values.pair[0], torch.Tensor) else TracedValue
+
+    def __getattr__(self, name: str) -> Any:
+        tracer: ValueTracer = self.tracer
+        if isinstance(self.values.pair[0], torch.Tensor):
+            if name == "shape":
+                return tracer.metadata(self, "size", (), {})
+            if name in _METADATA_ATTRIBUTES:
+                return getattr(self.values.pair[0], name)
+        return super().__getattr__(name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __len__(self) -> int:
+        one, two = (
+            len(v) if isinstance(v, tuple | list) or (isinstance(v, torch.Tensor) and v.dim()) else None
+            for v in self.values.pair
+        )
+        if one is None or one != two:
+            raise fx.proxy.TraceError("the length of a traced value was asked for")
+        return one
 
 
-def _tensors(root: nn.Module, node: fx.Node) -> set[str]:
-    """Identities of the parameters and buffers that a node reads: shared ones are one."""
-    module = _module_of(root, node)
-    held = [*module.parameters(), *module.buffers()] if module is not None else []
-    held += [_attribute(root, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
-    return {str(id(t)) for t in held if isinstance(t, torch.Tensor)}
+@dataclass
+class _Frame:
+    """The running forward of a module that is traced through."""
+
+    path: str
+    context: tuple[Any, ...]
+    contents: dict[str, tuple[Any, Mark]]
+    reason: str | None = None
 
 
-def _attribute(root: nn.Module, path: str) -> Any:
-    owner, _, name = path.rpartition(".")
-    return getattr(root.get_submodule(owner), name)
+class ValueTracer(fx.Tracer):
+    """Traces `OneInput(model)` on two batches. `whole` names modules that must not be traced through, and why."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self, root: OneInput, inputs: tuple[torch.Tensor, torch.Tensor], whole: Mapping[str, str]
+    ) -> None:
+        super().__init__()
+        self.wrapped = root
+        self.inputs = inputs
+        self.device = inputs[0].device
+        self.whole = dict(whole)
+        self.paths = {id(m): name for name, m in root.named_modules()}
+        self.executing = False
+        self.frames: list[_Frame] = []
+        self.flattened: dict[str, nn.Module] = {}
+        self.reads: dict[tuple[str, str], Mark] = {}
+        self.mode_reads: set[str] = set()
+        self.reads_sizes = False
+        self.proxies: dict[str, fx.Proxy] = {}
+        self.values: WeakValueDictionary[fx.Node, _Values] = WeakValueDictionary()
+        self.held: list[_Values] = []  # of nodes without a proxy
+        self.shapes: dict[fx.Node, tuple[Shape | None, Shape | None]] = {}
+        self.batch_sizes: set[fx.Node] = set()
+        self.drawing: set[fx.Node] = set()
+        self.storage: dict[fx.Node, int] = {}
+        self.writes: dict[fx.Node, frozenset[int]] = {}
+        self.node_frames: dict[fx.Node, tuple[str, ...]] = {}
+        self.storages: list[StorageWeakRef] = []  # while one is held, its number is not given to another
+        self.random_state = self._random_state()
+
+    def run(self) -> Trace:
+        """Trace the model as it stands: in its mode, under the current gradient mode."""
+        with _observed(self):
+            graph = self.trace(self.wrapped)
+        kept = set(graph.nodes)
+        return Trace(
+            graph,
+            {n: s for n, s in self.shapes.items() if n in kept},
+            frozenset(self.batch_sizes & kept),
+            frozenset(self.drawing & kept),
+            self.storage,
+            self.writes,
+            self.node_frames,
+            {p: m for p, m in self.flattened.items() if not _within(p, self.whole)},
+            self.whole,
+            {key: mark for key, mark in self.reads.items() if not _within(key[0], self.whole)},
+            frozenset(p for p in self.mode_reads if not _within(p, self.whole)),
+            self.reads_sizes,
+        )
+
+    # What torch.fx asks
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.whole:
+            return True
+        if module_qualified_name == "model":
+            return False
+        if any(getattr(m, hooks) for hooks in HOOKS):
+            self.whole[module_qualified_name] = "it has hooks"
+            return True
+        if isinstance(m, torch.jit.ScriptModule) or next(m.children(), None) is None:
+            return True
+        base = next(c for c in type(m).__mro__ if c.__module__.startswith("torch.nn"))
+        return base is not nn.Module and base not in _CONTAINERS
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.executing:
+            return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        self._check_frame()
+        before = next(iter(reversed(self.graph.nodes)))
+        contents = {k: (v, Mark(v)) for k, v in vars(m).items() if isinstance(v, list | dict | set)}
+        frame = _Frame(path, _context(), contents)
+        self.frames.append(frame)
+        self.flattened[path] = m
+        try:
+            result = forward(*args, **kwargs)
+            self._check_frame()
+            for name, (value, mark) in contents.items():
+                if not mark.holds(value):
+                    frame.reason = frame.reason or f"its forward changes {name}"
+        except UntraceableError:
+            raise
+        except Exception as error:
+            frame.reason = frame.reason or f"it stopped the tracer: {error}"
+        finally:
+            self.frames.pop()
+        if frame.reason is None:
+            return result
+        if path == "model":
+            raise UntraceableError(frame.reason)
+        self._forget_after(before)
+        self.random_state = self._random_state()
+        self.whole[path] = frame.reason
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self.executing else super().getattr(attr, attr_val, self.proxies)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is TracedValue:
+            return a.node
+        if type(a) is _Shape:
+            return super().create_arg(self.constants(tuple(tuple.__iter__(a))))
+        if isinstance(a, dict) and type(a) is not dict and hasattr(type(a), "__dataclass_fields__"):
+            items = {key: self.create_arg(value) for key, value in a.items()}
+            return self.create_node("call_function", type(a), (), items)
+        return super().create_arg(a)
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any | None = None,
+    ) -> fx.Node:
+        if kind.startswith("call"):
+            self._check_frame()
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if kind == "output":
+            return node
+        self.node_frames[node] = tuple(frame.path for frame in self.frames)
+        values = self._run_node(node)
+        self.values[node] = values
+        self.held.append(values)
+        one, two = values.pair
+        self.shapes[node] = (_shape(one, kind), _shape(two, kind))
+        if isinstance(one, torch.Tensor):
+            self.storage[node] = self._storage(one)
+        integers = type(one) is int and type(two) is int and kind == "call_function"
+        if integers and all(n in self.batch_sizes for n in node.all_input_nodes):
+            self.batch_sizes.add(node)
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        values = self.values[node]
+        if self.held and self.held[-1] is values:
+            self.held.pop()
+        return TracedValue(node, self, values)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> Any:
+        first = args[0] if args else None
+        if type(first) is TracedValue:
+            if kind == "call_method" and target in _METADATA and isinstance(first.values.pair[0], torch.Tensor):
+                return self.metadata(first, target, args[1:], kwargs)
+            if target in (operator.eq, operator.ne) and type(args[1]) is TracedValue:
+                found = [target(a, b) for a, b in zip(first.values.pair, args[1].values.pair, strict=True)]
+                # Two sizes that follow the batch: alike for both batches, alike for all.
+                if first.node in self.batch_sizes and args[1].node in self.batch_sizes and found[0] is found[1]:
+                    return found[0]
+        made = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        if kind.startswith("call") and made.values.pair == (None, None):
+            return None
+        return made
+
+    # Sizes
+
+    def metadata(self, proxy: TracedValue, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a tensor method says of a tensor without looking at its values: constants where both batches agree."""
+        one, two = (getattr(value, name)(*args, **kwargs) for value in proxy.values.pair)
+        if isinstance(one, torch.Size):
+            shape = _Shape(
+                a if a == b else self._size_node(proxy, i) for i, (a, b) in enumerate(zip(one, two, strict=True))
+            )
+            shape.tracer = self
+            return shape
+        if name == "size":
+            dim = args[0] if args else kwargs["dim"]
+            return self.constants(one) if one == two else self._size_node(proxy, dim % proxy.values.pair[0].dim())
+        if one == two:
+            return self.constants(one) if name in ("numel", "nelement") else one
+        return super().create_proxy("call_method", name, (proxy, *args), kwargs)
+
+    def _size_node(self, proxy: TracedValue, dim: int) -> Any:
+        made = super().create_proxy("call_method", "size", (proxy, dim), {})
+        if self.values[made.node].pair == (len(self.inputs[0]), len(self.inputs[1])):
+            self.batch_sizes.add(made.node)
+        return made
+
+    def constants(self, found: Any) -> Any:
+        """Note that sizes become constants of the graph."""
+        self.reads_sizes |= any(type(size) is int for size in (found if isinstance(found, tuple) else (found,)))
+        return found
+
+    # What is looked at on the way
+
+    def note_read(self, module: nn.Module, name: str, value: Any) -> None:
+        """Called for each attribute of a module that Python code reads while tracing."""
+        if self.executing or not self.frames or name.startswith("__"):
+            return
+        path = self.paths.get(id(module))
+        if path is None or (path, name) in self.reads:
+            return
+        if name == "training":
+            self.mode_reads.add(path)
+        elif name not in _MODULE_NAMES:
+            own = name in object.__getattribute__(module, "__dict__")
+            if own or isinstance(vars(type(module)).get(name), int | float | str | tuple | torch.Tensor):
+                self.reads[path, name] = Mark(value)
+
+    def note_write(self, module: nn.Module, name: str) -> None:
+        """Called for each attribute of a module that Python code sets while tracing."""
+        if not self.executing and self.frames and id(module) in self.paths:
+            frame = self.frames[-1]
+            frame.reason = frame.reason or f"its forward sets {self._attribute(module, name)}"
+
+    def note_autocast(self) -> None:
+        """Called when autocast is entered while tracing."""
+        if not self.executing and self.frames:
+            self.frames[-1].reason = self.frames[-1].reason or "its forward enters autocast"
+
+    def _attribute(self, module: nn.Module, name: str) -> str:
+        return f"{self.paths[id(module)]}.{name}".removeprefix("model.")
+
+    def _check_frame(self) -> None:
+        """Blame the running forward for a changed context, or for random numbers that no node has drawn."""
+        if not self.frames:
+            return
+        frame = self.frames[-1]
+        if _context() != frame.context:
+            frame.reason = frame.reason or "its forward changes the autograd state or another mode of torch"
+        state = self._random_state()
+        if state != self.random_state:
+            frame.reason = frame.reason or "its forward draws random numbers that the graph would keep as constants"
+            self.random_state = state
+
+    def _random_state(self) -> tuple[Any, ...]:
+        kind, keys, *rest = np.random.get_state()
+        state = (random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), kind, *rest)
+        if self.device.type == "cuda":
+            return (*state, torch.cuda.get_rng_state(self.device).numpy().tobytes())
+        return state
+
+    def _forget_after(self, last: fx.Node) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+        kept = set(self.graph.nodes)
+        self.proxies = {name: proxy for name, proxy in self.proxies.items() if proxy.node in kept}
+
+    def _storage(self, tensor: torch.Tensor) -> int:
+        reference = StorageWeakRef(tensor.untyped_storage())
+        self.storages.append(reference)
+        return int(reference.cdata)
+
+    def _run_node(self, node: fx.Node) -> _Values:
+        if node.op == "placeholder":
+            return _Values((self.inputs[0].clone(), self.inputs[1].clone()))
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            with self._execution():
+                value = getattr(self.wrapped.get_submodule(owner), name)
+            return _Values((value, value))
+        results = []
+        with self._execution():
+            for i in (0, 1):
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n, i=i: self.values[n].pair[i])
+                tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+                versions = [version(t) for t in tensors]
+                results.append(self._call(node, args, kwargs))
+                moved = [t for t, v in zip(tensors, versions, strict=True) if version(t) != v]
+                self.writes[node] = frozenset(map(self._storage, moved)) | self.writes.get(node, frozenset())
+        state = self._random_state()
+        if state != self.random_state:
+            self.drawing.add(node)
+            self.random_state = state
+        return _Values((results[0], results[1]))
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_module":
+            return self.wrapped.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _execution(self) -> Iterator[None]:
+        """Run real code: nothing in it is recorded."""
+        self.executing = True
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            self.executing = False
 
 
-def _has_weights(root: nn.Module, node: fx.Node, layers: Sequence[str] | None) -> bool:
-    module = _module_of(root, node)
-    if layers is not None:
-        return module is not None and str(node.target).removeprefix("model.") in layers
-    if module is not None:
-        return not isinstance(module, _NORM_MODULES) and any(True for _ in module.parameters())
-    reads = any(
-        isinstance(_attribute(root, str(n.target)), nn.Parameter) for n in node.all_input_nodes if n.op == "get_attr"
+def _within(path: str, whole: Mapping[str, str]) -> bool:
+    """Whether a path is one of the modules kept whole, or lies in one."""
+    return any(path == name or path.startswith(f"{name}.") for name in whole)
+
+
+def _shape(value: Any, kind: str) -> Shape | None:
+    fits = isinstance(value, torch.Tensor) and (value.is_floating_point() or kind == "placeholder")
+    return tuple(value.shape) if fits and value.dim() > 0 else None
+
+
+def _context() -> tuple[Any, ...]:
+    """The modes of torch that decide what an operation does, beside its arguments."""
+    attention = torch.backends.cuda
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.overrides._len_torch_function_stack(),
+        (attention.flash_sdp_enabled(), attention.mem_efficient_sdp_enabled(), attention.math_sdp_enabled()),
     )
-    return reads and _called(node) not in _NORM_FUNCTIONS
 
 
-def _called(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
+@contextlib.contextmanager
+def _observed(tracer: ValueTracer) -> Iterator[None]:
+    """Tell the tracer of attributes that are read from modules and set on them, and of autocast."""
+    thread = threading.get_ident()
+    put, enter = nn.Module.__setattr__, torch.autocast.__enter__
 
+    def read(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if threading.get_ident() == thread:
+            tracer.note_read(module, name, value)
+        return value
 
-def _is_random(root: nn.Module, node: fx.Node) -> bool:
-    module = _module_of(root, node)
-    if module is not None:
-        return isinstance(module, _RANDOM_MODULES)
-    return _called(node) in _RANDOM_FUNCTIONS
+    def write(module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() == thread:
+            tracer.note_write(module, name)
+        put(module, name, value)
 
+    def enter_autocast(context: torch.autocast) -> Any:
+        tracer.note_autocast()
+        return enter(context)
 
-def _writes_in_place(root: nn.Module, node: fx.Node) -> bool:
-    module = _module_of(root, node)
-    if module is not None:
-        return bool(getattr(module, "inplace", False))
-    name = _called(node)
-    in_place_name = name.endswith("_") and not name.endswith("__")
-    in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name in (
-        "iadd",
-        "isub",
-        "imul",
-        "itruediv",
-    )
-    return in_place_name or in_place_operator or node.kwargs.get("inplace") is True or "out" in node.kwargs
-
-
-def _tail(root: nn.Module, run: Sequence[fx.Node], layers: Sequence[str] | None) -> tuple[str, ...]:
-    """What follows a layer's last weights, dropout left out: train and eval graph must agree on it at a shared cut."""
-    tail: list[str] = []
-    for node in run:
-        if _has_weights(root, node, layers):
-            tail = []
-        elif not _is_random(root, node):
-            tail.append(f"{node.op}:{_called(node)}")
-    return tuple(tail)
-
-
-def merge_subgraphs(parts: list[Subgraph], keys: list[tuple[frozenset[str], tuple[str, ...]]]) -> list[Subgraph]:
-    """Join each part whose first cut is not among the keys to the part before it."""
-    merged: list[Subgraph] = []
-    for part in parts:
-        if merged and part.key not in keys:
-            before = merged.pop()
-            part = Subgraph((*before.nodes, *part.nodes), before.source, part.result, part.shape, before.key)
-        merged.append(part)
-    return merged
-
-
-def layer_name(root: nn.Module, part: Subgraph) -> str:
-    owners = [str(n.target) for n in part.nodes if n.op == "call_module" and _has_weights(root, n, None)]
-    owners += [
-        str(a.target).rpartition(".")[0]
-        for n in part.nodes
-        for a in n.all_input_nodes
-        if a.op == "get_attr" and _has_weights(root, n, None)
-    ]
-    if not owners:
-        return "layer"
-    paths = [o.split(".")[1:] for o in owners]
-    depth = 0
-    while all(len(p) > depth for p in paths) and len({p[depth] for p in paths}) == 1:
-        depth += 1
-    return ".".join(paths[0][:depth] or paths[0]) or "layer"
-
-
-def subgraph_module(root: nn.Module, part: Subgraph) -> fx.GraphModule:
-    """The nodes of a part as a module whose submodules are the model's own."""
-    graph = fx.Graph()
-    made: dict[fx.Node, fx.Node] = {part.source: graph.placeholder("x")}
-
-    def mapped(node: fx.Node) -> fx.Node:
-        if node not in made:
-            assert node.op == "get_attr", f"{node} is read across a cut"
-            made[node] = graph.node_copy(node)
-        return made[node]
-
-    for node in part.nodes:
-        made[node] = graph.node_copy(node, mapped)
-    graph.output(fx.map_arg(part.result, mapped))
-    return fx.GraphModule(root, graph)
+    nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
+    nn.Module.__setattr__ = write  # type: ignore[method-assign,assignment]
+    torch.autocast.__enter__ = enter_autocast  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = put  # type: ignore[method-assign]
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]

@@ -1,8 +1,8 @@
 """`append_rows` and `gather_rows`: store a batch of rows in a cache, and read one back.
 
 B rows in a batch, R rows in a cache, S bytes from one cache row to the next. A row is one sample's values: [C, H, W]
-(kept channels last) or any other shape. Codecs: fp32, bf16, fp16 (clamped to +-65504), uint8 (one scale and zero
-point per channel of each row). Their exact meaning stands in csrc/row_ops.h, and as plain torch in row_ops_reference.
+(stored channels last) or any other shape. Codecs: fp32, bf16, fp16 (clamped to +-65504), uint8 (one scale and zero
+point per channel of each row). csrc/row_ops.h defines them exactly, rows_reference.py in plain torch.
 """
 
 from __future__ import annotations
@@ -21,35 +21,59 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_ROW = 2**31 - 1
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
-# glibc takes a block above 32 MB from the kernel anew each time; its pages are then touched for the first time.
-FRESH_BYTES = 32 << 20
 CUDA_COMPILED = bool(_C.build_info()["cuda_architectures"])
 
 
 def row_bytes(values: Sequence[int], codec: str) -> int:
-    """Bytes that one row of shape `values` takes: its values, and for uint8 a header of 8 bytes a channel.
+    """Return the bytes that one row takes in a cache.
 
-    Raises ValueError for an unknown codec and for a shape without values or of 2^31 values and more.
+    Args:
+        values: Shape of the row.
+        codec: How its values are stored. uint8 adds a header of 8 bytes a channel, padded to 16 bytes.
+
+    Raises:
+        ValueError: If the codec is unknown, or the shape has no values or 2^31 and more.
     """
     return _geometry("row_bytes", tuple(values), codec)[2]
 
 
 def row_stride(values: Sequence[int], codec: str, *, align: int = 128) -> int:
-    """`row_bytes` rounded up to a multiple of `align`, itself a multiple of 128; raises ValueError as it does."""
+    """Return the bytes from one cache row to the next: `row_bytes` rounded up to a multiple of `align`.
+
+    Args:
+        values: Shape of the row.
+        codec: How its values are stored.
+        align: Bytes, a multiple of 128.
+
+    Raises:
+        ValueError: As `row_bytes`, and if `align` is no multiple of 128.
+    """
     if align < 128 or align % 128:
         raise ValueError(f"row_stride: align must be a multiple of 128, got {align}")
     return -(-_geometry("row_stride", tuple(values), codec)[2] // align) * align
 
 
 def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16") -> None:
-    """Writes row b of `rows` into row index[b] of `cache`, encoded.
+    """Write row b of `rows` into row index[b] of `cache`, encoded.
 
-    cache: [R, S] uint8, contiguous, S = row_stride(shape, codec), CPU or CUDA. rows: [B, *shape] fp32, bf16 or fp16 on
-    the cache's device; [B, C, H, W] in any memory format, stored channels last. index: [B] int64 without repeats, on
-    the CPU, or on the cache's device: there it is not read by the host, a bad index traps in the kernel and the
-    outcome of a repeated one is open. Bytes of a cache row beyond row_bytes(shape, codec) stay as they are. On CUDA
-    the work is put on the current stream. Raises TypeError, ValueError, IndexError, or RuntimeError for a CUDA cache in
-    a build without CUDA, before anything is written.
+    On CUDA the work is put on the current stream. Bytes of a cache row beyond row_bytes(shape, codec) stay as they are.
+
+    Args:
+        cache: [R, S] uint8, contiguous, on the CPU or a CUDA device, with S = row_stride(shape, codec) or a larger
+            multiple of 128.
+        rows: [B, *shape] float32, bfloat16 or float16 on the cache's device; [B, C, H, W] in any memory format, stored
+            channels last.
+        index: [B] int64 without repeats, on the CPU or the cache's device. On a CUDA device it is not checked by the
+            host: an index outside the cache traps in the kernel, and the outcome of a repeated one is undefined.
+        codec: "fp16", "bf16", "fp32" or "uint8".
+
+    Raises:
+        TypeError: If an argument has the wrong dtype.
+        ValueError: If an argument has the wrong shape, layout or device, or the index names a row twice.
+        IndexError: If the index names a row outside the cache.
+        RuntimeError: If the cache is on a CUDA device and the package was built without CUDA.
+
+    All are raised before anything is written.
     """
     name = "append_rows"
     if rows.dtype not in DTYPES:
@@ -98,15 +122,33 @@ def gather_rows(
     shift: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Reads rows index[b] of `cache`: [B, *shape] of `dtype`, channels last for [C, H, W] rows.
+    """Read rows index[b] of `cache`, decoded.
 
-    cache: [R, S] uint8 as written by `append_rows` with the same shape and codec. index: [B] int64, on the CPU, or on
-    the cache's device: there it is not read by the host, and a bad index traps in the kernel. dtype: float32, bfloat16
-    or float16, whatever the codec. flip: [B] bool or uint8, mirrors a row in x; shift: [B, 2] integers (dy, dx),
-    moves what is then there down by dy and right by dx and fills with zeros; both only for [C, H, W]. out: written and
-    returned instead of a new tensor. On CUDA the work is put on the current stream, and with index, flip (uint8 or
-    bool), shift (int32) and out on the device the call can be captured in a CUDA graph. Raises TypeError, ValueError,
-    IndexError, or RuntimeError for a CUDA cache in a build without CUDA, before anything is allocated.
+    On CUDA the work is put on the current stream. With index, flip, shift (int32) and out on the device the call can be
+    captured in a CUDA graph.
+
+    Args:
+        cache: [R, S] uint8 as written by `append_rows` with the same shape and codec.
+        index: [B] int64, on the CPU or the cache's device. On a CUDA device it is not checked by the host: an index
+            outside the cache traps in the kernel.
+        shape: Shape of one row.
+        codec: The codec that the rows were written with.
+        dtype: float32, bfloat16 or float16 of the result, whatever the codec.
+        flip: [B] bool or uint8; rows to mirror in x. For rows [C, H, W] only.
+        shift: [B, 2] integers (dy, dx), pixels by which the row, mirrored or not, is moved down and right; zeros move
+            in. For rows [C, H, W] only.
+        out: [B, *shape] of `dtype`, dense (channels last for rows [C, H, W]); written instead of a new tensor.
+
+    Returns:
+        [B, *shape] of `dtype`, channels last for rows [C, H, W].
+
+    Raises:
+        TypeError: If an argument has the wrong dtype.
+        ValueError: If an argument has the wrong shape, layout or device.
+        IndexError: If the index names a row outside the cache.
+        RuntimeError: If the cache is on a CUDA device and the package was built without CUDA.
+
+    All are raised before anything is allocated or written.
     """
     name = "gather_rows"
     if dtype not in DTYPES:
@@ -119,11 +161,9 @@ def gather_rows(
     _check_moves(name, B, shape, flip, shift)
     if out is None:
         out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=memory_format(shape))
-        if out.nbytes >= FRESH_BYTES and cache.device.type == "cpu":
-            _C.advise_huge_pages(out.data_ptr(), out.nbytes)
     else:
         _check_out(name, out, (B, *shape), dtype, cache.device)
-    # One pixel: a flip changes nothing and a shift leaves nothing, and the row is not cut into channels (see _geometry).
+    # Of one pixel a flip changes nothing and a shift leaves nothing. _geometry does not divide it into channels.
     one_pixel = len(shape) == 3 and shape[1] * shape[2] == 1
     index = _on_device(index, cache.device)
     flipped = None if flip is None or one_pixel else _on_device(flip, cache.device).contiguous()
@@ -155,10 +195,10 @@ def _check_codec(name: str, codec: str) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _geometry(name: str, shape: tuple[int, ...], codec: str) -> tuple[int, tuple[int, int, int], int]:
-    """The codec's number, a row's (height, width, channels) as csrc/row_ops.h counts them, and its bytes.
+    """Return the codec's number, a row's (height, width, channels) as in csrc/row_ops.h, and its bytes.
 
-    A row that is no image is one channel. So is, for uint8, an image of one pixel: a scale and zero point for each of
-    its values would be larger than they are.
+    A row that is no image has one channel. So has, for uint8, an image of one pixel: a scale and a zero point for each
+    value would take more bytes than the values.
     """
     _check_codec(name, codec)
     D = math.prod(shape)
@@ -256,15 +296,18 @@ def memory_format(shape: Sequence[int]) -> torch.memory_format:
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """On the device. What comes from pageable memory has been read when the call returns, without waiting for the work
-    that the device still has, as a blocking copy does; pinned memory may be changed by its owner, and is waited for."""
+    """Return `values` on the device. The call has read them when it returns.
+
+    Pageable memory is read at once, without waiting for the device's other work. The owner of pinned memory may change
+    it, so that a copy from there is waited for.
+    """
     if values.device == device:
         return values
     return values.to(device, non_blocking=not values.is_pinned())
 
 
 def _int32(shift: Tensor) -> Tensor:
-    # No row is longer than LARGEST_ROW, so that a shift beyond it is the same as that.
+    # No row is longer than LARGEST_ROW: a longer shift does the same as that one.
     if shift.dtype == torch.int64:
         shift = shift.clamp(-LARGEST_ROW, LARGEST_ROW)
     return shift.to(torch.int32)

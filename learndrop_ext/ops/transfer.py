@@ -27,7 +27,12 @@ class RowFile(NamedTuple):
 
 
 def crc32c(data: bytes | bytearray | memoryview, *, portable: bool = False) -> int:
-    """CRC-32C (Castagnoli, as in RFC 3720) of contiguous bytes; portable: without the CPU's own instruction."""
+    """Return the CRC-32C (Castagnoli, as in RFC 3720) of contiguous bytes.
+
+    Args:
+        data (bytes-like): what to sum up.
+        portable (bool, optional): do without the CPU's own instruction. Default: False
+    """
     return _C.crc32c(data, portable)
 
 
@@ -40,10 +45,22 @@ def read_rows(
     threads: int,
     block_bytes: int = 1,
 ) -> int | None:
-    """Read the rows at slots [n] int64 into `into` [n, S] uint8 (CPU), without the GIL, and check them.
+    """Read rows of a file and check them, without the GIL.
 
-    checksums: [R] int32, by slot. block_bytes: what is not in the page cache is read from the disk in whole blocks of
-    so many. Gives the first position whose row does not have its checksum, or None. Raises OSError.
+    Args:
+        file (RowFile): the open file.
+        slots (Tensor): [n] int64 (CPU), the rows to read.
+        into (Tensor): [n, S] uint8 (CPU), written.
+        checksums (Tensor): [R] int32, by slot.
+        threads (int): threads that read.
+        block_bytes (int, optional): rows that the page cache does not have are read from the disk in whole blocks of
+            this size. Default: 1
+
+    Returns:
+        The first position whose row does not have its checksum, or None.
+
+    Raises:
+        OSError: if the file cannot be read.
     """
     slots = slots.contiguous()
     bad = _C.read_rows(
@@ -60,9 +77,17 @@ def read_rows(
 
 
 def write_rows(file: RowFile, slots: Tensor, rows: Tensor, checksums: Tensor, *, threads: int) -> None:
-    """Write rows [n, S] uint8 (CPU) to slots [n] int64, none twice, and note their checksums [R] int32 by slot.
+    """Write rows to a file and note their checksums.
 
-    Raises OSError; what these slots then hold is open.
+    Args:
+        file (RowFile): the open file.
+        slots (Tensor): [n] int64 (CPU), where to write; no slot twice.
+        rows (Tensor): [n, S] uint8 (CPU).
+        checksums (Tensor): [R] int32, by slot, written.
+        threads (int): threads that write.
+
+    Raises:
+        OSError: if the file cannot be written; these slots then hold undefined bytes.
     """
     slots = slots.contiguous()
     _C.write_rows(
@@ -77,30 +102,46 @@ def write_rows(file: RowFile, slots: Tensor, rows: Tensor, checksums: Tensor, *,
 
 
 def pin(rows: Tensor, device: torch.device) -> None:
-    """Pin host memory where it lies, for the copy engines and kernels of a GPU. Raises RuntimeError where it cannot be."""
+    """Pin host memory where it lies, for the copy engines and the kernels of a GPU.
+
+    Args:
+        rows (Tensor): uint8 (CPU), contiguous.
+        device (torch.device): the GPU.
+
+    Raises:
+        RuntimeError: if it cannot be pinned.
+    """
     if rows.nbytes:
         number = torch.cuda.current_device() if device.index is None else device.index
         _C.pin(rows.data_ptr(), rows.nbytes, number)
 
 
 def unpin(rows: Tensor) -> None:
-    """Give pinned memory back, once nothing reads it."""
+    """Undo `pin`, once no copy reads the memory any more."""
     if rows.nbytes:
         _C.unpin(rows.data_ptr())
 
 
-def copy_rows_to_device(source: Tensor, index: Tensor, into: Tensor, *, row_bytes: int | None = None) -> None:
-    """Copy rows index [n] int64 (CPU) of pinned `source` [R, S] uint8 to `into` [n, S] uint8 on a GPU, by its copy
-    engines, on the current stream; row_bytes: only the first of each. Raises RuntimeError."""
-    _host_rows(source, index, into, row_bytes, kernel=False)
+def copy_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
+    """Enqueue copies of pinned rows to a GPU by its copy engines, on the current stream.
+
+    Args:
+        source (Tensor): [R, S] uint8, pinned; S a multiple of 16.
+        index (Tensor): [n] int64 (CPU), the rows to copy.
+        into (Tensor): [n, S] uint8 on the GPU.
+
+    Raises:
+        RuntimeError: if the GPU refuses a copy.
+    """
+    _host_rows(source, index, into, kernel=False)
 
 
-def gather_rows_to_device(source: Tensor, index: Tensor, into: Tensor, *, row_bytes: int | None = None) -> None:
-    """The same by a kernel that reads the host's memory itself: faster for small rows. row_bytes: a multiple of 16."""
-    _host_rows(source, index, into, row_bytes, kernel=True)
+def gather_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
+    """Do as `copy_rows_to_device` by a kernel that reads the host's memory itself: faster for small rows."""
+    _host_rows(source, index, into, kernel=True)
 
 
-def _host_rows(source: Tensor, index: Tensor, into: Tensor, row_bytes: int | None, *, kernel: bool) -> None:
+def _host_rows(source: Tensor, index: Tensor, into: Tensor, *, kernel: bool) -> None:
     stream = torch.cuda.current_stream(into.device)
     index = index.contiguous()
     on_device = index.pin_memory().to(into.device, non_blocking=True) if kernel else index
@@ -111,7 +152,7 @@ def _host_rows(source: Tensor, index: Tensor, into: Tensor, row_bytes: int | Non
         len(index),
         into.data_ptr(),
         into.stride(0),
-        source.shape[1] if row_bytes is None else row_bytes,
+        source.shape[1],
         kernel,
         (into.get_device(), stream.cuda_stream),
     )

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from learndrop_ext.cache import file as disk
+from learndrop_ext.cache import file
 from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.file import CacheFileError, DiskTier
+from learndrop_ext.cache.disk import DiskTier
+from learndrop_ext.cache.file import CacheFileError
 from learndrop_ext.cache.fingerprint import Fingerprint, describe
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.cache.plan import Budgets
@@ -190,6 +191,7 @@ OTHERS = {
     "augmented": True,
     "layers": "z",
     "images": "w",
+    "mirror": True,
 }
 
 
@@ -205,9 +207,9 @@ def test_open_names_the_first_difference_of_another_cache(tmp_path: Path, field:
 
 
 def damaged(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
+    with path.open("r+b") as opened:
+        opened.seek(offset)
+        opened.write(data)
 
 
 def headed(path: Path, **changes: int) -> None:
@@ -215,11 +217,11 @@ def headed(path: Path, **changes: int) -> None:
     fields = dict(
         zip(
             ("magic", "version", "offset", "text", "tail", "sum"),
-            disk.HEADER.unpack(path.read_bytes()[:40]),
+            file.HEADER.unpack(path.read_bytes()[:40]),
             strict=False,
         )
     )
-    page = disk.HEADER.pack(*(fields | changes).values()).ljust(4092, b"\0")
+    page = file.HEADER.pack(*(fields | changes).values()).ljust(4092, b"\0")
     damaged(path, 0, page + struct.pack("<I", transfer.crc32c(page)))
 
 
@@ -245,7 +247,7 @@ def test_open_refuses_another_version_and_rows_of_another_size(tmp_path: Path) -
     content = path.read_bytes()
     offset = content.index(b'"row_bytes": 14')
     damaged(path, offset, b'"row_bytes": 99')
-    _, _, tail, _, size, _ = disk.HEADER.unpack(content[: disk.HEADER.size])
+    _, _, tail, _, size, _ = file.HEADER.unpack(content[: file.HEADER.size])
     headed(path, sum=transfer.crc32c(path.read_bytes()[tail : tail + size]))
     with pytest.raises(CacheFileError, match=r"row_bytes of fp16 rows \(7,\) must be 14, got 99"):
         ActivationCache.open(path, PRINT, device=CPU)
@@ -306,10 +308,10 @@ def test_gather_refuses_a_row_that_changed_since_it_was_written(tmp_path: Path, 
 def test_reading_a_file_that_cannot_be_read_is_an_os_error(tmp_path: Path) -> None:
     store = DiskTier(tmp_path / "rows", RowLayout(14, 128))
     store.grow(2, first=0)
-    os.close(store._handle.descriptor)
+    os.close(store._file.descriptor)
     with pytest.raises(OSError, match=r"cache file .*rows: must give 1 rows, got Bad file descriptor"):
         store.read(torch.tensor([0]), torch.empty(1, 128, dtype=torch.uint8))
-    store._handle.descriptor = os.open(tmp_path, os.O_RDONLY)
+    store._file.descriptor = os.open(tmp_path, os.O_RDONLY)
     store.close()
 
 
@@ -319,11 +321,11 @@ def test_read_and_write_rows_are_the_same_with_any_number_of_threads(tmp_path: P
     stored = torch.randint(0, 256, (40, 50_048), dtype=torch.uint8)
     checksums = torch.zeros(40, dtype=torch.int32)
     order = torch.randperm(40)
-    with (tmp_path / "rows").open("w+b") as file:
-        transfer.write_rows(layout.file(file.fileno()), order, stored[order], checksums, threads=threads)
+    with (tmp_path / "rows").open("w+b") as opened:
+        transfer.write_rows(layout.file(opened.fileno()), order, stored[order], checksums, threads=threads)
         into = torch.zeros_like(stored)
         assert (
-            transfer.read_rows(layout.file(file.fileno()), torch.arange(40), into, checksums, threads=threads) is None
+            transfer.read_rows(layout.file(opened.fileno()), torch.arange(40), into, checksums, threads=threads) is None
         )
         assert torch.equal(into[:, :50_000], stored[:, :50_000])
         assert [transfer.crc32c(row[:50_000].numpy().tobytes()) for row in stored] == [
@@ -332,7 +334,7 @@ def test_read_and_write_rows_are_the_same_with_any_number_of_threads(tmp_path: P
         checksums[7] += 1
         checksums[21] += 1
         asked = torch.tensor([3, 21, 7])
-        assert transfer.read_rows(layout.file(file.fileno()), asked, into, checksums, threads=threads) == 1
+        assert transfer.read_rows(layout.file(opened.fileno()), asked, into, checksums, threads=threads) == 1
 
 
 @pytest.mark.parametrize("block_bytes", [1, 4096, 128 << 10])
@@ -340,13 +342,13 @@ def test_read_rows_gives_the_same_rows_from_the_disk_and_from_the_page_cache(tmp
     layout = RowLayout(3000, 3008)
     stored = torch.randint(0, 256, (300, 3008), dtype=torch.uint8)
     checksums = torch.zeros(300, dtype=torch.int32)
-    with (tmp_path / "rows").open("w+b") as file:
-        transfer.write_rows(layout.file(file.fileno()), torch.arange(300), stored, checksums, threads=4)
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with (tmp_path / "rows").open("w+b") as opened:
+        transfer.write_rows(layout.file(opened.fileno()), torch.arange(300), stored, checksums, threads=4)
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         for slots in (torch.tensor([299, 0, 150]), torch.randperm(300), torch.arange(300)):
             into = torch.zeros(len(slots), 3008, dtype=torch.uint8)
-            args = (layout.file(file.fileno()), slots, into, checksums)
+            args = (layout.file(opened.fileno()), slots, into, checksums)
             assert transfer.read_rows(*args, threads=4, block_bytes=block_bytes) is None
             assert torch.equal(into[:, :3000], stored[slots, :3000])
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from learndrop_ext.cache import host as host_rows
 from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.host import SWITCH_SIZES, HostTier, copy_engine_from
+from learndrop_ext.cache.host import SWITCH_SIZES, HostTier, PinnedRows, copy_engine_from
 from learndrop_ext.cache.plan import Budgets, TierPlan
 from learndrop_ext.ops import transfer
 
@@ -36,8 +38,23 @@ def test_host_rows_give_back_what_was_written(device: torch.device, count: int) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
 def test_host_rows_that_cannot_be_pinned_are_out_of_memory() -> None:
-    with pytest.raises(torch.OutOfMemoryError, match="HostTier: the host must hold 2,560 bytes of rows, got "):
+    with pytest.raises(
+        torch.OutOfMemoryError, match="PinnedRows: the host must have 2,560 bytes of memory to pin, got "
+    ):
         HostTier(10, 256, CUDA)
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """Address and bytes of what is pinned, by a GPU that is not there."""
+    memory: dict[int, int] = {}
+    monkeypatch.setattr(transfer, "pin", lambda rows, device: memory.update({rows.data_ptr(): rows.nbytes}))
+    monkeypatch.setattr(transfer, "unpin", lambda rows: memory.pop(rows.data_ptr()))
+    return memory
+
+
+def no_pinning(rows: Tensor, device: torch.device) -> None:
+    raise RuntimeError("out of memory")
 
 
 # The copies cost 30 us and run at 50 GB/s, the kernel costs nothing and runs at `speed` bytes a second.
@@ -46,23 +63,125 @@ def test_host_rows_that_cannot_be_pinned_are_out_of_memory() -> None:
     [(1e8, 4096), (20e9, 8192), (45e9, 128 << 10), (60e9, 2 * SWITCH_SIZES[-1])],
 )
 def test_copy_engine_from_is_where_copies_win_for_good(
-    monkeypatch: pytest.MonkeyPatch, speed: float, wanted: int
+    monkeypatch: pytest.MonkeyPatch, pinned: dict[int, int], speed: float, wanted: int
 ) -> None:
     clock = 0.0
+    most = 0
 
-    def copies(source: Tensor, index: Tensor, into: Tensor, *, row_bytes: int) -> None:
-        nonlocal clock
-        clock += 30e-6 + len(index) * row_bytes / 50e9
+    def check(source: Tensor, index: Tensor, into: Tensor) -> None:
+        nonlocal most
+        assert pinned == {source.data_ptr(): source.nbytes}
+        assert into.shape == (len(index), source.shape[1])
+        assert len(index) == min(128, len(source)) == len(index.unique())
+        assert int(index.max()) < len(source)
+        most = max(most, sum(pinned.values()))
 
-    def kernel(source: Tensor, index: Tensor, into: Tensor, *, row_bytes: int) -> None:
+    def copies(source: Tensor, index: Tensor, into: Tensor) -> None:
         nonlocal clock
-        clock += len(index) * row_bytes / speed
+        check(source, index, into)
+        clock += 30e-6 + into.nbytes / 50e9
+
+    def kernel(source: Tensor, index: Tensor, into: Tensor) -> None:
+        nonlocal clock
+        check(source, index, into)
+        clock += into.nbytes / speed
 
     monkeypatch.setattr(transfer, "copy_rows_to_device", copies)
     monkeypatch.setattr(transfer, "gather_rows_to_device", kernel)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     monkeypatch.setattr(host_rows, "time", SimpleNamespace(perf_counter=lambda: clock))
     assert copy_engine_from.__wrapped__(CPU) == wanted
+    assert 0 < most <= 16 << 20
+    assert pinned == {}
+
+
+def test_copy_engine_from_says_why_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "pin", no_pinning)
+    said = (
+        r"the copy engines could not be measured, so rows of 32,768 bytes and more are copied by them "
+        r"\(PinnedRows: the host must have 16,777,216 bytes of memory to pin, got out of memory\)"
+    )
+    with pytest.warns(RuntimeWarning, match=said):
+        assert copy_engine_from.__wrapped__(CPU) == 32768
+
+
+@pytest.mark.parametrize(("stride", "way"), [(4096, "gather_rows_to_device"), (8192, "copy_rows_to_device")])
+def test_the_way_to_a_gpu_is_measured_when_rows_are_placed_and_not_when_they_are_read(
+    monkeypatch: pytest.MonkeyPatch, pinned: dict[int, int], stride: int, way: str
+) -> None:
+    measured: list[torch.device] = []
+    used: list[str] = []
+
+    def measure(device: torch.device) -> int:
+        measured.append(device)
+        return 8192
+
+    monkeypatch.setattr(host_rows, "copy_engine_from", measure)
+    for name in ("gather_rows_to_device", "copy_rows_to_device"):
+        monkeypatch.setattr(transfer, name, lambda *_, name=name: used.append(name))
+    store = HostTier(10, stride, CUDA)
+    assert measured == [CUDA]
+    into = torch.empty(3, stride, dtype=torch.uint8, device="meta")
+    store.read(torch.tensor([1, 2, 3]), into)
+    assert (used, measured) == ([way], [CUDA])
+
+
+def lines_of_memory(address: int) -> dict[str, str]:
+    """What the kernel says of the pages at an address, in /proc/self/smaps."""
+    found: dict[str, str] = {}
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            here = begin <= address < end
+        elif here:
+            name, _, value = line.partition(":")
+            found[name] = value.strip()
+    return found
+
+
+def test_a_fork_does_not_get_pinned_pages(monkeypatch: pytest.MonkeyPatch, pinned: dict[int, int]) -> None:
+    monkeypatch.setattr(host_rows, "copy_engine_from", lambda device: 1)
+    store = HostTier(10, 8192, CUDA)
+    first, last = store.data.data_ptr(), store.data.data_ptr() + store.data.nbytes - 1
+    assert pinned == {first: 81920}
+    # "dc" stands for "do not copy area on fork".
+    assert all("dc" in lines_of_memory(address)["VmFlags"].split() for address in (first, last))
+    stored = host_bytes(10, 8192)
+    store.write(torch.arange(10), stored)
+    process = os.fork()
+    if process == 0:
+        refused = 0
+        for use in (HostTier.read, HostTier.write):
+            try:
+                use(store, torch.arange(2), stored[:2])
+            except RuntimeError as error:
+                refused += "rows in pinned memory must be used by the process that made the cache" in str(error)
+        del store
+        gc.collect()
+        # It unpins nothing that it does not have.
+        os._exit(10 * refused + len(pinned))
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 21
+    into = torch.zeros_like(stored)
+    store.read(torch.arange(10), into)
+    assert torch.equal(into, stored)
+    data = store.data
+    del store
+    assert pinned == {}
+    assert "dc" not in lines_of_memory(data.data_ptr())["VmFlags"].split()
+
+
+def test_memory_of_no_rows_is_not_pinned(pinned: dict[int, int]) -> None:
+    assert PinnedRows(0, 128, CUDA).data.shape == (0, 128)
+    assert pinned == {}
+
+
+@pytest.mark.cuda
+def test_copy_engine_from_is_measured_once() -> None:
+    first = copy_engine_from(CUDA)
+    assert first in (*SWITCH_SIZES, 2 * SWITCH_SIZES[-1])
+    assert copy_engine_from(CUDA) == first
 
 
 @pytest.mark.cuda
@@ -83,13 +202,6 @@ def test_rows_come_to_a_gpu_as_they_are(move: object, row: int, side: bool) -> N
 
 
 @pytest.mark.cuda
-def test_copy_engine_from_is_measured_once() -> None:
-    first = copy_engine_from(CUDA)
-    assert first in (*SWITCH_SIZES, 2 * SWITCH_SIZES[-1])
-    assert copy_engine_from(CUDA) == first
-
-
-@pytest.mark.cuda
 @pytest.mark.parametrize("staging", [2, 256])
 @pytest.mark.parametrize("shape", [(40,), (16, 14, 14)], ids=str)
 def test_tiers_of_a_gpu_equal_one_tier(tmp_path: Path, shape: tuple[int, ...], staging: int) -> None:
@@ -97,10 +209,8 @@ def test_tiers_of_a_gpu_equal_one_tier(tmp_path: Path, shape: tuple[int, ...], s
     stored = torch.randn(slots, *shape, device=CUDA)
     one = ActivationCache(slots, shape, codec="fp16", device=CUDA)
     row = one.row_bytes
-    budgets = Budgets((20 + 2 * staging) * row, 200 * row, 1 << 30)
-    tiers = ActivationCache(
-        slots, shape, codec="fp16", device=CUDA, budgets=budgets, path=tmp_path / "rows", staging=staging
-    )
+    budgets = Budgets((20 + 2 * staging) * row, 200 * row, 1 << 30, staging)
+    tiers = ActivationCache(slots, shape, codec="fp16", device=CUDA, budgets=budgets, path=tmp_path / "rows")
     assert tiers.plan == TierPlan(20, 200, 380, staging)
     for at in torch.randperm(slots).split(128):
         one.append(at, stored[at])
@@ -113,8 +223,8 @@ def test_tiers_of_a_gpu_equal_one_tier(tmp_path: Path, shape: tuple[int, ...], s
         got.append(tiers.gather(batch))
         tiers.prefetch(following)
     assert all(torch.equal(rows, one.gather(batch)) for rows, batch in zip(got, batches, strict=True))
-    tiers.spill(Budgets(0, 0, 1 << 30))
-    assert torch.equal(tiers.gather(batches[0]), got[0])
-    tiers.spill(Budgets(None))
-    assert torch.equal(tiers.gather(batches[0]), got[0])
+    assert tiers._rows is not None
+    for other in (Budgets(0, 0, 1 << 30), Budgets(None)):
+        tiers._rows.arrange(slots, other, tiers.filled)
+        assert torch.equal(tiers.gather(batches[0]), got[0])
     tiers.close()

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from learndrop_ext.cache import tiered as tiered_rows
+from learndrop_ext.cache import storage
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.fingerprint import Fingerprint
@@ -45,9 +45,9 @@ def tiered(
     """A cache with `device` rows there, none where the areas are too large for that, `host` there, the rest on disk."""
     row = ActivationCache(0, shape, codec=options.get("codec", "fp32"), device=CPU).row_bytes
     on_device = min(device + 2 * min(staging, slots), slots - 1)
-    budgets = Budgets(on_device * row, host * row, 1 << 20)
+    budgets = Budgets(on_device * row, host * row, 1 << 20, staging)
     options = {"codec": "fp32"} | options
-    return ActivationCache(slots, shape, device=CPU, budgets=budgets, path=path, staging=staging, **options)
+    return ActivationCache(slots, shape, device=CPU, budgets=budgets, path=path, **options)
 
 
 # slots, budgets in KB, staging, rows on device, host, disk, and in an area
@@ -69,17 +69,17 @@ def test_plan_tiers(
     slots: int, kilobytes: tuple[int | None, int, int], staging: int, wanted: tuple[int, int, int, int]
 ) -> None:
     device, host, disk = kilobytes
-    budgets = Budgets(None if device is None else device * 1024, host * 1024, disk * 1024)
-    assert plan_tiers(slots, KILOBYTE, budgets, staging=staging) == TierPlan(*wanted)
+    budgets = Budgets(None if device is None else device * 1024, host * 1024, disk * 1024, staging)
+    assert plan_tiers(slots, KILOBYTE, budgets) == TierPlan(*wanted)
 
 
 def test_plan_tiers_keeps_rows_where_they_are_when_slots_are_added() -> None:
-    budgets = Budgets(9 * 1024, 6 * 1024, 1 << 20)
-    kept = plan_tiers(10, KILOBYTE, budgets, staging=2)
+    budgets = Budgets(9 * 1024, 6 * 1024, 1 << 20, 2)
+    kept = plan_tiers(10, KILOBYTE, budgets)
     assert kept == TierPlan(5, 5, 0, 2)
-    kept = plan_tiers(11, KILOBYTE, budgets, staging=2, kept=kept)
+    kept = plan_tiers(11, KILOBYTE, budgets, kept=kept)
     assert kept == TierPlan(5, 6, 0, 2)
-    kept = plan_tiers(20, KILOBYTE, budgets, staging=2, kept=kept)
+    kept = plan_tiers(20, KILOBYTE, budgets, kept=kept)
     assert kept == TierPlan(5, 6, 9, 2)
     assert plan_tiers(30, KILOBYTE, Budgets(1 << 20, 1 << 20, 1 << 20), kept=kept) == TierPlan(5, 6, 19, 2)
 
@@ -91,13 +91,13 @@ def test_plan_tiers_keeps_areas_of_large_rows_small() -> None:
 
 def test_plan_tiers_refuses_budgets_that_are_too_small() -> None:
     # Four rows share a page: 7 rows of which 3 are elsewhere take two pages.
-    assert plan_tiers(7, KILOBYTE, Budgets(0, 3072, 8192), staging=1).disk == 4
+    assert plan_tiers(7, KILOBYTE, Budgets(0, 3072, 8192, 1)).disk == 4
     message = (
         r"budgets must hold 7 rows of 1,024 bytes, got 0 bytes on the device, 3,072 on the host and 8,191 on disk "
         r"\(8,192 wanted there\)"
     )
     with pytest.raises(ValueError, match=message):
-        plan_tiers(7, KILOBYTE, Budgets(0, 3072, 8191), staging=1)
+        plan_tiers(7, KILOBYTE, Budgets(0, 3072, 8191, 1))
     with pytest.raises(ValueError, match="got 1,024 bytes on the device, 0 on the host and 0 on disk"):
         plan_tiers(2, KILOBYTE, Budgets(1024))
 
@@ -158,8 +158,8 @@ def test_prefetch_is_forgotten_when_rows_change(tmp_path: Path) -> None:
     changed = rows(4, 5, seed=1)
     cache.prefetch(ids(1, 3))
     assert cache._rows is not None
-    assert cache._rows._ahead is not None
-    cache._rows._ahead[2].result()
+    assert cache._rows._prefetch is not None
+    cache._rows._prefetch.future.result()
     cache.append(torch.arange(4), changed)
     assert torch.equal(cache.gather(ids(1, 3)), changed[[1, 3]])
     cache.prefetch(ids(0, 1))
@@ -175,13 +175,13 @@ def test_prefetch_reads_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cache = tiered(5, (5,), tmp_path / "rows", device=0, host=2, staging=3)
     cache.append(torch.arange(5), rows(5, 5))
     asked: list[list[int]] = []
-    read = tiered_rows.TierStorage.read
+    read = storage.TierStorage.read
 
-    def noting(self: tiered_rows.TierStorage, slots: Tensor, into: Tensor) -> None:
+    def noting(self: storage.TierStorage, slots: Tensor, into: Tensor) -> None:
         asked.append(slots.tolist())
         read(self, slots, into)
 
-    monkeypatch.setattr(tiered_rows.TierStorage, "read", noting)
+    monkeypatch.setattr(storage.TierStorage, "read", noting)
     for batch in (ids(3, 1), ids(2, 4, 2), ids(0)):
         cache.prefetch(batch)
         cache.gather(batch)
@@ -189,30 +189,9 @@ def test_prefetch_reads_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cache.close()
 
 
-def test_spill_moves_rows_down_and_up(tmp_path: Path) -> None:
-    path = tmp_path / "rows"
-    cache = ActivationCache(8, (5,), codec="fp32", device=CPU, path=path, staging=1)
-    stored = rows(8, 5)
-    cache.append(torch.arange(7), stored[:7])
-    row = cache.row_bytes
-    for budgets, plan in [
-        (Budgets(5 * row, 3 * row, 1 << 20), TierPlan(3, 3, 2, 1)),
-        (Budgets(3 * row, 1 * row, 1 << 20), TierPlan(1, 1, 6, 1)),
-        (Budgets(0, 0, 1 << 20), TierPlan(0, 0, 8, 1)),
-        (Budgets(6 * row, 8 * row, 0), TierPlan(4, 4, 0, 1)),
-        (Budgets(None), TierPlan(8)),
-    ]:
-        cache.spill(budgets)
-        assert cache.plan == plan
-        assert (path.with_name("rows.part")).exists() == (plan.disk > 0)
-        assert cache.filled.tolist() == [True] * 7 + [False]
-        assert torch.equal(cache.gather(torch.arange(7)), stored[:7])
-    cache.close()
-
-
 def test_grow_goes_on_in_the_slowest_tier(tmp_path: Path) -> None:
     path = tmp_path / "rows"
-    cache = ActivationCache(3, (5,), codec="fp32", device=CPU, path=path, staging=1, budgets=Budgets(512, 256, 1 << 20))
+    cache = ActivationCache(3, (5,), codec="fp32", device=CPU, path=path, budgets=Budgets(512, 256, 1 << 20, 1))
     stored = rows(9, 5)
     cache.append(torch.arange(3), stored[:3])
     for slots, plan in [
@@ -246,7 +225,6 @@ REFUSED: list[tuple[Callable[[ActivationCache], Any], type[Exception], str]] = [
     (lambda c: c.prefetch(ids(7)), IndexError, "prefetch: slots must have been written, got 7, which was not"),
     (lambda c: c.prefetch(ids(0).bool()), TypeError, "prefetch: slots must be int64, got torch.bool"),
     (lambda c: c.grow(10**6), ValueError, "plan_tiers: budgets must hold 1000000 rows"),
-    (lambda c: c.spill(Budgets(0, 0, 0)), ValueError, "plan_tiers: budgets must hold 9 rows"),
 ]
 
 
@@ -269,10 +247,6 @@ def test_cache_wants_a_path_for_a_disk_budget() -> None:
     with pytest.raises(ValueError, match="ActivationCache: path must be given with a disk budget, got None"):
         ActivationCache(1, (2,), codec="fp32", device=CPU, budgets=Budgets(0, 0, 1))
     cache = ActivationCache(1, (2,), codec="fp32", device=CPU)
-    with pytest.raises(
-        ValueError, match=r"ActivationCache.spill: budgets must have no disk for a cache without a path"
-    ):
-        cache.spill(Budgets(0, 0, 1))
     with pytest.raises(ValueError, match=r"ActivationCache.save: the cache must have a path, got None"):
         cache.save(PRINT)
 
@@ -295,12 +269,12 @@ class CacheBesideDictionary(RuleBasedStateMachine):
         self.wanted: dict[int, Tensor] = {}
         self.saved: dict[int, Tensor] | None = None
         self.cache = ActivationCache(
-            slots, shape, codec="fp32", device=CPU, budgets=self.draw_budgets(data), path=self.path, staging=staging
+            slots, shape, codec="fp32", device=CPU, budgets=self.draw_budgets(data), path=self.path
         )
 
     def draw_budgets(self, data: st.DataObject) -> Budgets:
         device, host = data.draw(st.integers(0, 16)), data.draw(st.integers(0, 4))
-        return Budgets(device * 256, host * 256, 1 << 20)
+        return Budgets(device * 256, host * 256, 1 << 20, self.staging)
 
     def draw_slots(self, data: st.DataObject, among: list[int], *, unique: bool) -> Tensor:
         return ids(*data.draw(st.lists(st.sampled_from(among), unique=unique, max_size=8)))
@@ -333,9 +307,13 @@ class CacheBesideDictionary(RuleBasedStateMachine):
     def grow(self, more: int) -> None:
         self.cache.grow(len(self.cache.filled) + more)
 
-    @rule(data=st.data())
-    def spill(self, data: st.DataObject) -> None:
-        self.cache.spill(self.draw_budgets(data))
+    @precondition(lambda self: len(self.cache.filled))
+    @rule(data=st.data(), everything=st.booleans())
+    def forget(self, data: st.DataObject, everything: bool) -> None:
+        slots = self.draw_slots(data, list(range(len(self.cache.filled))), unique=False)
+        self.cache.forget(None if everything else slots)
+        gone = set(self.wanted) if everything else set(slots.tolist())
+        self.wanted = {slot: row for slot, row in self.wanted.items() if slot not in gone}
 
     @rule()
     def save(self) -> None:
@@ -347,9 +325,7 @@ class CacheBesideDictionary(RuleBasedStateMachine):
     def close_and_open(self, data: st.DataObject) -> None:
         assert self.saved is not None
         self.cache.close()
-        self.cache = ActivationCache.open(
-            self.path, PRINT, device=CPU, budgets=self.draw_budgets(data), staging=self.staging
-        )
+        self.cache = ActivationCache.open(self.path, PRINT, device=CPU, budgets=self.draw_budgets(data))
         self.wanted = dict(self.saved)
 
     @invariant()

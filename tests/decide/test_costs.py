@@ -341,6 +341,7 @@ def test_rows_in_tiers(rows: int, stride: int, budgets: list[int], counts: tuple
 # shape, rows, tiers, seconds: rows of 4096 bytes and 8192 of values, at 1e6 bytes a second on the device.
 ROWS = [
     (10, [TierCost(40_960, 1e6)], 0.012288),
+    (0, [TierCost(40_960, 1e6), TierCost(4096, 2e5)], 0.012288),
     (10, [TierCost(40_959, 1e6)], None),
     # One in ten comes from the host, at a fifth of the speed.
     (10, [TierCost(40_959, 1e6), TierCost(4096, 2e5)], 0.012288 + 0.1 * 4096 / 2e5),

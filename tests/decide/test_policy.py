@@ -23,31 +23,83 @@ MIDDLE_RESTS = (0.9, 0.0, 0.0, 0.9)
 ALL_REST = (0.0, 0.0, 0.0, 0.0)
 QUICK = StoppedLearning(threshold=0.1, warmup=0, patience=2, smoothing=0.0)
 STOPPED = "scores under 0.1 for 2 measurements"
+UNDER_ONCE = "stem may still learn: score 0.00 is under 0.1 for 1 of 2 measurements"
 
 # policy, situation, prefix, reason
 STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
     ("warm-up", StoppedLearning(warmup=2), after(ALL_REST, ALL_REST), 0, "warm-up: epoch 2 of 2"),
     ("warm-up keeps the prefix", StoppedLearning(warmup=2), after(ALL_REST, prefix=1), 1, "warm-up: epoch 1 of 2"),
-    ("warm-up does not count", StoppedLearning(warmup=2), after(*[ALL_REST] * 3), 0, "stem still learns: score 0.00"),
+    ("before training", StoppedLearning(), after(), 0, "warm-up: epoch 0 of 2"),
+    ("before training, no warm-up", QUICK, after(), 0, "warm-up: epoch 0 of 0"),
+    (
+        "warm-up does not count",
+        StoppedLearning(warmup=2),
+        after(*[ALL_REST] * 3),
+        0,
+        "stem may still learn: score 0.00 is under 0.2 for 1 of 2 measurements",
+    ),
+    ("after undrop() only what follows counts", QUICK, after(*[ALL_REST] * 5, undropped=5), 0, "no score yet"),
+    (
+        "one measurement after undrop()",
+        QUICK,
+        after(*[ALL_REST] * 5, undropped=4),
+        0,
+        "stem may still learn: score 0.00 is under 0.1 for 1 of 2 measurements",
+    ),
+    ("two measurements after undrop()", QUICK, after(*[ALL_REST] * 5, undropped=3), 3, STOPPED),
+    ("undrop() within the warm-up", StoppedLearning(0.1, warmup=2), after(*[ALL_REST] * 4, undropped=1), 3, STOPPED),
     ("first after warm-up", StoppedLearning(0.1, warmup=2), after(*[ALL_REST] * 4), 3, STOPPED),
-    ("all learn", QUICK, after(MOVING, MOVING), 0, "stem still learns: score 0.90"),
-    ("too few measurements", QUICK, after(ALL_REST), 0, "stem still learns: score 0.00"),
+    ("all learn", QUICK, after(MOVING, MOVING), 0, "stem still learns: score 0.90, threshold 0.1"),
+    (
+        "too few measurements",
+        QUICK,
+        after(ALL_REST),
+        0,
+        "stem may still learn: score 0.00 is under 0.1 for 1 of 2 measurements",
+    ),
+    (
+        "just at the threshold",
+        QUICK,
+        after((0.1, 0, 0, 0), (0.1, 0, 0, 0)),
+        0,
+        "stem still learns: score 0.10, threshold 0.1",
+    ),
+    (
+        "just above the threshold",
+        QUICK,
+        after((0.1, 0, 0, 0), (0.10004, 0, 0, 0)),
+        0,
+        "stem still learns: score 0.10004, threshold 0.1",
+    ),
+    (
+        "hardly above nothing",
+        StoppedLearning(0.0, 1, 0, 0.0),
+        after((0.0000123, 0, 0, 0)),
+        0,
+        "stem still learns: score 0.00001, threshold 0",
+    ),
     ("no measurement", QUICK, after(epoch=1), 0, "no score yet"),
     ("one stopped", QUICK, after(FIRST_RESTS, FIRST_RESTS), 1, STOPPED),
     ("two stopped", QUICK, after(TWO_REST, TWO_REST), 2, STOPPED),
-    ("only in the last", QUICK, after(MOVING, TWO_REST), 0, "stem still learns: score 0.00"),
-    ("only before the last", QUICK, after(TWO_REST, MOVING), 0, "stem still learns: score 0.90"),
+    ("only in the last", QUICK, after(MOVING, TWO_REST), 0, UNDER_ONCE),
+    ("only before the last", QUICK, after(TWO_REST, MOVING), 0, "stem still learns: score 0.90, threshold 0.1"),
     ("longest run", QUICK, after(FIRST_RESTS, TWO_REST), 1, STOPPED),
-    ("stopped behind a learner", QUICK, after(MIDDLE_RESTS, MIDDLE_RESTS), 0, "stem still learns: score 0.90"),
+    (
+        "stopped behind a learner",
+        QUICK,
+        after(MIDDLE_RESTS, MIDDLE_RESTS),
+        0,
+        "stem still learns: score 0.90, threshold 0.1",
+    ),
     ("the last layer stays", QUICK, after(ALL_REST, ALL_REST), 3, STOPPED),
-    ("at the threshold", QUICK, after((0.1, 0, 0, 0), (0.0, 0, 0, 0)), 0, "stem still learns: score 0.00"),
+    ("at the threshold", QUICK, after((0.1, 0, 0, 0), (0.0, 0, 0, 0)), 0, UNDER_ONCE),
     ("goes on behind the prefix", QUICK, after((None, 0.0, 0.9, 0.9), (None, 0.0, 0.9, 0.9), prefix=1), 2, STOPPED),
     (
         "next one learns",
         QUICK,
         after((None, 0.3, 0.0, 0.0), (None, 0.5, 0.0, 0.0), prefix=1),
         1,
-        "block1 still learns: score 0.50",
+        "block1 still learns: score 0.50, threshold 0.1",
     ),
     (
         "nothing left",
@@ -76,7 +128,7 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
         StoppedLearning(0.15, warmup=0),
         after((0.8, 1, 1, 1), *[FIRST_RESTS] * 3),
         0,
-        "stem still learns: score 0.10",
+        "stem may still learn: score 0.10 is under 0.15 for 1 of 2 measurements",
     ),
     (
         "smoothing lets it go",
@@ -199,6 +251,7 @@ def test_stopped_learning_smooths_what_was_measured_after_the_warm_up() -> None:
         ({"smoothing": 1.5}, r"StoppedLearning: smoothing must be within 0.0..1.0, got 1.5"),
         ({"max_dropped": 2}, r"StoppedLearning: max_dropped must be within 0.0..1.0, got 2"),
         ({"patience": 0}, r"StoppedLearning: patience must be a whole number >= 1, got 0"),
+        ({"patience": True}, r"StoppedLearning: patience must be a whole number >= 1, got True"),
         ({"patience": 1.5}, r"StoppedLearning: patience must be a whole number >= 1, got 1.5"),
         ({"warmup": -1}, r"StoppedLearning: warmup must be a whole number >= 0, got -1"),
     ],
@@ -219,6 +272,10 @@ FIXED: list[tuple[Mapping[int, int], int, int, int, str]] = [
     ({3: 1, 5: 3}, 5, 1, 3, "set by hand"),
     ({5: 3, 3: 1}, 4, 0, 1, "set by hand"),
     ({3: 1}, 3, 2, 2, "nothing set for this epoch"),
+    # Before training.
+    ({0: 3, 1: 3}, 0, 0, 3, "set by hand"),
+    ({0: 2, 1: 3}, 1, 2, 3, "set by hand"),
+    ({1: 3}, 0, 0, 0, "nothing set for this epoch"),
 ]
 
 
@@ -231,14 +288,25 @@ def test_fixed(prefixes: Mapping[int, int], epoch: int, now: int, prefix: int, r
 @pytest.mark.parametrize(
     ("prefixes", "message"),
     [
-        ({0: 1}, "Fixed: prefixes must map epochs >= 1 to prefix lengths that do not shrink, got 1 at epoch 0"),
-        ({2: -1}, "Fixed: prefixes must map epochs >= 1 .*, got -1 at epoch 2"),
-        ({2: 3, 5: 2}, "Fixed: prefixes must map epochs >= 1 .*, got 2 at epoch 5"),
+        ({-1: 1}, "Fixed: prefixes must map epochs >= 0 to prefix lengths that do not shrink, got 1 at epoch -1"),
+        ({2: -1}, "Fixed: prefixes must map epochs >= 0 .*, got -1 at epoch 2"),
+        ({2: 3, 5: 2}, "Fixed: prefixes must map epochs >= 0 .*, got 2 at epoch 5"),
     ],
 )
 def test_fixed_refuses_prefixes(prefixes: Mapping[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Fixed(prefixes)
+
+
+@pytest.mark.parametrize(("undropped", "prefix"), [(None, 3), (0, 3), (1, 3), (2, 3), (3, 0), (4, 0)])
+def test_fixed_after_undrop(undropped: int | None, prefix: int) -> None:
+    situation = Situation(epoch=4, epochs=None, prefix=0, layers=LAYERS, scores=(), undropped=undropped)
+    assert Fixed({1: 2, 3: 3})(situation).prefix == prefix
+
+
+def test_situation_knows_the_prefix_of_every_epoch() -> None:
+    assert after(MOVING, (None, 0.1, 0.1, 0.1), (None, None, None, 0.1), MOVING).past == (0, 1, 3, 0)
+    assert after().past == ()
 
 
 def test_fixed_refuses_to_drop_every_layer() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from learndrop_ext.app.models import build_model
 from learndrop_ext.graph.chain import Chain, split_layers
-from learndrop_ext.graph.freeze import check_optimizer, device_of, freeze, prefix_modules, unfreeze
-from learndrop_ext.graph.live import LiveModel, live_body
+from learndrop_ext.graph.freeze import FrozenPrefix, check_optimizer, device_of, prefix_modules
+from learndrop_ext.graph.live import FULLY_COMPARED, LiveModel, live_body
 
 CPU = torch.device("cpu")
 
@@ -52,137 +52,176 @@ def copied(state: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(state)
 
 
-@pytest.mark.parametrize("k", [0, 1, 2, 3])
-def test_freeze_keeps_the_first_k_layers_as_they_are(k: int) -> None:
-    model = network()
-    chain = split(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    step(model, optimizer)
-    freeze(model, chain, k)
-    before = copied(model.state_dict())
-    for _ in range(2):
-        if k < 3:
-            step(model, optimizer)
-        model.train()
-        model(images())
-    first = {0: 0, 1: 3, 2: 7, 3: 8}[k]
-    for key, value in model.state_dict().items():
-        frozen = int(key.split(".")[0]) < first
-        assert torch.equal(value, before[key]) is frozen, key
-    assert [m.training for m in model] == [i >= first for i in range(8)]
+def frozen(model: nn.Module, k: int, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> FrozenPrefix:
+    return FrozenPrefix(model, split(model), k, optimizer or torch.optim.SGD(model.parameters(), lr=0.1), **options)
 
 
-def test_freeze_keeps_eval_mode_whatever_train_says() -> None:
+def suffix_step(model: nn.Module, chain: Chain, k: int, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    with torch.no_grad():
+        rows = chain.prefix(k).eval()(images())
+    chain.suffix(k)(rows).square().sum().backward()
+    optimizer.step()
+
+
+def test_frozen_modules_are_held_in_eval_mode() -> None:
     model = build_model("resnet18", num_classes=5, width=4, seed=0)
-    chain = split(model)
-    freeze(model, chain, 3)
+    held = frozen(model, 3)
     for mode in (True, False, True):
         assert model.train(mode) is model
-        chain.train(mode)
-        assert model.training is mode
+        held.hold_eval()
         for name, module in model.named_modules():
             inside = name.startswith(("conv1", "bn1", "layer1"))
             shared = name in ("relu", "maxpool", "")
             assert shared or module.training is (mode and not inside), name
-        assert not chain.layer(0).training
-        assert not chain.prefix(3).layers[2].training
-        assert chain.layer(3).training is mode
-    assert model.layer1.train(True) is model.layer1
-    assert not model.layer1.training
 
 
-def test_freeze_takes_gradients_from_the_prefix_alone() -> None:
+def test_freezing_takes_gradients_from_the_prefix_alone() -> None:
     model = network()
-    chain = split(model)
     model(images()).sum().backward()
     kept = model[7].weight.grad
-    frozen = freeze(model, chain, 1)
-    wanted = [model[0].weight, model[0].bias, model[1].weight, model[1].bias]
-    assert list(map(id, frozen.parameters)) == list(map(id, wanted))
-    assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 6
+    frozen(model, 1)
     assert [p.grad is None for p in model.parameters()] == [True] * 4 + [False] * 6
     assert model[7].weight.grad is kept
-
-
-def test_freeze_twice_goes_on_behind_the_first() -> None:
-    model = network()
-    chain = split(model)
-    first = freeze(model, chain, 1)
-    second = freeze(model, chain, 2)
-    assert not set(map(id, first.parameters)) & set(map(id, second.parameters))
-    assert not set(first.modules) & set(second.modules)
-    assert list(map(id, second.parameters)) == [id(p) for m in (model[3], model[4]) for p in m.parameters()]
-    assert freeze(model, chain, 2).parameters == freeze(model, chain, 2).modules == ()
-    for frozen in (second, first):
-        unfreeze(frozen, training=True)
     assert all(p.requires_grad for p in model.parameters())
-    assert all(m.training for m in model.modules())
-
-
-def test_unfreeze_restores_what_a_freeze_changed() -> None:
-    model = network()
-    model[0].bias.requires_grad_(False)
-    chain = split(model)
-    before = [set(m.__dict__) for m in model.modules()]
-    frozen = freeze(model, chain, 2)
-    unfreeze(frozen, training=True)
-    # A parameter that the user froze stays so.
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["0.bias"]
-    assert [set(m.__dict__) for m in model.modules()] == before
-    assert all(m.training for m in model.modules())
-    assert not any(m.training for m in model.eval().modules())
-    statistics = model[1].running_mean.clone()
-    model.train()(images())
-    assert not torch.equal(model[1].running_mean, statistics)
-
-
-def test_unfreeze_puts_the_modules_into_the_mode_given() -> None:
-    model = network().eval()
-    frozen = freeze(model, split(model), 2)
-    unfreeze(frozen, training=False)
-    assert not any(m.training for m in model.modules())
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
-def test_freeze_leaves_the_optimizer_as_it_is(kind: Callable[..., torch.optim.Optimizer]) -> None:
+def test_the_optimizer_passes_the_prefix_by(kind: Callable[..., torch.optim.Optimizer]) -> None:
     model = network()
     chain = split(model)
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1, **options)
     step(model, optimizer)
     before = copied(optimizer.state_dict())
-    frozen = freeze(model, chain, 1)
+    held = FrozenPrefix(model, chain, 1, optimizer)
     torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
-    held = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step(model, optimizer)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    suffix_step(model, chain, 1, optimizer)
     state = optimizer.state_dict()["state"]
-    assert list(state) == list(range(10))
     for i, (name, parameter) in enumerate(model.named_parameters()):
         # Neither momentum nor weight decay moves what has no gradient, and its state waits unchanged.
-        assert torch.equal(parameter, held[name]) is (i < 4), name
+        assert torch.equal(parameter, weights[name]) is (i < 4), name
         for key, value in before["state"][i].items():
             assert torch.equal(state[i][key], value) is (i < 4), (i, key)
-    unfreeze(frozen, training=True)
-    step(model, optimizer)
-    assert not torch.equal(model[0].weight, held["0.weight"])
+    assert held.first_change() is None
 
 
-def test_freeze_leaves_a_model_that_can_be_pickled_copied_and_saved() -> None:
+def test_release_leaves_the_model_as_it_was() -> None:
     model = network()
-    freeze(model, split(model), 2)
-    wanted = model.eval()(images())
+    model[4].eval()
+    before = [set(m.__dict__) for m in model.modules()]
+    modes = [m.training for m in model.modules()]
+    first = frozen(model, 1)
+    second = frozen(model, 2, before=first)
+    assert not any(m.training for m in model[:6])
+    second.release()
+    # A module that the caller had in eval mode stays so.
+    assert [m.training for m in model.modules()] == modes
+    assert [set(m.__dict__) for m in model.modules()] == before
+
+
+def test_release_follows_a_mode_that_has_changed() -> None:
+    model = network()
+    held = frozen(model, 2)
+    model.eval()
+    held.release()
+    assert not any(m.training for m in model.modules())
+
+
+def test_a_copy_of_a_frozen_model_is_an_ordinary_model() -> None:
+    model = network()
+    frozen(model, 2)
     saved = io.BytesIO()
     torch.save(model, saved)
     saved.seek(0)
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)]
     for other in copies:
+        assert torch.equal(other.eval()(images()), model.eval()(images()))
         other.train()
-        model.eval()
-        assert [m.training for m in other] == [False] * 7 + [True]
-        assert torch.equal(other.eval()(images()), wanted)
-        assert other[0].train() is other[0]
-        assert [p.requires_grad for p in other.parameters()] == [False] * 8 + [True] * 2
+        assert all(m.training for m in other.modules())
+        assert all(p.requires_grad for p in other.parameters())
+        statistics = other[1].running_mean.clone()
+        other(images())
+        assert not torch.equal(other[1].running_mean, statistics)
     assert list(model.state_dict()) == list(network().state_dict())
+
+
+def replace(model: nn.Module) -> None:
+    model[3].weight = nn.Parameter(model[3].weight.detach() + 1)
+
+
+def assign(model: nn.Module) -> None:
+    model.load_state_dict({k: v.clone() + 1 for k, v in model.state_dict().items()}, assign=True)
+
+
+def add(model: nn.Module) -> None:
+    with torch.no_grad():
+        model[3].weight.add_(1)
+
+
+def move_statistics(model: nn.Module) -> None:
+    model.train()(images())
+
+
+def data_only(model: nn.Module) -> None:
+    model[3].weight.data.add_(1)
+
+
+# what is done, the layer named, whether it is seen without a look at the values
+CHANGES = [
+    (replace, "3", True),
+    (assign, "0", True),
+    (add, "3", True),
+    (move_statistics, "0", True),
+    (data_only, "3", False),
+]
+
+
+@pytest.mark.parametrize(("change", "layer", "cheaply"), CHANGES, ids=[c[0].__name__ for c in CHANGES])
+def test_changed_weights_and_buffers_are_named(change: Callable[[nn.Module], None], layer: str, cheaply: bool) -> None:
+    model = network()
+    held = frozen(model, 2)
+    assert held.first_change() is held.first_changed_value() is None
+    change(model)
+    assert (held.first_change() is not None) is cheaply
+    assert held.first_changed_value() == layer
+    held.accept()
+    assert held.first_change() is held.first_changed_value() is None
+
+
+def test_what_lies_behind_the_prefix_may_change() -> None:
+    model = network()
+    held = frozen(model, 2)
+    with torch.no_grad():
+        model[7].weight.add_(1)
+    assert held.first_change() is held.first_changed_value() is None
+
+
+def test_the_same_values_written_again_are_no_change() -> None:
+    model = network()
+    held = frozen(model, 2)
+    model.load_state_dict(copied(model.state_dict()))
+    assert held.first_change() == "0"
+    assert held.first_changed_value() is None
+    assert held.first_change() is None
+
+
+def test_a_layer_that_is_asked_to_train_is_named() -> None:
+    model = network()
+    model[0].requires_grad_(False)
+    model[3].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    held = frozen(model, 2, optimizer)
+    assert held.first_woken() is None
+    # Not in the optimizer yet.
+    model[0].requires_grad_(True)
+    assert held.first_woken() is None
+    model[3].weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [model[3].weight]})
+    assert held.first_woken() == "3"
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    assert held.first_woken() == "0"
 
 
 def test_prefix_modules_holds_nothing_that_the_suffix_uses() -> None:
@@ -213,7 +252,7 @@ def test_live_body_runs_frozen_layers_in_eval_mode_even_where_the_suffix_shares_
     x = torch.rand(3, 6)
     chain = split_layers(model, x)
     assert chain.names == ("a", "b", "c")
-    freeze(model, chain, 2)
+    FrozenPrefix(model, chain, 2, torch.optim.SGD(model.parameters(), lr=0.1))
     wanted = model.b(model.a(x))
     seen: list[Tensor] = []
     model.b.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -239,7 +278,7 @@ def test_live_body_is_the_model_then_the_suffix() -> None:
 def test_live_body_runs_what_is_frozen_without_gradients() -> None:
     model = network()
     chain = split(model)
-    freeze(model, chain, 2)
+    FrozenPrefix(model, chain, 2, torch.optim.SGD(model.parameters(), lr=0.1))
     statistics = copied(model.state_dict())
     body = live_body(model, chain, 1, 2, None).train()
     body(torch.randn(4, 4, 8, 8)).sum().backward()
@@ -270,7 +309,7 @@ def test_live_body_refuses_a_wrap_that_gives_no_module() -> None:
 
 
 def test_live_model_refuses_images_where_rows_are_wanted() -> None:
-    live = LiveModel(nn.Flatten(), CPU)
+    live = LiveModel(nn.Flatten(), CPU, "x")
     live.row_shape = (4, 8, 8)
     assert live(torch.zeros(2, 4, 8, 8)).shape == (2, 256)
     with pytest.raises(
@@ -282,7 +321,7 @@ def test_live_model_refuses_images_where_rows_are_wanted() -> None:
 # autocast of the call, what a fill has to repeat
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_live_model_notes_the_autocast_of_training(dtype: torch.dtype | None) -> None:
-    live = LiveModel(nn.Identity(), CPU)
+    live = LiveModel(nn.Identity(), CPU, "x")
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         live(images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -292,29 +331,98 @@ def test_live_model_notes_the_autocast_of_training(dtype: torch.dtype | None) ->
 
 
 OWN = images(4)
-# what the training step gives to the model, is it foreign
+# what the training step gives to the model, what is said of it
 GIVEN = [
-    (OWN, False),
-    (OWN[:2], False),
-    (OWN.contiguous(memory_format=torch.channels_last), False),
-    (OWN.half(), False),
-    (OWN.flip(0), True),
-    (OWN + 0.5, True),
-    (torch.cat([OWN, OWN]), True),
-    (OWN[:, :, ::2], True),
-    (OWN.flatten(1), True),
+    (OWN, None),
+    (OWN[:2], None),
+    (OWN[2:], None),
+    (OWN.contiguous(memory_format=torch.channels_last), None),
+    (OWN.half(), None),
+    (OWN.clone()[:3], None),
+    (OWN.flip(0), "[4, 3, 8, 8]"),
+    (OWN + 0.5, "[4, 3, 8, 8]"),
+    (torch.cat([OWN, OWN]), "[8, 3, 8, 8]"),
+    (OWN[:, :, ::2], "[4, 3, 4, 8]"),
+    (OWN.flatten(1), "[4, 192]"),
 ]
 
 
+@pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize(("given", "foreign"), GIVEN)
-def test_live_model_notes_inputs_that_are_not_the_batchs_own(given: Tensor, foreign: bool) -> None:
-    live = LiveModel(nn.Identity(), CPU)
+def test_live_model_notes_inputs_that_are_not_the_batchs_own(given: Tensor, foreign: str | None, later: bool) -> None:
+    live = LiveModel(nn.Identity(), CPU, "x")
+    for _ in range(2 * FULLY_COMPARED if later else 0):
+        live.expect(OWN)
+        live(OWN.clone())
     live.expect(OWN)
+    # A second call in the step is looked at as the first is.
+    live(OWN)
     live(given)
-    assert live.foreign == (given.shape if foreign else None)
-    # Only the first call after a batch is looked at: a second pass may be over anything.
-    live(torch.zeros(1, 1))
-    assert live.foreign == (given.shape if foreign else None)
+    assert live.take_foreign() == foreign
+    assert live.take_foreign() is None
+
+
+@pytest.mark.parametrize(
+    "call", [lambda x: x.sub_(1), lambda x: x[1].copy_(x[1].flip(-1)), lambda x: x[0, :, :2].zero_()]
+)
+def test_live_model_notes_a_batch_that_is_changed_in_place(call: Callable[[Tensor], Any]) -> None:
+    live = LiveModel(nn.Identity(), CPU, "x")
+    x = images(4)
+    live.expect(x)
+    live(x)
+    call(x)
+    live(x)
+    assert live.take_foreign() == "one that was changed in place"
+
+
+def test_live_model_looks_at_one_sample_of_later_batches_another_each_time() -> None:
+    live = LiveModel(nn.Identity(), CPU, "x")
+    changed = OWN.clone()
+    changed[2] += 1
+    for _ in range(FULLY_COMPARED):
+        live.expect(OWN)
+        live(OWN.clone())
+    seen = []
+    for _ in range(8):
+        live.expect(OWN)
+        live(changed)
+        seen.append(live.take_foreign() is not None)
+    assert seen == [False, False, True, False, False, False, True, False]
+
+
+def test_live_model_does_not_look_where_it_was_told_not_to() -> None:
+    live = LiveModel(nn.Identity(), CPU, "x")
+    live.check_input = False
+    live.expect(OWN)
+    live(OWN + 1)
+    assert live.take_foreign() is None
+
+
+def test_live_model_refuses_a_call_with_frozen_weights_that_have_changed() -> None:
+    model = network()
+    live = LiveModel(nn.Identity(), CPU, "x")
+    live.frozen = frozen(model, 2)
+    live(OWN)
+    add(model)
+    with pytest.raises(RuntimeError, match=r"of the dropped layers must stay .* those of 3 have changed"):
+        live(OWN)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "got"),
+    [
+        ((), {}, r"got \(\)"),
+        ((OWN, OWN), {}, r"got \(Tensor, Tensor\)"),
+        ((OWN,), {"labels": OWN}, r"got \(Tensor, labels=Tensor\)"),
+        ((), {"image": OWN}, r"got \(image=Tensor\)"),
+        (({"x": OWN},), {}, r"got \(dict\)"),
+    ],
+)
+def test_live_model_refuses_anything_but_one_tensor(args: Any, kwargs: Any, got: str) -> None:
+    live = LiveModel(nn.Identity(), CPU, "pixels")
+    assert live(OWN) is live(pixels=OWN) is OWN
+    with pytest.raises(TypeError, match=f"drop.model: wanted one tensor, pixels, .* {got}"):
+        live(*args, **kwargs)
 
 
 def test_device_of() -> None:

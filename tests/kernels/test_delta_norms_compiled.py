@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ constants = delta_norms.constants(refresh=refresh, persistence=persistence)
 types = {"p_chunks": "*i64", "p_starts": "*i64", "p_anchors": "*u8", "p_partials": "*fp64", "p_counters": "*i32"}
 types |= {"p_out": "*fp64", "L": "i32", "row_bytes": "i64"} | dict.fromkeys(constants, "constexpr")
 source = ASTSource(fn=delta_norms.delta_norms_kernel, signature=types, constexprs=constants)
-compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": delta_norms.WARPS})
+compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=delta_norms.OPTIONS)
 print(json.dumps({"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}))
 """
 
@@ -40,12 +42,25 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """
     pytest.importorskip("triton")
     refresh, persistence = request.param
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-c", COMPILE, json.dumps([refresh, persistence])]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout)
+    found = compile_kernel(refresh, persistence, tmp_path_factory.mktemp("triton"))
     return refresh, persistence, found["ptx"], found["shared"]
+
+
+def compile_kernel(refresh: bool, persistence: bool, cache: Path, **environment: str) -> dict[str, Any]:
+    """What COMPILE prints, in a process without the interpreter; a warning there is an error."""
+    dropped = ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION")
+    inherited = {name: value for name, value in os.environ.items() if name not in dropped}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMPILE, json.dumps([refresh, persistence])],
+        env=inherited | {"TRITON_CACHE_DIR": str(cache)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 def vectors(ptx: str, instruction: str) -> int:
@@ -66,6 +81,12 @@ def test_delta_norms_kernel_uses_no_local_memory(compiled: tuple[bool, bool, str
 
 def test_delta_norms_kernel_keeps_subnormals(compiled: tuple[bool, bool, str, int]) -> None:
     assert ".ftz" not in compiled[2]
+
+
+def test_delta_norms_kernel_does_not_depend_on_the_default_of_fp_fusion(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    found = [compile_kernel(True, True, tmp_path / fused, TRITON_DEFAULT_FP_FUSION=fused)["ptx"] for fused in "01"]
+    assert found[0] == found[1]
 
 
 def test_delta_norms_kernel_adds_no_floats_atomically(compiled: tuple[bool, bool, str, int]) -> None:

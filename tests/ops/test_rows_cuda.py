@@ -10,10 +10,25 @@ import torch
 
 from learndrop_ext import ops
 from learndrop_ext.ops import rows_reference as reference
+from learndrop_ext.ops import transfer
 
 pytestmark = pytest.mark.cuda
 
-SHAPES = [(64, 8, 8), (3, 5, 7), (70, 3, 3), (256, 14, 14), (16, 1, 1), (1, 28, 28), (17,), (512,), (100_352,), ()]
+SHAPES = [
+    (64, 8, 8),
+    (3, 5, 7),
+    (24, 9, 9),
+    (2, 40, 40),
+    (70, 3, 3),
+    (256, 14, 14),
+    (16, 1, 1),
+    (1, 28, 28),
+    (17,),
+    (512,),
+    (1000,),
+    (100_352,),
+    (),
+]
 INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -70,6 +85,24 @@ def test_every_half_and_many_floats_convert_as_on_the_cpu() -> None:
             reference.append_rows(cpu, x, torch.tensor([0]), codec=codec)
             ops.append_rows(gpu, x.cuda(), torch.tensor([0]), codec=codec)
             assert torch.equal(gpu.cpu(), cpu), (x.dtype, codec)
+
+
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+def test_gather_rows_of_uint8_gives_the_quiet_nan(dtype: torch.dtype) -> None:
+    cache = torch.zeros(1, 128, dtype=torch.uint8, device="cuda")
+    rows = torch.tensor([[1.0, torch.nan, 2.0, 3.0]], device="cuda")
+    ops.append_rows(cache, rows, torch.tensor([0]), codec="uint8")
+    got = ops.gather_rows(cache, torch.tensor([0]), (4,), codec="uint8", dtype=dtype)
+    quiet = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}[dtype]
+    assert bits(got.cpu()).tolist() == [[quiet] * 4]
+
+
+def test_an_error_of_cuda_is_not_left_for_the_next_call() -> None:
+    cache = torch.zeros(1, 128, dtype=torch.uint8, device="cuda")
+    pageable = torch.zeros(4, 128, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="CUDA says"):
+        transfer.pin(pageable, torch.device("cuda", 99))
+    assert ops.gather_rows(cache, torch.tensor([0]), (8,)).tolist() == [[0.0] * 8]
 
 
 def test_rows_beyond_four_gigabytes() -> None:

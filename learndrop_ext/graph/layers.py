@@ -1,0 +1,160 @@
+"""A model as a chain of layers: the points of its forward graph where one tensor is live, and the modules between them.
+
+A *cut point* is a point of the graph where exactly one tensor is live. A *layer* lies between two chosen cut points: it
+starts at an operation with weights (a convolution, a linear map, a residual block, in which two tensors are live) and
+takes along the norms, activations and pools that follow. Dropout goes with the layer after it, so that a cached
+activation is the tensor before the dropout and the noise stays fresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from learndrop_ext.graph.watch import Watch
+
+
+class Layer(nn.Module):
+    """One layer of a chain. Its parameters and buffers are the model's own.
+
+    Attributes:
+        name: path of the module that the layer starts with, or that holds all of it.
+        shape: shape of one sample of the tensor that leaves the layer, without the batch dimension; None for the last
+            layer of a model that returns no single tensor.
+        train_graph: what the layer computes in train mode.
+        eval_graph: what it computes in eval mode; the same object where that is the same.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None,
+        train: fx.GraphModule,
+        evaluate: fx.GraphModule,
+        *,
+        fixed_input: tuple[int, ...] | None = None,
+        writes_input: bool = False,
+        switches: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.shape = shape
+        self.train_graph = train
+        # A module that asks for self.training has it baked in by the tracer: then there are two graphs.
+        self.eval_graph = evaluate if evaluate.code != train.code else train
+        self.fixed_input = fixed_input
+        self.writes_input = writes_input
+        #: Modules of the model whose training flag decides between the graphs, beside the layer's own.
+        self.switches: tuple[nn.Module, ...] = tuple(switches) if self.eval_graph is not train else ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "switches": ()}
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if self.fixed_input is not None and tuple(x.shape[1:]) != self.fixed_input:
+            raise ValueError(
+                f"Chain: the input of layer {self.name} must be [B, {', '.join(map(str, self.fixed_input))}] as in the "
+                f"example, because the model's forward reads sizes; got {list(x.shape)}"
+            )
+        if self.writes_input:
+            x = x.clone()
+        return self.train_graph(x) if self._trains() else self.eval_graph(x)
+
+    def _trains(self) -> bool:
+        if not self.training or not self.switches:
+            return self.training
+        flags = {module.training for module in self.switches}
+        if len(flags) == 2:
+            raise RuntimeError(
+                f"Chain: the modules of layer {self.name} must be in one mode, got some in train and some in eval mode: "
+                f"{', '.join(type(m).__name__ for m in self.switches if not m.training)} in eval mode"
+            )
+        return flags.pop()
+
+
+class Segment(nn.Module):
+    """Some neighbouring layers of a chain, run one after the other; `Segment([])` is the identity."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Chain(nn.Module):
+    """A model as a sequence of layers: `chain(x)` equals `model(x)` and shares its parameters and buffers.
+
+    Made by :func:`split_layers`. It can be copied and pickled; a copy is on its own and watches no model.
+
+    Attributes:
+        layers: the layers, in order.
+        kept_whole: modules that the graphs call as they are because torch.fx cannot hold them, and the reason.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], *, kept_whole: Mapping[str, str] | None = None, watch: Watch | None = None
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.kept_whole = dict(kept_whole or {})
+        self._watch = watch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watch": None}
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    def layer(self, i: int) -> Layer:
+        """Return the i-th layer, 0 <= i < len(chain)."""
+        found = self.layers[i]
+        assert isinstance(found, Layer)
+        return found
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all layers, in order."""
+        return tuple(self.layer(i).name for i in range(len(self)))
+
+    def segment(self, start: int, stop: int) -> Segment:
+        """Return the layers start..stop-1 as one module.
+
+        Raises:
+            IndexError: unless 0 <= start <= stop <= len(chain).
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"Chain: layers must be within 0..{len(self)} and in order, got {start}..{stop}")
+        return Segment([self.layer(i) for i in range(start, stop)])
+
+    def prefix(self, k: int) -> Segment:
+        """Return the first k layers as one module."""
+        return self.segment(0, k)
+
+    def suffix(self, k: int) -> Segment:
+        """Return all layers from the k-th on as one module."""
+        return self.segment(k, len(self))
+
+    def stale(self) -> str | None:
+        """Say what has changed in the model since it was split, of what the chain holds as a constant.
+
+        That is: attributes that the model's forward reads, submodules and parameters that were replaced, and hooks on
+        modules that the chain does not call. Values of parameters and buffers are shared and never stale. It takes
+        well under a millisecond.
+
+        Returns:
+            The first change in words ("temperature of block2.attn was 1.0 when the model was split, and is 0.5"), or
+            None. A copied or unpickled chain watches nothing and returns None.
+        """
+        return self._watch.moved() if self._watch is not None else None

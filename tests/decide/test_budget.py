@@ -1,0 +1,314 @@
+"""Budget: decisions as a table, and whole runs played through with costs that the forecast does not know."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import statistics
+from typing import Any
+
+import pytest
+from four_layers import four_layers
+
+from learndrop_ext.decide.costs import LayerCost
+from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
+from learndrop_ext.decide.policy import Budget, Decision, Situation
+
+COSTS = four_layers()
+NAMES = ("stem", "block1", "block2", "fc")
+#: Three epochs of 26.6 s.
+FULL = 79.8
+
+
+def situation(epoch: int, past: tuple[int, ...] = (), **more: Any) -> Situation:
+    scores = tuple((None,) * k + (0.5,) * (4 - k) for k in past)
+    values = {"epochs": 3, "prefix": past[-1] if past else 0, "scores": scores, "costs": COSTS, **more}
+    return Situation(epoch=epoch, layers=NAMES, **values)
+
+
+# Epochs take 26.6, 19.9, 13.7, 7.3 s; the rows of one, two and three layers 3.5, 5.5 and 7.5 s.
+DECISIONS: list[tuple[str, Budget, Situation, int, str]] = [
+    ("no speedup", Budget(1.0), situation(0), 0, "budget 1x: 0 of 4 layers, forecast 79.8 s of 79.8 s"),
+    # 29.4 s is all that three layers from the first step can do.
+    ("all it can", Budget(2.71), situation(0), 3, "budget 2.71x: 3 of 4 layers, forecast 29.4 s of 29.4 s"),
+    ("not enough", Budget(4.0), situation(0), 3, "budget 4x: 3 of 4 layers, forecast 29.4 s of 20.0 s"),
+    ("before its start", Budget(2.0, 2), situation(1, (0,)), 0, "budget 2x: no drop before epoch 2"),
+    ("before training", Budget(1.5, 1), situation(0), 0, "budget 1.5x: no drop before epoch 1"),
+    # 53.2 s: 26.6 s are gone, three layers take 14.8 + 7.3 s, two 19.2 + 13.7 s.
+    (
+        "from its start",
+        Budget(1.5, 1),
+        situation(1, (0,), elapsed_seconds=26.6),
+        3,
+        "budget 1.5x: 3 of 4 layers, forecast 48.7 s of 53.2 s",
+    ),
+    # Confirmed costs. 39.9 s less 19.2 s leave 20.7 s: a second epoch with two layers leaves 7.0 s for the last, too few.
+    (
+        "on time",
+        Budget(2.0),
+        situation(1, (2,), elapsed_seconds=19.2),
+        3,
+        "budget 2x: 3 of 4 layers, forecast 36.8 s of 39.9 s",
+    ),
+    (
+        "ahead of time",
+        Budget(2.0),
+        situation(1, (2,), elapsed_seconds=12.0),
+        2,
+        "budget 2x: 2 of 4 layers, forecast 39.4 s of 39.9 s",
+    ),
+    (
+        "behind time",
+        Budget(2.0),
+        situation(1, (2,), elapsed_seconds=30.0),
+        3,
+        "budget 2x: 3 of 4 layers, forecast 47.6 s of 39.9 s",
+    ),
+    # The same epochs in a run that takes longer without drops.
+    (
+        "the measured time of the full run counts",
+        Budget(2.0),
+        situation(1, (2,), elapsed_seconds=19.2, full_seconds=96.0),
+        2,
+        "budget 2x: 2 of 4 layers, forecast 46.6 s of 48.0 s",
+    ),
+    (
+        "slower than forecast",
+        Budget(2.0),
+        situation(1, (2,), elapsed_seconds=19.2, full_seconds=96.0, costs=four_layers(scale=1.3)),
+        3,
+        "budget 2x: 3 of 4 layers, forecast 42.1 s of 48.0 s",
+    ),
+    ("the run has ended", Budget(2.0), situation(3, (2, 2, 3), elapsed_seconds=41.0), 3, "budget 2x: 41.0 s of 39.9 s"),
+]
+
+
+@pytest.mark.parametrize(
+    ("policy", "seen", "prefix", "reason"), [case[1:] for case in DECISIONS], ids=[case[0] for case in DECISIONS]
+)
+def test_budget(policy: Budget, seen: Situation, prefix: int, reason: str) -> None:
+    assert policy(seen) == Decision(prefix, reason)
+
+
+FIVE = RunCosts(
+    layers=tuple(LayerCost(str(i), 1, 1.0, 3.0, (1,)) for i in range(5)),
+    cuts=(0, 1, 2, 3, 4),
+    row_seconds=(0.0,) * 5,
+    write_seconds=(0.0,) * 5,
+    image_seconds=0.0,
+    other_seconds=0.0,
+    samples=1,
+)
+
+
+# Two of seven epochs are done, the second with one layer dropped; 30 s are left. Epochs take 12, 9, 6, 3 s with one to
+# four layers dropped, and 1 s more for each layer between the rows that are read and those that are made.
+@pytest.mark.parametrize(
+    ("last", "prefix"),
+    [
+        # All alike: 1, 3, 4, 4, 4 layers, the fewest at first.
+        ((0.5, 0.5, 0.5, 0.5), 1),
+        ((0.0, 0.0, 0.0, 0.0), 1),
+        # The second hardly learns and goes at once, so that the third can stay longer: 2, 2, 4, 4, 4.
+        ((0.0, 0.9, 0.9, 0.9), 2),
+        # The second and third: 3, 3, 3, 3, 4.
+        ((0.0, 0.0, 0.9, 0.9), 3),
+        ((0.9, 0.9, 0.0, 0.0), 1),
+    ],
+)
+def test_budget_from_a_later_start_drops_first_what_learns_least(last: tuple[float, ...], prefix: int) -> None:
+    seen = Situation(
+        epoch=2,
+        epochs=7,
+        prefix=1,
+        layers=tuple("abcde"),
+        scores=((0.9, *last), (None, *last)),
+        costs=FIVE,
+        elapsed_seconds=28.0,
+        full_seconds=2 * 58.0,
+    )
+    assert Budget(2.0, 1)(seen).prefix == prefix
+
+
+def test_budget_weighs_scores_from_one_to_four() -> None:
+    scores = ((0.3, 0.0, 0.9, None, 0.15), (0.3, 0.0, 0.9, None, 0.15))
+    assert Budget(2.0, 1)._weights(situation(1, scores=scores)) == (2, 1, 4, 1)
+    # Only what was measured after undrop() counts.
+    scores = ((0.9, 0.9, 0.9, 0.9), (0.0, 0.4, 0.8, 0.2))
+    assert Budget(2.0, 1)._weights(situation(1, scores=scores, undropped=1)) == (1, 3, 4, 2)
+    # Smoothed with weight 1/2: 0.4 and 0.9.
+    assert Budget(2.0, 1)._weights(situation(1, scores=((0.8, 0.8, 0, 0), (0.0, 1.0, 0, 0)))) == (2, 4, 1, 1)
+    assert Budget(2.0, 1)._weights(situation(1, scores=((0.0, 0.0, 0.0, 0.0),))) == (1, 1, 1, 1)
+
+
+def test_budget_from_the_first_step_does_not_look_at_scores() -> None:
+    seen = situation(1, (2,), elapsed_seconds=12.0)
+    other = dataclasses.replace(seen, scores=((None, None, 0.0, 0.9),))
+    assert Budget(2.0)(seen) == Budget(2.0)(other)
+
+
+@pytest.mark.parametrize(
+    ("policy", "epochs", "message"),
+    [
+        (
+            Budget(2.72),
+            3,
+            r"Budget: speedup must be at most 2.71, .* after 0 of 3 epochs can give this run, got 2.72",
+        ),
+        (
+            Budget(1.7, 1),
+            3,
+            r"Budget: speedup must be at most 1.63, .* after 1 of 3 epochs can give this run, got 1.7",
+        ),
+        (
+            Budget(1.1, 7),
+            3,
+            r"Budget: speedup must be at most 1.00, .* after 7 of 3 epochs can give this run, got 1.1",
+        ),
+        (Budget(2.0), None, r"Budget: epochs must be known, give DropScheduler\(epochs=...\), got None"),
+    ],
+)
+def test_budget_check_refuses_what_cannot_be_reached(policy: Budget, epochs: int | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy.check(COSTS, epochs)
+
+
+@pytest.mark.parametrize(("policy", "epochs"), [(Budget(2.71), 3), (Budget(1.63, 1), 3), (Budget(1.0, 9), 3)])
+def test_budget_check_admits_what_can_be_reached(policy: Budget, epochs: int) -> None:
+    policy.check(COSTS, epochs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"speedup": 0.99}, r"Budget: speedup must be a number >= 1, got 0.99"),
+        ({"speedup": float("nan")}, r"Budget: speedup must be a number >= 1, got nan"),
+        ({"speedup": float("inf")}, r"Budget: speedup must be a number >= 1, got inf"),
+        ({"speedup": "2"}, r"Budget: speedup must be a number >= 1, got '2'"),
+        ({"start": -1}, r"Budget: start must be a whole number >= 0, got -1"),
+        ({"start": 1.0}, r"Budget: start must be a whole number >= 0, got 1.0"),
+        ({"start": True}, r"Budget: start must be a whole number >= 0, got True"),
+    ],
+)
+def test_budget_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget(**arguments)
+
+
+def test_budget_refuses_a_situation_without_costs_or_length() -> None:
+    with pytest.raises(ValueError, match="Budget: the run's costs must be measured, got a situation without costs"):
+        Budget()(situation(0, costs=None))
+    with pytest.raises(ValueError, match="Budget: epochs must be known"):
+        Budget()(situation(0, epochs=None))
+
+
+def network(train: list[float], views: int) -> RunCosts:
+    L = len(train)
+    return RunCosts(
+        layers=tuple(LayerCost("", 1, t / 3, t, (1,), first_seconds=t * 2 / 3, parameters=1) for t in train),
+        cuts=tuple(range(L)),
+        row_seconds=(0.0,) + (0.1,) * (L - 1),
+        write_seconds=(0.0,) + (0.1,) * (L - 1),
+        image_seconds=0.5,
+        other_seconds=0.3,
+        samples=1000,
+        views=views,
+    )
+
+
+def measured(truth: RunCosts, draw: random.Random) -> RunCosts:
+    """The costs as somebody measures them who is up to 10 % off everywhere, and right about the whole step."""
+
+    def off(value: float) -> float:
+        return value * draw.uniform(0.9, 1.1)
+
+    layers = []
+    for layer in truth.layers:
+        train = off(layer.train_seconds)
+        layers.append(
+            dataclasses.replace(layer, seconds=off(layer.seconds), train_seconds=train, first_seconds=train * 2 / 3)
+        )
+    model = dataclasses.replace(
+        truth,
+        layers=tuple(layers),
+        row_seconds=tuple(map(off, truth.row_seconds)),
+        write_seconds=tuple(map(off, truth.write_seconds)),
+        image_seconds=off(truth.image_seconds),
+    )
+    return dataclasses.replace(model, scale=truth.epoch_seconds(0) / model.epoch_seconds(0))
+
+
+def play(truth: RunCosts, policy: Budget, epochs: int, *, wrong: float, seed: int) -> float:
+    """Time taken over that asked for, with 3 % of noise in each epoch and a forecast that is `wrong` times too long."""
+    draw = random.Random(seed)
+    model = measured(truth, draw)
+    full = truth.epoch_seconds(0) * epochs
+    past: list[int] = []
+    taken = modelled = 0.0
+    for epoch in range(epochs):
+        # What the epochs done show of the forecast; the first ones, without drops, were forecast right.
+        scale = wrong if not any(past) else taken / modelled
+        seen = Situation(
+            epoch=epoch,
+            epochs=epochs,
+            prefix=past[-1] if past else 0,
+            layers=("",) * len(truth.layers),
+            scores=tuple((None,) * k + (0.5,) * (len(truth.layers) - k) for k in past),
+            costs=dataclasses.replace(model, scale=model.scale * scale),
+            elapsed_seconds=taken,
+            full_seconds=full,
+        )
+        past.append(policy(seen).prefix)
+        rest = past + past[-1:] * (epochs - len(past))
+        taken += plan_prefixes(truth, rest, epochs)[epoch].seconds * draw.uniform(0.97, 1.03)
+        modelled += plan_prefixes(model, rest, epochs)[epoch].seconds
+    return taken / (full / policy.speedup)
+
+
+EFFICIENT = [4.0, 5.0, 4.0, 3.0, 3.0, 2.5, 2.0, 2.0, 1.0, 0.5]
+HEAVY_FIRST = [2.0, 8.0, 6.0, 8.0, 4.0, 5.0, 1.5, 1.5, 0.3]
+ALIKE = [1.0] * 12
+
+
+@pytest.mark.parametrize("wrong", [0.77, 1.0, 1.3])
+@pytest.mark.parametrize(
+    ("train", "views", "epochs", "policy"),
+    [
+        (EFFICIENT, 1, 5, Budget(1.5)),
+        (EFFICIENT, 1, 5, Budget(2.0)),
+        (EFFICIENT, 1, 10, Budget(3.0)),
+        (EFFICIENT, 1, 10, Budget(2.0, 1)),
+        (EFFICIENT, 2, 10, Budget(2.0)),
+        (HEAVY_FIRST, 1, 5, Budget(2.0)),
+        (HEAVY_FIRST, 1, 20, Budget(2.0, 5)),
+        (ALIKE, 1, 6, Budget(2.0)),
+    ],
+)
+def test_budget_ends_a_run_in_time(train: list[float], views: int, epochs: int, policy: Budget, wrong: float) -> None:
+    truth = network(train, views)
+    policy.check(truth, epochs)
+    ratios = [play(truth, policy, epochs, wrong=wrong, seed=seed) for seed in range(5)]
+    assert 0.95 < statistics.median(ratios) < 1.05
+    assert all(0.92 < ratio < 1.08 for ratio in ratios), ratios
+
+
+def test_budget_grows_from_step_to_step() -> None:
+    truth = network(EFFICIENT, 1)
+    assert largest_speedup(truth, 5) > 4
+    prefixes: list[int] = []
+    taken = 0.0
+    for epoch in range(5):
+        seen = Situation(
+            epoch=epoch,
+            epochs=5,
+            prefix=prefixes[-1] if prefixes else 0,
+            layers=("",) * 10,
+            scores=tuple((None,) * k + (0.5,) * (10 - k) for k in prefixes),
+            costs=truth,
+            elapsed_seconds=taken,
+        )
+        prefixes.append(Budget(2.0)(seen).prefix)
+        taken = total_seconds(plan_prefixes(truth, prefixes + prefixes[-1:] * (4 - epoch), 5)[: epoch + 1])
+    assert prefixes == sorted(prefixes)
+    assert prefixes[0] < prefixes[-1]
+    assert 0.95 < taken / (truth.epoch_seconds(0) * 5 / 2) <= 1.0
