@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ import torch
 
 from learndrop_ext import backend_info
 from learndrop_ext.app import runs
-from learndrop_ext.app.cli import PRESETS
 from learndrop_ext.app.datasets import load_dataset
+from learndrop_ext.app.options import PRESETS
 from learndrop_ext.decide.probes import copy_bytes_per_second
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +57,7 @@ def main() -> int:
         "records": [],
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    name = args.name or re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["cpu"]).lower()).strip("-")
-    path = args.out / f"{name}.json"
+    path = args.out / f"{args.name or file_name(machine)}.json"
     if "training" in args.suites:
         for record in training_records(device, args.data_root):
             result["records"].append(record)
@@ -75,6 +74,11 @@ def write(path: Path, result: dict[str, Any]) -> None:
     aside = path.with_suffix(".part")
     aside.write_text(json.dumps(result, indent=1) + "\n")
     aside.replace(path)
+
+
+def file_name(machine: Mapping[str, Any]) -> str:
+    """The name of a machine's file: its GPU, or its CPU where it has none."""
+    return re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["cpu"]).lower()).strip("-")
 
 
 def run_tests() -> int:

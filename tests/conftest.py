@@ -65,6 +65,14 @@ def torchvision_stub() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
+@pytest.fixture(scope="session")
+def timm_stub(torchvision_stub: ModuleType) -> ModuleType:
+    """timm, which imports torchvision."""
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    return importlib.import_module("timm")
+
+
 #: A library's operators go with it.
 LIBRARIES: list[torch.library.Library] = []
 

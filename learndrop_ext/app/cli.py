@@ -1,4 +1,4 @@
-"""The command line: `learndrop compare`, `learndrop train`, `learndrop info`."""
+"""The command line: `learndrop compare`, `train`, `forecast`, `cache` and `info`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,144 +14,59 @@ from typing import Any
 
 import torch
 
-from learndrop_ext import __version__, backend_info
-from learndrop_ext.app import report, runs
-from learndrop_ext.app.datasets import load_dataset
+from learndrop_ext import backend_info
+from learndrop_ext.app import forecasts, report, runs, shared_rows
+from learndrop_ext.app.datasets import Split, load_dataset, load_folder
+from learndrop_ext.app.networks import build_network, check_network, is_external, pixel_statistics
+from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, STOPPED_OPTIONS, make_parser
+from learndrop_ext.app.policies import parse_policy
 from learndrop_ext.app.runs import Recipe
-from learndrop_ext.ops import CODECS
+from learndrop_ext.ops import free_bytes
 
-RIVALS = ("freeze-only", "short")
 INTERRUPTED = 130
-
-#: What a newcomer gets without options: model, base width, epochs, batch size, peak learning rate, augmentation, views.
-PRESETS: dict[str, dict[str, Any]] = {
-    "digits": {"model": "resnet10", "width": 32, "epochs": 20, "batch_size": 64, "lr": 0.1},
-    "mnist": {"model": "resnet18", "width": 64, "epochs": 10, "batch_size": 128, "lr": 0.1},
-    "fashion-mnist": {"model": "resnet18", "width": 64, "epochs": 15, "batch_size": 128, "lr": 0.1},
-    "cifar10": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 128, "lr": 0.2, "augment": "standard"},
-    "cifar100": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 128, "lr": 0.2, "augment": "standard"},
-    "imagenette": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 64, "lr": 0.1, "augment": "standard"},
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for arguments that cannot be used, 130 after Ctrl-C."""
-    parser = _parser()
+    """Run one command and return its exit status: 0, 2 for what cannot be done, 130 after Ctrl-C.
+
+    What cannot be done is said in one line. The environment's LEARNDROP_TRACEBACK=1 shows where it was raised.
+    """
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 2
+    run = {"compare": _compare, "train": _train, "forecast": _forecast, "cache": _cache, "info": _info}[args.command]
     try:
-        return int(args.run(args))
-    except (ValueError, TypeError, ImportError, OSError) as error:
+        return run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
+        if os.environ.get("LEARNDROP_TRACEBACK") == "1":
+            raise
         print(f"learndrop {args.command}: error: {error}", file=sys.stderr)
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="learndrop",
-        description="Train a convolutional network faster: layers that have stopped learning are dropped from the "
-        "training step, and the rest trains on their cached outputs.",
-    )
-    parser.add_argument("--version", action="version", version=f"learndrop {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    compare = commands.add_parser(
-        "compare",
-        help="train the same model without and with dropping and show what it saved",
-        description="Train the same model twice, same seed, same recipe: plainly, and with dropping. Prints a table "
-        "and writes report.html and metrics.jsonl. Without arguments: a small ResNet on the handwritten digits that "
-        "come with scikit-learn, under two minutes on two CPU cores.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _training_options(compare)
-    compare.add_argument(
-        "--with",
-        dest="rivals",
-        type=_rivals,
-        default=(),
-        metavar="RIVALS",
-        help="also train the honest rivals, separated by commas: freeze-only (same drops, nothing cached) and short "
-        "(the plain recipe with as many epochs as fit into the time that dropping took)",
-    )
-    compare.set_defaults(run=_compare)
-    train = commands.add_parser(
-        "train",
-        help="train once with dropping and save the model",
-        description="Train one model with dropping and write model.pt (its state_dict), metrics.jsonl and report.html.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _training_options(train)
-    train.add_argument("--plain", action="store_true", help="train without dropping")
-    train.set_defaults(run=_train)
-    info = commands.add_parser("info", help="say what this installation can do")
-    info.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    info.set_defaults(run=_info)
-    return parser
-
-
-def _training_options(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=list(PRESETS), default="digits", help="what to train on")
-    data.add_argument("--data-root", type=Path, metavar="DIR", help="folder with the dataset's original files")
-    data.add_argument("--limit", type=_count, metavar="N", help="use only the first N training and N test images")
-    data.add_argument("--image-size", type=_count, metavar="PIXELS", help="side of Imagenette's images (default: 128)")
-    data.add_argument("--augment", choices=["none", "standard"], help="random shift and flip (default: by dataset)")
-    recipe = parser.add_argument_group("recipe (defaults depend on the dataset)")
-    recipe.add_argument(
-        "--model", metavar="NAME", help="vgg11, vgg13, vgg16, vgg19, resnet10, resnet18, ..., resnet152"
-    )
-    recipe.add_argument("--stem", choices=["small", "imagenet"], help="3x3 for small images or 7x7 (default: by size)")
-    recipe.add_argument("--width", type=_count, metavar="N", help="channels of the first stage")
-    recipe.add_argument("--epochs", type=_count, metavar="N", help="passes over the training images")
-    recipe.add_argument("--batch-size", type=_count, metavar="N", help="images a step")
-    recipe.add_argument("--lr", type=_positive, metavar="X", help="peak learning rate of the one-cycle schedule")
-    recipe.add_argument("--seed", type=int, default=0, metavar="N", help="of the weights, the order and the views")
-    recipe.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: cuda where there is one")
-    recipe.add_argument("--amp", choices=["bf16"], help="mixed precision")
-    dropping = parser.add_argument_group("dropping")
-    dropping.add_argument("--codec", choices=CODECS, default=Recipe.codec, help="how cached activations are stored")
-    dropping.add_argument(
-        "--views", type=_count, metavar="V", help="augmented views kept of an image (default: 4 or 1)"
-    )
-    dropping.add_argument(
-        "--threshold", type=float, default=Recipe.threshold, metavar="X", help="a score under this has stopped"
-    )
-    dropping.add_argument(
-        "--patience", type=_count, default=Recipe.patience, metavar="N", help="for so many measurements"
-    )
-    dropping.add_argument("--warmup", type=int, default=Recipe.warmup, metavar="N", help="epochs before the first drop")
-    dropping.add_argument(
-        "--max-dropped", type=float, default=Recipe.max_dropped, metavar="X", help="largest share of layers to drop"
-    )
-    dropping.add_argument(
-        "--min-saving",
-        type=float,
-        default=Recipe.min_saving,
-        metavar="X",
-        help="share of the run that a drop must save",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default=Path("learndrop-report"), metavar="DIR", help="where files go")
-    output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-
-
-def _recipe(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The split and the recipe that the options ask for."""
+def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
+    """The split and the recipe that the options ask for. What can be checked fast is checked before images are read."""
     preset = PRESETS[args.dataset]
-    device = _device(args.device, torch.cuda.is_available())
-    split = load_dataset(args.dataset, args.data_root, limit=args.limit, size=args.image_size)
+    device = _device(args.device)
+    _check_out(args.out)
+    model = args.model or preset["model"]
+    check_network(model)
+    _check_options(args, model)
+    split = _load(args)
     augment = args.augment or preset.get("augment")
     augment = None if augment == "none" else augment
-    chosen = {
-        k: preset[k] if getattr(args, k) is None else getattr(args, k) for k in ("model", "width", "epochs", "lr")
-    }
-    batch_size = args.batch_size or preset["batch_size"]
-    if args.data_root is not None and args.dataset == "imagenette":
-        split = dataclasses.replace(split, train=split.train.decoded(), test=split.test.decoded())
+    said = {name: value for name in RECIPE_OPTIONS if (value := getattr(args, name)) is not None}
+    chosen = {name: value for name, value in preset.items() if name not in ("model", "augment")} | said
+    chosen["batch_size"] = min(chosen["batch_size"], len(split.train))
     recipe = Recipe(
         **chosen,
-        batch_size=min(batch_size, len(split.train)),
+        model=model,
+        weights=args.weights,
         stem=args.stem or ("small" if split.size <= 64 else "imagenet"),
         seed=args.seed,
         device=device,
@@ -158,26 +74,90 @@ def _recipe(args: argparse.Namespace) -> tuple[Any, Any]:
         augment=augment,
         codec=args.codec,
         views=args.views or (4 if augment else 1),
-        threshold=args.threshold,
-        patience=args.patience,
-        warmup=args.warmup,
-        max_dropped=args.max_dropped,
-        min_saving=args.min_saving,
+        mirror=args.mirror,
+        policy=args.policy,
+        **{name: getattr(args, name) for name in STOPPED_OPTIONS},
     )
-    return split, recipe
+    network = build_network(
+        model,
+        num_classes=len(split.classes),
+        in_channels=split.channels,
+        stem=recipe.stem,
+        width=recipe.width,
+        weights=recipe.weights,
+        seed=recipe.seed,
+    )
+    if network.note:
+        print(network.note, file=sys.stderr)
+    if statistics := pixel_statistics(model):
+        split = split.map(lambda part: part.normalized(*statistics))
+    return _decoded(split, torch.device(device)), recipe
 
 
-def _device(name: str, has_cuda: bool) -> str:
+def _load(args: argparse.Namespace) -> Split:
+    if args.dataset != "folder":
+        if args.test_share is not None:
+            raise ValueError(f"--test-share is for --dataset folder, got --dataset {args.dataset}")
+        return load_dataset(args.dataset, args.data_root, limit=args.limit, size=args.image_size)
+    if args.data_root is None:
+        raise ValueError("--dataset folder wants --data-root DIR, the folder of the photos, got none")
+    return load_folder(args.data_root, limit=args.limit, size=args.image_size, test_share=args.test_share)
+
+
+def _check_options(args: argparse.Namespace, model: str) -> None:
+    """Refuse options that the model or the policy asked for would leave unused."""
+    if is_external(model):
+        for name in ("width", "stem"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} is for the models vgg.. and resnet.., got --model {model}")
+    if parse_policy(args.policy).kind != "stopped":
+        for name in STOPPED_OPTIONS:
+            if getattr(args, name) != getattr(Recipe, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for --policy stopped, got --policy {args.policy}")
+
+
+def _decoded(split: Split, device: torch.device) -> Split:
+    """The split with its photos decoded once, where half of the free memory holds them."""
+    wanted = split.bytes_decoded
+    free = min(free_bytes(place) for place in {torch.device("cpu"), device})
+    if wanted <= free // 2:
+        return split.map(lambda part: part.decoded())
+    print(
+        f"the images take {wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
+        "photos are decoded at each reading",
+        file=sys.stderr,
+    )
+    return split
+
+
+def _device(name: str) -> str:
+    has_cuda = torch.cuda.is_available()
     if name == "auto":
         return "cuda" if has_cuda else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, got {name!r}")
-    if name.startswith("cuda") and not has_cuda:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")  # Refused below.
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cpu":
+        return "cpu"
+    if not has_cuda:
         raise ValueError(
             "--device cuda wants a GPU that this torch can use, and torch.cuda.is_available() is False here: "
             "install a CUDA build of torch and a driver, or use --device cpu"
         )
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device must be one of {torch.cuda.device_count()} GPUs, cuda:0 and on, got {name!r}")
     return name
+
+
+def _check_out(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, before anything is read or trained."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        kind = "which cannot be written" if there.is_dir() else f"where {there} is a file"
+        raise ValueError(f"--out must be a folder that can be written, got {folder}, {kind}")
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -186,7 +166,7 @@ def _compare(args: argparse.Namespace) -> int:
         result: dict[str, Any] = {}
         try:
             for result in runs.compare(split, recipe, rivals=args.rivals, on_epoch=reporter.add, progress=bar):
-                result["config"] |= {"dataset": args.dataset, "limit": args.limit}
+                result["config"] |= _data_config(args)
                 reporter.write(result)
         except KeyboardInterrupt:
             return _interrupted(args.out, bar)
@@ -195,18 +175,38 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     split, recipe = _recipe(args)
-    policy = None if args.plain else runs.default_policy(recipe)
+    policy = None if args.plain else runs.policy_of(recipe)
     name = "baseline" if args.plain else "learndrop"
     with report.Reporter(args.out) as reporter, _Bar() as bar:
         try:
             trained, model = runs.train(name, split, recipe, policy=policy, on_epoch=reporter.add, progress=bar)
         except KeyboardInterrupt:
             return _interrupted(args.out, bar)
-        config = dataclasses.asdict(recipe) | {"dataset": args.dataset, "limit": args.limit}
+        config = dataclasses.asdict(recipe) | _data_config(args)
         result = {"config": config, name: dataclasses.asdict(trained)}
         runs.save_model(model, args.out / "model.pt")
         reporter.write(result)
     return _print(result, args)
+
+
+def _data_config(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("dataset", "limit", "image_size", "test_share")}
+
+
+def _forecast(args: argparse.Namespace) -> int:
+    split, recipe = _recipe(args)
+    found = forecasts.make_forecast(split, recipe)
+    page = forecasts.draw_forecast(args.out, found)
+    print(json.dumps(found.as_dict()) if args.json else f"{found.format_table()}\n\ndrawn in: {page}")
+    return 0
+
+
+def _cache(args: argparse.Namespace) -> int:
+    listing = shared_rows.list_and_remove(
+        args.folder, older_than_days=args.remove_older_than, keep_bytes=args.keep_bytes
+    )
+    print(json.dumps(listing) if args.json else shared_rows.format_listing(listing))
+    return 0
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -264,28 +264,3 @@ class _Bar:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-def _rivals(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in RIVALS:
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(RIVALS)}, separated by commas, got {name!r}")
-    return names
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.lstrip("+-").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value

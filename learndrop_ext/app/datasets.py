@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -21,28 +21,38 @@ from learndrop_ext.app.image_files import (
     IntegrityError,
     check_labels,
     find_file,
-    list_class_folders,
     read_cifar,
     read_cifar_names,
     read_idx,
 )
 from learndrop_ext.app.image_set import ImageSet, collate_batch, make_loader
+from learndrop_ext.app.photos import list_class_folders
 
 __all__ = [
     "DATASETS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
     "ImageSet",
     "IntegrityError",
     "Source",
     "Split",
     "collate_batch",
     "load_dataset",
+    "load_folder",
     "make_loader",
 ]
 
 
+#: Of ImageNet's training pixels, in [0, 1], as most published weights expect them.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
 @dataclass(frozen=True)
 class Split:
-    """A dataset in its two parts, with what a model and a recipe need to know of it."""
+    """A dataset in its parts, with what a model and a recipe need to know of it.
+
+    validation: a third part, for choosing a recipe; None where there is none.
+    """
 
     train: ImageSet
     test: ImageSet
@@ -51,6 +61,26 @@ class Split:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    validation: ImageSet | None = None
+
+    def map(self, change: Callable[[ImageSet], ImageSet]) -> Split:
+        """Return the split with `change` applied to each part."""
+        train = change(self.train)
+        return replace(
+            self,
+            train=train,
+            test=change(self.test),
+            validation=None if self.validation is None else change(self.validation),
+            size=train.size,
+            mean=train.mean,
+            std=train.std,
+        )
+
+    @property
+    def bytes_decoded(self) -> int:
+        """Bytes that the images of all parts take, or would take once decoded."""
+        parts = (self.train, self.test, *([] if self.validation is None else [self.validation]))
+        return sum(part.bytes_decoded for part in parts)
 
 
 Subset: TypeAlias = tuple[Tensor | Sequence[Path], Tensor]
@@ -81,7 +111,7 @@ def load_dataset(
     comes with scikit-learn and needs no root; its 1,797 images are split into 1,437 and 360 by a fixed
     seed. ``limit`` keeps the first samples of each part in the order of the files (Imagenette, whose files
     are ordered by class: in turn from each class), and does not open files beyond them. ``size`` is the
-    side of Imagenette's images in pixels, 128 by default. ``augment`` is that of the training part.
+    side of the images in pixels: their own by default, 128 for Imagenette. ``augment`` is that of the training part.
 
     Raises ValueError for an unknown name, a missing root, a limit or size that cannot be; ImportError where
     the package that reads the files is not installed; IntegrityError for a file that is missing or damaged.
@@ -91,31 +121,107 @@ def load_dataset(
         raise ValueError(f"load_dataset: name must be one of {', '.join(DATASETS)}, got {name!r}")
     if root is None and name != "digits":
         raise ValueError(f"load_dataset: {name} needs a root, the folder that holds its files, got None")
-    for argument, value in (("limit", limit), ("size", size)):
-        if value is not None and value < 1:
-            raise ValueError(f"load_dataset: {argument} must be at least 1, got {value}")
-    if size is not None and name != "imagenette":
-        raise ValueError(f"load_dataset: only imagenette has images of a chosen size, got {name} and size={size}")
+    _check_counts("load_dataset", limit=limit, size=size)
     train, test, classes = source.read(Path() if root is None else Path(root), limit)
+    split = _split([train, test], classes, mean=source.mean, std=source.std, flip=source.flip, limit=limit, size=size)
+    return replace(split, train=split.train.augmented(augment))
+
+
+def load_folder(
+    root: str | Path, *, limit: int | None = None, size: int | None = None, test_share: float | None = None
+) -> Split:
+    """List the photos of a folder that holds one folder a class, for training and for testing.
+
+    Either `root` holds train/ and test/, val/ or validation/, each with the same class folders. The test part is
+    test/ where there is one, and val/ or validation/ is then the validation part. Or `root`, or its train/, holds the
+    class folders alone, and the photos of each class are split by a fixed seed.
+
+    Args:
+        root: the folder.
+        limit: keep the first photos of each part only, taken in turn from each class.
+        size: side of the images in pixels, 128 by default: the middle square of each photo is scaled to it.
+        test_share: share of each class for the test part, in (0, 1), where there is no such part; 0.2 by default.
+
+    Returns:
+        The split, its photos not yet decoded, normalized with ImageNet's mean and deviation.
+
+    Raises:
+        ValueError: for a limit, a size or a share that cannot be, and for a share where there is a test part.
+        ImportError: where pillow is not installed.
+        IntegrityError: for a folder that is missing, has one class only, or a class with one photo only to be split, and
+            as `list_class_folders` does.
+    """
+    root = Path(root)
+    _package("PIL", "folder", "pillow")
+    _check_counts("load_folder", limit=limit, size=size)
+    if test_share is not None and not 0 < test_share < 1:
+        raise ValueError(f"load_folder: test_share must be between 0 and 1, got {test_share}")
+    if not root.is_dir():
+        raise IntegrityError(root, "no such folder")
+    held_out = [name for name in ("test", "val", "validation") if (root / name).is_dir()]
+    if held_out and not (root / "train").is_dir():
+        raise IntegrityError(root, f"must hold train/ beside {held_out[0]}/, got none")
+    train = list_class_folders(root / "train" if (root / "train").is_dir() else root)
+    if len(train) < 2:
+        raise IntegrityError(root, f"must hold two classes or more, got {', '.join(train)} alone")
+    parts = [list_class_folders(root / name, classes=tuple(train)) for name in held_out]
+    if not held_out:
+        train, test = _split_classes(train, share=0.2 if test_share is None else test_share)
+        parts = [test]
+    elif test_share is not None:
+        raise ValueError(f"load_folder: test_share is for a folder without a test part, got {root / held_out[0]}")
+    subsets = [_in_turn(part) for part in (train, *parts[:2])]
+    return _split(subsets, tuple(train), mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=True, limit=limit, size=size)
+
+
+def _split_classes(
+    folders: Mapping[str, Sequence[Path]], *, share: float
+) -> tuple[dict[str, tuple[Path, ...]], dict[str, tuple[Path, ...]]]:
+    """Split the photos of each class, drawn by a fixed seed: at least one photo of each class in both parts."""
+    generator = torch.Generator().manual_seed(0)
+    train, test = {}, {}
+    for name, files in folders.items():
+        if len(files) < 2:
+            raise IntegrityError(files[0].parent, "must hold two photos or more to be split, got one")
+        drawn = torch.randperm(len(files), generator=generator).tolist()
+        count = min(max(1, round(share * len(files))), len(files) - 1)
+        test[name] = tuple(files[i] for i in sorted(drawn[:count]))
+        train[name] = tuple(files[i] for i in sorted(drawn[count:]))
+    return train, test
+
+
+def _check_counts(owner: str, **values: int | None) -> None:
+    for argument, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{owner}: {argument} must be at least 1, got {value}")
+
+
+def _split(
+    subsets: Sequence[Subset],
+    classes: tuple[str, ...],
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    flip: bool,
+    limit: int | None,
+    size: int | None,
+) -> Split:
+    """The split of a training part, a test part and, where there is a third, a validation part."""
     parts = [
-        ImageSet(
-            images[:limit],
-            labels[:limit],
-            mean=source.mean,
-            std=source.std,
-            size=128 if size is None else size,
-            flip=source.flip,
-        )
-        for images, labels in (train, test)
+        ImageSet(images[:limit], labels[:limit], mean=mean, std=std, size=size or 128, flip=flip)
+        for images, labels in subsets
     ]
+    if size is not None:
+        parts = [part.resized(size) for part in parts]
     return Split(
-        train=parts[0].augmented(augment),
+        train=parts[0],
         test=parts[1],
         classes=classes,
-        channels=len(source.mean),
+        channels=len(mean),
         size=parts[0].size,
-        mean=source.mean,
-        std=source.std,
+        mean=mean,
+        std=std,
+        validation=parts[2] if len(parts) > 2 else None,
     )
 
 
@@ -243,6 +349,6 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
         "fashion-mnist": Source(partial(_read_mnist, name="FashionMNIST", classes=FASHION), (0.2860,), (0.3530,)),
         "cifar10": Source(_read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         "cifar100": Source(_read_cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        "imagenette": Source(_read_imagenette, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        "imagenette": Source(_read_imagenette, IMAGENET_MEAN, IMAGENET_STD),
     }
 )

@@ -1,4 +1,4 @@
-"""Readers of image files in their published forms: IDX, CIFAR pickles, class folders of JPEG.
+"""Readers of image sets in their published forms: IDX and CIFAR pickles.
 
 Every reader checks what it reads and raises IntegrityError, which names the file, the form wanted and what
 was found. Letters: N samples, C channels, H and W pixels.
@@ -21,14 +21,10 @@ from torch import Tensor
 __all__ = [
     "IntegrityError",
     "find_file",
-    "list_class_folders",
     "read_cifar",
     "read_cifar_names",
     "read_idx",
-    "read_jpeg",
 ]
-
-JPEG_SUFFIXES = (".jpg", ".jpeg")
 
 
 class IntegrityError(ValueError):
@@ -203,47 +199,3 @@ def check_labels(path: Path, lowest: int, highest: int, *, classes: int) -> None
     """Raise IntegrityError unless all labels, given by their extremes, are in [0, classes)."""
     if lowest < 0 or highest >= classes:
         raise IntegrityError(path, f"labels must be from 0 to {classes - 1}, got {lowest if lowest < 0 else highest}")
-
-
-def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) -> dict[str, tuple[Path, ...]]:
-    """Return the JPEG files below each class folder, classes and files sorted by name.
-
-    With ``classes`` the folders must be exactly these. Raises IntegrityError for a missing folder, a folder
-    without classes, another set of classes and a class without JPEG files.
-    """
-    if not folder.is_dir():
-        raise IntegrityError(folder, "no such folder")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if not names:
-        raise IntegrityError(folder, "must hold one folder a class, got none")
-    if classes is not None and names != sorted(classes):
-        raise IntegrityError(folder, f"must hold the class folders {sorted(classes)}, got {names}")
-    found = {}
-    for name in names:
-        files = sorted(entry for entry in (folder / name).iterdir() if entry.suffix.lower() in JPEG_SUFFIXES)
-        if not files:
-            raise IntegrityError(folder / name, "must hold JPEG files, got none")
-        found[name] = tuple(files)
-    return found
-
-
-def read_jpeg(path: Path, *, size: int) -> Tensor:
-    """Read an image: uint8 [3, size, size], the middle square scaled to ``size`` (bilinear, antialiased)."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise IntegrityError(path, f"is not a whole image: {error}") from error
-    width, height = image.size
-    if (width, height) != (size, size):
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize(
-            (size, size),
-            Image.Resampling.BILINEAR,
-            box=(left, top, left + side, top + side),
-            reducing_gap=3.0,
-        )
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)

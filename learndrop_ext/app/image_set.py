@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from learndrop_ext.app.image_files import read_jpeg
+from learndrop_ext.app.photos import read_photo
 
 __all__ = ["AUGMENTATIONS", "ImageSet", "collate_batch", "make_loader"]
 
-AUGMENTATIONS = (None, "standard")
+AUGMENTATIONS = (None, "standard", "flip")
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
@@ -37,7 +37,7 @@ class ImageSet(Dataset[Batch]):
 
     ``augment="standard"`` draws for each reading a shift by up to an eighth of the image, 4 pixels at most,
     with zero fill and, where ``flip`` is set, a horizontal flip with probability 1/2, from torch's global
-    random state of the device. Raises IndexError for ids outside [0, N).
+    random state of the device; ``augment="flip"`` draws the flip alone. Raises IndexError for ids outside [0, N).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class ImageSet(Dataset[Batch]):
                 f"ImageSet: mean and std (> 0) must have {channels} values, got {tuple(mean)}, {tuple(std)}"
             )
         if augment not in AUGMENTATIONS:
-            raise ValueError(f"ImageSet: augment must be None or 'standard', got {augment!r}")
+            raise ValueError(f"ImageSet: augment must be None, 'standard' or 'flip', got {augment!r}")
         self.labels = labels.to(device)
         self.device = self.labels.device
         self.images = images.to(self.device) if isinstance(images, Tensor) else tuple(images)
@@ -95,33 +95,45 @@ class ImageSet(Dataset[Batch]):
         if isinstance(self.images, Tensor):
             x = self.images[rows]
         else:
-            x = torch.stack([read_jpeg(self.images[i], size=self.size) for i in ids.tolist()]).to(self.device)
-        if self.augment == "standard":
+            x = torch.stack([read_photo(self.images[i], size=self.size) for i in ids.tolist()]).to(self.device)
+        if self.augment == "flip":
+            x = _flip(x)
+        elif self.augment == "standard":
             x = _standard(x, padding=min(4, self.size // 8), flip=self.flip)
         return x.to(torch.float32).sub_(self._shift).mul_(self._scale), self.labels[rows]
 
+    @property
+    def bytes_decoded(self) -> int:
+        """Bytes that the images take, or would take once decoded."""
+        return len(self) * len(self.mean) * self.size**2
+
     def to(self, device: torch.device | str) -> ImageSet:
         """Return the set on ``device``; files are decoded on the CPU and sent there at each reading."""
-        return self._with(self.images, device=device, augment=self.augment)
+        return self._replaced(device=device)
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """Return the set of some of the images, in the order of ``indices``."""
         chosen = list(indices)
         images = self.images[chosen] if isinstance(self.images, Tensor) else tuple(self.images[i] for i in chosen)
-        return ImageSet(
-            images,
-            self.labels[chosen],
-            mean=self.mean,
-            std=self.std,
-            size=self.size,
-            augment=self.augment,
-            flip=self.flip,
-            device=self.device,
-        )
+        return self._replaced(images=images, labels=self.labels[chosen])
 
     def augmented(self, augment: str | None = "standard") -> ImageSet:
         """Return the set with another augmentation, over the same images."""
-        return self._with(self.images, device=self.device, augment=augment)
+        return self._replaced(augment=augment)
+
+    def normalized(self, mean: Sequence[float], std: Sequence[float]) -> ImageSet:
+        """Return the set with another mean and deviation, over the same images."""
+        return self._replaced(mean=mean, std=std)
+
+    def resized(self, size: int) -> ImageSet:
+        """Return the set with images of ``size`` pixels a side (bilinear, antialiased)."""
+        if not isinstance(self.images, Tensor) or size == self.size:
+            return self._replaced(size=size)
+        n, c = self.images.shape[:2]
+        images = torch.empty(n, c, size, size, dtype=torch.uint8, device=self.device)
+        for part, out in zip(self.images.split(1024), images.split(1024), strict=True):
+            out.copy_(functional.interpolate(part.float(), size=(size, size), mode="bilinear", antialias=True).round_())
+        return self._replaced(images=images)
 
     def decoded(self) -> ImageSet:
         """Return the set with all its files decoded into one uint8 tensor [N, C, H, W] on its device."""
@@ -129,21 +141,14 @@ class ImageSet(Dataset[Batch]):
             return self
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool:
-            for i, image in enumerate(pool.map(partial(read_jpeg, size=self.size), self.images)):
+            for i, image in enumerate(pool.map(partial(read_photo, size=self.size), self.images)):
                 images[i] = image
-        return self._with(images, device=self.device, augment=self.augment)
+        return self._replaced(images=images)
 
-    def _with(self, images: Tensor | Sequence[Path], *, device: torch.device | str, augment: str | None) -> ImageSet:
-        return ImageSet(
-            images,
-            self.labels,
-            mean=self.mean,
-            std=self.std,
-            size=self.size,
-            augment=augment,
-            flip=self.flip,
-            device=device,
-        )
+    def _replaced(self, **changes: Any) -> ImageSet:
+        """The set with other arguments of its constructor."""
+        kept = ("images", "labels", "mean", "std", "size", "augment", "flip", "device")
+        return ImageSet(**{name: getattr(self, name) for name in kept} | changes)
 
 
 def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
@@ -152,10 +157,13 @@ def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
     windows = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     dy, dx = torch.randint(0, 2 * padding + 1, (2, b), device=images.device)
     shifted = windows[torch.arange(b, device=images.device), :, dy, dx]
-    if flip:
-        mirrored = torch.rand(b, 1, 1, 1, device=images.device) < 0.5
-        shifted = torch.where(mirrored, shifted.flip(3), shifted)
-    return shifted.contiguous()
+    return (_flip(shifted) if flip else shifted).contiguous()
+
+
+def _flip(images: Tensor) -> Tensor:
+    """Mirror each of ``images`` [B, C, H, W] with probability 1/2."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(3), images)
 
 
 def collate_batch(batch: Batch | list[Batch]) -> Batch:

@@ -1,4 +1,4 @@
-"""The three plots of a report, from the records of metrics.jsonl, as SVG text that refers to nothing outside itself.
+"""The plots of a report and of a forecast, as SVG text that refers to nothing outside itself.
 
 Letters: L layers. A record is one epoch of one run; its form is that of `learndrop_ext.app.report.Reporter.add`.
 """
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["plot_accuracy", "plot_dropped", "plot_scores"]
+__all__ = ["plot_accuracy", "plot_dropped", "plot_forecast", "plot_row_bytes", "plot_scores"]
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -166,6 +166,59 @@ def plot_accuracy(records: Records) -> str | None:
         axes.grid(axis="y", color="#dddddd", linewidth=0.8)
         _finish_time_axis(axes)
         return _svg(figure, prefix="accuracy", label="Test accuracy of each run against training time")
+
+
+def plot_forecast(forecast: Mapping[str, Any]) -> str:
+    """Draw the seconds of a whole run against the layers dropped, one line for each of up to four starts.
+
+    forecast: `Forecast.as_dict()`.
+    """
+    runs, epochs = forecast["runs"], int(forecast["epochs"])
+    starts = sorted({0, min(1, epochs - 1), epochs // 4, epochs // 2})
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = _figure(height=3.8)
+        for start, (colour, dash, marker) in zip(starts, RUN_STYLES.values(), strict=False):
+            axes.plot(
+                [int(by_start[start]["prefix"]) for by_start in runs],
+                [float(by_start[start]["seconds"]) for by_start in runs],
+                label="before the first step" if start == 0 else f"after epoch {start}",
+                color=colour,
+                linestyle=dash,
+                marker=marker,
+                markersize=4,
+            )
+        full = float(forecast["full_seconds"])
+        axes.axhline(full, color="#999999", linewidth=0.8)
+        axes.annotate("nothing dropped", (1.0, full), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        axes.set_ylim(bottom=0.0)
+        axes.set_xlabel("layers dropped")
+        axes.set_ylabel(f"time of {epochs} epochs (s)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, frameon=False)
+        return _svg(figure, prefix="forecast", label="Forecast time of a run against the layers dropped")
+
+
+def plot_row_bytes(forecast: Mapping[str, Any]) -> str | None:
+    """Draw the memory that rows take in each tier against the layers dropped. Returns SVG, or None without rows.
+
+    forecast: `Forecast.as_dict()`.
+    """
+    rows = forecast["rows"]
+    if not any(sum(row["bytes"]) for row in rows):
+        return None
+    with matplotlib.rc_context(SETTINGS):
+        figure, axes = _figure(height=2.8)
+        below = [0.0] * len(rows)
+        for tier, (name, colour) in enumerate((("device", "#0072b2"), ("host", "#009e73"), ("disk", "#d55e00"))):
+            sizes = [row["bytes"][tier] / 2**20 if tier < len(row["bytes"]) else 0.0 for row in rows]
+            if any(sizes):
+                axes.bar(range(1, len(rows) + 1), sizes, bottom=below, color=colour, label=name)
+            below = [low + size for low, size in zip(below, sizes, strict=True)]
+        axes.set_xlabel("layers dropped")
+        axes.set_ylabel("rows (MiB)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False)
+        return _svg(figure, prefix="row-bytes", label="Memory of the rows in each tier against the layers dropped")
 
 
 def _figure(*, height: float) -> tuple[Figure, Axes]:

@@ -10,15 +10,18 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Reporter", "format_table", "read_metrics", "render_report", "write_metrics", "write_report"]
+__all__ = ["Reporter", "format_table", "render_report", "write_report"]
 
 RUNS = ("baseline", "learndrop", "freeze-only", "short")
+
+#: What is measured of a layer's change, in the order of the page's table.
+MEASURED = ("l1", "l2", "maximum", "w_l1", "w_l2", "relative", "cosine", "nonfinite")
 
 COLUMNS = ("run", "wall-clock time", "of which fill", "forward FLOPs", "test accuracy", "layers dropped, and when")
 
@@ -32,7 +35,7 @@ class Reporter:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        _check_extras("Reporter")
+        check_extras("Reporter")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
@@ -52,7 +55,10 @@ class Reporter:
         """Write one epoch's record as one line, at once.
 
         A record is ``{"run", "epoch" (from 1), "seconds" (of training so far, without evaluation), "train_loss",
-        "accuracy" (percent), "prefix", "layers", "lr", "scores" ({layer name: score} or None), "reason"}``.
+        "accuracy" (percent), "prefix", "layers", "lr", "scores" ({layer name: score} or None), "reason"}``. It may hold
+        "epoch_seconds" (of this epoch's loop) and "forecast_seconds" (what was forecast for it), and
+        "changes" ({layer name: {"l1", "l2", "maximum", "w_l1", "w_l2", "relative", "cosine", "nonfinite"}, or None for
+        a dropped layer}). Infinities and NaN become null.
         """
         self._metrics.write(_line(record))
         self._metrics.flush()
@@ -70,34 +76,6 @@ class Reporter:
         self._metrics.close()
         if self._stale:
             self.write(self._result)
-
-
-def write_metrics(path: str | Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records as JSON, one object a line, each flushed before the next; infinities and NaN become null."""
-    with Path(path).open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(_line(record))
-            file.flush()
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Read the records of a metrics.jsonl; a last line that was cut short is left out.
-
-    Raises ValueError naming the line for anything else that is not a JSON object.
-    """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    records = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"read_metrics: line {number} of {path} must be a JSON object, got {line[:80]!r}"
-            ) from error
-        if not isinstance(record, dict):
-            raise ValueError(f"read_metrics: line {number} of {path} must be a JSON object, got {line[:80]!r}")
-        records.append(record)
-    return records
 
 
 def _line(record: Mapping[str, Any]) -> str:
@@ -152,11 +130,15 @@ def _row(result: Mapping[str, Any], run: str) -> tuple[str, ...]:
         seconds += f" ({baseline['seconds'] / numbers['seconds']:.2f}x)"
         flops += f" ({100 * (numbers['forward_flops'] / baseline['forward_flops'] - 1):+.1f} %)"
         accuracy += f" ({numbers['accuracy'] - baseline['accuracy']:+.2f})"
-    drops = [f"{drop['prefix']} after epoch {drop['epoch']}" for drop in numbers["drops"]] or ["none"]
+    drops = [f"{drop['prefix']} {_when(drop['epoch'])}" for drop in numbers["drops"]] or ["none"]
     if len(drops) > 4:
         drops[2:-1] = [f"{len(drops) - 3} more"]
     fill = _seconds(numbers["fill_seconds"]) if numbers["drops"] else "-"
     return run, seconds, fill, flops, accuracy, ", ".join(drops)
+
+
+def _when(epoch: int) -> str:
+    return f"after epoch {epoch}" if epoch else "before the first step"
 
 
 def _seconds(value: float) -> str:
@@ -189,10 +171,11 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
 
     Raises ImportError where matplotlib or jinja2 is not installed.
     """
-    _check_extras("render_report")
+    check_extras("render_report")
     import jinja2
 
     from learndrop_ext.app import plots
+    from learndrop_ext.app.report_template import TEMPLATE
 
     records = [record for record in records if record.get("accuracy") is not None]
     figures = (
@@ -239,11 +222,46 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
         unfinished=[(run, epoch) for run, epoch in epochs.items() if run not in ended],
         figures=figures,
         drops=drops,
+        changes=_changes(records),
+        ledger=_ledger(records),
         config=result.get("config", {}),
     )
 
 
-def _check_extras(owner: str) -> None:
+def _changes(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The last measured change of each layer: {"run", "epoch", "rows"}, or None where nothing was measured."""
+    last = next((record for record in reversed(records) if record.get("changes")), None)
+    if last is None:
+        return None
+    dropped = ("dropped", *[""] * (len(MEASURED) - 1))
+    rows = [
+        (layer, *([_number(change.get(key)) for key in MEASURED] if change else dropped))
+        for layer, change in last["changes"].items()
+    ]
+    return {"run": last["run"], "epoch": last["epoch"], "rows": rows}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _ledger(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Forecast against measured seconds, a line an epoch and one for all epochs of a run."""
+    pairs: dict[str, list[tuple[str, float, float]]] = {}
+    for record in records:
+        if record.get("forecast_seconds") is not None and record.get("epoch_seconds") is not None:
+            line = (str(record["epoch"]), float(record["forecast_seconds"]), float(record["epoch_seconds"]))
+            pairs.setdefault(str(record["run"]), []).append(line)
+    lines: list[tuple[str, ...]] = []
+    for run, epochs in pairs.items():
+        total = ("all", sum(forecast for _, forecast, _ in epochs), sum(measured for _, _, measured in epochs))
+        for epoch, forecast, measured in (*epochs, total):
+            off = f"{100 * (forecast / measured - 1):+.1f} %" if measured else "-"
+            lines.append((run, epoch, f"{forecast:.2f} s", f"{measured:.2f} s", off))
+    return lines
+
+
+def check_extras(owner: str) -> None:
     for name in ("matplotlib", "jinja2"):
         if importlib.util.find_spec(name) is None:
             raise ImportError(f'{owner}: {name} is not installed: pip install "learndrop_ext[cli]"')
@@ -251,7 +269,11 @@ def _check_extras(owner: str) -> None:
 
 def write_report(path: str | Path, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """Render the page, write it aside and rename it to ``path``, so that ``path`` is never half a page."""
-    page = render_report(result, records)
+    write_page(path, render_report(result, records))
+
+
+def write_page(path: str | Path, page: str) -> None:
+    """Write a page aside and rename it to ``path``."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -259,88 +281,3 @@ def write_report(path: str | Path, result: Mapping[str, Any], records: Sequence[
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-TEMPLATE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Learn &amp; drop: report</title>
-<style>
-body { font: 16px/1.5 sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-caption { text-align: left; color: #555; padding-bottom: 0.4rem; }
-th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid #ddd; }
-thead th { border-bottom: 2px solid #888; }
-figure { margin: 0; } figcaption { color: #555; font-size: 0.9rem; }
-svg { width: 100%; height: auto; }
-td, tbody th { white-space: nowrap; } td.words { white-space: normal; min-width: 12rem; }
-.note { border-left: 4px solid #d55e00; padding-left: 0.8rem; }
-</style>
-</head>
-<body>
-<h1>Learn &amp; drop: report</h1>
-{% if summary %}
-<p>{{ summary }}</p>
-{% endif %}
-{% for run, epoch in unfinished %}
-<p class="note">The run {{ run }} has not ended: the plots show it up to epoch {{ epoch }}.</p>
-{% endfor %}
-{% if rows %}
-<div class="wide"><table>
-<caption>Time is training with fills and measurements, without evaluation; in brackets: against the baseline.</caption>
-<thead><tr>{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}
-<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:-1] %}<td>{{ cell }}</td>{% endfor %}
-<td class="words">{{ row[-1] }}</td></tr>
-{% endfor %}
-</tbody>
-</table></div>
-{% else %}
-<p class="note">No run has ended.</p>
-{% endif %}
-{% for figure in figures %}
-<h2>{{ figure.title }}</h2>
-{% if figure.svg %}
-<figure>{{ figure.svg | safe }}<figcaption>{{ figure.caption }}</figcaption></figure>
-{% else %}
-<p>Nothing was measured for this plot.</p>
-{% endif %}
-{% endfor %}
-<h2>Drops</h2>
-{% set words = ' class="words"' | safe %}
-{% if drops %}
-<div class="wide"><table>
-<thead><tr><th scope="col">run</th><th scope="col">after epoch</th><th scope="col">layers dropped in all</th>
-<th scope="col">which</th><th scope="col">reason</th><th scope="col">fill</th><th scope="col">size of a row</th>
-<th scope="col">tier</th></tr></thead>
-<tbody>
-{% for drop in drops %}
-<tr>{% for cell in drop %}<td{{ words if loop.index == 5 }}>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table></div>
-{% else %}
-<p>No layer was dropped.</p>
-{% endif %}
-{% if memory %}
-<p>Peak memory: {% for run, size in memory %}{{ run }} {{ size }}{{ ", " if not loop.last }}{% endfor %}.</p>
-{% endif %}
-{% if config %}
-<h2>Settings</h2>
-<div class="wide"><table>
-<tbody>
-{% for name, value in config.items() %}
-<tr><th scope="row">{{ name }}</th><td class="words">{{ value }}</td></tr>
-{% endfor %}
-</tbody>
-</table></div>
-{% endif %}
-</body>
-</html>
-"""

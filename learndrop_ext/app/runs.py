@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,25 +11,35 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from learndrop_ext.app.datasets import ImageSet, Split, make_loader
-from learndrop_ext.app.models import MODELS, build_model
+from learndrop_ext.app.memory import peak_bytes, reset_peak
+from learndrop_ext.app.networks import build_network, check_network
+from learndrop_ext.app.policies import parse_policy
+from learndrop_ext.app.report import MEASURED
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.policy import Fixed, Policy, StoppedLearning
 from learndrop_ext.graph.chain import split_layers
+from learndrop_ext.history import Record
 from learndrop_ext.scheduler import DropScheduler
 
 #: Called with the run's name, the steps done, the steps in all, and a few words.
 Progress = Callable[[str, int, int, str], None]
 
+OPTIMIZERS = ("sgd", "adamw")
+MAX_SEED = 2**32 - 1
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a run depends on but its kind: SGD with Nesterov momentum under a one-cycle learning rate.
+    """Everything that a run depends on but its kind and its data, under a one-cycle learning rate.
 
-    epochs and batch_size count as usual, lr is the peak. amp: None or "bf16" autocast. codec, views: of the
-    cache. threshold, patience, warmup, max_dropped, min_saving: of `StoppedLearning`.
+    model, stem, width, weights: see `build_network`. epochs and batch_size count as usual, lr is the peak.
+    optimizer: "sgd" (Nesterov momentum 0.9) or "adamw". seed: of the weights, the order and the views, in 0..2**32-1.
+    amp: None or "bf16" autocast. codec, views, mirror: of the cache. policy: see `parse_policy`. threshold, patience,
+    warmup, max_dropped, min_saving: of `StoppedLearning`.
     """
 
     model: str
@@ -39,6 +48,8 @@ class Recipe:
     epochs: int
     batch_size: int
     lr: float
+    weights: str | None = None
+    optimizer: str = "sgd"
     weight_decay: float = 5e-4
     seed: int = 0
     device: str = "cpu"
@@ -46,6 +57,8 @@ class Recipe:
     augment: str | None = None
     codec: str = "fp16"
     views: int = 1
+    mirror: bool = False
+    policy: str = "stopped"
     threshold: float = StoppedLearning.threshold
     patience: int = StoppedLearning.patience
     warmup: int = StoppedLearning.warmup
@@ -53,10 +66,13 @@ class Recipe:
     min_saving: float = StoppedLearning.min_saving
 
     def __post_init__(self) -> None:
-        if self.model.removesuffix("_bn") not in MODELS:
-            raise ValueError(f"Recipe: model must be one of {', '.join(MODELS)}, got {self.model!r}")
-        default_policy(self)
-        CacheConfig(codec=self.codec, views=self.views)
+        check_network(self.model)
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"Recipe: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"Recipe: seed must be within 0..{MAX_SEED}, got {self.seed}")
+        policy_of(self)
+        cache_of(self)
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,60 @@ class Result:
     drops: list[Dropped]
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a run trains, made from a recipe: the model on its device, and the parts of a loop around it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    loader: DataLoader[tuple[torch.Tensor, torch.Tensor]]
+    train: ImageSet
+    test: ImageSet
+
+
+def set_up(split: Split, recipe: Recipe) -> Setup:
+    """Make what a run trains. Same recipe and seed: same initial weights and same order of samples."""
+    device = torch.device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    train_set, test_set = split.train.to(device).augmented(recipe.augment), split.test.to(device)
+    loader = make_loader(train_set, recipe.batch_size, shuffle=True, seed=recipe.seed)
+    network = build_network(
+        recipe.model,
+        num_classes=len(split.classes),
+        in_channels=split.channels,
+        stem=recipe.stem,
+        width=recipe.width,
+        weights=recipe.weights,
+        seed=recipe.seed,
+    )
+    model = network.model.to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+        )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.epochs * len(loader))
+    return Setup(model, optimizer, schedule, loader, train_set, test_set)
+
+
+def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool = True) -> DropScheduler:
+    """Make the DropScheduler of a run. caches: whether rows are kept, or the frozen layers run at each step."""
+    return DropScheduler(
+        setup.model,
+        setup.optimizer,
+        setup.loader,
+        policy=policy,
+        epochs=recipe.epochs,
+        cache=cache_of(recipe) if caches else None,
+        seed=recipe.seed,
+    )
+
+
 def train(
     name: str,
     split: Split,
@@ -102,92 +172,68 @@ def train(
 ) -> tuple[Result, nn.Module]:
     """Train one model and evaluate it after each epoch; with `policy` by DropScheduler, else by a plain loop.
 
-    caches: whether a dropped prefix's outputs are kept or run again at each step. on_epoch gets one record of plain
-    values an epoch, progress a call a step. Same recipe and seed: same initial weights and same order of samples.
+    Args:
+        name: of the run, for its records.
+        split: the data.
+        recipe: see `Recipe`; its policy is not used here.
+        policy: decides on drops; None for a plain loop.
+        caches: whether a dropped prefix's outputs are kept, or the prefix is run again at each step.
+        on_epoch: gets one record of plain values an epoch, see `Reporter.add`.
+        progress: gets a call a step.
     """
     device = torch.device(recipe.device)
-    torch.manual_seed(recipe.seed)
-    _reset_peak(device)
-    train_set, test_set = split.train.to(device).augmented(recipe.augment), split.test.to(device)
-    loader = make_loader(train_set, recipe.batch_size, shuffle=True, seed=recipe.seed)
-    model = build_model(
-        recipe.model,
-        num_classes=len(split.classes),
-        in_channels=split.channels,
-        stem=recipe.stem,
-        width=recipe.width,
-        seed=recipe.seed,
-    ).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
-    )
-    steps = recipe.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
+    reset_peak(device)
+    setup = set_up(split, recipe)
     criterion = nn.CrossEntropyLoss()
-    drop = None
+    steps = recipe.epochs * len(setup.loader)
+    drops: list[Dropped] = []
+    drop: DropScheduler | None = None
+    seconds = fill_seconds = measure_seconds = eval_seconds = accuracy = 0.0
+    forward_flops, done = 0, 0
     if policy is not None:
         begin = time.perf_counter()
-        config = CacheConfig(codec=recipe.codec, views=recipe.views if caches else 1)
-        drop = DropScheduler(
-            model,
-            optimizer,
-            loader,
-            policy=policy,
-            epochs=recipe.epochs,
-            cache=config if caches else None,
-            seed=recipe.seed,
-        )
-        flops = 0
+        drop = make_scheduler(setup, recipe, policy, caches=caches)
         seconds = measure_seconds = time.perf_counter() - begin
+        layers = len(drop.chain)
+        _note_drop(drops, drop, 0)
     else:
-        chain = split_layers(model, train_set[0][0][None])
-        flops = costs.forward_flops(costs.measure_layers(chain, train_set[0][0][None], repeats=1))
-        seconds = measure_seconds = 0.0
-    fill_seconds = eval_seconds = accuracy = 0.0
-    forward_flops, done = 0, 0
-    drops: list[Dropped] = []
+        example = setup.train[0][0][None]
+        chain = split_layers(setup.model, example)
+        layers, flops = len(chain), costs.forward_flops(costs.measure_layers(chain, example, repeats=1))
     for epoch in range(1, recipe.epochs + 1):
         begin = time.perf_counter()
-        model.train()
+        setup.model.train()
         total_loss = torch.zeros((), device=device)
-        batches: Iterable[Any] = loader if drop is None else drop.loader
-        live = model if drop is None else drop.model
-        lr = optimizer.param_groups[0]["lr"]
+        batches: Iterable[Any] = setup.loader if drop is None else drop.loader
+        live = setup.model if drop is None else drop.model
+        lr = setup.optimizer.param_groups[0]["lr"]
         for x, y in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp is not None):
                 loss = criterion(live(x), y)
-            optimizer.zero_grad()
+            setup.optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            schedule.step()
+            setup.optimizer.step()
+            setup.schedule.step()
             total_loss += loss.detach()
             done += 1
             progress(name, done, steps, f"epoch {epoch}/{recipe.epochs}")
-        reason, prefix = "", 0
-        scores = relative = cosine = None
+        measured: dict[str, Any] = {"scores": None, "relative": None, "cosine": None}
+        reason = ""
         if drop is not None:
-            before = drop.prefix
             record = drop.step()
-            reason, prefix = record.reason, record.prefix
-            scores, relative, cosine = (
-                dict(zip(drop.chain.names, values, strict=True))
-                for values in (record.scores, record.relative, record.cosine)
-            )
+            if drops:
+                drops[-1] = dataclasses.replace(drops[-1], fill_seconds=drops[-1].fill_seconds + record.fill_seconds)
+            _note_drop(drops, drop, epoch)
+            reason, measured = record.reason, _measured(record, drop.chain.names)
             fill_seconds += record.fill_seconds
             measure_seconds += record.measure_seconds
             forward_flops += record.forward_flops + record.fill_flops
-            if prefix > before:
-                names = list(drop.chain.names[:prefix])
-                tier = slowest_tier(drop)
-                drops.append(Dropped(epoch, prefix, names, reason, record.fill_seconds, record.row_bytes, tier))
         else:
-            forward_flops += flops * len(train_set)
-        train_loss = float(total_loss) / len(loader)
+            forward_flops += flops * len(setup.train)
+        train_loss = float(total_loss) / len(setup.loader)
         seconds += time.perf_counter() - begin
         begin = time.perf_counter()
-        accuracy = evaluate(model, test_set, batch_size=512, amp=recipe.amp)
+        accuracy = evaluate(setup.model, setup.test, batch_size=512, amp=recipe.amp)
         eval_seconds += time.perf_counter() - begin
         on_epoch(
             {
@@ -196,16 +242,16 @@ def train(
                 "seconds": seconds,
                 "train_loss": train_loss,
                 "accuracy": accuracy,
-                "prefix": prefix,
-                "layers": len(drop.chain) if drop is not None else len(chain),
+                "prefix": 0 if drop is None else drop.prefix,
+                "layers": layers,
                 "lr": lr,
-                "scores": scores,
-                "relative": relative,
-                "cosine": cosine,
                 "reason": reason,
+                **measured,
             }
         )
         progress(name, done, steps, f"epoch {epoch}/{recipe.epochs}, {accuracy:.1f} %")
+    if drop is not None:
+        drop.close()
     result = Result(
         seconds=seconds,
         fill_seconds=fill_seconds,
@@ -213,17 +259,39 @@ def train(
         eval_seconds=eval_seconds,
         forward_flops=forward_flops,
         accuracy=accuracy,
-        peak_memory_bytes=_peak(device),
+        peak_memory_bytes=peak_bytes(device),
         drops=drops,
     )
-    return result, model
+    return result, setup.model
+
+
+def _note_drop(drops: list[Dropped], drop: DropScheduler, epoch: int) -> None:
+    """Add to `drops` the drop that was made after `epoch`, if one was."""
+    if drop.prefix == (drops[-1].prefix if drops else 0):
+        return
+    record = drop.history[-1]
+    names, tier = list(drop.chain.names[: drop.prefix]), slowest_tier(drop)
+    # The epochs that follow make the rows: their seconds are added as they come.
+    drops.append(Dropped(epoch, drop.prefix, names, record.reason, 0.0, record.row_bytes, tier))
+
+
+def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
+    """What a record says of each layer, by the layers' names, and of the epoch's seconds."""
+    out: dict[str, Any] = {
+        key: dict(zip(names, getattr(record, key), strict=True)) for key in ("scores", "relative", "cosine")
+    }
+    out["changes"] = {
+        name: None if change is None else {key: getattr(change, key) for key in MEASURED}
+        for name, change in zip(names, record.changes, strict=True)
+    }
+    return out | {"epoch_seconds": record.epoch_seconds, "forecast_seconds": record.forecast_seconds}
 
 
 def slowest_tier(drop: DropScheduler) -> str:
     """Where the last of the rows are: "device", "host", "disk", or "none" where none are kept."""
-    if drop.loader.rows is None:
+    if drop.rows.cache is None:
         return "none"
-    plan = drop.loader.rows.cache.plan
+    plan = drop.rows.cache.plan
     return "disk" if plan.disk else "host" if plan.host else "device"
 
 
@@ -249,11 +317,15 @@ def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | 
     return 100 * int(right) / len(images)
 
 
-def default_policy(recipe: Recipe) -> Policy:
-    """The policy that the recipe's threshold, patience, warmup, max_dropped and min_saving describe."""
-    return StoppedLearning(
-        recipe.threshold, recipe.patience, recipe.warmup, max_dropped=recipe.max_dropped, min_saving=recipe.min_saving
-    )
+def cache_of(recipe: Recipe) -> CacheConfig:
+    """How a recipe keeps rows."""
+    return CacheConfig(codec=recipe.codec, views=recipe.views, mirror=recipe.mirror)
+
+
+def policy_of(recipe: Recipe) -> Policy:
+    """The policy that a recipe describes."""
+    settings = ("threshold", "patience", "warmup", "max_dropped", "min_saving")
+    return parse_policy(recipe.policy).build(**{name: getattr(recipe, name) for name in settings})
 
 
 def compare(
@@ -269,7 +341,7 @@ def compare(
     rivals: "freeze-only" (the same drops, but the frozen prefix is run at each step) and "short" (the plain recipe with
     as many epochs as fit into the seconds that dropping took). The dict has the form that `--json` prints.
     """
-    policy = default_policy(recipe)
+    policy = policy_of(recipe)
     out: dict[str, Any] = {"config": dataclasses.asdict(recipe)}
     warm_up(split, recipe)
     baseline, _ = train("baseline", split, recipe, on_epoch=on_epoch, progress=progress)
@@ -297,23 +369,3 @@ def save_model(model: nn.Module, path: Path) -> None:
     aside = path.with_name(path.name + ".part")
     torch.save(model.state_dict(), aside)
     aside.replace(path)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return  # The peak is then that of the whole process so far.
-
-
-def _peak(device: torch.device) -> int:
-    """Peak memory of the run in bytes: of the GPU's allocator, or resident memory of the process on CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -7,11 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import learndrop_ext
+from learndrop_ext.app import cli, forecasts, runs
 from learndrop_ext.app.cli import main
 
 SMALL = ["--epochs", "2", "--limit", "96", "--width", "8", "--batch-size", "32"]
@@ -47,6 +52,154 @@ def test_train_saves_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "baseline" in capsys.readouterr().out
 
 
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of photos of two classes that a network can tell apart: dark and bright."""
+    folder = tmp_path / "photos"
+    noise = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("bright", 156)):
+        (folder / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = noise.integers(low, low + 100, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("model", ["resnet10", "timm:resnet18", "torchvision:resnet18"])
+def test_train_on_a_folder_of_photos(
+    photos: Path, tmp_path: Path, timm_stub: ModuleType, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    common = ["--dataset", "folder", "--data-root", str(photos), "--image-size", "32", "--batch-size", "8"]
+    common += ["--model", model, "--policy", "fixed:1=2", "--json"]
+    assert main(["train", *common, "--epochs", "2", "--out", str(tmp_path / "a")]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [(drop["epoch"], drop["prefix"]) for drop in printed["learndrop"]["drops"]] == [(1, 2)]
+    assert printed["config"]["optimizer"] == "adamw"
+    assert printed["config"]["policy"] == "fixed:1=2"
+    assert (printed["config"]["image_size"], printed["config"]["dataset"]) == (32, "folder")
+    saved = tmp_path / "a" / "model.pt"
+    assert torch.load(saved, weights_only=True)["fc.weight"].shape[0] == 2
+    again = ["train", *common, "--epochs", "1", "--weights", str(saved), "--out", str(tmp_path / "b")]
+    assert main([*again, "--test-share", "0.5", "--plain"]) == 0
+    assert f"tensors from {saved}" in capsys.readouterr().err
+
+
+def test_a_network_gets_the_pixels_that_its_weights_were_trained_on(
+    photos: Path, timm_stub: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def train(name: str, split: Any, recipe: Any, **_: Any) -> None:
+        seen.append((split, recipe))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(runs, "train", train)
+    options = ["--dataset", "folder", "--data-root", str(photos), "--image-size", "32"]
+    for model in ("timm:tf_efficientnet_lite0", "resnet10"):
+        assert main(["train", *options, "--model", model]) == 2
+    assert [split.mean for split, _ in seen] == [(0.5,) * 3, (0.485, 0.456, 0.406)]
+    assert isinstance(seen[0][0].train.images, torch.Tensor)
+    monkeypatch.setattr(cli, "free_bytes", lambda device: 40 * 3 * 32 * 32)
+    assert main(["train", *options, "--model", "resnet10"]) == 2
+    assert not isinstance(seen[2][0].train.images, torch.Tensor)
+
+
+def test_what_is_wrong_with_photos_or_weights_is_said_in_a_line(
+    photos: Path, tmp_path: Path, timm_stub: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(message: str, *options: str) -> None:
+        arguments = ["train", "--dataset", "folder", "--data-root", str(photos), "--image-size", "16"]
+        assert main([*arguments, "--out", str(tmp_path / "out"), *options]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+
+    refuses("the nearest: resnet18", "--model", "timm:resnett18")
+    refuses("--width is for the models vgg.. and resnet.., got --model timm:resnet18", *NARROW)
+    refuses("must hold tensors only, got a pickle that asks for", "--weights", str(pickled(tmp_path)))
+    other = tmp_path / "other.pt"
+    torch.save({"a": torch.zeros(1)}, other)
+    refuses("must be of this network, got no 'conv1.weight'", "--weights", str(other))
+    refuses(f"--out must be a folder that can be written, got {other}, where {other} is a file", "--out", str(other))
+    (photos / "dark" / "3.png").write_text("no image")
+    refuses(f"{photos / 'dark' / '3.png'}: must be a whole image, got: ")
+
+
+NARROW = ["--model", "timm:resnet18", "--width", "8"]
+
+
+def pickled(folder: Path) -> Path:
+    path = folder / "code.pt"
+    torch.save({"a": print}, path)
+    return path
+
+
+def test_forecast_prints_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {
+        "epochs": 4,
+        "layers": ["stem", "block", "head"],
+        "views": 1,
+        "full_seconds": 40.0,
+        "runs": [
+            [{"prefix": k, "start": s, "seconds": 40.0 - 5 * k * (4 - s), "speedup": 1.0} for s in range(4)]
+            for k in (1, 2)
+        ],
+        "rows": [{"cut": 1, "bytes": [2**20, 0]}, {"cut": 2, "bytes": [2**19, 2**19]}],
+        "largest_speedup": 1.5,
+    }
+    made = SimpleNamespace(as_dict=lambda: values, format_table=lambda: "4 epochs <without> drops: 40.0 s")
+    monkeypatch.setattr(forecasts, "make_forecast", lambda split, recipe: made)
+    assert main(["forecast", *SMALL, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "4 epochs <without> drops: 40.0 s" in printed
+    page = (tmp_path / "out" / "forecast.html").read_text()
+    assert str(tmp_path / "out" / "forecast.html") in printed
+    assert page.count("<svg") == 2
+    assert "4 epochs &lt;without&gt; drops: 40.0 s" in page
+    for words in ("before the first step", "after epoch 1", "nothing dropped", "host"):
+        assert words in page
+    assert main(["forecast", *SMALL, "--json", "--out", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out) == values
+    for row in values["rows"]:
+        row["bytes"] = []
+    assert main(["forecast", *SMALL, "--out", str(tmp_path / "none")]) == 0
+    assert (tmp_path / "none" / "forecast.html").read_text().count("<svg") == 1
+
+
+def test_cache_lists_and_removes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [
+        {"name": "a.rows", "nbytes": 2048, "age_seconds": 12.5},
+        {"name": "b.rows", "nbytes": 1, "age_seconds": 2.0},
+    ]
+    asked: list[Any] = []
+
+    def remove_rows(folder: Path, **limits: Any) -> list[Any]:
+        asked.append(limits)
+        return [files.pop(0)]
+
+    shared = SimpleNamespace(list_rows=lambda folder: list(files), remove_rows=remove_rows)
+    monkeypatch.setitem(sys.modules, "learndrop_ext.cache.shared", shared)
+    assert main(["cache", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["name", "nbytes", "age_seconds"],
+        ["a.rows", "2048", "12.5"],
+        ["b.rows", "1", "2.0"],
+    ]
+    assert asked == []
+    assert main(["cache", str(tmp_path), "--remove-older-than", "0.5", "--keep-bytes", "0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert asked == [{"older_than_seconds": 43200.0, "keep_bytes": 0}]
+    assert [row["name"] for row in found["removed"]] == ["a.rows"]
+    assert [row["name"] for row in found["rows"]] == ["b.rows"]
+    assert main(["cache", str(tmp_path), "--keep-bytes", "0"]) == 0
+    assert capsys.readouterr().out == f"removed 1 files\nno rows in {tmp_path}\n"
+
+
 def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -62,19 +215,30 @@ def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "--dataset", "mnist"], "needs a root"),
         (["compare", "--dataset", "mnist", "--data-root", "{tmp}"], "train-images-idx3-ubyte"),
         (["compare", "--model", "lenet"], "lenet"),
-        (["compare", "--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
+        (["compare", "--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        (["compare", "--device", "cpu:abc"], "--device must be auto, cpu, cuda or cuda:N, got 'cpu:abc'"),
         (["compare", "--threshold", "7"], "threshold must be within 0.0..1.0, got 7.0"),
-        (["train", "--image-size", "64"], "only imagenette"),
+        (["compare", "--width", "4000"], "million parameters and wants"),
+        (["compare", "--width", "1" + 30 * "0"], "is too large"),
+        (["compare", "--policy", "budget"], "policy must be stopped, budget:SPEEDUP"),
+        (["compare", "--policy", "fixed:1=2", "--patience", "5"], "--patience is for --policy stopped"),
+        (["train", "--test-share", "0.5"], "--test-share is for --dataset folder, got --dataset digits"),
+        (["train", "--dataset", "folder"], "--dataset folder wants --data-root DIR"),
+        (["train", "--dataset", "folder", "--data-root", "{tmp}/none"], "none: no such folder"),
+        (["train", "--weights", "default"], "'default' wants a model timm:NAME or torchvision:NAME"),
+        (["train", "--weights", "{tmp}/none.pt"], "weights must be a file, got"),
+        (["cache", "{tmp}/none"], "DIR must be a folder of rows"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    assert main([*filled, "--out", str(tmp_path / "out")]) == 2
+    assert main(filled if filled[0] == "cache" else [*filled, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert message in said
-    assert "Traceback" not in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -84,6 +248,9 @@ def test_what_cannot_be_done_is_said_in_a_line(
         (["--lr", "-1"], "must be a number above 0, got '-1'"),
         (["--with", "prayer"], "must be of freeze-only, short, separated by commas, got 'prayer'"),
         (["--dataset", "svhn"], "invalid choice"),
+        (["--seed", str(2**64)], f"must be a whole number within 0..{2**32 - 1}, got '{2**64}'"),
+        (["--seed", "-1"], f"must be a whole number within 0..{2**32 - 1}, got '-1'"),
+        (["--width", "9" * 5000], "must be a whole number of at least 1, got '9999"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused(
@@ -128,6 +295,23 @@ def test_ctrl_c_ends_cleanly_and_leaves_what_was_written_readable(tmp_path: Path
     assert "interrupted; what was measured so far is in" in said
     assert "Traceback" not in said
     assert len([json.loads(line) for line in metrics.read_text().splitlines()]) >= 2
+
+
+def test_ctrl_c_while_images_are_read_is_said_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_dataset", interrupted)
+    assert main(["train", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_traceback_is_shown_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LEARNDROP_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="model must be one of"):
+        main(["train", "--model", "lenet", "--out", str(tmp_path / "out")])
 
 
 def test_compare_runs_through_on_real_cifar10(

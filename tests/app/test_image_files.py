@@ -11,17 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from learndrop_ext.app.image_files import (
     IntegrityError,
     check_labels,
     find_file,
-    list_class_folders,
     read_cifar,
     read_cifar_names,
     read_idx,
-    read_jpeg,
 )
 
 IDX_2X3 = struct.pack(">4B2I", 0, 0, 8, 2, 2, 3) + bytes([0, 1, 2, 3, 4, 255])
@@ -233,56 +230,3 @@ def test_check_labels(tmp_path: Path) -> None:
     check_labels(tmp_path, 0, 9, classes=10)
     with pytest.raises(IntegrityError, match="labels must be from 0 to 9, got 10"):
         check_labels(tmp_path, 0, 10, classes=10)
-
-
-def test_list_class_folders(tmp_path: Path) -> None:
-    for name in ("b/2.jpg", "b/1.JPEG", "b/notes.txt", "a/1.jpeg", "readme.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert list_class_folders(tmp_path) == {
-        "a": (tmp_path / "a/1.jpeg",),
-        "b": (tmp_path / "b/1.JPEG", tmp_path / "b/2.jpg"),
-    }
-    message = f"{tmp_path}: must hold the class folders ['a', 'c'], got ['a', 'b']"
-    with pytest.raises(IntegrityError, match=re.escape(message)):
-        list_class_folders(tmp_path, classes=("c", "a"))
-    (tmp_path / "a/1.jpeg").unlink()
-    with pytest.raises(IntegrityError, match=re.escape(f"{tmp_path / 'a'}: must hold JPEG files, got none")):
-        list_class_folders(tmp_path)
-    with pytest.raises(IntegrityError, match="must hold one folder a class, got none"):
-        list_class_folders(tmp_path / "a")
-    with pytest.raises(IntegrityError, match=re.escape(f"{tmp_path / 'no'}: no such folder")):
-        list_class_folders(tmp_path / "no")
-
-
-def test_read_jpeg_cuts_the_middle_square(tmp_path: Path) -> None:
-    photo = np.zeros((32, 96, 3), np.uint8)
-    photo[:, :32] = (255, 0, 0)
-    photo[:, 32:64] = (10, 200, 30)
-    photo[:, 64:] = (0, 0, 255)
-    path = tmp_path / "photo.jpg"
-    Image.fromarray(photo).save(path, quality=100, subsampling=0)
-    whole = read_jpeg(path, size=32)
-    assert whole.shape == (3, 32, 32)
-    assert whole.dtype == torch.uint8
-    for size in (32, 16, 48):
-        inner = read_jpeg(path, size=size).float()[:, 2:-2, 2:-2]
-        assert inner.shape == (3, size - 4, size - 4)
-        assert (inner - torch.tensor([10.0, 200.0, 30.0]).view(3, 1, 1)).abs().max() < 12
-
-
-def test_read_jpeg_turns_grey_into_rgb(tmp_path: Path) -> None:
-    path = tmp_path / "grey.jpg"
-    Image.fromarray(np.full((8, 8), 100, np.uint8)).save(path, quality=100)
-    assert torch.equal(read_jpeg(path, size=8), torch.full((3, 8, 8), 100, dtype=torch.uint8))
-
-
-def test_read_jpeg_refuses_truncated_files(tmp_path: Path) -> None:
-    path = tmp_path / "photo.jpg"
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    whole = path.read_bytes()
-    for kept in (0, 20, len(whole) // 2, len(whole) - 10):
-        path.write_bytes(whole[:kept])
-        with pytest.raises(IntegrityError, match=f"^{re.escape(f'{path}: is not a whole image: ')}"):
-            read_jpeg(path, size=64)

@@ -78,7 +78,7 @@ LABELS = torch.zeros(2, dtype=torch.int64)
             r"mean and std \(> 0\) must have 1 values, got \(0.0, 0.0, 0.0\), ",
         ),
         (PIXELS, LABELS, {"std": (0.0,)}, r"mean and std \(> 0\) must have 1 values, got \(0.0,\), \(0.0,\)"),
-        (PIXELS, LABELS, {"augment": "strong"}, r"augment must be None or 'standard', got 'strong'"),
+        (PIXELS, LABELS, {"augment": "strong"}, r"augment must be None, 'standard' or 'flip', got 'strong'"),
     ],
 )
 def test_image_set_refuses(images: Tensor, labels: Tensor, arguments: dict[str, object], message: str) -> None:
@@ -215,3 +215,39 @@ def test_subset_has_the_images_asked_for() -> None:
     assert (few.augment, few.flip, few.size) == ("standard", False, 2)
     files = ImageSet([Path("a"), Path("b"), Path("c")], torch.arange(3), mean=(0.0,) * 3, std=(1.0,) * 3)
     assert files.subset(range(2)).images == (Path("a"), Path("b"))
+
+
+def test_image_set_normalized_reads_the_same_pixels_with_another_mean() -> None:
+    data = small_set()
+    other = data.normalized((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    assert torch.allclose(other[2][0] * 255, data.images[2].float(), atol=1e-4)
+    assert data.mean == (0.5, 0.25, 0.0)
+
+
+def test_image_set_resized() -> None:
+    data = small_set(3, augment="standard", flip=False)
+    larger = data.resized(16)
+    assert isinstance(larger.images, Tensor)
+    assert (larger.images.shape, larger.images.dtype, larger.size) == ((3, 3, 16, 16), torch.uint8, 16)
+    assert (larger.augment, larger.flip, len(data.images[0, 0])) == ("standard", False, 8)
+    # Twice the size: the middle of four pixels lies a quarter and three quarters between two.
+    row = data.images[0, 0].float()
+    column = 0.75 * row[:, 3] + 0.25 * row[:, 4]
+    wanted = 0.75 * column[3] + 0.25 * column[4]
+    assert abs(float(larger.images[0, 0, 7, 7]) - float(wanted)) <= 1
+    assert torch.equal(larger.resized(16).images, larger.images)
+
+
+def test_image_set_bytes_decoded() -> None:
+    assert small_set(6, pixels=8).bytes_decoded == 6 * 3 * 8 * 8
+
+
+def test_image_set_flip_mirrors_half_of_the_images_and_no_more() -> None:
+    data = small_set(64).augmented("flip").normalized((0.0,) * 3, (1 / 255,) * 3)
+    torch.manual_seed(0)
+    x, _ = data.__getitems__(range(64))
+    whole = data.images.float()
+    kept = torch.isclose(x, whole, atol=1e-3).flatten(1).all(1)
+    mirrored = torch.isclose(x, whole.flip(3), atol=1e-3).flatten(1).all(1)
+    assert bool((kept ^ mirrored).all())
+    assert 20 < int(kept.sum()) < 44

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from learndrop_ext.app import report
-from learndrop_ext.app.report import Reporter, format_table, read_metrics, render_report, write_metrics, write_report
+from learndrop_ext.app.report import Reporter, format_table, render_report, write_report
 
 DROP = {
     "epoch": 8,
@@ -140,6 +140,11 @@ def test_format_table_claims_nothing_without_a_drop() -> None:
     )
 
 
+def test_format_table_of_a_drop_before_the_first_step() -> None:
+    text = format_table({"learndrop": numbers(1.0, 1e9, 1.0, {**DROP, "epoch": 0}, DROP)})
+    assert text.endswith("2 before the first step, 2 after epoch 8")
+
+
 def test_format_table_shortens_many_drops() -> None:
     drops = [{**DROP, "epoch": epoch, "prefix": epoch} for epoch in range(1, 7)]
     assert format_table({"learndrop": numbers(1.0, 1e9, 1.0, *drops)}).endswith(
@@ -180,6 +185,42 @@ def test_render_report_shows_the_numbers() -> None:
     ):
         assert wanted in words
     assert not any("has not ended" in word for word in words)
+
+
+CHANGE = {
+    **{"l1": 3.25, "l2": 0.5, "maximum": 0.125, "w_l1": 80.0, "w_l2": 10.0},
+    **{"relative": 0.05, "cosine": None, "nonfinite": 0},
+}
+
+
+def test_render_report_shows_what_was_measured_last() -> None:
+    records = [
+        record("learndrop", 1, changes={"stem": {**CHANGE, "l1": 777.0}, "fc": CHANGE}),
+        record("learndrop", 2, changes={"stem": None, "fc": CHANGE}),
+        record("short", 1),
+    ]
+    html = render_report(RESULT, records)
+    words = " ".join(Page(html).words)
+    assert "over epoch 2 of the run learndrop" in words
+    assert "stem dropped fc 3.25 0.5 0.125 80 10 0.05 - 0" in words
+    assert "777" not in words
+    assert "What was measured last" not in render_report(RESULT, RECORDS)
+
+
+def test_render_report_shows_forecast_against_outcome() -> None:
+    records = [
+        record("baseline", 1, epoch_seconds=4.0, forecast_seconds=None),
+        record("learndrop", 1, epoch_seconds=4.0, forecast_seconds=5.0),
+        record("learndrop", 2, epoch_seconds=1.0, forecast_seconds=0.75),
+        record("learndrop", 3, epoch_seconds=1.0),
+    ]
+    words = " ".join(Page(render_report(RESULT, records)).words)
+    assert (
+        "learndrop 1 5.00 s 4.00 s +25.0 % learndrop 2 0.75 s 1.00 s -25.0 % learndrop all 5.75 s 5.00 s +15.0 %"
+        in words
+    )
+    assert "baseline 1 4.00 s" not in words
+    assert "Forecast and outcome" not in render_report(RESULT, RECORDS)
 
 
 def test_render_report_before_any_run_has_ended() -> None:
@@ -228,33 +269,23 @@ def test_write_report_replaces_whole_pages(tmp_path: Path, monkeypatch: pytest.M
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_write_metrics_and_read_metrics(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    records = [record("baseline", 1, train_loss=float("nan"), reason="\u00e9\n"), record("learndrop", 1)]
-    write_metrics(path, records)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["run"] for line in lines] == ["baseline", "learndrop"]
-    assert read_metrics(path) == [{**records[0], "train_loss": None}, records[1]]
-    path.write_text(path.read_text(encoding="utf-8") + '{"run": "lea', encoding="utf-8")
-    assert len(read_metrics(path)) == 2
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("line", ["[1]", "{", "nonsense"])
-def test_read_metrics_refuses(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(f'{{"run": "baseline"}}\n{line}\n', encoding="utf-8")
-    message = f"read_metrics: line 2 of {path} must be a JSON object, got {line!r}"
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        read_metrics(path)
+def test_reporter_writes_what_is_not_finite_as_null(tmp_path: Path) -> None:
+    with Reporter(tmp_path) as reporter:
+        reporter.add(record("baseline", 1, train_loss=float("nan"), reason="\u00e9\n"))
+    assert read_metrics(tmp_path) == [record("baseline", 1, train_loss=None, reason="\u00e9\n")]
 
 
 def test_reporter_writes_each_record_at_once(tmp_path: Path) -> None:
     with Reporter(tmp_path / "a" / "b") as reporter:
         for n, one in enumerate(RECORDS, start=1):
             reporter.add(one)
-            assert len(read_metrics(reporter.folder / "metrics.jsonl")) == n
+            assert len(read_metrics(reporter.folder)) == n
         reporter.write(RESULT)
-    assert read_metrics(reporter.folder / "metrics.jsonl") == RECORDS
+    assert read_metrics(reporter.folder) == RECORDS
     assert (reporter.folder / "report.html").read_text(encoding="utf-8") == render_report(RESULT, RECORDS)
 
 
@@ -272,7 +303,7 @@ def test_reporter_leaves_a_page_when_cut_short(tmp_path: Path) -> None:
     words = Page((tmp_path / "report.html").read_text(encoding="utf-8")).words
     assert "60.0 s" in words
     assert "The run learndrop has not ended: the plots show it up to epoch 1." in words
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    assert len(read_metrics(tmp_path)) == 3
 
 
 def test_reporter_does_not_draw_again_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

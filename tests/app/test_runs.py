@@ -77,7 +77,7 @@ def test_augmented_training_keeps_views(digits: Split) -> None:
 
 
 def test_compare_gives_the_form_that_other_programs_read(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "default_policy", lambda recipe: Fixed({1: 2, 2: 4}))
+    monkeypatch.setattr(runs, "policy_of", lambda recipe: Fixed({1: 2, 2: 4}))
     stages = []
     for out in runs.compare(digits, RECIPE, rivals=("freeze-only", "short")):
         stages.append(set(out))

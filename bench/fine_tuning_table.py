@@ -1,0 +1,150 @@
+"""Writes the table of the fine-tuning study as Markdown, and its plot as SVG, from bench/results/fine-tuning/.
+
+python bench/fine_tuning_table.py [--plot FILE.svg] [FILE.json ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+#: Methods that are one curve, from the shortest to the longest run.
+CURVES = {
+    "plain recipe, 1, 2, 3 and all epochs": ("short-1", "short-2", "short-3", "full"),
+    "Budget 4, 3, 2 and 1.5, from the first step": ("budget-4", "budget-3", "budget-2", "budget-1.5"),
+    "Budget 2, after epoch 1": ("budget-2-start-1",),
+    "set by hand, growing": ("growing",),
+    "set by hand, at once": ("static",),
+    "growing, no rows kept": ("freeze-only",),
+    "linear probe": ("linear-probe",),
+}
+PLAIN = next(iter(CURVES.values()))
+COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def by_method(records: Records, dataset: str) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        if record["dataset"] == dataset:
+            found.setdefault(record["run"], []).append(record)
+    return found
+
+
+def mean(records: Records, key: str) -> float:
+    return statistics.fmean(record[key] for record in records)
+
+
+def plain_at(methods: Mapping[str, Records], seconds: float) -> float | None:
+    """Accuracy of the plain recipe shortened to a time: between its runs by a straight line, None before the first."""
+    points = sorted((mean(methods[run], "seconds"), mean(methods[run], "accuracy")) for run in PLAIN if run in methods)
+    if not points or seconds < points[0][0]:
+        return None
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if seconds <= right:
+            return low + (high - low) * (seconds - left) / (right - left)
+    return points[-1][1]
+
+
+def table(study: Mapping[str, Any]) -> str:
+    """Means over the seeds, one line a method and set."""
+    machine = study["machine"]
+    lines = [
+        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}",
+        "",
+        "| set | method | epochs | seconds | test accuracy | against full | against the plain recipe of that time | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for dataset in dict.fromkeys(record["dataset"] for record in study["records"]):
+        methods = by_method(study["records"], dataset)
+        full = methods.get("full")
+        for run, records in methods.items():
+            seconds, accuracy = mean(records, "seconds"), mean(records, "accuracy")
+            spread = statistics.stdev(r["accuracy"] for r in records) if len(records) > 1 else None
+            plain = None if run in PLAIN else plain_at(methods, seconds)
+            cells = [
+                dataset,
+                run,
+                f"{mean(records, 'epochs'):g}",
+                f"{seconds:.1f}" + (f" ({mean(full, 'seconds') / seconds:.2f}x)" if full and run != "full" else ""),
+                f"{accuracy:.2f} %" + (f" ± {spread:.2f}" if spread is not None else ""),
+                f"{accuracy - mean(full, 'accuracy'):+.2f}" if full and run != "full" else "",
+                f"{accuracy - plain:+.2f}" if plain is not None else "",
+                str(len(records)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(study: Mapping[str, Any]) -> str:
+    """Draw accuracy against time as SVG, a panel a set and a curve a method; bars span the seeds."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    sets = list(dict.fromkeys(record["dataset"] for record in study["records"]))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "learndrop_ext", "font.size": 10.0}):
+        figure = Figure(figsize=(5.2 * len(sets), 4.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes_of = figure.subplots(1, len(sets), squeeze=False)[0]
+        for axes, dataset in zip(axes_of, sets, strict=True):
+            methods = by_method(study["records"], dataset)
+            for (label, runs), colour in zip(CURVES.items(), COLOURS, strict=True):
+                found = [methods[run] for run in runs if run in methods]
+                if not found:
+                    continue
+                accuracy = [mean(records, "accuracy") for records in found]
+                lowest = [min(record["accuracy"] for record in records) for records in found]
+                highest = [max(record["accuracy"] for record in records) for records in found]
+                axes.errorbar(
+                    [mean(records, "seconds") for records in found],
+                    accuracy,
+                    yerr=[
+                        [value - low for value, low in zip(accuracy, lowest, strict=True)],
+                        [high - value for value, high in zip(accuracy, highest, strict=True)],
+                    ],
+                    label=label,
+                    color=colour,
+                    marker="o",
+                    markersize=4,
+                    capsize=3,
+                )
+            axes.set_title(dataset)
+            axes.set_xlim(left=0.0)
+            axes.set_xlabel("training time (s)")
+            axes.set_ylabel("test accuracy (%)")
+            axes.grid(axis="y", color="#dddddd")
+        handles, labels = axes_of[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("files", nargs="*", type=Path, help="the study's files (default: bench/results/fine-tuning/)")
+    parser.add_argument("--plot", type=Path, help="where the plot of the first file goes")
+    args = parser.parse_args(argv)
+    files = args.files or sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
+    if not files:
+        sys.exit("bench/fine_tuning_table.py: no study yet, run bench/bench_fine_tuning.py")
+    studies = [json.loads(path.read_text()) for path in files]
+    print("\n\n".join(table(study) for study in studies))
+    if args.plot is not None:
+        args.plot.write_text(plot(studies[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""A sweep of ten fine-tunings that share the rows of their frozen layers.
+
+    python examples/optuna_sweep.py --data-root DIR --cache DIR [--weights FILE]      pip install optuna
+    python examples/optuna_sweep.py --toy
+
+The first layers are the same in every trial, and so are their outputs on the same images. Trial 1 makes the rows and
+writes them to the folder; trials 2 to 10 find them there and never run these layers. `learndrop cache DIR` lists and
+removes what is in the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+
+import optuna
+import torch
+from torch import nn
+
+from learndrop_ext import CacheConfig, DropScheduler
+from learndrop_ext.app.datasets import Split, load_dataset, load_folder, make_loader
+from learndrop_ext.app.networks import build_network
+from learndrop_ext.app.runs import evaluate
+from learndrop_ext.decide.policy import Fixed
+
+
+def fine_tune(
+    split: Split, name: str, weights: str | None, folder: str, *, epochs: int, prefix: int, lr: float, decay: float
+) -> tuple[float, float]:
+    """Train once; return the accuracy in percent and the seconds of training."""
+    begin = time.perf_counter()
+    # The same seed in every trial: shared rows need the same weights in the layers before them.
+    model = build_network(
+        name, num_classes=len(split.classes), in_channels=split.channels, width=16, weights=weights, seed=0
+    ).model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
+    loader = make_loader(split.train, 32, shuffle=True, seed=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(loader))
+    cache = CacheConfig(disk_dir=folder, disk_bytes="auto", shared=True)
+    with DropScheduler(model, optimizer, loader, policy=Fixed({0: prefix}), epochs=epochs, cache=cache) as drop:
+        for _ in range(epochs):
+            model.train()
+            for x, y in drop.loader:
+                loss = nn.functional.cross_entropy(drop.model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            drop.step()
+    seconds = time.perf_counter() - begin
+    chosen_by = split.validation if split.validation is not None else split.test
+    return evaluate(model, chosen_by, batch_size=256, amp=None), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data-root")
+    parser.add_argument("--weights")
+    parser.add_argument("--cache", help="folder that the trials share (default: one that is removed at the end)")
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--toy", action="store_true")
+    args = parser.parse_args()
+    if args.toy:
+        split, name, epochs, prefix, args.trials = load_dataset("digits", limit=128), "resnet10", 2, 3, 3
+    else:
+        split = load_folder(args.data_root, size=96).map(lambda images: images.decoded())
+        name, epochs, prefix = "timm:tf_efficientnet_lite0", 3, 12
+
+    with tempfile.TemporaryDirectory() as own:
+        seconds: list[float] = []
+
+        def objective(trial: optuna.Trial) -> float:
+            lr = trial.suggest_float("lr", 1e-4, 1e-2, log=True)
+            decay = trial.suggest_float("weight_decay", 1e-4, 1e-1, log=True)
+            accuracy, took = fine_tune(
+                split, name, args.weights, args.cache or own, epochs=epochs, prefix=prefix, lr=lr, decay=decay
+            )
+            seconds.append(took)
+            return accuracy
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=0))
+        study.optimize(objective, n_trials=args.trials)
+
+    print(f"best: {study.best_value:.2f} % with {study.best_params}")
+    print(f"trial 1:           {seconds[0]:6.2f} s")
+    print(f"trials 2 to {args.trials:<6} {statistics.fmean(seconds[1:]):6.2f} s each")
+
+
+if __name__ == "__main__":
+    main()

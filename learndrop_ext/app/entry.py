@@ -1,0 +1,20 @@
+"""The door of the command line: imports the rest, and takes Ctrl-C while that goes on."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> int:
+    """Run the command line and return its exit status, see `learndrop_ext.app.cli.main`."""
+    try:
+        from learndrop_ext.app.cli import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Networks by name, built in or from timm and torchvision, with fresh or pretrained weights.
+
+A name is one of `learndrop_ext.app.models.MODELS`, ``timm:NAME`` or ``torchvision:NAME``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from learndrop_ext.app.models import MODELS, build_model
+from learndrop_ext.app.weights import fit_weights, read_weights
+from learndrop_ext.ops import free_bytes
+from learndrop_ext.rng import fork_rng
+
+__all__ = ["Network", "build_network", "check_network", "pixel_statistics"]
+
+LIBRARIES = ("timm", "torchvision")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network in train mode on the CPU, and in one line where its weights came from; empty for fresh weights."""
+
+    model: nn.Module
+    note: str
+
+
+def is_external(name: str) -> bool:
+    """Whether a network comes from timm or torchvision."""
+    return name.partition(":")[0] in LIBRARIES and ":" in name
+
+
+def check_network(name: str) -> None:
+    """Raise ValueError for a name that no network has, with the nearest ones, and ImportError for a missing library."""
+    library, _, inner = name.partition(":")
+    if not is_external(name):
+        known, shown = list(MODELS), name.removesuffix("_bn") if name.startswith("vgg") else name
+        if shown not in known:
+            raise ValueError(f"model must be one of {', '.join(known)}, timm:NAME or torchvision:NAME, got {name!r}")
+    elif library == "timm":
+        timm = _library("timm")
+        # A tag after the dot names one of several sets of weights.
+        if not timm.is_model(inner):
+            raise ValueError(f"model must be a network of timm, got {name!r}{_nearest(inner, timm.list_models())}")
+    else:
+        models = _library("torchvision.models")
+        known = models.list_models(module=models)
+        if inner not in known:
+            raise ValueError(f"model must be a classifier of torchvision, got {name!r}{_nearest(inner, known)}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; the nearest: {', '.join(near)}" if near else ""
+
+
+def _library(module: str) -> ModuleType:
+    name = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'model: {name} could not be imported ({error}): pip install "learndrop_ext[pretrained]"'
+        ) from error
+    except RuntimeError as error:
+        # torchvision registers its operators on import, and fails where it was built for another torch.
+        raise ImportError(f"model: {name} does not fit the torch that is installed: {error}") from error
+
+
+def pixel_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and deviation of pixels in [0, 1] that a network's published weights expect; None where nothing is said."""
+    library, _, inner = name.partition(":")
+    if not is_external(name):
+        return None
+    if library == "timm":
+        config = _library("timm").get_pretrained_cfg(inner)
+        return None if config is None else (tuple(config.mean), tuple(config.std))
+    presets = _library("torchvision.models").get_model_weights(inner).DEFAULT.transforms()
+    return tuple(presets.mean), tuple(presets.std)
+
+
+def build_network(
+    name: str,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    stem: str = "small",
+    width: int = 64,
+    weights: str | None = None,
+    seed: int = 0,
+) -> Network:
+    """Build a network for a number of classes, with fresh or pretrained weights.
+
+    Args:
+        name: one of `MODELS`, ``timm:NAME`` or ``torchvision:NAME``.
+        num_classes: outputs of the classifier, which replaces the published one.
+        in_channels: channels of the images; 3 for networks of timm and torchvision.
+        stem, width: of a network of `MODELS`, see `build_model`.
+        weights: None for fresh ones; "default" for those that timm or torchvision keep; or a file, see `read_weights`.
+        seed: of the fresh weights. The global random state stays as it was.
+
+    Raises:
+        ValueError: for an unknown name, weights that do not fit or cannot be had, other than 3 channels, or a network
+            too large for the memory there is.
+        ImportError: where the library that the name or the file needs is not installed.
+    """
+    check_network(name)
+    if is_external(name):
+        if in_channels != 3:
+            raise ValueError(f"model: {name} wants images of 3 channels, got {in_channels}")
+        create = _timm_maker(name, weights) if name.startswith("timm:") else _torchvision_maker(name, weights)
+    else:
+        if weights == "default":
+            raise ValueError(f"weights: 'default' wants a model timm:NAME or torchvision:NAME, got {name!r}")
+        check_memory(name, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
+
+        def create(classes: int) -> nn.Module:
+            return build_model(name, num_classes=classes, in_channels=in_channels, stem=stem, width=width)
+
+    with fork_rng(seed):
+        model = create(num_classes)
+        if weights is None:
+            return Network(model, "")
+        if weights == "default" and name.startswith("timm:"):
+            return Network(
+                model, f"weights: those that timm keeps for {name.partition(':')[2]}; the classifier starts fresh"
+            )
+        classifier = _classifier_keys(model, create(num_classes + 1))
+    if weights == "default":
+        enum = _library("torchvision.models").get_model_weights(name.partition(":")[2])
+        found, origin = _fetched(name, lambda: dict(enum.DEFAULT.get_state_dict(progress=False))), str(enum.DEFAULT)
+    else:
+        found, origin = read_weights(weights), weights
+    fitted = fit_weights(found, model.state_dict(), classifier=classifier, path=origin)
+    model.load_state_dict(fitted.tensors, strict=False)
+    return Network(model, fitted.note)
+
+
+def _timm_maker(name: str, weights: str | None) -> Callable[[int], nn.Module]:
+    timm, inner = _library("timm"), name.partition(":")[2]
+    if weights != "default":
+        return lambda classes: timm.create_model(inner.partition(".")[0], num_classes=classes)
+    return lambda classes: _fetched(name, lambda: timm.create_model(inner, pretrained=True, num_classes=classes))
+
+
+def _torchvision_maker(name: str, weights: str | None) -> Callable[[int], nn.Module]:
+    models, inner = _library("torchvision.models"), name.partition(":")[2]
+    return lambda classes: models.get_model(inner, weights=None, num_classes=classes)
+
+
+def _fetched(name: str, fetch: Callable[[], Any]) -> Any:
+    """What a download gives; a library's own error, of whatever kind, becomes a ValueError."""
+    try:
+        return fetch()
+    except Exception as error:
+        raise ValueError(
+            f"weights: the default weights of {name} could not be fetched ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}); "
+            "give --weights FILE, or none to start fresh"
+        ) from error
+
+
+def _classifier_keys(model: nn.Module, other: nn.Module) -> set[str]:
+    """The keys whose shapes differ between two builds of a network for two numbers of classes."""
+    shapes = {key: value.shape for key, value in other.state_dict().items()}
+    return {key for key, value in model.state_dict().items() if shapes[key] != value.shape}
+
+
+def check_memory(name: str, **sizes: Any) -> None:
+    """Raise ValueError for a network of `MODELS` that cannot be trained in the free memory of this machine."""
+    try:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build_model(name, **sizes).parameters())
+    except (RuntimeError, TypeError) as error:  # What torch says of sizes whose product overflows.
+        said = str(error).splitlines()[0]
+        raise ValueError(f"model: {name} of width {sizes['width']} is too large: {said}") from error
+    # fp32 weights, their gradients, the optimizer's momentum and the anchor of the measurement
+    wanted, free = 4 * 4 * parameters, free_bytes(torch.device("cpu"))
+    if wanted > free:
+        raise ValueError(
+            f"model: {name} of width {sizes['width']} has {parameters / 1e6:,.0f} million parameters and wants "
+            f"{wanted / 2**30:,.1f} GiB to be trained, got {free / 2**30:,.1f} GiB of free memory"
+        )

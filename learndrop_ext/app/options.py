@@ -1,0 +1,220 @@
+"""The arguments of the command line, and what they are when nothing is said."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from learndrop_ext import __version__
+from learndrop_ext.app.runs import MAX_SEED, OPTIMIZERS, Recipe
+from learndrop_ext.ops import CODECS
+
+RIVALS = ("freeze-only", "short")
+
+#: What a newcomer gets without options, by dataset.
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {"model": "resnet10", "width": 32, "epochs": 20, "batch_size": 64, "lr": 0.1},
+    "mnist": {"model": "resnet18", "width": 64, "epochs": 10, "batch_size": 128, "lr": 0.1},
+    "fashion-mnist": {"model": "resnet18", "width": 64, "epochs": 15, "batch_size": 128, "lr": 0.1},
+    "cifar10": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 128, "lr": 0.2, "augment": "standard"},
+    "cifar100": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 128, "lr": 0.2, "augment": "standard"},
+    "imagenette": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 64, "lr": 0.1, "augment": "standard"},
+    "folder": {
+        **{"model": "resnet18", "width": 64, "epochs": 5, "batch_size": 32, "lr": 1e-3},
+        **{"optimizer": "adamw", "weight_decay": 0.01},
+    },
+}
+
+#: Options that replace a preset's value.
+RECIPE_OPTIONS = ("width", "epochs", "batch_size", "lr", "optimizer")
+
+#: Options of `StoppedLearning`, which no other policy has.
+STOPPED_OPTIONS = ("threshold", "patience", "warmup", "max_dropped", "min_saving")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="learndrop",
+        description="Train a convolutional network faster: layers that have stopped learning are dropped from the "
+        "training step, and the rest trains on their cached outputs.",
+    )
+    parser.add_argument("--version", action="version", version=f"learndrop {__version__}")
+    added = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = {
+        name: added.add_parser(
+            name, help=short, description=long, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        for name, (short, long) in COMMANDS.items()
+    }
+    for name in ("compare", "train", "forecast"):
+        _training_options(commands[name])
+    commands["compare"].add_argument(
+        "--with",
+        dest="rivals",
+        type=_rivals,
+        default=(),
+        metavar="RIVALS",
+        help="also train the honest rivals, separated by commas: freeze-only (same drops, nothing cached) and short "
+        "(the plain recipe with as many epochs as fit into the time that dropping took)",
+    )
+    commands["train"].add_argument("--plain", action="store_true", help="train without dropping")
+    commands["info"].add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    cache = commands["cache"]
+    cache.add_argument(
+        "folder", type=Path, metavar="DIR", help="the disk_dir of CacheConfig(disk_dir=DIR, shared=True)"
+    )
+    cache.add_argument(
+        "--remove-older-than", type=_positive, metavar="DAYS", help="remove files that no run has used for so many days"
+    )
+    cache.add_argument(
+        "--keep-bytes", type=_size, metavar="N", help="remove the files used longest ago until N bytes are left"
+    )
+    cache.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    return parser
+
+
+#: Each command's line in the list of commands, and its description.
+COMMANDS = {
+    "compare": (
+        "train the same model without and with dropping and show what it saved",
+        "Train the same model twice, same seed, same recipe: plainly, and with dropping. Prints a table "
+        "and writes report.html and metrics.jsonl. Without arguments: a small ResNet on the handwritten digits that "
+        "come with scikit-learn, under two minutes on two CPU cores.",
+    ),
+    "train": (
+        "train once with dropping and save the model",
+        "Train one model with dropping and write model.pt (its state_dict), metrics.jsonl and report.html.",
+    ),
+    "forecast": (
+        "say before training what dropping would take and save",
+        "Measure the costs of each layer, and print and draw (forecast.html) what an epoch takes with the first layers "
+        "dropped, what filling and reading their rows takes, and what the policy would do. Trains nothing.",
+    ),
+    "cache": (
+        "list and remove the rows that runs share",
+        "List the files of rows that runs share in a folder, and remove those that are too old or too many.",
+    ),
+    "info": ("say what this installation can do", "Say what this build and this machine have."),
+}
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=list(PRESETS), default="digits", help="what to train on")
+    data.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder with the dataset's original files; for the dataset folder: with train/ and test/, val/ or "
+        "validation/ that hold a folder a class, or with one folder a class",
+    )
+    data.add_argument(
+        "--test-share", type=float, metavar="X", help="share of a folder of classes to test on (default: 0.2)"
+    )
+    data.add_argument("--limit", type=_count, metavar="N", help="use only the first N training and N test images")
+    data.add_argument(
+        "--image-size", type=_count, metavar="PIXELS", help="side of the images (default: as they are; of photos: 128)"
+    )
+    data.add_argument(
+        "--augment", choices=["none", "flip", "standard"], help="random flip, or shift and flip (default: by dataset)"
+    )
+    recipe = parser.add_argument_group("recipe (defaults depend on the dataset)")
+    recipe.add_argument(
+        "--model",
+        metavar="NAME",
+        help="vgg11, vgg13, vgg16, vgg19, resnet10, resnet18, ..., resnet152, timm:NAME or torchvision:NAME",
+    )
+    recipe.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="start from a file of weights (safetensors or a state_dict), or with 'default' from those that timm or "
+        "torchvision keep (default: fresh ones)",
+    )
+    recipe.add_argument("--stem", choices=["small", "imagenet"], help="3x3 for small images or 7x7 (default: by size)")
+    recipe.add_argument("--width", type=_count, metavar="N", help="channels of the first stage of vgg.. and resnet..")
+    recipe.add_argument("--epochs", type=_count, metavar="N", help="passes over the training images")
+    recipe.add_argument("--batch-size", type=_count, metavar="N", help="images a step")
+    recipe.add_argument("--lr", type=_positive, metavar="X", help="peak learning rate of the one-cycle schedule")
+    recipe.add_argument("--optimizer", choices=OPTIMIZERS, help="sgd with Nesterov momentum, or adamw")
+    recipe.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the weights, the order and the views")
+    recipe.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: cuda where there is one")
+    recipe.add_argument("--amp", choices=["bf16"], help="mixed precision")
+    dropping = parser.add_argument_group("dropping")
+    dropping.add_argument(
+        "--policy",
+        default=Recipe.policy,
+        metavar="POLICY",
+        help="stopped: drop the layers that have stopped learning; budget:2.0: end in half the time; fixed:0=3,1=4: the "
+        "first 3 layers before the first step and the first 4 after epoch 1",
+    )
+    dropping.add_argument("--codec", choices=CODECS, default=Recipe.codec, help="how cached activations are stored")
+    dropping.add_argument(
+        "--views", type=_count, metavar="V", help="augmented views kept of an image (default: 4 or 1)"
+    )
+    dropping.add_argument(
+        "--mirror", action="store_true", help="keep each image and its mirror image, without --augment"
+    )
+    stopped = parser.add_argument_group("the policy stopped")
+    stopped.add_argument(
+        "--threshold", type=float, default=Recipe.threshold, metavar="X", help="a score under this has stopped"
+    )
+    stopped.add_argument(
+        "--patience", type=_count, default=Recipe.patience, metavar="N", help="for so many measurements"
+    )
+    stopped.add_argument("--warmup", type=int, default=Recipe.warmup, metavar="N", help="epochs before the first drop")
+    stopped.add_argument(
+        "--max-dropped", type=float, default=Recipe.max_dropped, metavar="X", help="largest share of layers to drop"
+    )
+    stopped.add_argument(
+        "--min-saving",
+        type=float,
+        default=Recipe.min_saving,
+        metavar="X",
+        help="share of the run that a drop must save",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("learndrop-report"), metavar="DIR", help="where files go")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def _rivals(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in RIVALS:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(RIVALS)}, separated by commas, got {name!r}")
+    return names
+
+
+def _whole(text: str, lowest: int, words: str) -> int:
+    # int() refuses more than 4,300 digits with a ValueError of its own.
+    value = int(text) if text.lstrip("+-").isdecimal() and len(text) < 4000 else lowest - 1
+    if value < lowest:
+        raise argparse.ArgumentTypeError(f"must be {words}, got {text[:40]!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1, "a whole number of at least 1")
+
+
+def _size(text: str) -> int:
+    return _whole(text, 0, "a number of bytes of at least 0")
+
+
+def _seed(text: str) -> int:
+    value = _whole(text, 0, f"a whole number within 0..{MAX_SEED}")
+    if value > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"must be a whole number within 0..{MAX_SEED}, got {text[:40]!r}")
+    return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value

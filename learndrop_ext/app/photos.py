@@ -1,0 +1,124 @@
+"""Photos in a folder a class: which files there are, and one photo as a tensor.
+
+Letters: H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learndrop_ext.app.image_files import IntegrityError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PHOTO_SUFFIXES", "list_class_folders", "read_photo"]
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+#: What file managers leave in folders. Names that start with a dot are passed over too.
+PASSED_OVER = ("thumbs.db", "desktop.ini")
+
+
+def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) -> dict[str, tuple[Path, ...]]:
+    """List the photos of each class folder in `folder`, classes and files sorted by name.
+
+    Args:
+        folder: holds one folder a class; files beside the class folders are passed over.
+        classes: the class folders that must be there, no more and no fewer. Any, by default.
+
+    Returns:
+        The files of each class.
+
+    Raises:
+        IntegrityError: for a missing folder, one without class folders, another set of classes, a class without
+            photos, and for anything else in a class folder than photos, by name.
+    """
+    if not folder.is_dir():
+        raise IntegrityError(folder, "no such folder")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise IntegrityError(folder, "must hold one folder a class, got none")
+    if classes is not None and names != sorted(classes):
+        missing, unknown = sorted(set(classes) - set(names)), sorted(set(names) - set(classes))
+        problems = [f"{_shown(missing)} missing"] * bool(missing) + [f"{_shown(unknown)} unknown"] * bool(unknown)
+        raise IntegrityError(
+            folder, f"must hold the {len(classes)} class folders of the training part, got {' and '.join(problems)}"
+        )
+    return {name: _photos(folder / name) for name in names}
+
+
+def _photos(folder: Path) -> tuple[Path, ...]:
+    files = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.name.lower() in PASSED_OVER:
+            continue
+        if path.suffix.lower() not in PHOTO_SUFFIXES or not path.is_file():
+            kind = "a folder" if path.is_dir() else "a file of another kind"
+            raise IntegrityError(
+                path, f"a class folder must hold photos only ({', '.join(PHOTO_SUFFIXES)}), got {kind}"
+            )
+        files.append(path)
+    if not files:
+        raise IntegrityError(folder, f"must hold photos ({', '.join(PHOTO_SUFFIXES)}), got none")
+    return tuple(files)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def read_photo(path: Path, *, size: int) -> Tensor:
+    """Read a photo as RGB and scale its middle square to `size` (bilinear, antialiased).
+
+    The photo is turned as its EXIF orientation says. Grey, palette and CMYK photos become RGB, 16-bit values are scaled
+    to 8 bits, and what is transparent becomes white.
+
+    Returns:
+        uint8 [3, size, size].
+
+    Raises:
+        IntegrityError: for a file that is no photo, damaged or cut short.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves three pixels for each one wanted.
+            opened.draft(None, (3 * size, 3 * size))
+            image = _upright_rgb(opened)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise IntegrityError(path, f"must be a whole image, got: {error}") from error
+    width, height = image.size
+    if (width, height) != (size, size):
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        image = image.resize(
+            (size, size),
+            Image.Resampling.BILINEAR,
+            box=(left, top, left + side, top + side),
+            reducing_gap=3.0,
+        )
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+
+
+def _upright_rgb(opened: Image.Image) -> Image.Image:
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(opened)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixels must have 8 or 16 bits, got mode {image.mode} and values up to {values.max()}")
+        # 65535 = 255 * 257
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    return image.convert("RGB")

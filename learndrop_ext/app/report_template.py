@@ -1,0 +1,116 @@
+"""The page of a report, a jinja2 template."""
+
+from __future__ import annotations
+
+TEMPLATE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Learn &amp; drop: report</title>
+<style>
+body { font: 16px/1.5 sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; }
+caption { text-align: left; color: #555; padding-bottom: 0.4rem; }
+th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid #ddd; }
+thead th { border-bottom: 2px solid #888; }
+figure { margin: 0; } figcaption { color: #555; font-size: 0.9rem; }
+svg { width: 100%; height: auto; }
+td, tbody th { white-space: nowrap; } td.words { white-space: normal; min-width: 12rem; }
+.note { border-left: 4px solid #d55e00; padding-left: 0.8rem; }
+</style>
+</head>
+<body>
+<h1>Learn &amp; drop: report</h1>
+{% if summary %}
+<p>{{ summary }}</p>
+{% endif %}
+{% for run, epoch in unfinished %}
+<p class="note">The run {{ run }} has not ended: the plots show it up to epoch {{ epoch }}.</p>
+{% endfor %}
+{% if rows %}
+<div class="wide"><table>
+<caption>Time is training with fills and measurements, without evaluation; in brackets: against the baseline.</caption>
+<thead><tr>{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:-1] %}<td>{{ cell }}</td>{% endfor %}
+<td class="words">{{ row[-1] }}</td></tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% else %}
+<p class="note">No run has ended.</p>
+{% endif %}
+{% for figure in figures %}
+<h2>{{ figure.title }}</h2>
+{% if figure.svg %}
+<figure>{{ figure.svg | safe }}<figcaption>{{ figure.caption }}</figcaption></figure>
+{% else %}
+<p>Nothing was measured for this plot.</p>
+{% endif %}
+{% endfor %}
+<h2>Drops</h2>
+{% set words = ' class="words"' | safe %}
+{% if drops %}
+<div class="wide"><table>
+<thead><tr><th scope="col">run</th><th scope="col">after epoch</th><th scope="col">layers dropped in all</th>
+<th scope="col">which</th><th scope="col">reason</th><th scope="col">fill</th><th scope="col">size of a row</th>
+<th scope="col">tier</th></tr></thead>
+<tbody>
+{% for drop in drops %}
+<tr>{% for cell in drop %}<td{{ words if loop.index == 5 }}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% else %}
+<p>No layer was dropped.</p>
+{% endif %}
+{% if changes %}
+<h2>What was measured last</h2>
+<div class="wide"><table>
+<caption>Change of each layer's parameters over epoch {{ changes.epoch }} of the run {{ changes.run }}: norms of the change
+and of the weights, the change relative to the weights, the cosine between it and the change before, and how many
+values were not finite.</caption>
+<thead><tr><th scope="col">layer</th><th scope="col">l1</th><th scope="col">l2</th><th scope="col">largest</th>
+<th scope="col">l1 of weights</th><th scope="col">l2 of weights</th><th scope="col">relative</th>
+<th scope="col">cosine</th><th scope="col">not finite</th></tr></thead>
+<tbody>
+{% for row in changes.rows %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% endif %}
+{% if ledger %}
+<h2>Forecast and outcome</h2>
+<div class="wide"><table>
+<caption>Seconds of each epoch's loop, rows made in it included: as forecast, and as they were.</caption>
+<thead><tr><th scope="col">run</th><th scope="col">epoch</th><th scope="col">forecast</th><th scope="col">measured</th>
+<th scope="col">forecast off by</th></tr></thead>
+<tbody>
+{% for row in ledger %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% endif %}
+{% if memory %}
+<p>Peak memory: {% for run, size in memory %}{{ run }} {{ size }}{{ ", " if not loop.last }}{% endfor %}.</p>
+{% endif %}
+{% if config %}
+<h2>Settings</h2>
+<div class="wide"><table>
+<tbody>
+{% for name, value in config.items() %}
+<tr><th scope="row">{{ name }}</th><td class="words">{{ value }}</td></tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% endif %}
+</body>
+</html>
+"""

@@ -1,0 +1,63 @@
+"""`learndrop cache`: the rows that runs share in a folder, listed and removed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+__all__ = ["format_listing", "list_and_remove"]
+
+DAY_SECONDS = 86400
+
+
+def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: int | None) -> dict[str, Any]:
+    """Remove what is too old or too much, and list what is left.
+
+    Args:
+        folder: the disk_dir of ``CacheConfig(disk_dir=..., shared=True)``.
+        older_than_days: remove files that no run has used for so many days; None for no limit.
+        keep_bytes: then remove the files used longest ago until so many bytes are left; None for no limit.
+
+    Returns:
+        ``{"folder", "removed": [...], "rows": [...]}``, plain values of each file.
+
+    Raises:
+        ValueError: where the folder is none.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"DIR must be a folder of rows, got {folder}, which is {'a file' if folder.exists() else 'not there'}"
+        )
+    shared = importlib.import_module("learndrop_ext.cache.shared")
+    removed = []
+    if older_than_days is not None or keep_bytes is not None:
+        age = None if older_than_days is None else older_than_days * DAY_SECONDS
+        removed = shared.remove_rows(folder, older_than_seconds=age, keep_bytes=keep_bytes)
+    return {"folder": str(folder), "removed": _plain(removed), "rows": _plain(shared.list_rows(folder))}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+def format_listing(listing: dict[str, Any]) -> str:
+    """Lay out a listing for a terminal: a line a file, and one for what was removed."""
+    lines = [f"removed {len(listing['removed'])} files"] if listing["removed"] else []
+    rows = listing["rows"]
+    if not rows:
+        return "\n".join([*lines, f"no rows in {listing['folder']}"])
+    table = [
+        list(rows[0]),
+        *([f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows),
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join(lines)

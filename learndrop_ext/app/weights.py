@@ -1,0 +1,127 @@
+"""Weights from a file, fitted to a network whose classifier may have another number of classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["FittedWeights", "fit_weights", "read_weights"]
+
+#: A checkpoint may hold the state_dict under one of these keys, beside the epoch, the optimizer and the like.
+NESTED = ("state_dict", "model", "model_state_dict")
+
+
+@dataclass(frozen=True)
+class FittedWeights:
+    """Tensors by the network's own keys, and in one line what was matched and what was left out."""
+
+    tensors: dict[str, Tensor]
+    note: str
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a file of weights, in the order of the file: safetensors by its ending, else what `torch.save` wrote.
+
+    Raises:
+        ValueError: for a file that is missing, damaged, holds anything but tensors, or holds code to run when it is
+            read, which is never run.
+        ImportError: for a safetensors file where that package is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"weights must be a file, got {path}, which is {'a folder' if path.is_dir() else 'not there'}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in NESTED if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"weights: {path} must hold a state_dict, got {type(content).__name__}")
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"weights: {path} must hold tensors only, got {type(value).__name__} at {key!r}")
+    # DataParallel and DistributedDataParallel put this before each key.
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _read_safetensors(path: Path) -> object:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ImportError(
+            f'weights: {path} needs safetensors, which is not installed: pip install "learndrop_ext[pretrained]"'
+        ) from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"weights: {path} must be a whole safetensors file, got: {error}") from error
+
+
+def _read_pickle(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # A damaged pickle can raise anything.
+        said = str(error)
+        if code := re.search(r"GLOBAL (\S+)", said):
+            raise ValueError(
+                f"weights: {path} must hold tensors only, got a pickle that asks for {code[1]}; it was not run"
+            ) from error
+        first = said.strip().splitlines()[0] if said.strip() else type(error).__name__
+        raise ValueError(f"weights: {path} must be a file that torch.save wrote, got: {first}") from error
+
+
+def fit_weights(
+    weights: Mapping[str, Tensor], network: Mapping[str, Tensor], *, classifier: Collection[str], path: str | Path
+) -> FittedWeights:
+    """Match the tensors of a file to those of a network, by name, or where the names differ by order and shape.
+
+    By order they match only if there are as many and each has the shape of its counterpart. The classifier is left out,
+    and starts fresh, where its shapes differ or the file has none. Counters of BatchNorm may be missing.
+
+    Args:
+        weights: the file's tensors, in its order.
+        network: the network's state_dict.
+        classifier: the keys of `network` whose shapes depend on the number of classes.
+        path: the file, for error messages.
+
+    Raises:
+        ValueError: for weights of another network, naming the first key that differs.
+    """
+    wanted = {key: value for key, value in network.items() if not _is_counter(key)}
+    given = {key: value for key, value in weights.items() if not _is_counter(key)}
+    missing = [key for key in wanted if key not in given and key not in classifier]
+    pairs = {key: given[key] for key in wanted if key in given}
+    by_order = False
+    if missing and len(given) == len(wanted):
+        in_order = dict(zip(wanted, given.values(), strict=True))
+        if all(in_order[key].shape == wanted[key].shape for key in wanted if key not in classifier):
+            pairs, missing, by_order = in_order, [], True
+    for key in wanted:
+        if key in missing:
+            raise ValueError(f"weights: {path} must be of this network, got no {key!r} {list(wanted[key].shape)}")
+        if key not in classifier and pairs[key].shape != wanted[key].shape:
+            raise ValueError(
+                f"weights: {path} must be of this network, with {key!r} {list(wanted[key].shape)}, "
+                f"got {list(pairs[key].shape)}"
+            )
+    if not by_order and (unknown := [key for key in given if key not in wanted]):
+        raise ValueError(
+            f"weights: {path} must be of this network, which has no {unknown[0]!r} {list(given[unknown[0]].shape)}"
+        )
+    left_out = [key for key in wanted if key not in pairs or pairs[key].shape != wanted[key].shape]
+    tensors = {key: value for key, value in pairs.items() if key not in left_out}
+    counters = {key: weights[key] for key in network if _is_counter(key) and key in weights}
+    words = [f"{len(tensors)} of {len(wanted)} tensors from {path}"]
+    if by_order:
+        words.append("matched by order and shape, for the names differ")
+    if left_out:
+        words.append(f"{', '.join(left_out)} left out: the classifier starts fresh")
+    return FittedWeights(tensors | counters, "weights: " + "; ".join(words))
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith("num_batches_tracked")
