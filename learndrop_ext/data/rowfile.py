@@ -21,6 +21,7 @@ from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.file import CacheFileError, Sidecar, remove_abandoned
 from learndrop_ext.cache.fingerprint import Fingerprint, describe, weights_digest
 from learndrop_ext.cache.plan import budgets_of
+from learndrop_ext.cache.shared import FillLock, find_or_lock
 from learndrop_ext.data.extras import BatchExtras, InputKey
 from learndrop_ext.distributed import several_processes
 from learndrop_ext.graph.chain import Chain
@@ -41,15 +42,16 @@ def fingerprint(
     config: CacheConfig,
     *,
     loader: DataLoader[Any],
-    example: torch.Tensor,
     autocast: torch.dtype | None,
     seed: int,
 ) -> Fingerprint:
-    """Return all that the rows after the last of `cuts` depend on; those of earlier drops were stored between."""
+    """Return all that the rows after the last of `cuts` depend on; those of earlier drops were stored between.
+
+    Whether the images are the same is not part of it: a few are compared with their rows at each epoch.
+    """
     cut = cuts[-1]
     # Addresses are of this process; the code and the modules in the text are not.
     code = re.sub(r" at 0x[0-9a-fA-F]+", "", "".join(str(chain.layer(i).eval_graph) for i in range(cut)))
-    pixels = example.cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return Fingerprint(
         weights=weights_digest(chain, cut),
         cut=cut,
@@ -58,10 +60,9 @@ def fingerprint(
         samples=len(loader.dataset),  # type: ignore[arg-type]
         dataset=describe(loader.dataset),
         autocast="" if autocast is None else str(autocast).removeprefix("torch."),
-        seed=seed,
+        seed=seed if config.views > 1 else 0,
         augmented=config.augmented,
         layers=hashlib.sha256(f"{list(cuts)}{config.mirror}{code}".encode()).hexdigest(),
-        images=hashlib.sha256(pixels.tobytes()).hexdigest(),
     )
 
 
@@ -75,14 +76,70 @@ class RowFileKeeper:
     def __init__(self, config: CacheConfig) -> None:
         self._config = config
         self._name: str | None = None  # of the file last written or found
+        self._lock: FillLock | None = None  # the right to fill rows that are shared
 
     def new_path(self, cut: int) -> Path | None:
         """Return a name that no other run has. What killed runs left unfinished in the folder is deleted."""
         if self._config.disk_dir is None:
             return None
+        if self._lock is not None:
+            return self._lock.path
         folder = Path(self._config.disk_dir)
         remove_abandoned(folder.glob("rows-*-*.bin.part"))
         return folder / f"rows-{uuid.uuid4().hex[:12]}-{cut}.bin"
+
+    def find_shared(
+        self, made_of: Callable[[], Fingerprint], cut: int, *, device: torch.device, key: InputKey
+    ) -> FoundRows | None:
+        """Return the rows that another run left in the common folder; where there are none, these rows will be left
+        there once they are complete, unless another run is just filling the same.
+
+        Raises:
+            OSError: the folder cannot be read or written, or has no file locks.
+        """
+        self.release()
+        if not self._config.shared or self._config.disk_dir is None or several_processes():
+            return None
+        folder = Path(self._config.disk_dir)
+        found = find_or_lock(folder, made_of())
+        if isinstance(found, FillLock):
+            self._lock = found
+        if not isinstance(found, Path):
+            return None
+        budgets = budgets_of(self._config, device)
+        try:
+            aside = self.new_path(cut)
+            cache = ActivationCache.open(found, made_of(), device=device, budgets=budgets, aside=aside)
+        except CacheFileError as error:
+            warnings.warn(f"drop: the shared rows are not used ({error})", RuntimeWarning, stacklevel=4)
+            return None
+        return _found(cache, device=device, key=key)
+
+    def share(
+        self, cache: ActivationCache, slots: torch.Tensor, extras: BatchExtras, made_of: Callable[[], Fingerprint]
+    ) -> None:
+        """Leave complete rows to other runs, if this run has the right to; a full disk is a RuntimeWarning."""
+        if self._lock is None:
+            return
+        try:
+            values, tensors = extras.state()
+            cache.save(made_of(), Sidecar(values, (slots, *tensors)))
+            path = self._lock.path
+            self.release()
+            aside = self.new_path(0)
+            assert aside is not None
+            cache.share(aside)
+            self._name = path.name
+        except (OSError, TypeError) as error:
+            warnings.warn(f"drop: the rows are not shared with other runs ({error})", RuntimeWarning, stacklevel=4)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let other runs fill the rows that this one does not."""
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
 
     def save(
         self,
@@ -123,14 +180,11 @@ class RowFileKeeper:
             )
             return None
         self._name = name
-        slots, *tensors = cache.sidecar.tensors
-        extras = BatchExtras.from_state(cache.sidecar.values, tensors, key=key, device=device)
-        cache.sidecar = Sidecar()
-        return FoundRows(cache, slots, extras)
+        return _found(cache, device=device, key=key)
 
     def delete(self) -> None:
         """Delete the file last written or found."""
-        if self._name is not None and self._config.disk_dir is not None:
+        if self._name is not None and self._config.disk_dir is not None and not self._config.shared:
             with contextlib.suppress(OSError):
                 (Path(self._config.disk_dir) / self._name).unlink()
         self._name = None
@@ -152,3 +206,10 @@ class RowFileKeeper:
                 )
                 return None
         return cache.path.name
+
+
+def _found(cache: ActivationCache, *, device: torch.device, key: InputKey) -> FoundRows:
+    slots, *tensors = cache.sidecar.tensors
+    extras = BatchExtras.from_state(cache.sidecar.values, tensors, key=key, device=device)
+    cache.sidecar = Sidecar()
+    return FoundRows(cache, slots, extras)

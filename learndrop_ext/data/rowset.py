@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.cache.fingerprint import Fingerprint
 from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.data import rowfile
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
@@ -107,11 +109,17 @@ class RowSet:
         """
         segment = self.chain.segment(self.cut, cut)
         check_purity(segment, self._probe(), self.model, self._stages.autocast)
-        new = self._new_cache(cut, max(rows, self.slots.used * self.views))
+        made_of = partial(self._fingerprint, [*self.cuts, cut])
+        found = self.file.find_shared(made_of, cut, device=self.device, key=self.key)
+        new = self._new_cache(cut, max(rows, self.slots.used * self.views)) if found is None else found.cache
         self._drop_older()
         self._older, self.cache = self.cache, new
         self.cuts.append(cut)
         self._stages.segments.append(segment)
+        if found is not None:
+            self._drop_older()
+            self.slots.load(found.slots)
+            self.extras = found.extras
         # Rows to be flipped or shifted are moved on the way out of the cache.
         self._stores, self._full = stores or self.config.augmented, False
 
@@ -233,6 +241,7 @@ class RowSet:
         if self.cache is None:
             return
         count, cut = len(self.cache.filled), self.cut
+        self.file.release()
         self._reset()
         self.cache = self._new_cache(cut, count)
         self._full = False
@@ -254,6 +263,9 @@ class RowSet:
             old, new = self._older.filled, self.cache.filled
             if bool((new[: len(old)] | ~old[: len(new)]).all()):
                 self._drop_older()
+        cache = self.cache
+        if cache is not None and not cache.saved and self._stores and bool(cache.filled.all()):
+            self.file.share(cache, self.slots.table, self.extras, partial(self._fingerprint, self.cuts))
 
     @property
     def ledger(self) -> tuple[int, int, float]:
@@ -274,14 +286,14 @@ class RowSet:
     def save(self) -> str | None:
         """Return the name of the file that holds the rows of all tiers, written now where they changed; see
         `RowFileKeeper.save`."""
-        return self.file.save(self.cache, self.slots.table, self.extras, self._fingerprint)
+        return self.file.save(self.cache, self.slots.table, self.extras, partial(self._fingerprint, self.cuts))
 
     def find(self, name: str | None, cuts: Sequence[int]) -> None:
         """Go on with rows after the last of `cuts`, which no rows were kept of so far: those of the file that `save`
         wrote, or, with a RuntimeWarning, anew where it is not there or is not to be used."""
         self.cuts = list(cuts)
         self._stages.segments = [self.chain.segment(a, b) for a, b in zip([0, *cuts], cuts, strict=False)]
-        found = self.file.find(name, self._fingerprint, device=self.device, key=self.key)
+        found = self.file.find(name, partial(self._fingerprint, cuts), device=self.device, key=self.key)
         if found is None:
             self.cache = self._new_cache(self.cut, len(self.slots) * self.views)
             return
@@ -292,6 +304,7 @@ class RowSet:
     def clear(self) -> None:
         """Give images again; the rows are freed."""
         self.cuts, self._stages.segments = [], []
+        self.file.release()
         self._reset()
 
     def _reset(self) -> None:
@@ -394,13 +407,12 @@ class RowSet:
             shift = torch.randint(-most, most + 1, (len(at), 2), generator=self.generator)
         return cache.gather(at, flip=flip, shift=shift)
 
-    def _fingerprint(self) -> Any:
+    def _fingerprint(self, cuts: Sequence[int]) -> Fingerprint:
         return rowfile.fingerprint(
             self.chain,
-            self.cuts,
+            cuts,
             self.config,
             loader=self.loader,
-            example=self.example,
             autocast=self._stages.autocast,
             seed=self.seed,
         )
