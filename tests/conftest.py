@@ -65,6 +65,12 @@ def torchvision_stub() -> ModuleType:
     return importlib.import_module("torchvision")
 
 
+@pytest.fixture(scope="session")
+def timm(torchvision_stub: ModuleType) -> ModuleType:
+    """timm, which imports torchvision."""
+    return pytest.importorskip("timm")
+
+
 #: A library's operators go with it.
 LIBRARIES: list[torch.library.Library] = []
 
