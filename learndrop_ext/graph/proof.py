@@ -94,7 +94,7 @@ def _difference(model: nn.Module, twin: nn.Module, x: torch.Tensor, state: Model
 
 
 def _run(module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState, situation: _Situation) -> _Run:
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         with fork_rng(situation.seed), deterministic_algorithms(x):
             if situation.moved:
