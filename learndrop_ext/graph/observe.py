@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn, overrides
+from torch import nn
 
 
 class Observer(Protocol):
@@ -37,7 +37,7 @@ def modes() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        overrides._len_torch_function_stack(),
+        torch._C._len_torch_function_stack(),
         (attention.flash_sdp_enabled(), attention.mem_efficient_sdp_enabled(), attention.math_sdp_enabled()),
     )
 
@@ -46,7 +46,8 @@ def modes() -> tuple[Any, ...]:
 def observed(tracer: Observer) -> Iterator[None]:
     """Tell the tracer of attributes that are read from modules and set on them, and of autocast."""
     thread = threading.get_ident()
-    put, enter = nn.Module.__setattr__, torch.autocast.__enter__
+    put = nn.Module.__setattr__
+    enter: Any = torch.autocast.__enter__
 
     def read(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
