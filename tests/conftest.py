@@ -66,11 +66,9 @@ def torchvision_stub() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def timm_stub(torchvision_stub: ModuleType) -> ModuleType:
+def timm(torchvision_stub: ModuleType) -> ModuleType:
     """timm, which imports torchvision."""
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("timm is not installed")
-    return importlib.import_module("timm")
+    return pytest.importorskip("timm")
 
 
 #: A library's operators go with it.

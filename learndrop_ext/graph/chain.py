@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -81,7 +82,7 @@ class _Split:
         """The traces of both modes, with the same modules kept whole in each."""
         longer = torch.cat([self.example, self.example[:1]])
         while True:
-            made = {}
+            made: dict[bool, Trace] = {}
             known = dict(whole)
             for training in (True, False):
                 self.model.train(training)
@@ -119,20 +120,13 @@ class _Split:
         self, traces: dict[bool, Trace], splitters: dict[bool, Splitter], parts: dict[bool, list[Subgraph]]
     ) -> Chain:
         taken: dict[str, int] = {}
-        made = []
+        made: list[Layer] = []
         entered: tuple[int, ...] | None = tuple(self.example.shape[1:])
         fixed = any(trace.reads_sizes for trace in traces.values())
-        switches = traces[True].mode_reads | traces[False].mode_reads
+        switches = self._switches(traces, parts)
         for pair in zip(parts[True], parts[False], strict=True):
             graphs = [splitters[mode].module(part) for mode, part in zip((True, False), pair, strict=True)]
             self.graphs |= {module for graph in graphs for module in graph.modules()} - set(self.model.modules())
-            asking = {
-                path
-                for mode, part in zip((True, False), pair, strict=True)
-                for node in part.nodes
-                for path in traces[mode].frames[node]
-                if path in switches
-            }
             made.append(
                 Layer(
                     _unique(layer_name(self.root, pair[0]), taken),
@@ -143,12 +137,25 @@ class _Split:
                     writes_input=any(
                         splitters[m].writes_its_input(p) for m, p in zip((True, False), pair, strict=True)
                     ),
-                    switches=[self.root.get_submodule(path) for path in sorted(asking)],
+                    switches=switches[len(made)],
                 )
             )
             entered = pair[0].shape
         whole = {name.removeprefix("model."): reason for name, reason in traces[True].whole.items()}
         return Chain(made, kept_whole=whole, watch=Watch(self.root, traces.values()))
+
+    def _switches(self, traces: dict[bool, Trace], parts: dict[bool, list[Subgraph]]) -> list[list[nn.Module]]:
+        """For each layer the modules whose forward asks for their training flag, and that it alone replaces.
+
+        A module that several layers share follows the mode of each layer: a frozen prefix stays in eval mode.
+        """
+        asking = traces[True].mode_reads | traces[False].mode_reads
+        replaced = [
+            {path for mode in traces for node in parts[mode][i].nodes for path in traces[mode].frames[node]} & asking
+            for i in range(len(parts[True]))
+        ]
+        layers_of = Counter(path for paths in replaced for path in paths)
+        return [[self.root.get_submodule(p) for p in sorted(paths) if layers_of[p] == 1] for paths in replaced]
 
     def whole_by_proof(self, whole: Mapping[str, str], found: str) -> dict[str, str]:
         """The modules to keep whole so that the proof holds, found by trying.

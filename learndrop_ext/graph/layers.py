@@ -47,11 +47,18 @@ class Layer(nn.Module):
         self.eval_graph = evaluate if evaluate.code != train.code else train
         self.fixed_input = fixed_input
         self.writes_input = writes_input
-        #: Modules of the model whose training flag decides between the graphs, beside the layer's own.
+        #: Modules that the layer replaces: in train mode their flags decide between the graphs.
         self.switches: tuple[nn.Module, ...] = tuple(switches) if self.eval_graph is not train else ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "switches": ()}
+
+    def train(self, mode: bool = True) -> Layer:
+        """Set the mode of the layer, of its modules, and of the modules of the model that it replaces."""
+        super().train(mode)
+        for module in self.switches:
+            module.training = mode
+        return self
 
     def forward(self, x: torch.Tensor) -> Any:
         if self.fixed_input is not None and tuple(x.shape[1:]) != self.fixed_input:

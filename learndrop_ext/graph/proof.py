@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,20 @@ from torch import nn
 from learndrop_ext.graph.state import ModelState, flatten
 from learndrop_ext.rng import fork_rng
 
-#: Mode (training or not), random state, and whether all weights are moved first: what was computed from a weight while
-#: tracing is then found out.
-_SITUATIONS = ((False, 0, True), (True, 1, False), (True, 2, True))
+
+@dataclass(frozen=True)
+class _Situation:
+    """A mode, a random state, and whether all weights are moved first.
+
+    What was computed from a weight while tracing is a constant of the trace, which no longer fits moved weights.
+    """
+
+    training: bool
+    seed: int
+    moved: bool
+
+
+_SITUATIONS = (_Situation(False, 0, True), _Situation(True, 1, False), _Situation(True, 2, True))
 
 
 @dataclass(frozen=True)
@@ -51,28 +62,10 @@ def difference(model: nn.Module, twin: nn.Module, x: torch.Tensor) -> str | None
     state = ModelState(model)
     flags = [(m, m.training) for m in twin.modules()]
     try:
-        for training, seed, moved in _SITUATIONS:
-
-            def run(module: nn.Module, training: bool = training, seed: int = seed, moved: bool = moved) -> _Run:
-                model.train(training)
-                twin.train(training)
-                return _run(module, model, x, state, seed=seed, moved=moved)
-
-            try:
-                wanted = run(model)
-            except Exception:
-                if not moved:
-                    raise
-                moved = False  # the model itself refuses such weights
-                wanted = run(model, moved=False)
-            try:
-                got = run(twin, moved=moved)
-            except Exception as error:
-                found: str | None = f"the call, which fails: {error}"
-            else:
-                found = _compare(wanted, got, lambda: run(model, moved=moved), x)
+        for situation in _SITUATIONS:
+            found = _difference(model, twin, x, state, situation)
             if found:
-                return f"{'train' if training else 'eval'} mode: {found}"
+                return f"{'train' if situation.training else 'eval'} mode: {found}"
         return None
     finally:
         state.restore()
@@ -80,11 +73,31 @@ def difference(model: nn.Module, twin: nn.Module, x: torch.Tensor) -> str | None
             module.training = training
 
 
-def _run(module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState, *, seed: int, moved: bool) -> _Run:
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _difference(model: nn.Module, twin: nn.Module, x: torch.Tensor, state: ModelState, now: _Situation) -> str | None:
+    def run(module: nn.Module, situation: _Situation) -> _Run:
+        model.train(situation.training)
+        twin.train(situation.training)
+        return _run(module, model, x, state, situation)
+
     try:
-        with fork_rng(seed), deterministic_algorithms(x):
-            if moved:
+        wanted = run(model, now)
+    except Exception:
+        if not now.moved:
+            raise
+        now = replace(now, moved=False)  # the model itself refuses such weights
+        wanted = run(model, now)
+    try:
+        got = run(twin, now)
+    except Exception as error:
+        return f"the call, which fails: {error}"
+    return _compare(wanted, got, lambda: run(model, now), x)
+
+
+def _run(module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState, situation: _Situation) -> _Run:
+    weights: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        with fork_rng(situation.seed), deterministic_algorithms(x):
+            if situation.moved:
                 with torch.no_grad():
                     for tensor in state.floating():
                         tensor.mul_(0.984375)
@@ -94,13 +107,9 @@ def _run(module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState
             with torch.enable_grad():
                 outputs = tuple(flatten(module(entering.clone())))
                 gradients = _gradients(outputs, weights)
-        kept = tuple((path, v.detach().clone() if isinstance(v, torch.Tensor) else v) for path, v in outputs)
-        marks = tuple((path, v.requires_grad) for path, v in outputs if isinstance(v, torch.Tensor))
-        return _Run(
-            (*kept, *((f"{path}.requires_grad", value) for path, value in marks)),
-            gradients,
-            state.changes(parameters=not moved),
-        )
+        values = [(path, v.detach().clone() if isinstance(v, torch.Tensor) else v) for path, v in outputs]
+        values += [(f"{path}.requires_grad", v.requires_grad) for path, v in outputs if isinstance(v, torch.Tensor)]
+        return _Run(tuple(values), gradients, state.changes(parameters=not situation.moved))
     finally:
         state.restore()
 
@@ -142,7 +151,8 @@ def _compare(wanted: _Run, got: _Run, again: Callable[[], _Run], x: torch.Tensor
             # twin must be as near to it as rounding allows.
             repeated = repeated or again().gradients or {}
             a, b = one[name], two[name]
-            assert a is not None and b is not None
+            assert a is not None
+            assert b is not None
             if not _same(a, repeated.get(name)) and bool((a - b).abs().max() <= 1e-3 * a.abs().max()):
                 continue
         return f"the gradient of {name}"

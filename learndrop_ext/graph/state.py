@@ -158,6 +158,7 @@ class Mark:
         self.value = value
         self.version: int | None = None
         self.items: tuple[Mark, ...] = ()
+        self.constant: bool
         self.keys: tuple[Any, ...] = ()
         if isinstance(value, torch.Tensor) and not value.is_floating_point():
             self.version = version(value)

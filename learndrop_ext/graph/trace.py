@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import random
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from learndrop_ext.graph.observe import modes, observed, random_state
 from learndrop_ext.graph.state import Mark, contents_of, is_mutable, refill, version
+from learndrop_ext.graph.values import TracedShape, TracedValue, Values
 
 Shape = tuple[int, ...]
 
@@ -34,7 +33,6 @@ _MODULE_NAMES = frozenset(vars(nn.Module()))
 _METADATA = frozenset(
     ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex")
 )
-_METADATA_ATTRIBUTES = frozenset(("ndim", "device", "layout", "is_cuda", "is_nested", "is_quantized", "is_sparse"))
 
 
 class OneInput(nn.Module):
@@ -70,65 +68,6 @@ class Trace:
     reads_sizes: bool  # the input's sizes are constants of the graph
 
 
-class _Values:
-    """What a node gives for each of the two batches."""
-
-    def __init__(self, pair: tuple[Any, Any]) -> None:
-        self.pair = pair
-
-
-class _Shape(tuple[Any, ...]):
-    """A shape with constants, and proxies where it follows the batch."""
-
-    tracer: ValueTracer
-
-    def __getitem__(self, index: Any) -> Any:
-        found = tuple.__getitem__(self, index)
-        return self.tracer.constants(found)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.tracer.constants(tuple(tuple.__iter__(self))))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, tuple) and len(self) == len(other) and all(map(operator.eq, self, other))
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    __hash__ = tuple.__hash__
-
-
-class TracedValue(fx.Proxy):
-    """A proxy that knows the values behind it."""
-
-    def __init__(self, node: fx.Node, tracer: ValueTracer, values: _Values) -> None:
-        super().__init__(node, tracer)
-        self.values = values
-
-    def __getattr__(self, name: str) -> Any:
-        tracer: ValueTracer = self.tracer
-        if isinstance(self.values.pair[0], torch.Tensor):
-            if name == "shape":
-                return tracer.metadata(self, "size", (), {})
-            if name in _METADATA_ATTRIBUTES:
-                return getattr(self.values.pair[0], name)
-        if name.startswith("__") or callable(getattr(self.values.pair[0], name)):
-            return super().__getattr__(name)  # a method: recorded when it is called
-        return tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def __iter__(self) -> Iterator[Any]:
-        return (self[i] for i in range(len(self)))
-
-    def __len__(self) -> int:
-        one, two = (
-            len(v) if isinstance(v, tuple | list) or (isinstance(v, torch.Tensor) and v.dim()) else None
-            for v in self.values.pair
-        )
-        if one is None or one != two:
-            raise fx.proxy.TraceError("the length of a traced value was asked for")
-        return one
-
-
 @dataclass
 class _Frame:
     """The running forward of a module that is traced through."""
@@ -158,8 +97,8 @@ class ValueTracer(fx.Tracer):
         self.mode_reads: set[str] = set()
         self.reads_sizes = False
         self.proxies: dict[str, fx.Proxy] = {}
-        self.values: WeakValueDictionary[fx.Node, _Values] = WeakValueDictionary()
-        self.held: list[_Values] = []  # of nodes without a proxy
+        self.values: WeakValueDictionary[fx.Node, Values] = WeakValueDictionary()
+        self.held: list[Values] = []  # of nodes without a proxy
         self.shapes: dict[fx.Node, tuple[Shape | None, Shape | None]] = {}
         self.batch_sizes: set[fx.Node] = set()
         self.drawing: set[fx.Node] = set()
@@ -167,11 +106,11 @@ class ValueTracer(fx.Tracer):
         self.writes: dict[fx.Node, frozenset[int]] = {}
         self.node_frames: dict[fx.Node, tuple[str, ...]] = {}
         self.storages: list[StorageWeakRef] = []  # while one is held, its number is not given to another
-        self.random_state = self._random_state()
+        self.random_state = random_state(self.device)
 
     def run(self) -> Trace:
         """Trace the model as it stands: in its mode, under the current gradient mode."""
-        with _observed(self):
+        with observed(self):
             graph = self.trace(self.wrapped)
         kept = set(graph.nodes)
         return Trace(
@@ -217,7 +156,7 @@ class ValueTracer(fx.Tracer):
         contents = {
             k: (v, Mark(v), contents_of(v)) for k, v in vars(m).items() if k not in _MODULE_NAMES and is_mutable(v)
         }
-        frame = _Frame(path, _context(), contents)
+        frame = _Frame(path, modes(), contents)
         self.frames.append(frame)
         self.flattened[path] = m
         try:
@@ -241,7 +180,7 @@ class ValueTracer(fx.Tracer):
             step()
         for value, _, copy in contents.values():
             refill(value, copy)
-        self.random_state = self._random_state()
+        self.random_state = random_state(self.device)
         self.whole[path] = frame.reason
         return self.create_proxy("call_module", path, args, kwargs)
 
@@ -258,7 +197,7 @@ class ValueTracer(fx.Tracer):
             return a.node
         if isinstance(a, torch.Tensor) and id(a) in self.tensors:
             return self.create_node("get_attr", self.tensors[id(a)], (), {})
-        if type(a) is _Shape:
+        if type(a) is TracedShape:
             return super().create_arg(self.constants(tuple(tuple.__iter__(a))))
         if isinstance(a, dict) and type(a) is not dict and hasattr(type(a), "__dataclass_fields__"):
             items = {key: self.create_arg(value) for key, value in a.items()}
@@ -308,7 +247,7 @@ class ValueTracer(fx.Tracer):
                 # Two sizes that follow the batch: alike for both batches, alike for all.
                 if first.node in self.batch_sizes and args[1].node in self.batch_sizes and found[0] is found[1]:
                     return found[0]
-        made = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        made: Any = super().create_proxy(kind, target, args, kwargs, *more, **options)
         if kind.startswith("call") and made.values.pair == (None, None):
             return None
         return made
@@ -319,7 +258,7 @@ class ValueTracer(fx.Tracer):
         """What a tensor method says of a tensor without looking at its values: constants where both batches agree."""
         one, two = (getattr(value, name)(*args, **kwargs) for value in proxy.values.pair)
         if isinstance(one, torch.Size):
-            shape = _Shape(
+            shape = TracedShape(
                 a if a == b else self._size_node(proxy, i) for i, (a, b) in enumerate(zip(one, two, strict=True))
             )
             shape.tracer = self
@@ -383,19 +322,12 @@ class ValueTracer(fx.Tracer):
         if not self.frames:
             return
         frame = self.frames[-1]
-        if _context() != frame.context:
+        if modes() != frame.context:
             frame.reason = frame.reason or "its forward changes the autograd state or another mode of torch"
-        state = self._random_state()
+        state = random_state(self.device)
         if state != self.random_state:
             frame.reason = frame.reason or "its forward draws random numbers that the graph would keep as constants"
             self.random_state = state
-
-    def _random_state(self) -> tuple[Any, ...]:
-        kind, keys, *rest = np.random.get_state()
-        state = (random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), kind, *rest)
-        if self.device.type == "cuda":
-            return (*state, torch.cuda.get_rng_state(self.device).numpy().tobytes())
-        return state
 
     def _forget_after(self, last: fx.Node) -> None:
         for node in reversed(list(self.graph.nodes)):
@@ -410,28 +342,28 @@ class ValueTracer(fx.Tracer):
         self.storages.append(reference)
         return int(reference.cdata)
 
-    def _run_node(self, node: fx.Node) -> _Values:
+    def _run_node(self, node: fx.Node) -> Values:
         if node.op == "placeholder":
-            return _Values((self.inputs[0].clone(), self.inputs[1].clone()))
+            return Values((self.inputs[0].clone(), self.inputs[1].clone()))
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             with self._execution():
                 value = getattr(self.wrapped.get_submodule(owner), name)
-            return _Values((value, value))
+            return Values((value, value))
         results = []
         with self._execution():
             for i in (0, 1):
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n, i=i: self.values[n].pair[i])
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n, i=i: self.values[n].pair[i])  # type: ignore[misc]
                 tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
                 versions = [version(t) for t in tensors]
                 results.append(self._call(node, args, kwargs))
                 moved = [t for t, v in zip(tensors, versions, strict=True) if version(t) != v]
                 self.writes[node] = frozenset(map(self._storage, moved)) | self.writes.get(node, frozenset())
-        state = self._random_state()
+        state = random_state(self.device)
         if state != self.random_state:
             self.drawing.add(node)
             self.random_state = state
-        return _Values((results[0], results[1]))
+        return Values((results[0], results[1]))
 
     def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_module":
@@ -460,46 +392,3 @@ def _within(path: str, whole: Mapping[str, str]) -> bool:
 def _shape(value: Any, kind: str) -> Shape | None:
     fits = isinstance(value, torch.Tensor) and (value.is_floating_point() or kind == "placeholder")
     return tuple(value.shape) if fits and value.dim() > 0 else None
-
-
-def _context() -> tuple[Any, ...]:
-    """The modes of torch that decide what an operation does, beside its arguments."""
-    attention = torch.backends.cuda
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.overrides._len_torch_function_stack(),
-        (attention.flash_sdp_enabled(), attention.mem_efficient_sdp_enabled(), attention.math_sdp_enabled()),
-    )
-
-
-@contextlib.contextmanager
-def _observed(tracer: ValueTracer) -> Iterator[None]:
-    """Tell the tracer of attributes that are read from modules and set on them, and of autocast."""
-    thread = threading.get_ident()
-    put, enter = nn.Module.__setattr__, torch.autocast.__enter__
-
-    def read(module: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(module, name)
-        if threading.get_ident() == thread:
-            tracer.note_read(module, name, value)
-        return value
-
-    def write(module: nn.Module, name: str, value: Any) -> None:
-        if threading.get_ident() == thread:
-            tracer.note_write(module, name)
-        put(module, name, value)
-
-    def enter_autocast(context: torch.autocast) -> Any:
-        tracer.note_autocast()
-        return enter(context)
-
-    nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
-    nn.Module.__setattr__ = write  # type: ignore[method-assign,assignment]
-    torch.autocast.__enter__ = enter_autocast  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del nn.Module.__getattribute__
-        nn.Module.__setattr__ = put  # type: ignore[method-assign]
-        torch.autocast.__enter__ = enter  # type: ignore[method-assign]

@@ -67,7 +67,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("model", ["resnet10", "timm:resnet18", "torchvision:resnet18"])
 def test_train_on_a_folder_of_photos(
-    photos: Path, tmp_path: Path, timm_stub: ModuleType, capsys: pytest.CaptureFixture[str], model: str
+    photos: Path, tmp_path: Path, timm: ModuleType, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
     common = ["--dataset", "folder", "--data-root", str(photos), "--image-size", "32", "--batch-size", "8"]
     common += ["--model", model, "--policy", "fixed:1=2", "--json"]
@@ -85,7 +85,7 @@ def test_train_on_a_folder_of_photos(
 
 
 def test_a_network_gets_the_pixels_that_its_weights_were_trained_on(
-    photos: Path, timm_stub: ModuleType, monkeypatch: pytest.MonkeyPatch
+    photos: Path, timm: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
 
@@ -105,7 +105,7 @@ def test_a_network_gets_the_pixels_that_its_weights_were_trained_on(
 
 
 def test_what_is_wrong_with_photos_or_weights_is_said_in_a_line(
-    photos: Path, tmp_path: Path, timm_stub: ModuleType, capsys: pytest.CaptureFixture[str]
+    photos: Path, tmp_path: Path, timm: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuses(message: str, *options: str) -> None:
         arguments = ["train", "--dataset", "folder", "--data-root", str(photos), "--image-size", "16"]

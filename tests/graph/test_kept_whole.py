@@ -304,7 +304,7 @@ class Switched(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.dropout(self.norm(x), 0.5, self.training))
+        return x + self.conv(F.dropout(self.norm(x), 0.5, self.training))
 
 
 def test_layers_follow_the_training_flag_of_the_modules_they_replace() -> None:
@@ -317,8 +317,33 @@ def test_layers_follow_the_training_flag_of_the_modules_they_replace() -> None:
     assert torch.equal(chain(X), wanted)
     model[1].train()
     assert not torch.equal(chain(X), chain(X))
+    model.eval()
+    chain.train()
+    assert model[1].training
+    assert not torch.equal(chain(X), chain(X))
     chain.eval()
     assert torch.equal(chain(X), chain(X))
+
+
+class Twice(nn.Module):
+    """Two branches in one layer."""
+
+    def __init__(self, a: nn.Module, b: nn.Module) -> None:
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x)
+
+
+def test_a_layer_refuses_modules_in_two_modes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Twice(Switched(), Switched()), nn.Conv2d(3, 3, 1))
+    chain = split_layers(model, X).train()
+    model[1].b.eval()
+    with pytest.raises(
+        RuntimeError, match=r"layer 1 must be in one mode, got some in train and some in eval .*Switched"
+    ):
+        chain(X)
 
 
 def test_chain_can_be_copied_and_pickled() -> None:

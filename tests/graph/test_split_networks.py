@@ -174,3 +174,34 @@ def test_chain_of_a_network_with_auxiliary_heads_gives_them_in_train_mode_only(t
     assert type(heads).__name__ == "GoogLeNetOutputs"
     assert [head.shape for head in heads] == [(2, 5), (2, 5), (2, 5)]
     assert chain.eval()(x).shape == (2, 5)
+
+
+# name, layers, some of their names
+TIMM: list[tuple[str, int, tuple[str, ...]]] = [
+    ("tf_efficientnet_lite0", 32, ("conv_stem", "blocks.1.0.conv_dw", "blocks.2.1", "blocks.5.3", "classifier")),
+    ("resnet18", 10, ("conv1", "layer1.0", "layer4.1", "fc")),
+    ("tf_mobilenetv3_small_075", 28, ("conv_stem", "blocks.0.0.se", "blocks.2.1", "blocks.4.2", "conv_head")),
+    ("convnext_atto", 17, ("stem.0", "stages.0.blocks.0", "stages.2.blocks.5", "head.fc")),
+    ("regnetx_002", 15, ("stem.conv", "s1.b1", "s4.b7", "head.fc")),
+]
+
+
+@pytest.mark.parametrize(("name", "length", "names"), TIMM, ids=[case[0] for case in TIMM])
+def test_split_layers_of_timm_networks(timm: ModuleType, name: str, length: int, names: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5)
+    chain = split_layers(model, torch.randn(2, 3, 64, 64))
+    assert len(chain) == length
+    assert set(names) <= set(chain.names)
+    assert {id(p) for p in chain.parameters()} == {id(p) for p in model.parameters()}
+    x = torch.randn(3, 3, 48, 48)  # padding follows the input, so other sizes work too
+    model.eval()
+    assert torch.equal(chain.eval()(x), model(x))
+    assert chain.stale() is None
+
+
+def test_chain_of_a_timm_network_is_stale_when_its_depth_schedule_moves(timm: ModuleType) -> None:
+    model = timm.create_model("resnet18", num_classes=5, drop_rate=0.1)
+    chain = split_layers(model, torch.randn(2, 3, 32, 32))
+    model.drop_rate = 0.2
+    assert chain.stale() == f"drop_rate of {type(model).__name__} was 0.1 when the model was split, and is 0.2"
