@@ -20,7 +20,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Work:
     test: ImageSet
     make_model: Callable[[], nn.Module]
     device: torch.device
-    policy: Policy = StoppedLearning()
+    policy: Policy = field(default_factory=StoppedLearning)
     compiled: bool = False
 
 

@@ -5,7 +5,8 @@
 #   bench/on_gpu.sh check     build, tests, sanitizers, launches, registers, host time of a measurement
 #   bench/on_gpu.sh kernels   the kernels and the host tier beside their peers and a device copy, with a profile
 #   bench/on_gpu.sh training [CASE ...]    an expert's baseline against dropping (bench/bench_training_gpu.py)
-#   ... --device cpu --toy    a rehearsal without a GPU; what needs one is skipped, and said to be
+#   ... --device cpu --toy    a rehearsal without a GPU and without nvcc; what needs them is skipped, and said to be
+#   ... --no-build            with the package as it is installed
 #
 # Results go to $OUT (bench/results/gpu-STAGE): a log for each step, JSON, and steps.jsonl with exit codes and seconds.
 # $PYTHON names the interpreter, whose environment has torch, pytest and what pyproject.toml's build requires.
@@ -16,11 +17,12 @@ case $stage in
   check | kernels | training) shift ;;
   *) echo "on_gpu.sh: stage must be check, kernels or training, got '$stage'" >&2; exit 2 ;;
 esac
-device=cuda toy= names=()
+device=cuda toy= build=1 names=()
 while [ $# -gt 0 ]; do
   case $1 in
     --device) device=${2:?on_gpu.sh: --device wants cuda or cpu}; shift 2 ;;
     --toy) toy=1; shift ;;
+    --no-build) build=; shift ;;
     -*) echo "on_gpu.sh: unknown option $1" >&2; exit 2 ;;
     *) names+=("$1"); shift ;;
   esac
@@ -56,7 +58,21 @@ gpu() { # as step, where there is a GPU
 tests=("$python" -m pytest -q -p no:cacheprovider --durations=10)
 profile=("$python" -m pytest -q -p no:cacheprovider -n 0 bench/bench_row_ops.py --benchmark-disable -k "learndrop and 2048")
 
-step build 180 "$python" -m pip install --no-build-isolation --no-deps -e .
+if [ -z "$build" ]; then
+  skip build "--no-build"
+else
+  # For Hopper: other architectures take as many seconds each.
+  if [ "$device" = cpu ]; then compiles=(LEARNDROP_CUDA=0); else compiles=(LEARNDROP_CUDA=1); fi
+  if [ "$device" != cpu ]; then
+    export PATH=$PATH:/usr/local/cuda/bin
+    compiles+=("CMAKE_CUDA_ARCHITECTURES=${CMAKE_CUDA_ARCHITECTURES:-90}")
+  fi
+  step build 240 env "${compiles[@]}" "$python" -m pip install --no-build-isolation --no-deps -e .
+fi
+if ! "$python" -c "import learndrop_ext" 2> "$OUT/import.log"; then
+  echo "== $stage: FAILED, the package cannot be imported: $OUT/import.log"
+  exit 1
+fi
 [ "$device" = cpu ] || export LEARNDROP_REQUIRE_CUDA=1
 
 case $stage in
