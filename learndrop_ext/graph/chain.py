@@ -140,7 +140,9 @@ class _Split:
                     graphs[0],
                     graphs[1],
                     fixed_input=entered if fixed else None,
-                    writes_input=any(splitters[m].writes_its_input(p) for m, p in zip((True, False), pair, strict=True)),
+                    writes_input=any(
+                        splitters[m].writes_its_input(p) for m, p in zip((True, False), pair, strict=True)
+                    ),
                     switches=[self.root.get_submodule(path) for path in sorted(asking)],
                 )
             )

@@ -79,9 +79,7 @@ def difference(model: nn.Module, twin: nn.Module, x: torch.Tensor) -> str | None
             module.training = training
 
 
-def _run(
-    module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState, *, seed: int, moved: bool
-) -> _Run:
+def _run(module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState, *, seed: int, moved: bool) -> _Run:
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         with fork_rng(seed), deterministic_algorithms(x):

@@ -60,9 +60,7 @@ class ModelState:
     def changes(self) -> dict[str, torch.Tensor]:
         """Copies of the tensors that have been written to since, by name."""
         return {
-            name: tensor.detach().clone()
-            for key, (name, tensor, _, _) in self._tensors.items()
-            if self._written(key)
+            name: tensor.detach().clone() for key, (name, tensor, _, _) in self._tensors.items() if self._written(key)
         }
 
     def _written(self, key: int) -> bool:

@@ -146,9 +146,7 @@ class ValueTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(
-        self, root: OneInput, inputs: tuple[torch.Tensor, torch.Tensor], whole: Mapping[str, str]
-    ) -> None:
+    def __init__(self, root: OneInput, inputs: tuple[torch.Tensor, torch.Tensor], whole: Mapping[str, str]) -> None:
         super().__init__()
         self.wrapped = root
         self.inputs = inputs

@@ -40,9 +40,7 @@ class Watch:
         module = root
         parts = str(node.target).split(".")
         for depth, name in enumerate(parts):
-            table = next(
-                (t for t in (module._modules, module._parameters, module._buffers) if name in t), vars(module)
-            )
+            table = next((t for t in (module._modules, module._parameters, module._buffers) if name in t), vars(module))
             value = table.get(name)
             if (id(table), name) not in seen and depth > 0:
                 seen.add((id(table), name))
