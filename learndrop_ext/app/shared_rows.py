@@ -21,7 +21,8 @@ def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: 
         keep_bytes: then remove the files used longest ago until so many bytes are left; None for no limit.
 
     Returns:
-        ``{"folder", "removed": [...], "rows": [...]}``, plain values of each file.
+        ``{"folder", "removed": [...], "in_use": [...], "rows": [...]}``, plain values of each file. in_use: files that
+        were to go, and stay because a run reads them.
 
     Raises:
         ValueError: where the folder is none.
@@ -31,26 +32,21 @@ def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: 
             f"DIR must be a folder of rows, got {folder}, which is {'a file' if folder.exists() else 'not there'}"
         )
     shared = importlib.import_module("learndrop_ext.cache.shared")
-    removed = []
+    removed, in_use = [], []
     if older_than_days is not None or keep_bytes is not None:
         age = None if older_than_days is None else older_than_days * DAY_SECONDS
-        removed = shared.remove_rows(folder, older_than_seconds=age, keep_bytes=keep_bytes)
-    return {"folder": str(folder), "removed": _plain(removed), "rows": _plain(shared.list_rows(folder))}
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value if isinstance(value, str | int | float | None) else str(value)
+        outcome = shared.remove_rows(folder, older_than_seconds=age, keep_bytes=keep_bytes)
+        removed, in_use = outcome.removed, outcome.in_use
+    listed = {"removed": removed, "in_use": in_use, "rows": shared.list_rows(folder)}
+    return {"folder": str(folder)} | {
+        name: [dataclasses.asdict(file) for file in files] for name, files in listed.items()
+    }
 
 
 def format_listing(listing: dict[str, Any]) -> str:
     """Lay out a listing for a terminal: a line a file, and one for what was removed."""
     lines = [f"removed {len(listing['removed'])} files"] if listing["removed"] else []
+    lines += [f"kept {file['name']}, which a run reads" for file in listing["in_use"]]
     rows = listing["rows"]
     if not rows:
         return "\n".join([*lines, f"no rows in {listing['folder']}"])

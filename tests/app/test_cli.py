@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -168,25 +169,29 @@ def test_forecast_prints_and_draws(
     assert (tmp_path / "none" / "forecast.html").read_text().count("<svg") == 1
 
 
+@dataclasses.dataclass
+class SharedFile:
+    name: str
+    bytes: int
+    age_seconds: float
+
+
 def test_cache_lists_and_removes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [
-        {"name": "a.rows", "nbytes": 2048, "age_seconds": 12.5},
-        {"name": "b.rows", "nbytes": 1, "age_seconds": 2.0},
-    ]
+    files = [SharedFile("a.rows", 2048, 12.5), SharedFile("b.rows", 1, 2.0)]
     asked: list[Any] = []
 
-    def remove_rows(folder: Path, **limits: Any) -> list[Any]:
+    def remove_rows(folder: Path, **limits: Any) -> Any:
         asked.append(limits)
-        return [files.pop(0)]
+        return SimpleNamespace(removed=(files.pop(0),), in_use=tuple(files))
 
     shared = SimpleNamespace(list_rows=lambda folder: list(files), remove_rows=remove_rows)
     monkeypatch.setitem(sys.modules, "learndrop_ext.cache.shared", shared)
     assert main(["cache", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [
-        ["name", "nbytes", "age_seconds"],
+        ["name", "bytes", "age_seconds"],
         ["a.rows", "2048", "12.5"],
         ["b.rows", "1", "2.0"],
     ]
@@ -194,8 +199,12 @@ def test_cache_lists_and_removes(
     assert main(["cache", str(tmp_path), "--remove-older-than", "0.5", "--keep-bytes", "0", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert asked == [{"older_than_seconds": 43200.0, "keep_bytes": 0}]
-    assert [row["name"] for row in found["removed"]] == ["a.rows"]
-    assert [row["name"] for row in found["rows"]] == ["b.rows"]
+    assert [[file["name"] for file in found[key]] for key in ("removed", "in_use", "rows")] == [
+        ["a.rows"],
+        ["b.rows"],
+        ["b.rows"],
+    ]
+    files[:] = [SharedFile("c.rows", 1, 2.0)]
     assert main(["cache", str(tmp_path), "--keep-bytes", "0"]) == 0
     assert capsys.readouterr().out == f"removed 1 files\nno rows in {tmp_path}\n"
 

@@ -1,0 +1,44 @@
+"""The programs of examples/, each at a toy size."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(name: str, *needs: str) -> str:
+    for package in needs:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    program = [sys.executable, EXAMPLES / f"{name}.py", "--toy"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout
+
+
+def test_plain_loop() -> None:
+    lines = run("plain_loop").splitlines()
+    assert [re.sub(r"[\d.]+ s", "T", line).partition(":")[0] for line in lines[:2]] == ["epoch 1", "epoch 2"]
+    assert all("2 layers dropped" in line for line in lines[:2])
+    assert re.fullmatch(r"test accuracy: \d+\.\d %", lines[2])
+
+
+def test_accelerate_loop() -> None:
+    lines = run("accelerate_loop", "accelerate").splitlines()
+    assert [line.rpartition(", ")[2] for line in lines] == ["2 layers dropped"] * 2
+
+
+def test_optuna_sweep() -> None:
+    printed = run("optuna_sweep", "optuna")
+    assert re.search(r"^trial 1: +\d+\.\d\d s\ntrials 2 to 3 +\d+\.\d\d s each$", printed, re.MULTILINE)
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"plain_loop", "accelerate_loop", "optuna_sweep"}
