@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ import torch
 
 import learndrop_ext
 from learndrop_ext.app import cli
+from learndrop_ext.decide.policy import Budget, StoppedLearning
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -251,6 +253,22 @@ def test_the_tables_are_what_the_files_say() -> None:
         [sys.executable, ROOT / "bench" / "table.py", "--check"], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_readme_has_the_signatures_there_are() -> None:
+    calls = dict(re.findall(r"^\| `(\w+)\(([^`]*)\)` \|", (ROOT / "README.md").read_text(), flags=re.MULTILINE))
+    parameters = inspect.signature(learndrop_ext.DropScheduler).parameters.values()
+    first_keyword = next(i for i, p in enumerate(parameters) if p.kind is p.KEYWORD_ONLY)
+    names = [p.name for p in parameters]
+    assert calls["DropScheduler"] == ", ".join([*names[:first_keyword], "*", *names[first_keyword:]])
+    for policy in (StoppedLearning, Budget):
+        for name, value in (word.split("=") for word in calls[policy.__name__].split(", ")):
+            assert repr(inspect.signature(policy).parameters[name].default) == value, (policy, name)
+
+
+def test_every_public_name_is_in_the_pages() -> None:
+    told = set(re.findall(r"\w+", "".join(page.read_text() for page in PAGES)))
+    assert {*learndrop_ext.__all__} - {"__version__"} <= told
 
 
 #: What users meet: files of the package, and what their messages begin with.
