@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fine_tuning_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("baseline", "learndrop", "freeze-only", "short")
 
@@ -80,7 +82,17 @@ def kernel_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"README.md": {"training": training_table}, "docs/results.md": {"kernels": kernel_table}}
+def fine_tuning_tables(_: list[dict[str, Any]]) -> str:
+    """The study's table of each machine, see fine_tuning_table.py."""
+    files = sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
+    return "\n\n".join(fine_tuning_table.table(json.loads(file.read_text())) for file in files) or "not measured yet"
+
+
+TABLES = {
+    "README.md": {"training": training_table, "fine-tuning": fine_tuning_tables},
+    "docs/results.md": {"kernels": kernel_table},
+    "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables},
+}
 
 
 def mean(records: list[dict[str, Any]], key: str) -> float:

@@ -1,4 +1,4 @@
-"""The scheduler's state, for a run that goes on from a checkpoint."""
+"""The scheduler's state, saved to and restored from a checkpoint."""
 
 from __future__ import annotations
 

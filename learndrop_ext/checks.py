@@ -16,7 +16,7 @@ from learndrop_ext.decide.deltas import LayerChange
 from learndrop_ext.decide.policy import Decision
 from learndrop_ext.graph.live import LiveModel
 
-#: By model, what holds layers of it dropped: an object with a `prefix`.
+#: The scheduler that has dropped layers of a model, by model.
 HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 

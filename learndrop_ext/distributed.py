@@ -19,7 +19,7 @@ def several_processes() -> bool:
 def from_rank_zero(value: T) -> T:
     """Rank 0's value on every rank, and the value itself where there is one process. It must be picklable.
 
-    Decisions rest on seconds and free bytes, which differ between processes; all must drop alike.
+    Decisions depend on timings and free memory, which differ between processes; all ranks must drop the same layers.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return value

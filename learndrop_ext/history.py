@@ -13,15 +13,15 @@ class Record:
     """What one `step()` saw and did. Tuples have one entry for each of the L layers, None where a layer was dropped.
 
     Args:
-        epoch: how often `step()` was called; 0 for layers dropped before the first step.
+        epoch: number of `step()` calls so far; 0 for layers dropped before the first step.
         prefix: layers dropped from here on.
         cut: after how many of them rows are kept.
         reason: of the decision.
         learning_rate: of the optimizer's first group.
         changes: what was measured of each layer.
-        scores: made of it, see `scores`.
+        scores: computed from `changes`, see `decide.scores`.
         epoch_seconds: of the loop since the step before, rows made in it included.
-        fill_seconds: of them, spent on making and storing rows.
+        fill_seconds: part of `epoch_seconds` spent computing and storing rows.
         measure_seconds: of this step.
         forecast_seconds: what `epoch_seconds` was expected to be, None where nothing was known.
         samples: trained since the step before.
@@ -59,7 +59,7 @@ class Record:
 
 
 def record_of(values: dict[str, Any]) -> Record:
-    """Return the record that `dataclasses.asdict` made these values of."""
+    """Return the record of what `dataclasses.asdict` gave for it."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     fields["changes"] = tuple(None if change is None else LayerChange(**change) for change in fields["changes"])
     return Record(**fields)

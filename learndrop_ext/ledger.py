@@ -21,7 +21,7 @@ from learndrop_ext.graph.chain import Chain
 from learndrop_ext.history import Record
 
 #: Samples on which the layers are timed; what they take is scaled to a whole training step where that is timed.
-TIMED_SAMPLES = 16
+TIMED_SAMPLES = 8
 
 
 class Ledger:
@@ -32,13 +32,13 @@ class Ledger:
         optimizer: the user's.
         rows: of the run.
         loader: of the run.
-        keeps_rows: whether dropped layers leave rows at all.
+        keeps_rows: whether rows are cached.
     """
 
     def __init__(
         self, chain: Chain, optimizer: torch.optim.Optimizer, rows: RowSet, loader: DropLoader, *, keeps_rows: bool
     ) -> None:
-        self.setup_seconds = 0.0  # spent on making the scheduler
+        self.setup_seconds = 0.0  # spent constructing the scheduler
         self.prefix_before = 0  # layers dropped before the last drop, whose rows the present ones are made of
         self.costs = CostBook(
             costs.measure_layers(chain, rows.example[:TIMED_SAMPLES]),
@@ -57,7 +57,7 @@ class Ledger:
         return self.costs.run_costs(choices, count, views=self._rows.views), choices
 
     def probe(self, model: nn.Module) -> None:
-        """Time training steps of a model, on a copy, and readings of its images, once."""
+        """Time training steps on a copy of the model, and reading a batch. Only the first call measures."""
         if self.costs.probed:
             return
         user = self._loader.user
@@ -72,7 +72,7 @@ class Ledger:
         return self.setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
 
     def observe(self, prefix: int, *, samples: int, made: int, seconds: float) -> None:
-        """Correct the model of costs by an epoch: the samples trained, the rows made for them, what it took."""
+        """Calibrate the cost model with one measured epoch: the samples trained, the rows made for them, what it took."""
         run = dataclasses.replace(self.run_costs()[0], scale=1.0)
         filling = run.fill_seconds(self.prefix_before, prefix) if made else 0.0
         modelled = run.epoch_seconds(prefix) * samples + filling * made

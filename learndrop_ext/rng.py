@@ -1,4 +1,4 @@
-"""Random state that a fill or a probe uses without moving the run's own."""
+"""Random state for fills and probes that leaves the run's own untouched."""
 
 from __future__ import annotations
 

@@ -56,20 +56,20 @@ class DropScheduler:
         optimizer: holds the model's parameters. It is never changed, and the learning rate stays the caller's.
         loader: a DataLoader over a dataset with ids.
         policy: scores -> Decision; `StoppedLearning()` by default. It is asked once before training too.
-        epochs: how often `step()` will be called, if that is known, so that no drop is made that cannot pay.
+        epochs: number of `step()` calls in the run, if known; a drop that cannot pay for itself in what is left is not made.
         cache: a `CacheConfig`, a codec's name, or None for no rows at all (the frozen layers are then run at each step).
         views: random augmentations kept of each sample, for a dataset with randomness.
         wrap: applied to the live model now and after every drop: `torch.compile`, DistributedDataParallel.
         input: place of the model's input in a batch that is no tensor.
         layers: module names to split at, see `split_layers`.
-        seed: of the views and moves drawn.
-        check_input: whether the loop has to give the model the batch's own input, unchanged.
+        seed: seed for the views, flips and shifts.
+        check_input: raise if the loop changes the input between `loader` and `model`.
 
     Raises:
         TypeError, ValueError: before anything is changed, for a loader without ids, a dataset that gives another image
             for the same id while views is 1, a batch that cannot be kept, an optimizer that holds none of the model's
-            parameters, a model that cannot be split or whose layers another scheduler has dropped, a policy that cannot
-            keep what it promises.
+            parameters, a model that cannot be split or whose layers another scheduler has dropped, a policy whose
+            target cannot be met.
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class DropScheduler:
         self._forecast_seconds: float | None = None
         self._said_saturated = False
         self.rows = RowSet(self.chain, model, loader, config=config, key=input, batch=batch, seed=seed)
-        self.model = LiveModel(live_body(model, self.chain, 0, 0, wrap), device, input_name(model))
+        self.model = LiveModel(live_body(model, self.chain, 0, 0, wrap), model, input_name(model))
         self.model.check_input = check_input
         self.model.train(model.training)
         self.loader = DropLoader(loader, self.rows, self.model, key=input)
         self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None)
         self._deltas = self._deltas_from(0)
-        promises = getattr(self.policy, "check", None)  # a Budget says before training what it cannot keep
+        promises = getattr(self.policy, "check", None)  # Budget refuses an unreachable speedup before training
         if promises is not None:
             self.ledger.probe(model)
             promises(self.ledger.run_costs()[0], epochs)
@@ -199,7 +199,7 @@ class DropScheduler:
         Some training steps are timed for it on a copy of model and optimizer.
 
         Args:
-            epochs: length of the run; that given to the constructor by default.
+            epochs: length of the run. Default: `epochs` of the constructor
 
         Raises:
             ValueError: neither is known.
@@ -228,20 +228,20 @@ class DropScheduler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A run that was broken off goes on from its checkpoint, and that from its file.
+        # After an error the file stays: resuming from the checkpoint needs it.
         self._close(keep_files=kind is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all but the model, the optimizer and the rows, as plain values and tensors, for `torch.save`.
 
         With `CacheConfig(disk_dir=...)` the rows are written to a file there, if they changed since the last call and
-        disk_bytes holds them all; the state has its name. A file of rows that these stand in for is deleted.
+        disk_bytes holds them all; the state has its name. The file it replaces is deleted.
         """
         self._check_open("state_dict")
         return checkpoint.state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict()`; load the model's own state first.
+        """Resume from a `state_dict()`; load the model's own state first.
 
         Dropped layers are dropped again. Their rows are those of the file that the state names, if it is there and its
         fingerprint is the one of this run, else (RuntimeWarning) they are made anew as their samples are drawn.

@@ -33,9 +33,9 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 #: Names that the pages import from `learndrop_ext` and that it does not export yet, with the module that has them.
-AWAITED_NAMES = {"Budget": "learndrop_ext.decide.policy"}
+AWAITED_NAMES: dict[str, str] = {}
 #: Commands and options in the pages that the parser does not know yet.
-AWAITED_OPTIONS = {"forecast", "cache", "folder", "--policy", "--weights", "--mirror"}
+AWAITED_OPTIONS: set[str] = set()
 #: Blocks marked `<!-- not run: reason -->`, in all pages; a new one is added here with its reason in the page.
 NOT_RUN = {"ddp.md": 1, "lightning-and-accelerate.md": 2, "memory-and-disk.md": 1}
 

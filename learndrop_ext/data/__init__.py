@@ -1,1 +1,1 @@
-"""From the user's loader to batches of rows."""
+"""Loading: from the user's DataLoader to batches of cached rows."""

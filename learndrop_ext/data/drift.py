@@ -1,4 +1,4 @@
-"""Whether rows are still what the model and the dataset would give, asked at each epoch."""
+"""Whether rows are still what the model and the dataset would give, checked at the start of each epoch."""
 
 from __future__ import annotations
 

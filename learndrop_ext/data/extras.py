@@ -25,7 +25,7 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
     """Return the model's input of a batch: the batch itself if it is a tensor, else the entry at `key`.
 
     Raises:
-        ValueError: there is no such entry, or it is no tensor with a row a sample.
+        ValueError: there is no such entry, or it is no tensor with one row per sample.
     """
     if isinstance(batch, torch.Tensor):
         return batch
@@ -69,8 +69,8 @@ class BatchExtras:
     """All of a batch but the model's input, kept by place as `collate_fn` made it.
 
     Tensors and numpy arrays of B rows are stacked (tensors on the device), lists and tuples of B values are kept value
-    by value, whatever the values are: strings, None, boxes of different counts. What is the same in every batch (None,
-    a number, a name) is kept once.
+    by value, whatever the values are: strings, None, boxes of different counts. A value that is the same in every
+    batch (None, a number, a name) is stored once.
 
     Args:
         key: place of the model's input in a batch.

@@ -30,10 +30,10 @@ def frozen_pass(segment: Segment, autocast: torch.dtype | None, device: torch.de
 
 
 class Stages:
-    """The frozen layers of one drop after another, run as far as the last cut.
+    """The frozen segments of successive drops, run in order up to the last cut.
 
-    Where rows were stored between two segments they are stored and read here too, so that a row is the same whether it
-    is made of images or of older rows.
+    Between two segments rows are encoded and decoded here too, so that rows computed from images equal rows computed
+    from cached rows.
     """
 
     def __init__(self, config: CacheConfig, device: torch.device) -> None:

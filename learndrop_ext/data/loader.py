@@ -27,7 +27,7 @@ class _Plan:
 
 
 class _PlannedBatches:
-    """The user's batch sampler as the reading loader sees it: of each batch the samples that have no row yet.
+    """The user's batch sampler as the image loader sees it: only the samples of each batch that have no row yet.
 
     It checks each id and notes which were drawn. The whole batches wait in `plans`, in order.
     """
@@ -123,7 +123,7 @@ class DropLoader:
         return int(self._given[0]), float(self._given[1])
 
     def forget_ledger(self) -> None:
-        """Begin to count anew."""
+        """Reset the counters."""
         self._given = [0, 0.0]
 
     def _begin_epoch(self) -> None:
@@ -171,7 +171,7 @@ class DropLoader:
         """Batches of rows that are there; rows of slower tiers are read while the batch before them trains."""
         if not self._persistent:
             # A DataLoader draws its workers' seed before the sampler draws the order: draw it too, so that the order is
-            # the one that training on images would have had. Workers that persist were given theirs long ago.
+            # the one that training on images would have had. Persistent workers drew their seed in the first epoch.
             torch.empty((), dtype=torch.int64).random_(generator=self.user.generator)
         self._start_workers()
         plans = self.batches.draw(iter(self.batches.batch_sampler))
@@ -194,7 +194,7 @@ class DropLoader:
                 read = self.rows.read(plan.ids, epoch)
             return self.rows.images(read, plan.ids, epoch)
         if self._position == 1:
-            # Before the first step nobody knows the autocast that it will run under.
+            # The autocast of the step is known only after the first call.
             self.rows.set_autocast(self._live.autocast)
         self.rows.hold_eval()
         return self.rows.batch(plan.ids, epoch, read, plan.read)

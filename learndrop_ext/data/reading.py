@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of
 from learndrop_ext.rng import fork_rng
 
-#: Random states in which samples are read to see whether they are random: what happens to a batch with p = 0.5 goes
-#: unseen once in 2^8 times.
+#: Random states in which samples are read to see whether they are random. An augmentation with p = 0.5 is missed where
+#: all eight readings are alike, once in 2^7 times.
 SEEDS = 8
 
 
@@ -77,8 +77,8 @@ def first_ids(loader: DataLoader[Any], count: int) -> list[int]:
 def is_function_of_id(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]) -> bool:
     """Return whether the batches of these samples are functions of the samples' ids.
 
-    They are read in SEEDS random states, and once in two halves: what a `collate_fn` makes of a sample must not hang on
-    the samples beside it. Model inputs and all other entries are compared to the bit.
+    They are read in SEEDS random states, and once in two halves: what a `collate_fn` makes of a sample must not depend
+    on the other samples. Model inputs and all other entries are compared to the bit.
     """
     extras = BatchExtras(key=key, device=torch.device("cpu"))
     first = _read(loader, ids, 0)

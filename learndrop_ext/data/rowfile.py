@@ -50,7 +50,7 @@ def fingerprint(
     Whether the images are the same is not part of it: a few are compared with their rows at each epoch.
     """
     cut = cuts[-1]
-    # Addresses are of this process; the code and the modules in the text are not.
+    # Strip addresses: they differ between processes.
     code = re.sub(r" at 0x[0-9a-fA-F]+", "", "".join(str(chain.layer(i).eval_graph) for i in range(cut)))
     return Fingerprint(
         weights=weights_digest(chain, cut),

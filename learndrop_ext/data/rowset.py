@@ -34,8 +34,8 @@ from learndrop_ext.rng import fork_rng
 class RowSet:
     """Rows of the layers of a chain, made as their samples are first drawn.
 
-    In the epoch after a drop each batch comes from where it can be had (images, or the rows of an earlier drop), goes
-    through the newly frozen layers, is stored, and is given out as it was stored. From then on it is gathered.
+    In the epoch after a drop each batch comes from its source (images, or the rows of an earlier drop), goes
+    through the newly frozen layers, is stored, and is returned as decoded. From then on it is gathered.
 
     Args:
         chain: the model's layers.
@@ -78,7 +78,7 @@ class RowSet:
         self._watch = Stopwatch(self.device)
         self._made = [0, 0]  # rows made of images and of older rows since `forget_ledger`
         self._stores = True  # whether rows are stored at all
-        self._full = False  # whether a row was met that the budgets do not hold
+        self._full = False  # whether the budgets are exhausted
         self.cache: ActivationCache | None = None  # the rows by place; None while images are given
         self._older: ActivationCache | None = None
 
@@ -278,7 +278,7 @@ class RowSet:
         return self._made[0], self._made[1], self._watch.seconds()
 
     def forget_ledger(self) -> None:
-        """Begin to count anew."""
+        """Reset the counters."""
         self._made = [0, 0]
         self._watch.reset()
 
@@ -306,7 +306,7 @@ class RowSet:
         self.extras = found.extras
 
     def clear(self) -> None:
-        """Give images again; the rows are freed."""
+        """Free the rows and go back to images."""
         self.cuts, self._stages.segments = [], []
         self.file.release()
         self._reset()
@@ -374,7 +374,7 @@ class RowSet:
             keep = torch.cat([torch.ones(1, dtype=torch.bool), sorted_places[1:] != sorted_places[:-1]])
             sorted_places, order = sorted_places[keep], order[keep]
         self.extras.put(read, sorted_places, first[order])
-        # The batch is run as it came: what a row is must not hang on the order of places.
+        # The batch is run as it came: a row must not depend on the order of places.
         made = self._stages.run(input_of(self.images(read, read_ids, epoch), self.key), 0)
         self._made[0] += len(order)
         in_order = torch.equal(order, first)

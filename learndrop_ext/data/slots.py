@@ -36,7 +36,7 @@ class SlotTable:
         self.view_offset = torch.cat([self.view_offset, offsets])
 
     def clear(self) -> None:
-        """Take all slots back."""
+        """Release all slots."""
         self.table.fill_(-1)
         self.used = 0
 

@@ -1,4 +1,4 @@
-"""Seconds of work on a device, without waiting for it."""
+"""Time work on a device without synchronising after each part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Stopwatch:
         self._events: list[tuple[Any, Any]] = []
 
     def now(self) -> Any:
-        """Return the begin of a stretch, for `add`."""
+        """Start an interval; pass the result to `add`."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -25,7 +25,7 @@ class Stopwatch:
         return event
 
     def add(self, begin: Any) -> None:
-        """End a stretch."""
+        """End an interval."""
         if self._on_gpu:
             self._events.append((begin, self.now()))
         else:

@@ -14,6 +14,8 @@ from learndrop_ext.decide.probes import StepSeconds, tier_costs, tier_speeds
 
 #: Weight of the newest epoch in what the model of costs is corrected by.
 NEWEST = 0.5
+#: How much one epoch may correct the model by.
+LARGEST_STEP = 4.0
 
 
 class CostBook:
@@ -94,7 +96,8 @@ class CostBook:
     def observe(self, modelled: float, measured: float) -> None:
         """Correct the model by an epoch: the seconds that it took, and those that a scale of 1 gives for it."""
         if modelled > 0 and measured > 0:
-            newest = measured / modelled
+            # One epoch that something else disturbed must not turn the forecast over.
+            newest = min(max(measured / modelled, self.scale / LARGEST_STEP), self.scale * LARGEST_STEP)
             self.scale = NEWEST * newest + (1 - NEWEST) * self.scale if self._observed else newest
             self._observed = True
 

@@ -48,14 +48,14 @@ class LiveModel(nn.Module):
 
     Args:
         body: what is run.
-        device: of the model.
+        base: the whole model; its mode is followed.
         input_name: name of the model's input, under which it may be given as a keyword.
     """
 
-    def __init__(self, body: nn.Module, device: torch.device, input_name: str) -> None:
+    def __init__(self, body: nn.Module, base: nn.Module, input_name: str) -> None:
         super().__init__()
         self.body = body
-        self.device = device
+        self.device = next((p.device for p in base.parameters()), torch.device("cpu"))
         self.input_name = input_name
         self.row_shape: tuple[int, ...] | None = None
         self.frozen: FrozenPrefix | None = None
@@ -64,12 +64,15 @@ class LiveModel(nn.Module):
         self.eval_calls = 0
         self.foreign: str | None = None
         self.autocast: torch.dtype | None = None
+        self._base = (base,)  # in a tuple: its parameters are not this module's
+        self._base_mode = base.training
         self._expected: tuple[torch.Tensor, int] | None = None
         self._compared = 0
         self._other: torch.Tensor | None = None  # on a GPU: whether a value was seen that is not the loader's
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = self._input(args, kwargs)
+        self._follow_mode()
         if self.row_shape is not None and tuple(x.shape[1:]) != self.row_shape:
             raise ValueError(
                 f"drop.model: x must be cached rows [B, {', '.join(map(str, self.row_shape))}] from drop.loader, "
@@ -104,6 +107,18 @@ class LiveModel(nn.Module):
                 "drop.undrop() first, or keep what changes them (weight decay by hand, averaging, a loaded "
                 "checkpoint, a second optimizer) from the dropped layers"
             )
+
+    def _follow_mode(self) -> None:
+        """Take the mode that `model.train()` or `model.eval()` was last called with: layers of a chain, and what wraps
+        them, are no part of the user's model."""
+        base = self._base[0]
+        if base.training == self._base_mode:
+            return
+        self._base_mode = base.training
+        theirs = set(base.modules())
+        for module in self.modules():
+            if module not in theirs:
+                module.training = base.training
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         given = [*args, *kwargs.values()]

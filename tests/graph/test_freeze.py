@@ -309,7 +309,7 @@ def test_live_body_refuses_a_wrap_that_gives_no_module() -> None:
 
 
 def test_live_model_refuses_images_where_rows_are_wanted() -> None:
-    live = LiveModel(nn.Flatten(), CPU, "x")
+    live = LiveModel(nn.Flatten(), nn.Identity(), "x")
     live.row_shape = (4, 8, 8)
     assert live(torch.zeros(2, 4, 8, 8)).shape == (2, 256)
     with pytest.raises(
@@ -321,7 +321,7 @@ def test_live_model_refuses_images_where_rows_are_wanted() -> None:
 # autocast of the call, what a fill has to repeat
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_live_model_notes_the_autocast_of_training(dtype: torch.dtype | None) -> None:
-    live = LiveModel(nn.Identity(), CPU, "x")
+    live = LiveModel(nn.Identity(), nn.Identity(), "x")
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         live(images())
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -350,7 +350,7 @@ GIVEN = [
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize(("given", "foreign"), GIVEN)
 def test_live_model_notes_inputs_that_are_not_the_batchs_own(given: Tensor, foreign: str | None, later: bool) -> None:
-    live = LiveModel(nn.Identity(), CPU, "x")
+    live = LiveModel(nn.Identity(), nn.Identity(), "x")
     for _ in range(2 * FULLY_COMPARED if later else 0):
         live.expect(OWN)
         live(OWN.clone())
@@ -366,7 +366,7 @@ def test_live_model_notes_inputs_that_are_not_the_batchs_own(given: Tensor, fore
     "call", [lambda x: x.sub_(1), lambda x: x[1].copy_(x[1].flip(-1)), lambda x: x[0, :, :2].zero_()]
 )
 def test_live_model_notes_a_batch_that_is_changed_in_place(call: Callable[[Tensor], Any]) -> None:
-    live = LiveModel(nn.Identity(), CPU, "x")
+    live = LiveModel(nn.Identity(), nn.Identity(), "x")
     x = images(4)
     live.expect(x)
     live(x)
@@ -376,7 +376,7 @@ def test_live_model_notes_a_batch_that_is_changed_in_place(call: Callable[[Tenso
 
 
 def test_live_model_looks_at_one_sample_of_later_batches_another_each_time() -> None:
-    live = LiveModel(nn.Identity(), CPU, "x")
+    live = LiveModel(nn.Identity(), nn.Identity(), "x")
     changed = OWN.clone()
     changed[2] += 1
     for _ in range(FULLY_COMPARED):
@@ -391,7 +391,7 @@ def test_live_model_looks_at_one_sample_of_later_batches_another_each_time() -> 
 
 
 def test_live_model_does_not_look_where_it_was_told_not_to() -> None:
-    live = LiveModel(nn.Identity(), CPU, "x")
+    live = LiveModel(nn.Identity(), nn.Identity(), "x")
     live.check_input = False
     live.expect(OWN)
     live(OWN + 1)
@@ -400,7 +400,7 @@ def test_live_model_does_not_look_where_it_was_told_not_to() -> None:
 
 def test_live_model_refuses_a_call_with_frozen_weights_that_have_changed() -> None:
     model = network()
-    live = LiveModel(nn.Identity(), CPU, "x")
+    live = LiveModel(nn.Identity(), nn.Identity(), "x")
     live.frozen = frozen(model, 2)
     live(OWN)
     add(model)
@@ -419,7 +419,7 @@ def test_live_model_refuses_a_call_with_frozen_weights_that_have_changed() -> No
     ],
 )
 def test_live_model_refuses_anything_but_one_tensor(args: Any, kwargs: Any, got: str) -> None:
-    live = LiveModel(nn.Identity(), CPU, "pixels")
+    live = LiveModel(nn.Identity(), nn.Identity(), "pixels")
     assert live(OWN) is live(pixels=OWN) is OWN
     with pytest.raises(TypeError, match=f"drop.model: wanted one tensor, pixels, .* {got}"):
         live(*args, **kwargs)
