@@ -154,10 +154,10 @@ def room_for(slots: int) -> int:
 
 
 def lengthened(table: Tensor, length: int) -> Tensor:
-    """Return a table [R, ...] of at least `length` rows, new ones zero: itself, or a copy with room for more."""
+    """Return a table [R] of at least `length` values, new ones zero: itself, or a copy with room for more."""
     if length <= len(table):
         return table
-    longer = table.new_zeros((max(length, room_for(len(table))), *table.shape[1:]))
+    longer = table.new_zeros(max(length, room_for(len(table))))
     longer[: len(table)] = table
     return longer
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from learndrop_ext.cache import file
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.disk import DiskTier
-from learndrop_ext.cache.file import CacheFileError
+from learndrop_ext.cache.file import CacheFileError, Sidecar
 from learndrop_ext.cache.fingerprint import Fingerprint, describe
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.cache.plan import Budgets
@@ -96,6 +96,34 @@ def test_saved_rows_keep_dtype_and_memory_format(tmp_path: Path, memory_format: 
     assert got.dtype == torch.bfloat16
     assert got.is_contiguous(memory_format=memory_format)
     assert torch.equal(got, stored)
+
+
+def test_an_opened_cache_is_saved_and_has_its_sidecar(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    cache = ActivationCache(3, (2,), codec="fp32", device=CPU, path=path)
+    assert (cache.saved, cache.device, cache.sidecar) == (False, CPU, Sidecar())
+    cache.append(torch.arange(3), rows(3, 2))
+    tensors = (torch.tensor([5, 7]), torch.zeros(0, 4, dtype=torch.bool), torch.tensor(1.5).half())
+    cache.save(PRINT, Sidecar({"names": ["a", None, 2.5]}, tensors))
+    assert cache.saved
+    cache.close()
+    cache = ActivationCache.open(path, PRINT, device=CPU)
+    assert cache.saved
+    assert cache.sidecar.values == {"names": ["a", None, 2.5]}
+    for got, wanted in zip(cache.sidecar.tensors, tensors, strict=True):
+        assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+        assert torch.equal(got, wanted)
+
+
+def test_open_closes_a_file_whose_rows_find_no_place(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    saved(path)
+    before = set(os.listdir("/proc/self/fd"))
+    # The error is kept, and with it all that its traceback names.
+    with pytest.raises(ValueError, match="budgets must hold 70 rows") as kept:
+        ActivationCache.open(path, PRINT, device=CPU, budgets=Budgets(0, 0, 0))
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert kept.value.args != ()
 
 
 def test_an_empty_cache_is_saved_and_found(tmp_path: Path) -> None:

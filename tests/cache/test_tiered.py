@@ -88,6 +88,10 @@ def test_plan_tiers_keeps_rows_where_they_are_when_slots_are_added() -> None:
     assert plan_tiers(30, KILOBYTE, Budgets(1 << 20, 1 << 20, 1 << 20), kept=kept) == TierPlan(5, 6, 19, 2)
 
 
+def test_plan_tiers_stages_a_usual_batch() -> None:
+    assert plan_tiers(1000, KILOBYTE, Budgets(0, 0, 1 << 30)) == TierPlan(0, 0, 1000, 256)
+
+
 def test_plan_tiers_keeps_areas_of_large_rows_small() -> None:
     row = RowLayout(100 << 20, 100 << 20)
     assert plan_tiers(9, row, Budgets(0, 0, 1 << 40)).staging == 2
