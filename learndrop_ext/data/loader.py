@@ -196,5 +196,6 @@ class DropLoader:
         if self._position == 1:
             # The autocast of the step is known only after the first call.
             self.rows.set_autocast(self._live.autocast)
-        self.rows.hold_eval()
+        if self.rows.frozen is not None:
+            self.rows.frozen.hold_eval()
         return self.rows.batch(plan.ids, epoch, read, plan.read)

@@ -42,3 +42,9 @@ class Moves:
         moved = self.gather(scratch, index)
         scratch.close()
         return moved
+
+
+def mirrored(x: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Return images [B, C, H, W] of which those in `flip` [B] bool (CPU) are flipped horizontally."""
+    where = flip.to(x.device).view(-1, *[1] * (x.dim() - 1))
+    return torch.where(where, x.flip(-1), x)

@@ -22,9 +22,9 @@ from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.data import rowfile
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
 from learndrop_ext.data.fill import Stages, check_purity
-from learndrop_ext.data.moves import Moves
+from learndrop_ext.data.moves import Moves, mirrored
 from learndrop_ext.data.reading import read_batch
-from learndrop_ext.data.slots import SlotTable, filled_at
+from learndrop_ext.data.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.data.stopwatch import Stopwatch
 from learndrop_ext.graph.chain import Chain
 from learndrop_ext.graph.freeze import FrozenPrefix
@@ -188,9 +188,7 @@ class RowSet:
         """Return a batch of images as it is to be trained on: with `mirror`, every second view of a sample flipped."""
         if not self.config.mirror:
             return batch
-        x = input_of(batch, self.key)
-        flip = self.slots.view(ids, epoch).bool().to(x.device)
-        return with_input(batch, self.key, torch.where(flip.view(-1, *[1] * (x.dim() - 1)), x.flip(-1), x))
+        return with_input(batch, self.key, mirrored(input_of(batch, self.key), self.slots.view(ids, epoch).bool()))
 
     def follow_size(self) -> int:
         """Make room for samples that the dataset has got since; return how many.
@@ -229,11 +227,6 @@ class RowSet:
     def reads_ahead(self) -> bool:
         """Whether rows lie in tiers that are read ahead."""
         return self.cache is not None and self.cache.plan.staging > 0
-
-    def hold_eval(self) -> None:
-        """Put the dropped layers into eval mode."""
-        if self.frozen is not None:
-            self.frozen.hold_eval()
 
     def read(self, ids: torch.Tensor, epoch: int) -> Any:
         """Return the batch of images of samples `ids` [B], read in this process from a random state of its own."""
@@ -368,17 +361,13 @@ class RowSet:
 
     def _of_images(self, read: Any, read_ids: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of a batch of images by ascending place, and their places; the rest of the batch is kept."""
-        places, first = self.slots.assign(read_ids, epoch), torch.arange(len(read_ids))
-        sorted_places, order = places.sort()
-        if len(places) != len(sorted_places.unique()):
-            keep = torch.cat([torch.ones(1, dtype=torch.bool), sorted_places[1:] != sorted_places[:-1]])
-            sorted_places, order = sorted_places[keep], order[keep]
-        self.extras.put(read, sorted_places, first[order])
+        places, order = first_of_each(self.slots.assign(read_ids, epoch))
+        self.extras.put(read, places, order)
         # The batch is run as it came: a row must not depend on the order of places.
         made = self._stages.run(input_of(self.images(read, read_ids, epoch), self.key), 0)
         self._made[0] += len(order)
-        in_order = torch.equal(order, first)
-        return made if in_order else made[order.to(made.device)], sorted_places
+        in_order = torch.equal(order, torch.arange(len(read_ids)))
+        return made if in_order else made[order.to(made.device)], places
 
     def _store(self, at: torch.Tensor, rows: torch.Tensor) -> bool:
         """Store rows at different places; False where the budgets do not hold them."""

@@ -70,6 +70,14 @@ class SlotTable:
         return torch.nonzero(self.table >= 0).flatten()
 
 
+def first_of_each(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the different places [n] of a batch in ascending order, and the position [n] of the first of each in it."""
+    ascending, order = places.sort(stable=True)
+    keep = torch.ones(len(places), dtype=torch.bool)
+    keep[1:] = ascending[1:] != ascending[:-1]
+    return ascending[keep], order[keep]
+
+
 def filled_at(cache: ActivationCache | None, at: torch.Tensor) -> torch.Tensor:
     """Return which places [B], -1 for none, have a row in a cache."""
     if cache is None or not len(cache.filled):
