@@ -231,7 +231,6 @@ class RowSet:
         count, cut = len(self.cache.filled), self.cut
         self._reset()
         self.cache = self._new_cache(cut, count)
-        self._full = False
 
     def set_autocast(self, autocast: torch.dtype | None) -> bool:
         """Make rows under this autocast from now on, and anew those that were made under another; return whether
@@ -273,12 +272,13 @@ class RowSet:
         return self.file.save(self.cache, self.slots.table, self.extras, self._fingerprint)
 
     def find(self, name: str | None, cuts: Sequence[int], ids: Sequence[int] | None = None) -> None:
-        """Go on with rows after the last of `cuts`, which no rows were kept of so far: those of the file that `save`
+        """Go on with rows after the last of `cuts`, in place of those that are there: those of the file that `save`
         wrote, or, with a RuntimeWarning, anew where it is not there or is not to be used. ids: the `example_ids` of
         the run that wrote it."""
         if name is not None and ids is not None and list(ids) != self.example_ids:
             self.example_ids = list(ids)
             self._digest = rowfile.digest(input_of(self.read(torch.as_tensor(self.example_ids), 0), self.key))
+        self._reset()
         self.cuts = list(cuts)
         self._stages.segments = [self.chain.segment(a, b) for a, b in zip([0, *cuts], cuts, strict=False)]
         found = self.file.find(name, self._fingerprint, device=self.device, key=self.key)
@@ -298,7 +298,7 @@ class RowSet:
         self._drop_older()
         if self.cache is not None:
             self.cache.close()
-        self.cache = None
+        self.cache, self._full = None, False
         self.slots.clear()
         self.extras = BatchExtras(key=self.key, device=self.device, like=self._like)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
@@ -184,7 +185,7 @@ def test_rows_are_made_anew_where_a_dropped_layer_has_changed(
 
 
 def test_weights_that_are_replaced_are_watched_from_then_on() -> None:
-    drop, optimizer = dropped(data())
+    drop, _ = dropped(data())
     assign(drop.base_model)
     with pytest.warns(RuntimeWarning, match="made anew"):
         rows = torch.cat([x for x, _ in drop.loader])
@@ -198,7 +199,7 @@ def test_weights_that_are_replaced_are_watched_from_then_on() -> None:
 
 def test_a_pruned_layer_is_watched_from_then_on() -> None:
     drop, _ = dropped(data())
-    nn.utils.prune.l1_unstructured(drop.base_model.conv2, "weight", amount=0.5)
+    prune.l1_unstructured(drop.base_model.conv2, "weight", amount=0.5)
     with pytest.warns(RuntimeWarning, match="dropped layer conv2 have changed"):
         list(drop.loader)
     with torch.no_grad():
