@@ -127,10 +127,10 @@ class DropScheduler:
         self._undropped: int | None = None
         self._forecast_seconds: float | None = None
         self._said_saturated = False
-        self.rows = RowSet(self.chain, model, loader, config=config, key=input, batch=batch, seed=seed)
+        self.rows = RowSet(self.chain, model, loader, config=config, key=input, ids=ids, batch=batch, seed=seed)
         self.model = LiveModel(live_body(model, self.chain, 0, 0, wrap), model, input_name(model))
         self.model.check_input = check_input
-        self.model.train(model.training)
+        self.model.set_mode(model.training, but=model)
         self.loader = DropLoader(loader, self.rows, self.model, key=input)
         self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None)
         self._deltas = self._deltas_from(0)
@@ -337,9 +337,8 @@ class DropScheduler:
             self.rows.file.delete()
 
     def _show(self, body: nn.Module) -> None:
-        training = self.model.training
         self.model.body = body
-        self.model.train(training)
+        self.model.set_mode(self.model.training, but=self.base_model)
         if self.rows.frozen is not None:
             self.rows.frozen.hold_eval()
         self.model.row_shape = self.chain.layer(self.cut - 1).shape if self.cut else None

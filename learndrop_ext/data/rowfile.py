@@ -42,12 +42,14 @@ def fingerprint(
     config: CacheConfig,
     *,
     loader: DataLoader[Any],
+    images: str,
     autocast: torch.dtype | None,
     seed: int,
 ) -> Fingerprint:
     """Return all that the rows after the last of `cuts` depend on; those of earlier drops were stored between.
 
-    Whether the images are the same is not part of it: a few are compared with their rows at each epoch.
+    images is the digest of some images, "" for rows that several runs share: which samples a run looks at first differs
+    between them, and a few are compared with their rows at each epoch.
     """
     cut = cuts[-1]
     # Strip addresses: they differ between processes.
@@ -63,7 +65,14 @@ def fingerprint(
         seed=seed if config.views > 1 else 0,
         augmented=config.augmented,
         layers=hashlib.sha256(f"{list(cuts)}{config.mirror}{code}".encode()).hexdigest(),
+        images=images,
     )
+
+
+def digest(images: torch.Tensor) -> str:
+    """Return the SHA-256 of some images."""
+    pixels = images.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
 class RowFileKeeper:
@@ -150,9 +159,9 @@ class RowFileKeeper:
     ) -> str | None:
         """Return the name of the file that holds the rows of all tiers and the extras of their batches.
 
-        It is written now where they changed, and a file that these rows stand in for is deleted. None without rows, for
-        one of several processes, where the budget for the disk does not hold all rows, and, with a RuntimeWarning,
-        where the file cannot be written.
+        It is written now where they changed, and a file that these rows stand in for is deleted. None while there are no
+        rows, for one of several processes, where the budget for the disk does not hold all rows, and, with a
+        RuntimeWarning, where the file cannot be written.
         """
         if self._config.disk_dir is None or several_processes():
             return None
@@ -192,7 +201,7 @@ class RowFileKeeper:
     def _written(
         self, cache: ActivationCache, slots: torch.Tensor, extras: BatchExtras, made_of: Callable[[], Fingerprint]
     ) -> str | None:
-        if cache.path is None or not cache.fits_file:
+        if cache.path is None or not cache.fits_file or not bool(cache.filled.any()):
             return None
         if not cache.saved:
             try:

@@ -43,7 +43,7 @@ class RowSet:
         loader: the user's, for samples that have to be read again.
         config: codec, views, budgets, folder.
         key: place of the model's input in a batch.
-        batch: of the first samples of the dataset, on the model's device.
+        ids, batch: some samples and what the loader makes of them, on the model's device, read from the random state `seed`.
         seed: of the views drawn, and of the random state in which samples are read again.
     """
 
@@ -55,6 +55,7 @@ class RowSet:
         *,
         config: CacheConfig,
         key: InputKey,
+        ids: Sequence[int],
         batch: Any,
         seed: int,
     ) -> None:
@@ -64,6 +65,7 @@ class RowSet:
         self.config = config
         self.key = key
         self.example = input_of(batch, key)
+        self.example_ids, self._digest = list(ids), rowfile.digest(self.example)
         self.device = self.example.device
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
@@ -215,10 +217,6 @@ class RowSet:
         """The autocast under which rows are made."""
         return self._stages.autocast
 
-    def filled(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Return which samples [B] have their row for an epoch."""
-        return filled_at(self.cache, self.slots.places(ids, epoch))
-
     def made_of(self, batch: Any, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return the rows that the dropped layers make of a batch of images now."""
         return self._stages.run(input_of(self.images(batch, ids, epoch), self.key), 0)
@@ -241,7 +239,6 @@ class RowSet:
         self.file.release()
         self._reset()
         self.cache = self._new_cache(cut, count)
-        self._full = False
 
     def set_autocast(self, autocast: torch.dtype | None) -> bool:
         """Make rows under this autocast from now on, and anew those that were made under another; return whether
@@ -285,9 +282,14 @@ class RowSet:
         `RowFileKeeper.save`."""
         return self.file.save(self.cache, self.slots.table, self.extras, partial(self._fingerprint, self.cuts))
 
-    def find(self, name: str | None, cuts: Sequence[int]) -> None:
-        """Go on with rows after the last of `cuts`, which no rows were kept of so far: those of the file that `save`
-        wrote, or, with a RuntimeWarning, anew where it is not there or is not to be used."""
+    def find(self, name: str | None, cuts: Sequence[int], ids: Sequence[int] | None = None) -> None:
+        """Go on with rows after the last of `cuts`, in place of those that are there: those of the file that `save`
+        wrote, or, with a RuntimeWarning, anew where it is not there or is not to be used. ids: the `example_ids` of
+        the run that wrote it."""
+        if name is not None and ids is not None and list(ids) != self.example_ids:
+            self.example_ids = list(ids)
+            self._digest = rowfile.digest(input_of(self.read(torch.as_tensor(self.example_ids), 0), self.key))
+        self._reset()
         self.cuts = list(cuts)
         self._stages.segments = [self.chain.segment(a, b) for a, b in zip([0, *cuts], cuts, strict=False)]
         found = self.file.find(name, partial(self._fingerprint, cuts), device=self.device, key=self.key)
@@ -308,7 +310,7 @@ class RowSet:
         self._drop_older()
         if self.cache is not None:
             self.cache.close()
-        self.cache = None
+        self.cache, self._full = None, False
         self.slots.clear()
         self.extras = BatchExtras(key=self.key, device=self.device, like=self._like)
 
@@ -397,6 +399,7 @@ class RowSet:
             cuts,
             self.config,
             loader=self.loader,
+            images="" if self.config.shared else self._digest,
             autocast=self._stages.autocast,
             seed=self.seed,
         )

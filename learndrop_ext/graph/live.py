@@ -84,6 +84,13 @@ class LiveModel(nn.Module):
             self.eval_calls += 1
         return self.body(x)
 
+    def set_mode(self, training: bool, *, but: nn.Module) -> None:
+        """Put all into a mode but the modules of the whole model `but`: their modes are the caller's."""
+        own = set(but.modules())
+        for module in self.modules():
+            if module not in own:
+                module.training = training
+
     def expect(self, x: torch.Tensor) -> None:
         """Take `x` as the input that the training calls have to get from now on, or the first rows of it."""
         self._expected = x, x._version

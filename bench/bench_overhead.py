@@ -1,0 +1,152 @@
+"""What the scheduler costs where it drops nothing, and what its loader takes for a batch once it has dropped.
+
+    python bench/bench_overhead.py [--step-ms 20] [--epochs 8] [--threads 1]
+
+Prints one JSON record a line, suite "overhead":
+
+- "never drops": an epoch with a policy that never drops beside a plain one, in turn; `share` is the median of the pairs'
+  differences over the plain median. Seconds are of this process's CPU time, so that other work on the machine does not
+  count; `wall_share` is the same by the clock.
+- "batch of rows": the loader's own time for a batch after a drop, all rows in memory, beside a DataLoader over a
+  TensorDataset of the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from learndrop_ext import DropScheduler, Fixed
+from learndrop_ext.app.models import build_model
+
+BATCH = 32
+BATCHES = 12
+
+
+def images(count: int, size: int = 32) -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(count, 3, size, size, generator=generator), torch.randint(0, 10, (count,), generator=generator)
+    )
+
+
+def network(width: int) -> nn.Module:
+    return build_model("resnet10", num_classes=10, in_channels=3, width=width, seed=0)
+
+
+def loader_of(dataset: Any) -> DataLoader[Any]:
+    return DataLoader(dataset, BATCH, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
+def train(batches: Iterable[Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for x, y in batches:
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of CPU time and of the clock."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    return time.process_time() - cpu, time.perf_counter() - wall
+
+
+def width_for(step_ms: float) -> int:
+    """The width of the network whose training step takes about `step_ms` here."""
+    for width in (4, 8, 12, 16, 24, 32, 48):
+        model = network(width)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        batches = list(loader_of(images(4 * BATCH)))
+        train(batches, model, optimizer)
+        if timed(lambda b=batches, m=model, o=optimizer: train(b, m, o))[0] / len(batches) * 1e3 >= step_ms:
+            return width
+    return 48
+
+
+def never_drops(step_ms: float, epochs: int) -> dict[str, Any]:
+    width = width_for(step_ms)
+    data = images(BATCH * BATCHES)
+    plain, model = network(width), network(width)
+    plain_optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    plain_loader = loader_of(data)
+    drop = DropScheduler(model, optimizer, loader_of(data), policy=Fixed({}))
+
+    def watched() -> None:
+        train(drop.loader, drop.model, optimizer)
+        drop.step()
+
+    pairs = []
+    for i in range(epochs + 1):
+        runs = [lambda: train(plain_loader, plain, plain_optimizer), watched]
+        # Each is first in half of the pairs.
+        first, second = (timed(runs[j]) for j in ((0, 1) if i % 2 else (1, 0)))
+        pairs.append((first, second) if i % 2 else (second, first))
+    pairs = pairs[1:]
+    cpu, wall = ([(one[k], other[k]) for one, other in pairs] for k in (0, 1))
+
+    def share(times: list[tuple[float, float]]) -> float:
+        return statistics.median(b - a for a, b in times) / statistics.median(a for a, _ in times)
+
+    return {
+        "suite": "overhead",
+        "run": "never drops",
+        "model": f"resnet10, width {width}",
+        "batch": BATCH,
+        "step_ms": statistics.median(a for a, _ in cpu) / BATCHES * 1e3,
+        "epochs": epochs,
+        "share": share(cpu),
+        "wall_share": share(wall),
+        "us_per_step": statistics.median(b - a for a, b in cpu) / BATCHES * 1e6,
+    }
+
+
+def batch_of_rows(epochs: int, codec: str) -> dict[str, Any]:
+    model = network(16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    data = images(BATCH * 40)
+    drop = DropScheduler(model, optimizer, loader_of(data), policy=Fixed({0: 2}), cache=codec)
+    rows = torch.cat([x for x, _ in drop.loader])
+    plain = loader_of(TensorDataset(rows, data.tensors[1]))
+
+    def run_through(batches: Iterable[Any]) -> None:
+        for _ in batches:
+            pass
+
+    times = [(timed(lambda: run_through(drop.loader))[0], timed(lambda: run_through(plain))[0]) for _ in range(epochs)]
+    own, beside = (statistics.median(t[k] for t in times) / len(plain) * 1e6 for k in (0, 1))
+    return {
+        "suite": "overhead",
+        "run": "batch of rows",
+        "codec": codec,
+        "batch": BATCH,
+        "row_bytes": drop.rows.cache.row_bytes if drop.rows.cache is not None else 0,
+        "us_per_batch": own,
+        "tensor_dataset_us_per_batch": beside,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--step-ms", type=float, default=20.0, help="what a training step should take (default: 20)")
+    parser.add_argument("--epochs", type=int, default=8, help="pairs of epochs (default: 8)")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(json.dumps(never_drops(args.step_ms, args.epochs)), flush=True)
+    for codec in ("fp32", "fp16", "uint8"):
+        print(json.dumps(batch_of_rows(args.epochs, codec)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
