@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from learndrop_ext.ops import CODECS
 
+PARTITIONS = ("share", "all")
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -19,6 +21,9 @@ class CacheConfig:
     host_bytes, disk_bytes: the most that the rows which do not fit there may take in the host's memory (of a GPU model)
     and then in a file; "auto" as above. disk_dir: the folder of the file; where disk_bytes holds all rows, a run that
     goes on from a checkpoint finds them there.
+    partition: of several processes, "share" (default): each keeps rows of the samples that it draws in its first whole
+    epoch after a drop, and draws its batches from these from then on; or "all": each follows its sampler and keeps rows
+    of whatever it draws, in the end of all samples. Without effect in one process.
     device: None for the model's device. Another device than the model's is refused.
     flip, shift: augmentation of cached [C, H, W] rows on the way out, drawn per sample and step: horizontal flip with
     probability 1/2, and an integer shift of up to `shift` pixels of the row with zero fill. Off by default.
@@ -35,6 +40,7 @@ class CacheConfig:
     shift: int = 0
     mirror: bool = False
     shared: bool = False
+    partition: str = "share"
 
     @property
     def augmented(self) -> bool:
@@ -46,6 +52,8 @@ class CacheConfig:
             raise ValueError(f"CacheConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
         if not isinstance(self.views, int) or isinstance(self.views, bool) or self.views < 1:
             raise ValueError(f"CacheConfig: views must be a whole number >= 1, got {self.views!r}")
+        if self.partition not in PARTITIONS:
+            raise ValueError(f"CacheConfig: partition must be 'share' or 'all', got {self.partition!r}")
         for name in ("budget_bytes", "host_bytes", "disk_bytes"):
             value = getattr(self, name)
             if value != "auto" and not (isinstance(value, int) and value >= 0):

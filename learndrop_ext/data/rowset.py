@@ -274,7 +274,8 @@ class RowSet:
     def save(self) -> str | None:
         """Return the name of the file that holds the rows of all tiers, written now where they changed; see
         `RowFileKeeper.save`."""
-        return self.file.save(self.cache, self.slots.table, self.extras, self._fingerprint)
+        cache = self.cache if self.cache is not None and bool(self.cache.filled.any()) else None
+        return self.file.save(cache, self.slots.table, self.extras, self._fingerprint)
 
     def find(self, name: str | None, cuts: Sequence[int]) -> None:
         """Go on with rows after the last of `cuts`, which no rows were kept of so far: those of the file that `save`
