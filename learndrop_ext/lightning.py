@@ -131,7 +131,8 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         _check_hooks(self._net, self.attribute)
         if self.drop.model.training != self._net.training:
             self.drop.model.train(self._net.training)
-            self.drop.rows.hold_eval()
+            if self.drop.rows.frozen is not None:
+                self.drop.rows.frozen.hold_eval()
         _show_live(self._net, self.drop)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

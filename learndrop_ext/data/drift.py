@@ -12,6 +12,9 @@ from learndrop_ext.data.rowset import RowSet
 
 #: Samples that are read again at each epoch.
 PROBES = 4
+#: How often they are read where the dataset is random: an entry that changes with p = 0.5 is known as random by 4
+#: samples in all but one of 2^12 cases.
+READINGS = 4
 #: What a codec may change of a row, as a share of its largest value.
 CODEC_ERROR = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "uint8": 1e-2}
 
@@ -68,14 +71,15 @@ def _first_difference(rows: RowSet, epoch: int) -> str | None:
     ids = kept[chosen].unique()
     at = rows.slots.places(ids, epoch)
     batch = rows.read(ids, epoch)
-    if rows.views > 1 and not rows.config.mirror:
-        return rows.extras.first_difference(batch, at)
     shape, wanted = list(input_of(batch, rows.key).shape[1:]), list(rows.example.shape[1:])
     if shape != wanted:
         raise RuntimeError(
             f"drop.loader: images must keep their shape {wanted} while layers are dropped, got {shape}; call "
             "drop.undrop() and make a new DropScheduler for images of another size"
         )
+    if rows.views > 1 and not rows.config.mirror:
+        others = [rows.read(ids, epoch + i) for i in range(1, READINGS)]
+        return rows.extras.first_difference(batch, at, others)
     made, stored = rows.made_of(batch, ids, epoch), rows.cache.gather(at)
     if rows.config.codec == "fp16":
         made = made.clamp(-65504, 65504)

@@ -75,11 +75,14 @@ class BatchExtras:
     Args:
         key: place of the model's input in a batch.
         device: of the tensors that are kept.
+        like: a batch whose structure all have; that of the first by default. In a batch of few samples a list of as many
+            values cannot be told from a list with a value a sample.
     """
 
-    def __init__(self, *, key: InputKey, device: torch.device) -> None:
+    def __init__(self, *, key: InputKey, device: torch.device, like: Any = None) -> None:
         self.key = key
         self.device = device
+        self._like = like
         self._spec: Any = None
         self._entries: list[_Entry] = []
         self._stacks: list[Any] = []
@@ -99,10 +102,11 @@ class BatchExtras:
         Raises:
             ValueError: an entry is not per sample, or the batch is not built as the first one was. Nothing is kept.
         """
-        entries, leaves, spec = self._read(batch)
         if self._spec is None:
-            self._spec, self._entries = spec, entries
+            entries, leaves, spec = self._read(batch if self._like is None else self._like)
             self._stacks = [self._new_stack(entry, leaf) for entry, leaf in zip(entries, leaves, strict=True)]
+            self._spec, self._entries = spec, entries
+        entries, leaves, _ = self._read(batch)
         for i, (entry, leaf) in enumerate(zip(entries, leaves, strict=True)):
             if entry.kind in ("tensor", "array"):
                 rows = leaf if take is None else leaf[take if entry.kind == "tensor" else take.numpy()]
@@ -132,11 +136,17 @@ class BatchExtras:
                 leaves.append(stack)
         return pytree.tree_unflatten(leaves, self._spec)
 
-    def first_difference(self, batch: Any, at: torch.Tensor) -> str | None:
-        """Return the name of the first entry of a batch that is not what is kept at places [B], None if all are."""
-        wanted_leaves = self._leaves(self.get(at, input_of(batch, self.key)))
-        for entry, leaf, kept in zip(self._entries, self._leaves(batch), wanted_leaves, strict=True):
-            if entry.kind != "input" and not _equal(leaf, kept):
+    def first_difference(self, batch: Any, at: torch.Tensor, others: Sequence[Any] = ()) -> str | None:
+        """Return the name of the first entry of a batch that is not what is kept at places [B], None if all are.
+
+        Entries that differ between the batch and `others`, further readings of the same samples, are random: these are
+        passed by.
+        """
+        wanted = self._leaves(self.get(at, input_of(batch, self.key)))
+        again = [self._leaves(other) for other in others]
+        for i, (entry, leaf) in enumerate(zip(self._entries, self._leaves(batch), strict=True)):
+            random = not all(_equal(leaf, leaves[i]) for leaves in again)
+            if entry.kind != "input" and not random and not _equal(leaf, wanted[i]):
                 return entry.name
         return None
 

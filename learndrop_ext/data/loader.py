@@ -99,7 +99,8 @@ class DropLoader:
         self.closed = False
         self._live = live
         self._position = 0  # batches given in this epoch
-        self._persistent = False  # whether workers that outlive an epoch have been started
+        self._iteration = object()  # stands for the iteration that was begun last
+        self._persistent = False  # whether workers that outlive an epoch have been given their seed
         self._given = [0, 0.0]  # samples and seconds since `forget_ledger`
 
     def __len__(self) -> int:
@@ -109,6 +110,7 @@ class DropLoader:
         if self.closed:
             raise RuntimeError("drop.loader: the DropScheduler must be open, and it was closed")
         self._begin_epoch()
+        this = self._iteration = object()
         begin = time.perf_counter()
         try:
             for batch in self._from_images() if self._reads_images() else self._from_rows():
@@ -117,14 +119,19 @@ class DropLoader:
                 self._given[0] += len(x)
                 self._position += 1
                 yield batch
+                if self._iteration is not this:
+                    raise RuntimeError(
+                        "drop.loader: wanted one iteration at a time, and another one was begun before this one went on"
+                    )
                 self._given[1] += time.perf_counter() - begin
                 begin = time.perf_counter()
         finally:
             # An epoch that is broken off ends here too, with the step of its last batch.
-            if self.rows.device.type == "cuda":
-                torch.cuda.synchronize(self.rows.device)
-            self._given[1] += time.perf_counter() - begin
-            self.rows.end_epoch()
+            if self._iteration is this:
+                if self.rows.device.type == "cuda":
+                    torch.cuda.synchronize(self.rows.device)
+                self._given[1] += time.perf_counter() - begin
+                self.rows.end_epoch()
 
     @property
     def batch_size(self) -> int:
@@ -154,6 +161,7 @@ class DropLoader:
         self._given[1] -= seconds
 
     def _begin_epoch(self) -> None:
+        self.rows.end_epoch()  # the epoch before may have been broken off
         more = self.rows.follow_size()
         if more:
             self.batches.seen = torch.cat([self.batches.seen, torch.zeros(more, dtype=torch.bool)])
@@ -172,9 +180,12 @@ class DropLoader:
         needed = self.batches.needed()
         return not (bool(needed.any()) and self.rows.complete(needed, self.batches.epoch))
 
+    def _start_workers(self) -> None:
+        self._persistent = self.images.num_workers > 0 and self.images.persistent_workers
+
     def _from_images(self) -> Iterator[Any]:
         """Batches as the user's loader reads them, of images or, once there are rows, of rows made of them."""
-        self._persistent = self.images.num_workers > 0 and self.images.persistent_workers
+        self._start_workers()
         read = iter(self.images)
         plans = self.batches.plans
         ended = False
@@ -198,6 +209,7 @@ class DropLoader:
             # A DataLoader draws its workers' seed before the sampler draws the order: draw it too, so that the order is
             # the one that training on images would have had. Workers that persist were given theirs long ago.
             torch.empty((), dtype=torch.int64).random_(generator=self.user.generator)
+        self._start_workers()
         plans = self.batches.draw()
         ahead = next(plans, None)
         while ahead is not None:
@@ -214,7 +226,9 @@ class DropLoader:
         if read is not None:
             read = to_device(read, self.rows.device)
         if self.rows.cache is None:
-            return self.rows.images(self.rows.read(plan.ids, epoch) if read is None else read, plan.ids, epoch)
+            if plan.read is not plan.ids:  # planned while there were rows, which undrop() has freed since
+                read = self.rows.read(plan.ids, epoch)
+            return self.rows.images(read, plan.ids, epoch)
         if self._position == 1:
             # Before the first step nobody knows the autocast that it will run under.
             self.rows.set_autocast(self._live.autocast)

@@ -20,6 +20,7 @@ from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.data import rowfile
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
 from learndrop_ext.data.fill import Stages, check_purity
+from learndrop_ext.data.moves import Moves
 from learndrop_ext.data.reading import read_batch
 from learndrop_ext.data.slots import SlotTable, filled_at
 from learndrop_ext.data.stopwatch import Stopwatch
@@ -40,7 +41,7 @@ class RowSet:
         loader: the user's, for samples that have to be read again.
         config: codec, views, budgets, folder.
         key: place of the model's input in a batch.
-        example: [B, ...], the first model inputs of the dataset, on the model's device.
+        batch: of the first samples of the dataset, on the model's device.
         seed: of the views drawn, and of the random state in which samples are read again.
     """
 
@@ -52,7 +53,7 @@ class RowSet:
         *,
         config: CacheConfig,
         key: InputKey,
-        example: torch.Tensor,
+        batch: Any,
         seed: int,
     ) -> None:
         self.chain = chain
@@ -60,16 +61,18 @@ class RowSet:
         self.loader = loader
         self.config = config
         self.key = key
-        self.example = example
-        self.device = example.device
+        self.example = input_of(batch, key)
+        self.device = self.example.device
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
         self.slots = SlotTable(len(loader.dataset), self.views, self.generator)  # type: ignore[arg-type]
         self.cuts: list[int] = []  # the cut of every drop that has rows, oldest first
         self.file = rowfile.RowFileKeeper(config)
         self.frozen: FrozenPrefix | None = None  # what the rows are made by
-        self.extras = BatchExtras(key=key, device=self.device)
+        self._like = batch
+        self.extras = BatchExtras(key=key, device=self.device, like=batch)
         self._stages = Stages(config, self.device)
+        self._moves = Moves(config, self.generator)
         self._watch = Stopwatch(self.device)
         self._made = [0, 0]  # rows made of images and of older rows since `forget_ledger`
         self._stores = True  # whether rows are stored at all
@@ -107,13 +110,14 @@ class RowSet:
         """
         segment = self.chain.segment(self.cut, cut)
         check_purity(segment, self._probe(), self.model, self._stages.autocast)
-        new = self._new_cache(cut, max(rows, self.slots.used * self.views))
+        # Rows to be flipped or shifted are moved on the way out of the cache.
+        stores = stores or self.config.augmented
+        new = self._new_cache(cut, max(rows, self.slots.used * self.views) if stores else 0)
         self._drop_older()
         self._older, self.cache = self.cache, new
         self.cuts.append(cut)
         self._stages.segments.append(segment)
-        # Rows to be flipped or shifted are moved on the way out of the cache.
-        self._stores, self._full = stores or self.config.augmented, False
+        self._stores, self._full = stores, False
 
     def missing(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return those of the samples `ids` [B] whose rows have to be made of images, each once."""
@@ -146,7 +150,7 @@ class RowSet:
         at = self.slots.assign(ids, epoch)
         have = filled_at(self.cache, at)
         if bool(have.all()):
-            return self.extras.get(at, self._gather(self.cache, at))
+            return self.extras.get(at, self._moves.gather(self.cache, at))
         begin = self._watch.now()
         wanted, inverse = at[~have].unique(return_inverse=True)
         order = torch.empty_like(wanted).scatter_(0, inverse, ids[~have])  # the sample of each place
@@ -154,13 +158,12 @@ class RowSet:
         stored = self._stores and self._store(wanted, made)
         self._watch.add(begin)
         if stored:
-            return self.extras.get(at, self._gather(self.cache, at))
+            return self.extras.get(at, self._moves.gather(self.cache, at))
+        x = made = self._moves.take(made, inverse)
         if bool(have.any()):
             x = made.new_empty((len(at), *made.shape[1:]))
-            x[have] = self.cache.gather(at[have]).to(made.dtype)
-            x[~have] = made[inverse]
-        else:
-            x = made if torch.equal(inverse, torch.arange(len(at))) else made[inverse]
+            x[have] = self._moves.gather(self.cache, at[have]).to(made.dtype)
+            x[~have] = made
         return self.extras.get(at, x)
 
     def prefetch(self, ids: torch.Tensor, epoch: int) -> None:
@@ -274,8 +277,7 @@ class RowSet:
     def save(self) -> str | None:
         """Return the name of the file that holds the rows of all tiers, written now where they changed; see
         `RowFileKeeper.save`."""
-        cache = self.cache if self.cache is not None and bool(self.cache.filled.any()) else None
-        return self.file.save(cache, self.slots.table, self.extras, self._fingerprint)
+        return self.file.save(self.cache, self.slots.table, self.extras, self._fingerprint)
 
     def find(self, name: str | None, cuts: Sequence[int]) -> None:
         """Go on with rows after the last of `cuts`, which no rows were kept of so far: those of the file that `save`
@@ -301,7 +303,7 @@ class RowSet:
             self.cache.close()
         self.cache = None
         self.slots.clear()
-        self.extras = BatchExtras(key=self.key, device=self.device)
+        self.extras = BatchExtras(key=self.key, device=self.device, like=self._like)
 
     def _drop_older(self) -> None:
         if self._older is not None:
@@ -385,15 +387,6 @@ class RowSet:
                 return False
         cache.append(at, rows)
         return True
-
-    def _gather(self, cache: ActivationCache, at: torch.Tensor) -> torch.Tensor:
-        flip = shift = None
-        if self.config.flip:
-            flip = torch.rand(len(at), generator=self.generator) < 0.5
-        if self.config.shift:
-            most = self.config.shift
-            shift = torch.randint(-most, most + 1, (len(at), 2), generator=self.generator)
-        return cache.gather(at, flip=flip, shift=shift)
 
     def _fingerprint(self) -> Any:
         return rowfile.fingerprint(

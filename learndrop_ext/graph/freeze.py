@@ -48,7 +48,8 @@ class FrozenPrefix:
         if before is not None:
             self._modes |= before._modes
             self._root_mode = before._root_mode
-        self._slots = tuple(_slots(model, chain, k))
+        self._chain = chain
+        self._slots = tuple(_slots(model, chain, k))  # (layer, dictionary that holds it, name) of each tensor
         held = _held(optimizer)
         self._asleep = tuple(  # parameters that did not train, and should go on so
             (layer, owner, name)
@@ -68,7 +69,8 @@ class FrozenPrefix:
             module.training = False
 
     def accept(self) -> None:
-        """Take the weights and buffers as they are now."""
+        """Take the weights and buffers as they are now, those that have come since with them."""
+        self._slots = tuple(_slots(self._model, self._chain, self.k))
         self._seen = [_identity(owner.get(name)) for _, owner, name in self._slots]
         self._checksums = [_checksum(owner.get(name)) for _, owner, name in self._slots]
 

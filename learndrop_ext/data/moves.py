@@ -1,0 +1,44 @@
+"""Rows that are flipped and shifted on their way out of a cache, another way at each step."""
+
+from __future__ import annotations
+
+import torch
+
+from learndrop_ext.cache.cache import ActivationCache
+from learndrop_ext.cache.config import CacheConfig
+
+
+class Moves:
+    """Draws a flip and a shift for each row that is read.
+
+    Args:
+        config: which of them are wanted.
+        generator: draws them.
+    """
+
+    def __init__(self, config: CacheConfig, generator: torch.Generator) -> None:
+        self._config = config
+        self._generator = generator
+
+    def gather(self, cache: ActivationCache, at: torch.Tensor) -> torch.Tensor:
+        """Return the rows at places [B] of a cache, moved."""
+        flip = shift = None
+        if self._config.flip:
+            flip = torch.rand(len(at), generator=self._generator) < 0.5
+        if self._config.shift:
+            most = self._config.shift
+            shift = torch.randint(-most, most + 1, (len(at), 2), generator=self._generator)
+        return cache.gather(at, flip=flip, shift=shift)
+
+    def take(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Return the rows [n, ...] at `index` [B], moved as those of a cache are."""
+        if not self._config.augmented:
+            in_order = torch.equal(index, torch.arange(len(rows)))
+            return rows if in_order else rows[index.to(rows.device)]
+        scratch = ActivationCache(
+            len(rows), rows.shape[1:], codec=self._config.codec, device=rows.device, augmented=True
+        )
+        scratch.append(torch.arange(len(rows)), rows)
+        moved = self.gather(scratch, index)
+        scratch.close()
+        return moved

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from learndrop_ext.data.reading import (
+    SEEDS,
+    check_loader,
+    first_ids,
+    is_function_of_id,
+    read_batch,
+    rebuilt,
+    seconds_to_read,
+)
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Image i is full of i, plus noise where `noise` gives some; which ids were read is noted."""
+
+    def __init__(self, size: int, noise: Callable[[], float] = lambda: 0.0) -> None:
+        self.size = size
+        self.noise = noise
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        self.read.append(i)
+        return torch.full((3, 4, 4), float(i) + self.noise()), 100 + i
+
+
+def test_read_batch_is_the_loaders_batch() -> None:
+    data = Images(10)
+    images, labels = read_batch(DataLoader(data, batch_size=2), [7, 0])
+    assert images[:, 0, 0, 0].tolist() == [7.0, 0.0]
+    assert labels.tolist() == [107, 100]
+    assert data.read == [7, 0]
+
+
+class Many(Images):
+    def __getitems__(self, ids: list[int]) -> list[tuple[Tensor, int]]:
+        return [(torch.full((1,), -float(i)), i) for i in ids]
+
+
+def test_read_batch_reads_many_at_once_where_the_dataset_can() -> None:
+    data = Many(10)
+    loader = DataLoader(data, collate_fn=lambda samples: {"x": torch.stack([x for x, _ in samples])})
+    assert read_batch(loader, [3, 4])["x"].tolist() == [[-3.0], [-4.0]]
+    assert data.read == []
+
+
+@pytest.mark.parametrize(
+    ("noise", "same"),
+    [
+        (lambda: 0.0, True),
+        (lambda: torch.rand(()).item(), False),
+        (lambda: float(np.random.rand()), False),
+        (random.random, False),
+        (lambda: float(torch.rand(()) < 0.2), False),
+    ],
+    ids=["none", "torch", "numpy", "random", "one image in five"],
+)
+def test_is_function_of_id_sees_random_images(noise: Callable[[], float], same: bool) -> None:
+    data = Images(100, noise)
+    torch.manual_seed(3)
+    np.random.seed(4)
+    random.seed(5)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    assert is_function_of_id(DataLoader(data), 0, list(range(16))) is same
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+    # Only these are read: in each random state, and once more in two halves.
+    assert set(data.read) == set(range(16))
+    assert len(data.read) == 16 * (SEEDS + 1) if same else len(data.read) >= 32
+
+
+@pytest.mark.parametrize("size", [1, 2, 15])
+def test_is_function_of_id_of_a_small_dataset(size: int) -> None:
+    assert is_function_of_id(DataLoader(Images(size)), 0, list(range(size)))
+
+
+def mixed_with(p: float) -> Callable[[list[Any]], Any]:
+    """MixUp, with probability p."""
+
+    def collate(samples: list[Any]) -> Any:
+        x, y = default_collate(samples)
+        if random.random() < p:
+            order = torch.randperm(len(x))
+            x, y = 0.7 * x + 0.3 * x[order], (y, y[order], 0.7)
+            return x, y[0]
+        return x, y
+
+    return collate
+
+
+def standardised(samples: list[Any]) -> Any:
+    x, y = default_collate(samples)
+    return (x - x.mean()) / (x.std() + 1e-6), y
+
+
+def noisy_labels(samples: list[Any]) -> Any:
+    x, y = default_collate(samples)
+    return x, torch.where(torch.rand(len(y)) < 0.1, 0, y)
+
+
+def ranked(samples: list[Any]) -> Any:
+    x, y = default_collate(samples)
+    return x, y.argsort()
+
+
+@pytest.mark.parametrize(
+    ("collate", "same"),
+    [
+        (default_collate, True),
+        (mixed_with(1.0), False),
+        (mixed_with(0.5), False),
+        (standardised, False),
+        (noisy_labels, False),
+        (ranked, False),
+    ],
+    ids=[
+        "default",
+        "mixup",
+        "mixup half the time",
+        "standardised over the batch",
+        "noisy labels",
+        "ranks in the batch",
+    ],
+)
+def test_is_function_of_id_sees_what_collate_fn_does(collate: Callable[[list[Any]], Any], same: bool) -> None:
+    # Descending images: a rank in the batch is another one in half of it.
+    loader = DataLoader(Images(16), collate_fn=collate)
+    assert is_function_of_id(loader, 0, list(range(15, -1, -1))) is same
+
+
+class Chosen:
+    """A batch sampler of given batches; what it gave is noted."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+        self.given = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            self.given += 1
+            yield batch
+
+
+class Stream:
+    """A batch sampler that cannot be copied."""
+
+    def __init__(self) -> None:
+        self.batches = (batch for batch in [[3, 4], [5]])
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.batches
+
+
+def test_first_ids_are_those_that_the_sampler_draws() -> None:
+    data = Images(40)
+    assert first_ids(DataLoader(data, batch_size=3), 5) == [0, 1, 2, 3, 4]
+    assert first_ids(DataLoader(Subset(data, [7, 9]), batch_size=3), 5) == [0, 1]
+    assert sorted(first_ids(DataLoader(data, batch_size=2, sampler=SubsetRandomSampler([3, 8, 30])), 5)) == [3, 8, 30]
+    assert first_ids(DataLoader(data, batch_sampler=Chosen([[9, 9], [2, 9], [50, -1, 5]])), 5) == [9, 2, 5]
+    weights = torch.zeros(40)
+    weights[11] = 1
+    assert first_ids(DataLoader(data, batch_size=2, sampler=WeightedRandomSampler(weights, 50)), 5) == [11]
+    assert data.read == []
+
+
+def test_first_ids_leave_the_sampler_and_the_random_state_alone() -> None:
+    generator = torch.Generator().manual_seed(2)
+    states = torch.get_rng_state(), generator.get_state()
+    first_ids(DataLoader(Images(40), batch_size=3, shuffle=True, generator=generator), 8)
+    first_ids(DataLoader(Images(40), batch_size=3, shuffle=True), 8)
+    chosen = Chosen([[1], [2]])
+    first_ids(DataLoader(Images(40), batch_sampler=chosen), 8)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(generator.get_state(), states[1])
+    assert chosen.given == 0
+
+
+def test_first_ids_of_a_sampler_that_cannot_be_copied_are_the_first_of_the_dataset() -> None:
+    stream = Stream()
+    assert first_ids(DataLoader(Images(40), batch_sampler=stream), 3) == [0, 1, 2]
+    assert list(stream) == [[3, 4], [5]]
+
+
+def test_seconds_to_read_reads_the_batch_and_leaves_the_random_state() -> None:
+    data = Images(9)
+    state = torch.get_rng_state()
+    assert 0 < seconds_to_read(DataLoader(data), [4, 2], repeats=2) < 10
+    assert data.read == [4, 2, 4, 2]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rebuilt_keeps_all_but_the_batches() -> None:
+    generator = torch.Generator()
+    collated: list[int] = []
+
+    def collate(samples: list[Any]) -> Tensor:
+        collated.append(len(samples))
+        return torch.stack([s[0] for s in samples])
+
+    data = TensorDataset(torch.arange(10.0))
+    loader = DataLoader(data, batch_size=4, shuffle=True, collate_fn=collate, generator=generator)
+    again = rebuilt(loader, [[3, 1], [9]])
+    assert [batch.tolist() for batch in again] == [[3.0, 1.0], [9.0]]
+    assert collated == [2, 1]
+    assert (again.dataset, again.collate_fn, again.generator) == (data, collate, generator)
+    assert again.num_workers == 0
+
+
+def started(worker: int) -> None:
+    """A worker_init_fn."""
+
+
+def test_rebuilt_keeps_the_workers() -> None:
+    loader = DataLoader(
+        TensorDataset(torch.arange(10.0)),
+        num_workers=2,
+        prefetch_factor=5,
+        persistent_workers=True,
+        timeout=30,
+        worker_init_fn=started,
+        multiprocessing_context="spawn",
+    )
+    again = rebuilt(loader, [[0]])
+    assert again.generator is loader.generator is None
+    assert (again.num_workers, again.prefetch_factor, again.timeout) == (2, 5, 30)
+    assert again.persistent_workers
+    assert again.worker_init_fn is started
+    assert again.multiprocessing_context is loader.multiprocessing_context
+
+
+class Lines(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        yield from range(3)
+
+
+class Own(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return iter([])
+
+
+class NoLength(Dataset[Any]):
+    def __getitem__(self, i: int) -> Any:
+        return i
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        ([1, 2], TypeError, "loader must be a torch DataLoader, got list"),
+        (Own(Images(2)), TypeError, "got Own with an __iter__ of its own"),
+        (DataLoader(Lines()), TypeError, "dataset with ids .*, got an IterableDataset, Lines"),
+        (DataLoader(NoLength(), sampler=Chosen([])), TypeError, "over a dataset with a length, got NoLength without"),
+        (
+            DataLoader(Images(2), batch_size=None),
+            ValueError,
+            "give it batch_size or batch_sampler, got batch_size=None",
+        ),
+        (DataLoader(Images(0)), ValueError, "must have samples, got an empty dataset"),
+    ],
+)
+def test_check_loader_refuses(loader: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"DropScheduler: .*{message}"):
+        check_loader(loader)
+
+
+def test_check_loader_takes_any_sampler() -> None:
+    data = Images(9)
+    check_loader(DataLoader(data, batch_sampler=BatchSampler(RandomSampler(data), 4, drop_last=True)))
+    check_loader(DataLoader(data, batch_sampler=Chosen([[1]])))
