@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 STATE = {
     *("layers", "prefix", "cuts", "rows_file", "epochs_begun", "seen", "view_offset", "generator", "autocast"),
-    *("weights", "deltas", "history", "epoch", "undropped", "scale"),
+    *("example_ids", "weights", "deltas", "history", "epoch", "undropped", "scale"),
 }
 
 
@@ -33,6 +33,7 @@ def state_of(drop: DropScheduler) -> dict[str, Any]:
         "view_offset": drop.rows.slots.view_offset.clone(),
         "generator": drop.rows.generator.get_state(),
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        "example_ids": drop.rows.example_ids,
         "weights": weights_digest(drop.chain, drop.prefix),
         "deltas": drop._deltas.state_dict(),
         "history": [dataclasses.asdict(record) for record in drop.history],
@@ -60,7 +61,7 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
     if state["prefix"]:
         body = live_body(drop.base_model, drop.chain, [0, *state["cuts"]][-1], state["prefix"], drop.wrap)
         if state["cuts"]:
-            drop.rows.find(state["rows_file"], state["cuts"])
+            drop.rows.find(state["rows_file"], state["cuts"], state["example_ids"])
         drop._freeze(state["prefix"], body)
     drop._deltas, drop.history = deltas, history
     drop.epoch, drop._undropped, drop.ledger.costs.scale = state["epoch"], state["undropped"], state["scale"]

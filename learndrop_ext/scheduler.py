@@ -127,7 +127,7 @@ class DropScheduler:
         self._undropped: int | None = None
         self._forecast_seconds: float | None = None
         self._said_saturated = False
-        self.rows = RowSet(self.chain, model, loader, config=config, key=input, batch=batch, seed=seed)
+        self.rows = RowSet(self.chain, model, loader, config=config, key=input, ids=ids, batch=batch, seed=seed)
         self.model = LiveModel(live_body(model, self.chain, 0, 0, wrap), device, input_name(model))
         self.model.check_input = check_input
         self.model.train(model.training)

@@ -9,6 +9,7 @@ import torch
 from learndrop_ext.data.extras import input_of
 from learndrop_ext.data.fill import rows_agree
 from learndrop_ext.data.rowset import RowSet
+from learndrop_ext.data.slots import filled_at
 
 #: Samples that are read again at each epoch.
 PROBES = 4
@@ -64,7 +65,7 @@ def _first_difference(rows: RowSet, epoch: int) -> str | None:
     if rows.cache is None or not rows.stores:
         return None
     kept = rows.slots.drawn()
-    kept = kept[rows.filled(kept, epoch)]
+    kept = kept[filled_at(rows.cache, rows.slots.places(kept, epoch))]
     if not len(kept):
         return None
     chosen = torch.randint(len(kept), (PROBES,), generator=torch.Generator().manual_seed(rows.seed + epoch))

@@ -226,11 +226,12 @@ class DropLoader:
         if read is not None:
             read = to_device(read, self.rows.device)
         if self.rows.cache is None:
-            if plan.read is not plan.ids:  # planned while there were rows, which undrop() has freed since
+            if read is None or plan.read is not plan.ids:  # begun while there were rows, which undrop() has freed since
                 read = self.rows.read(plan.ids, epoch)
             return self.rows.images(read, plan.ids, epoch)
         if self._position == 1:
             # Before the first step nobody knows the autocast that it will run under.
             self.rows.set_autocast(self._live.autocast)
-        self.rows.hold_eval()
+        if self.rows.frozen is not None:
+            self.rows.frozen.hold_eval()
         return self.rows.batch(plan.ids, epoch, read, plan.read)

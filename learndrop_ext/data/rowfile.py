@@ -41,15 +41,15 @@ def fingerprint(
     config: CacheConfig,
     *,
     loader: DataLoader[Any],
-    example: torch.Tensor,
+    images: str,
     autocast: torch.dtype | None,
     seed: int,
 ) -> Fingerprint:
-    """Return all that the rows after the last of `cuts` depend on; those of earlier drops were stored between."""
+    """Return all that the rows after the last of `cuts` depend on; those of earlier drops were stored between. images: the
+    digest of some."""
     cut = cuts[-1]
     # Addresses are of this process; the code and the modules in the text are not.
     code = re.sub(r" at 0x[0-9a-fA-F]+", "", "".join(str(chain.layer(i).eval_graph) for i in range(cut)))
-    pixels = example.cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return Fingerprint(
         weights=weights_digest(chain, cut),
         cut=cut,
@@ -61,8 +61,14 @@ def fingerprint(
         seed=seed,
         augmented=config.augmented,
         layers=hashlib.sha256(f"{list(cuts)}{config.mirror}{code}".encode()).hexdigest(),
-        images=hashlib.sha256(pixels.tobytes()).hexdigest(),
+        images=images,
     )
+
+
+def digest(images: torch.Tensor) -> str:
+    """Return the SHA-256 of some images."""
+    pixels = images.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
 
 
 class RowFileKeeper:
@@ -93,9 +99,9 @@ class RowFileKeeper:
     ) -> str | None:
         """Return the name of the file that holds the rows of all tiers and the extras of their batches.
 
-        It is written now where they changed, and a file that these rows stand in for is deleted. None without rows, for
-        one of several processes, where the budget for the disk does not hold all rows, and, with a RuntimeWarning,
-        where the file cannot be written.
+        It is written now where they changed, and a file that these rows stand in for is deleted. None while there are no
+        rows, for one of several processes, where the budget for the disk does not hold all rows, and, with a
+        RuntimeWarning, where the file cannot be written.
         """
         if self._config.disk_dir is None or several_processes():
             return None
@@ -138,7 +144,7 @@ class RowFileKeeper:
     def _written(
         self, cache: ActivationCache, slots: torch.Tensor, extras: BatchExtras, made_of: Callable[[], Fingerprint]
     ) -> str | None:
-        if cache.path is None or not cache.fits_file:
+        if cache.path is None or not cache.fits_file or not bool(cache.filled.any()):
             return None
         if not cache.saved:
             try:

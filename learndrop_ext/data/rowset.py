@@ -41,7 +41,7 @@ class RowSet:
         loader: the user's, for samples that have to be read again.
         config: codec, views, budgets, folder.
         key: place of the model's input in a batch.
-        batch: of the first samples of the dataset, on the model's device.
+        ids, batch: some samples and what the loader makes of them, on the model's device, read from the random state `seed`.
         seed: of the views drawn, and of the random state in which samples are read again.
     """
 
@@ -53,6 +53,7 @@ class RowSet:
         *,
         config: CacheConfig,
         key: InputKey,
+        ids: Sequence[int],
         batch: Any,
         seed: int,
     ) -> None:
@@ -62,6 +63,7 @@ class RowSet:
         self.config = config
         self.key = key
         self.example = input_of(batch, key)
+        self.example_ids, self._digest = list(ids), rowfile.digest(self.example)
         self.device = self.example.device
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
@@ -208,10 +210,6 @@ class RowSet:
         """The autocast under which rows are made."""
         return self._stages.autocast
 
-    def filled(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Return which samples [B] have their row for an epoch."""
-        return filled_at(self.cache, self.slots.places(ids, epoch))
-
     def made_of(self, batch: Any, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return the rows that the dropped layers make of a batch of images now."""
         return self._stages.run(input_of(self.images(batch, ids, epoch), self.key), 0)
@@ -220,11 +218,6 @@ class RowSet:
     def reads_ahead(self) -> bool:
         """Whether rows lie in tiers that are read ahead."""
         return self.cache is not None and self.cache.plan.staging > 0
-
-    def hold_eval(self) -> None:
-        """Put the dropped layers into eval mode."""
-        if self.frozen is not None:
-            self.frozen.hold_eval()
 
     def read(self, ids: torch.Tensor, epoch: int) -> Any:
         """Return the batch of images of samples `ids` [B], read in this process from a random state of its own."""
@@ -279,9 +272,13 @@ class RowSet:
         `RowFileKeeper.save`."""
         return self.file.save(self.cache, self.slots.table, self.extras, self._fingerprint)
 
-    def find(self, name: str | None, cuts: Sequence[int]) -> None:
+    def find(self, name: str | None, cuts: Sequence[int], ids: Sequence[int] | None = None) -> None:
         """Go on with rows after the last of `cuts`, which no rows were kept of so far: those of the file that `save`
-        wrote, or, with a RuntimeWarning, anew where it is not there or is not to be used."""
+        wrote, or, with a RuntimeWarning, anew where it is not there or is not to be used. ids: the `example_ids` of
+        the run that wrote it."""
+        if name is not None and ids is not None and list(ids) != self.example_ids:
+            self.example_ids = list(ids)
+            self._digest = rowfile.digest(input_of(self.read(torch.as_tensor(self.example_ids), 0), self.key))
         self.cuts = list(cuts)
         self._stages.segments = [self.chain.segment(a, b) for a, b in zip([0, *cuts], cuts, strict=False)]
         found = self.file.find(name, self._fingerprint, device=self.device, key=self.key)
@@ -394,7 +391,7 @@ class RowSet:
             self.cuts,
             self.config,
             loader=self.loader,
-            example=self.example,
+            images=self._digest,
             autocast=self._stages.autocast,
             seed=self.seed,
         )

@@ -1,331 +1,394 @@
 from __future__ import annotations
 
-import copy
-import errno
-import io
-import os
-import time
-from collections import namedtuple
-from collections.abc import Callable
+import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
-from learndrop_ext.cache.cache import ActivationCache
-from small_training import Jittered, Net, data, epoch, parts
-
-Run = tuple[DropScheduler, Net, torch.optim.Optimizer]
+from learndrop_ext.data.drift import PROBES
+from small_training import Jittered, data, epoch, parts, prefix_rows
 
 
-class Counted(Dataset[Any]):
-    """The small data; how often a sample was read."""
+class Numbered(Dataset[Any]):
+    """The small data with the ids as labels; which samples were read is noted, and what was read last of each."""
 
-    def __init__(self) -> None:
-        self.data = data()
-        self.reads = 0
+    def __init__(self, count: int = 24, *, noise: bool = False) -> None:
+        self.images = data(count).tensors[0]
+        self.noise = noise
+        self.reads: list[int] = []
+        self.last: dict[int, torch.Tensor] = {}
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.images)
 
-    def __getitem__(self, index: int) -> Any:
-        self.reads += 1
-        return self.data[index]
-
-
-def on_disk(folder: Path, *, on_device: int | str = "auto", **options: Any) -> CacheConfig:
-    return CacheConfig(budget_bytes=on_device, disk_bytes=1 << 22, disk_dir=str(folder), **options)
-
-
-def begun(config: CacheConfig, drops: dict[int, int], dataset: Dataset[Any] | None = None, **options: Any) -> Run:
-    model, optimizer, loader = parts(dataset, **options)
-    return DropScheduler(model, optimizer, loader, policy=Fixed(drops), cache=config), model, optimizer
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads.append(index)
+        x = self.images[index]
+        if self.noise:
+            x = x + torch.rand(())
+        self.last[index] = x
+        return x, index
 
 
-def checkpoint(run: Run) -> dict[str, Any]:
-    """What a user saves, through a file that holds no code."""
-    drop, model, optimizer = run
-    file = io.BytesIO()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "drop": drop.state_dict()}
-    torch.save(state | {"order": drop.loader.user.generator.get_state()}, file)
-    file.seek(0)
-    return dict(torch.load(file, weights_only=True))
+def begun(
+    dataset: Dataset[Any] | None = None, drops: dict[int, int] | None = None, *, batch_size: int = 8, **options: Any
+) -> tuple[DropScheduler, torch.optim.Optimizer]:
+    model, optimizer, loader = parts(dataset, batch_size=batch_size)
+    drops = {1: 2} if drops is None else drops
+    return DropScheduler(model, optimizer, loader, **({"policy": Fixed(drops), "cache": "fp32"} | options)), optimizer
 
 
-def resumed(
-    state: dict[str, Any], config: CacheConfig, drops: dict[int, int], dataset: Any = None, **options: Any
-) -> Run:
-    model, optimizer, loader = parts(dataset, **options)
-    loader.generator.set_state(state["order"])
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed(drops), cache=config)
-    drop.load_state_dict(state["drop"])
-    return drop, model, optimizer
+def trained(drop: DropScheduler, optimizer: torch.optim.Optimizer, autocast: bool = False) -> list[Any]:
+    """The batches of an epoch of training, with labels below 5."""
+    batches = []
+    drop.base_model.train()
+    for x, y in drop.loader:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = nn.functional.cross_entropy(drop.model(x).float(), y % 5)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        batches.append((x, y))
+    return batches
 
 
-def trained(run: Run, epochs: int) -> list[float]:
-    drop, _, optimizer = run
-    losses = []
-    for _ in range(epochs):
-        losses += epoch(drop, optimizer)
+@pytest.mark.parametrize("drops", [{0: 2}, {1: 2}, {1: 1, 2: 2}, {0: 1, 1: 2, 2: 3}])
+def test_rows_are_to_the_bit_what_the_dropped_layers_make_of_the_same_batch(drops: dict[int, int]) -> None:
+    dataset = Numbered()
+    drop, optimizer = begun(dataset, drops)
+    made: dict[int, torch.Tensor] = {}
+    for _ in range(5):
+        k = drop.prefix
+        cached = int(drop.rows.cache.filled.sum()) if drop.rows.cache is not None else 0
+        for x, y in trained(drop, optimizer):
+            with torch.no_grad():
+                wanted = drop.chain.prefix(k).eval()(dataset.images[y])
+            if k and cached == 0:
+                assert torch.equal(x, wanted)
+                made |= dict(zip(y.tolist(), x, strict=True))
+            elif k:
+                assert all(torch.equal(row, made[i]) for i, row in zip(y.tolist(), x, strict=True))
         drop.step()
-    return losses
+    assert drop.prefix == max(drops.values())
 
 
-# None of the 24 rows of 1 KiB after conv1 fits beside the areas that rows from the disk go through; all do.
-@pytest.mark.parametrize("on_device", [2048, "auto"])
-@pytest.mark.parametrize("drops", [{1: 2}, {1: 1, 2: 3}, {1: 1, 4: 3}])
-def test_a_resumed_run_uses_the_rows_of_the_file_and_equals_the_uninterrupted_one(
-    tmp_path: Path, drops: dict[int, int], on_device: int | str
-) -> None:
-    config = on_disk(tmp_path, on_device=on_device)
-    whole = begun(config, drops, Counted())
-    wanted = trained(whole, 6)
-    first = begun(config, drops, Counted())
-    got = trained(first, 3)
-    state = checkpoint(first)
-    first[0].undrop()
-    dataset = Counted()
-    # The scheduler reads samples when it is made, before it knows of a state.
-    begun(config, drops, dataset)
-    before = dataset.reads
-    second = resumed(state, config, drops, dataset)
-    assert dataset.reads == 2 * before
-    got += trained(second, 3)
-    assert got == wanted
-    for name, value in whole[1].state_dict().items():
-        assert torch.equal(value, second[1].state_dict()[name])
-    assert second[0].cuts == whole[0].cuts
-    rows = second[0].loader.rows
-    assert rows is not None
-    assert (rows.cache.plan.disk > 0) == (on_device == 2048)
+def test_growing_drops_read_images_in_one_epoch_only() -> None:
+    dataset = Numbered()
+    drop, optimizer = begun(dataset, {0: 1, 1: 2, 2: 3})
+    reads, caches = [], []
+    for _ in range(5):
+        dataset.reads.clear()
+        trained(drop, optimizer)
+        reads.append(len(dataset.reads))
+        caches.append(drop.rows.cache)
+        drop.step()
+    assert reads[0] == 24
+    assert all(count <= PROBES for count in reads[1:])
+    assert [record.fill_flops > 0 for record in drop.history if record.epoch] == [True, True, True, False, False]
+    # The rows of the drop before are freed once all are made anew.
+    assert len({id(cache) for cache in caches}) == 3
+    for old in (caches[0], caches[1]):
+        with pytest.raises(RuntimeError, match="the cache must be open"):
+            old.gather(torch.tensor([0]))
 
 
-def test_a_file_is_written_once_for_rows_that_stay(tmp_path: Path) -> None:
-    run = begun(on_disk(tmp_path), {1: 1, 3: 2})
-    trained(run, 1)
-    assert list(tmp_path.iterdir()) == []
-    name = run[0].state_dict()["rows_file"]
-    path = tmp_path / name
-    written = path.stat()
-    trained(run, 1)
-    assert run[0].state_dict()["rows_file"] == name
-    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
-    trained(run, 1)
-    assert path.exists()
-    after = run[0].state_dict()["rows_file"]
-    assert [p.name for p in tmp_path.iterdir()] == [after]
-    assert after != name
-    run[0].undrop()
-    assert run[0].state_dict()["rows_file"] is None
-    assert list(tmp_path.iterdir()) == []
+def test_older_rows_are_freed_too_where_every_epoch_is_broken_off() -> None:
+    drop, _ = begun(Numbered(), {1: 1, 2: 2}, batch_size=8)
+    old = None
+    for _ in range(30):
+        for i, (x, _) in enumerate(drop.loader):
+            drop.model(x)
+            if i == 1:
+                break
+        drop.step()
+        if drop.epoch == 2:
+            old = drop.rows._older
+    assert old is not None
+    assert drop.rows._older is None
+    with pytest.raises(RuntimeError, match="the cache must be open"):
+        old.gather(torch.tensor([0]))
 
 
-def test_a_file_found_again_is_written_no_second_time(tmp_path: Path) -> None:
-    config = on_disk(tmp_path, on_device=2048)
-    first = begun(config, {1: 2})
-    trained(first, 1)
-    state = checkpoint(first)
-    second = resumed(state, config, {1: 2})
-    assert second[0].state_dict()["rows_file"] == state["drop"]["rows_file"]
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def cut_short(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[4096] ^= 1
-    path.write_bytes(content)
-
-
-class Other(Counted):
-    """Other images under the same name."""
-
-    def __getitem__(self, index: int) -> Any:
-        x, y = self.data[index]
-        return x + 1, y
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (Path.unlink, "No such file"),
-        (cut_short, "bytes long, got"),
-        (flip_a_bit, "row 0 must have the checksum"),
-        (lambda path: path.write_bytes(b"x" * 9000), "the first bytes must be"),
-    ],
-)
-def test_rows_are_filled_again_where_the_file_is_gone_or_spoilt(
-    tmp_path: Path, spoil: Callable[[Path], Any], message: str
-) -> None:
-    config = on_disk(tmp_path)
-    wanted = trained(begun(config, {1: 2}), 4)
-    first = begun(config, {1: 2})
-    got = trained(first, 2)
-    state = checkpoint(first)
-    spoil(tmp_path / state["drop"]["rows_file"])
-    with pytest.warns(RuntimeWarning, match=f"load_state_dict: the rows are filled again .*{message}"):
-        second = resumed(state, config, {1: 2})
-    assert got + trained(second, 2) == wanted
-
-
-@pytest.mark.parametrize(
-    ("options", "dataset", "message"),
-    [
-        ({"codec": "fp32"}, None, "rows must be of codec 'fp32', got rows of codec 'fp16'"),
-        ({"flip": True}, None, "rows must be of augmented True, got rows of augmented False"),
-        ({"views": 2}, None, "rows must be of views 2, got rows of views 1"),
-        ({}, Other, "rows must be of images"),
-    ],
-)
-def test_rows_of_another_cache_are_not_used(
-    tmp_path: Path, options: dict[str, Any], dataset: type[Other] | None, message: str
-) -> None:
-    first = begun(on_disk(tmp_path), {1: 1}, None if dataset is None else Counted())
-    trained(first, 1)
-    state = checkpoint(first)
-    # So that the images differ and not the name of their class.
-    if dataset is not None:
-        dataset.__qualname__, dataset.__module__ = Counted.__qualname__, Counted.__module__
-    with pytest.warns(RuntimeWarning, match=message):
-        second = resumed(state, on_disk(tmp_path, **options), {1: 1}, None if dataset is None else dataset())
-    rows = second[0].loader.rows
-    assert rows is not None
-    assert bool(rows.cache.filled.all())
-
-
-def test_a_model_of_another_code_with_the_same_weights_does_not_use_the_rows(tmp_path: Path) -> None:
-    class Leaky(Net):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            x = torch.nn.functional.leaky_relu(self.bn1(self.conv1(x)))
-            x = self.bn2(self.conv2(x)).relu()
-            return self.fc(self.conv3(x).relu().mean((2, 3)))
-
-    config = on_disk(tmp_path)
-    first = begun(config, {1: 2})
-    trained(first, 1)
-    state = checkpoint(first)
-    _, _, loader = parts()
-    model = Leaky()
-    model.load_state_dict(state["model"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache=config)
-    with pytest.warns(RuntimeWarning, match="rows must be of layers"):
-        drop.load_state_dict(state["drop"])
-
-
-def test_views_and_the_rest_of_the_batch_come_back_with_the_rows(tmp_path: Path) -> None:
-    def named(samples: Any) -> dict[str, Any]:
-        x, y = torch.utils.data.default_collate(samples)
-        return {"x": x, "about": (y, [f"class {c}" for c in y.tolist()]), "mask": x[:, 0] > 0}
-
-    def run(source: Any, state: dict[str, Any] | None = None) -> list[Any]:
-        model, optimizer, loader = parts(Jittered(), collate_fn=named)
-        config = on_disk(tmp_path, on_device=2048)
-        if state is not None:
-            model.load_state_dict(state["model"])
-            loader.generator.set_state(state["order"])
-        drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}), cache=config, views=2, input="x")
-        if state is None:
-            for batch in drop.loader:
-                drop.model(batch["x"])
-            drop.step()
-            source.append(checkpoint((drop, model, optimizer)))
+@pytest.mark.parametrize("views", [2, 3])
+def test_fresh_images_for_as_many_epochs_as_views_then_their_rows_in_turn(views: int) -> None:
+    dataset = Numbered(noise=True)
+    drop, optimizer = begun(dataset, {1: 2}, views=views)
+    trained(drop, optimizer)
+    drop.step()
+    rows: list[dict[int, torch.Tensor]] = []
+    for turn in range(3 * views):
+        dataset.reads.clear()
+        batches = trained(drop, optimizer)
+        found = {int(i): row for x, y in batches for i, row in zip(y, x, strict=True)}
+        assert sorted(found) == list(range(24))
+        if turn < views:
+            # Some may be read again at the begin of an epoch, to be compared with what is kept.
+            assert sorted(set(dataset.reads)) == list(range(24))
+            for earlier in rows:
+                assert not any(torch.equal(earlier[i], found[i]) for i in found)
+            for x, y in batches:
+                images = torch.stack([dataset.last[i] for i in y.tolist()])
+                with torch.no_grad():
+                    torch.testing.assert_close(x, drop.chain.prefix(2).eval()(images))
         else:
-            drop.load_state_dict(state["drop"])
-        return [batch for _ in range(3) for batch in drop.loader]
-
-    states: list[dict[str, Any]] = []
-    wanted = run(states)
-    got = run(None, states[0])
-    assert len(wanted) == len(got) == 9
-    for one, other in zip(wanted, got, strict=True):
-        assert one.keys() == other.keys()
-        assert torch.equal(one["x"], other["x"])
-        assert torch.equal(one["mask"], other["mask"])
-        assert torch.equal(one["about"][0], other["about"][0])
-        assert one["about"][1] == other["about"][1]
+            assert len(set(dataset.reads)) <= PROBES
+            assert all(torch.equal(rows[turn % views][i], found[i]) for i in found)
+        rows.append(found)
+        drop.step()
 
 
-def test_rows_that_were_fetched_later_are_in_the_next_file(tmp_path: Path) -> None:
-    class Chosen(torch.utils.data.Sampler[int]):
-        def __init__(self) -> None:
-            self.ids = [3, 1, 4, 1, 5, 9]
+# epochs of the run, views, the epoch of the drop, whether rows are worth storing
+@pytest.mark.parametrize(
+    ("epochs", "views", "at", "stored"),
+    [(4, 1, 1, True), (4, 1, 2, True), (4, 1, 3, False), (6, 3, 2, True), (6, 3, 3, False), (None, 3, 3, True)],
+)
+def test_nothing_is_stored_that_would_not_be_read_again(epochs: int | None, views: int, at: int, stored: bool) -> None:
+    dataset = Numbered(noise=views > 1)
+    drop, optimizer = begun(dataset, {at: 2}, views=views, epochs=epochs)
+    for _ in range(at):
+        trained(drop, optimizer)
+        record = drop.step()
+    assert record.prefix == 2
+    assert (record.cache_bytes > 0) is stored
+    for _ in range((epochs or 6) - at):
+        for x, y in trained(drop, optimizer):
+            images = torch.stack([dataset.last[i] for i in y.tolist()])
+            if not stored:
+                with torch.no_grad():
+                    torch.testing.assert_close(x, drop.chain.prefix(2).eval()(images))
+        record = drop.step()
+    assert bool(drop.rows.cache.filled.any()) is stored
+    assert (record.cache_bytes > 0) is stored
 
+
+def test_mirror_draws_the_image_and_its_flip_in_turn_before_and_after_a_drop() -> None:
+    dataset = Numbered()
+    drop, optimizer = begun(dataset, {2: 2}, cache=CacheConfig(codec="fp32", mirror=True))
+    assert drop.rows.views == 2
+    seen: list[dict[int, bool]] = []
+    for _ in range(7):
+        k = drop.prefix
+        flipped = {}
+        for x, y in trained(drop, optimizer):
+            with torch.no_grad():
+                ways = [drop.chain.prefix(k).eval()(x) for x in (dataset.images[y], dataset.images[y].flip(-1))]
+            for i, row, plain, flip in zip(y.tolist(), x, *ways, strict=True):
+                is_plain, is_flip = torch.allclose(row, plain, atol=1e-5), torch.allclose(row, flip, atol=1e-5)
+                assert is_plain != is_flip
+                flipped[i] = is_flip
+        assert 0 < sum(flipped.values()) < 24
+        seen.append(flipped)
+        drop.step()
+    for one, other in itertools.pairwise(seen):
+        assert all(one[i] != other[i] for i in range(24))
+    assert int(drop.rows.cache.filled.sum()) == 48
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": True}])
+def test_a_sampler_that_draws_more_than_the_budgets_hold(options: dict[str, Any]) -> None:
+    drawn = list(range(8))
+
+    class Chosen:
         def __iter__(self) -> Any:
-            return iter(self.ids)
+            return iter(drawn)
 
         def __len__(self) -> int:
-            return len(self.ids)
+            return len(drawn)
 
-    config = on_disk(tmp_path, on_device=2048)
-    chosen = Chosen()
-    first = begun(config, {1: 1}, sampler=chosen, shuffle=False)
-    trained(first, 1)
-    old = first[0].state_dict()["rows_file"]
-    chosen.ids = [9, 11, 3, 0]
-    list(first[0].loader)
-    assert not (tmp_path / old).exists()
-    state = checkpoint(first)
-    wanted = list(first[0].loader)
-    first[0].undrop()
-    second = resumed(state, config, {1: 1}, sampler=chosen, shuffle=False)
-    for one, other in zip(wanted, second[0].loader, strict=True):
+    dataset = Numbered()
+    model, optimizer, _ = parts()
+    loader = DataLoader(dataset, batch_size=4, sampler=Chosen())
+    # A row of 6 x 4 x 4 fp32 values is 384 bytes: 12 rows.
+    config = CacheConfig(codec="fp32", budget_bytes=12 * 384, **options)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache=config)
+    trained(drop, optimizer)
+    drop.step()
+    assert drop.cut == 2
+    trained(drop, optimizer)
+    drawn.extend(range(8, 24))
+    wanted = prefix_rows(drop, 2)
+    flips = 0
+    for turn in range(3):
+        dataset.reads.clear()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            batches = trained(drop, optimizer)
+        ours = [str(w.message) for w in said if "more samples than the budgets hold" in str(w.message)]
+        assert len(ours) == (turn == 0)
+        assert [i for _, y in batches for i in y.tolist()] == list(range(24))
+        for x, y in batches:
+            for i, row in zip(y.tolist(), x, strict=True):
+                straight = torch.allclose(row, wanted[i], atol=1e-5)
+                flips += not straight
+                assert straight or (options and torch.allclose(row.flip(-1), wanted[i], atol=1e-5))
+        # Those that do not fit are read each time.
+        assert set(range(12, 24)) <= set(dataset.reads)
+    assert int(drop.rows.cache.filled.sum()) == 12
+    if options:
+        assert 18 < flips < 54  # of 72: half, within 4 standard deviations
+    else:
+        assert flips == 0
+
+
+@pytest.mark.parametrize("drops", [{0: 2}, {1: 1, 3: 2}])
+def test_rows_made_on_first_draw_spread_over_the_tiers(tmp_path: Path, drops: dict[int, int]) -> None:
+    def run(config: CacheConfig) -> tuple[list[Any], DropScheduler]:
+        drop, _ = begun(Numbered(700), drops, cache=config, batch_size=64)
+        batches = []
+        for stop in (4, 6, 2, 6, 4, 11, 11):
+            for _, (x, y) in zip(range(stop), drop.loader, strict=False):
+                drop.model(x)
+                batches.append((x.clone(), y))
+            drop.step()
+        return batches, drop
+
+    wanted, _ = run(CacheConfig(codec="fp32"))
+    # 600 rows of 384 bytes: two areas of 256 rows for those that come from the disk, and 88 rows that stay.
+    got, drop = run(CacheConfig(codec="fp32", budget_bytes=600 * 384, disk_bytes=1 << 22, disk_dir=str(tmp_path)))
+    plan = drop.rows.cache.plan
+    assert (plan.device > 0, plan.disk > 0) == (True, True)
+    assert bool(drop.rows.cache.filled.all())
+    for one, other in zip(got, wanted, strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
 
 
-def test_no_file_is_kept_where_the_budget_for_the_disk_does_not_hold_all_rows(tmp_path: Path) -> None:
-    run = begun(CacheConfig(disk_bytes=8192, disk_dir=str(tmp_path)), {1: 1})
-    trained(run, 1)
-    assert run[0].state_dict()["rows_file"] is None
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("drops", [{0: 2}, {1: 2}])
+def test_rows_are_made_under_the_autocast_of_the_training_step(drops: dict[int, int]) -> None:
+    dataset = Numbered()
+    drop, optimizer = begun(dataset, drops)
+    for turn in range(4):
+        k = drop.prefix
+        for i, (x, y) in enumerate(trained(drop, optimizer, autocast=True)):
+            if not k or (0 in drops and turn == 0 and i == 0):
+                continue  # before the first step nobody knows its autocast
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                wanted = drop.chain.prefix(k).eval()(dataset.images[y])
+            assert x.dtype == wanted.dtype == torch.bfloat16
+            torch.testing.assert_close(x, wanted, rtol=2e-2, atol=2e-2)
+        drop.step()
+    assert drop.rows.autocast == torch.bfloat16
+    assert int(drop.rows.cache.filled.sum()) == 24
 
 
-def test_a_full_disk_costs_the_file_and_not_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    config = on_disk(tmp_path)
-    run = begun(config, {1: 2})
-    wanted = copy.deepcopy(trained(run, 2))
-    with monkeypatch.context() as patch:
-        patch.setattr(ActivationCache, "save", full)
-        with pytest.warns(
-            RuntimeWarning, match=r"state_dict: a run that goes on .* will fill its rows again .*No space"
-        ):
-            state = checkpoint(run)
-    assert state["drop"]["rows_file"] is None
-    assert wanted + trained(resumed(state, config, {1: 2}), 2) == wanted + trained(run, 2)
+def test_rows_are_made_anew_under_another_autocast() -> None:
+    drop, optimizer = begun(Numbered())
+    for autocast, dtype in ((False, torch.float32), (False, torch.float32), (True, None), (True, torch.bfloat16)):
+        batches = trained(drop, optimizer, autocast=autocast)
+        if drop.prefix and dtype is not None:
+            assert {x.dtype for x, _ in batches} == {dtype}
+        drop.step()
 
 
-def test_a_batch_that_no_file_can_hold_is_said(tmp_path: Path) -> None:
-    pair = namedtuple("pair", "x y")
+def test_a_resume_in_the_middle_of_an_epoch_goes_on_with_the_rows_that_are_there(tmp_path: Path) -> None:
+    config = CacheConfig(codec="fp32", disk_bytes=1 << 20, disk_dir=str(tmp_path))
+    first, optimizer = begun(Numbered(), cache=config)
+    trained(first, optimizer)
+    first.step()
+    there = []
+    for i, (x, y) in enumerate(first.loader):
+        first.model(x)
+        there += y.tolist()
+        if i == 1:
+            break
+    state = first.state_dict()
+    assert state["rows_file"] is not None
+    dataset = Numbered()
+    model, optimizer, loader = parts(dataset, batch_size=8)
+    model.load_state_dict(first.base_model.state_dict())
+    second = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache=config)
+    second.load_state_dict(state)
+    assert int(second.rows.cache.filled.sum()) == len(there) == 16
+    dataset.reads.clear()
+    batches = trained(second, optimizer)
+    missing = set(range(24)) - set(there)
+    assert missing <= set(dataset.reads)
+    assert len(dataset.reads) <= len(missing) + PROBES
+    assert sorted(i for _, y in batches for i in y.tolist()) == list(range(24))
+    wanted = prefix_rows(second, 2)
+    for x, y in batches:
+        torch.testing.assert_close(x, wanted[y])
+    assert int(second.rows.cache.filled.sum()) == 24
 
-    run = begun(on_disk(tmp_path), {1: 1}, collate_fn=lambda samples: pair(*torch.utils.data.default_collate(samples)))
-    trained(run, 1)
-    with pytest.warns(RuntimeWarning, match=r"will fill its rows again \(BatchExtras.state: batches must be of plain"):
-        assert run[0].state_dict()["rows_file"] is None
+
+def test_labels_of_few_samples_are_not_taken_for_the_structure_of_a_batch() -> None:
+    def pairs(samples: list[Any]) -> tuple[torch.Tensor, list[Any], torch.Tensor]:
+        # Two points a sample, and batches of two samples.
+        ids = [i for _, i in samples]
+        return (
+            torch.stack([x for x, _ in samples]),
+            [torch.tensor([[i, 0], [i, 1]]) for i in ids],
+            torch.tensor(ids),
+        )
+
+    model, optimizer, _ = parts()
+    loader = DataLoader(Numbered(), batch_size=2, shuffle=True, collate_fn=pairs)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
+    for _ in range(4):
+        for x, points, ids in drop.loader:
+            drop.model(x)
+            assert [p.tolist() for p in points] == [[[i, 0], [i, 1]] for i in ids.tolist()]
+        drop.step()
+    assert drop.prefix == 2
 
 
-def test_what_killed_runs_left_is_deleted_and_what_living_ones_write_is_not(tmp_path: Path) -> None:
-    living = begun(on_disk(tmp_path, on_device=2048), {1: 1})
-    trained(living, 1)
-    (part,) = tmp_path.glob("*.part")
-    dead = tmp_path / "rows-0123456789ab-3.bin.part"
-    fresh = tmp_path / "rows-0123456789ac-3.bin.part"
-    foreign = tmp_path / "thesis.part"
-    for path in (dead, fresh, foreign):
-        path.write_bytes(b"x")
-    long_ago = time.time() - 3600
-    for path in (dead, part, foreign):
-        os.utime(path, (long_ago, long_ago))
-    trained(begun(on_disk(tmp_path), {1: 1}), 1)
-    assert sorted(tmp_path.glob("*")) == sorted([part, fresh, foreign])
+def test_views_of_a_dataset_with_random_targets_are_kept_and_not_made_anew() -> None:
+    class Pointed(Dataset[Any]):
+        """A point that follows the flip of the image."""
+
+        def __len__(self) -> int:
+            return 24
+
+        def __getitem__(self, index: int) -> Any:
+            x, y = data()[index]
+            if torch.rand(()) < 0.5:
+                return x.flip(-1), torch.tensor([7 - index % 8]), y
+            return x, torch.tensor([index % 8]), y
+
+    model, optimizer, loader = parts(Pointed())
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32", views=2)
+    for _ in range(8):
+        for x, _, _ in drop.loader:
+            drop.model(x)
+        drop.step()
+    assert int(drop.rows.cache.filled.sum()) == 48
+
+
+def test_an_undropped_run_makes_its_rows_anew() -> None:
+    drop, optimizer = begun(Numbered(), {1: 2})
+    for _ in range(2):
+        trained(drop, optimizer)
+        drop.step()
+    assert drop.rows.cache is not None
+    drop.undrop()
+    assert drop.rows.cache is None
+    assert drop.rows.cut == 0
+    assert drop.rows.slots.used == 0
+    images = drop.loader.user.dataset.images  # type: ignore[attr-defined]
+    for x, y in drop.loader:
+        assert torch.equal(x, images[y])
+
+
+def test_the_ledger_counts_what_was_made() -> None:
+    drop, optimizer = begun(TensorDataset(*data().tensors), {1: 1, 2: 2})
+    counted = []
+    for _ in range(4):
+        epoch(drop, optimizer)
+        images, older, seconds = drop.rows.ledger
+        counted.append((images, older, seconds > 0))
+        drop.step()
+    assert counted == [(0, 0, False), (24, 0, True), (0, 24, True), (0, 0, False)]
+
+
+def test_a_random_dataset_keeps_as_many_views_as_were_asked_for() -> None:
+    model, optimizer, loader = parts(Jittered())
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 1}), views=3, cache="fp32")
+    seen = [{round(float(row.sum()), 4) for x, _ in drop.loader for row in x} for _ in range(6)]
+    assert len(set.union(*seen[:3])) == 72
+    assert seen[3:] == seen[:3]
