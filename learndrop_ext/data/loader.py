@@ -45,15 +45,15 @@ class _PlannedBatches:
             self.share = Share(seed=rows.seed, rank=process_rank())
 
     def __iter__(self) -> Iterator[list[int]]:
-        for plan in self.draw():
+        for plan in self.draw(self.order()):
             self.plans.append(plan)
             if len(plan.read):
                 yield plan.read.tolist()
 
-    def draw(self) -> Iterator[_Plan]:
-        """Plan the batches of an epoch as they come."""
+    def draw(self, batches: Iterator[Any]) -> Iterator[_Plan]:
+        """Plan batches as they come."""
         size = len(self.seen)
-        for ids in self._order():
+        for ids in batches:
             index = torch.as_tensor(list(ids), dtype=torch.int64)
             outside = index[(index < 0) | (index >= size)]
             if len(outside):
@@ -73,7 +73,8 @@ class _PlannedBatches:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def _order(self) -> Iterator[Any]:
+    def order(self) -> Iterator[Any]:
+        """Return the batches of an epoch: the user's, or of a rank's share."""
         if self.share is None or not self.rows.cut:
             return iter(self.batch_sampler)
         if self.share.ids is not None:
@@ -210,7 +211,7 @@ class DropLoader:
             # the one that training on images would have had. Workers that persist were given theirs long ago.
             torch.empty((), dtype=torch.int64).random_(generator=self.user.generator)
         self._start_workers()
-        plans = self.batches.draw()
+        plans = self.batches.draw(self.batches.order())
         ahead = next(plans, None)
         while ahead is not None:
             batch = self._batch(ahead, None)
