@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -396,3 +398,15 @@ def test_modules_and_loaders_that_cannot_be_followed_are_refused(pl: Any) -> Non
     two.automatic_optimization = False
     two.configure_optimizers = lambda: [torch.optim.SGD(two.parameters(), lr=0.1) for _ in range(2)]
     refused(ValueError, r"must have one optimizer, got 2", two, loader())
+
+
+def test_without_lightning_the_import_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("lightning", "pytorch_lightning") or name == "learndrop_ext.lightning":
+            monkeypatch.delitem(sys.modules, name)
+    for name in ("lightning", "pytorch_lightning"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        ImportError, match=r"Lightning 2.x must be installed, .* pip install 'learndrop_ext\[lightning\]'"
+    ):
+        importlib.import_module("learndrop_ext.lightning")
