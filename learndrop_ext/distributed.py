@@ -16,15 +16,32 @@ def several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def process_rank() -> int:
+    """Return the rank of this process, 0 where there is one process."""
+    return distributed.get_rank() if several_processes() else 0
+
+
 def from_rank_zero(value: T) -> T:
     """Rank 0's value on every rank, and the value itself where there is one process. It must be picklable.
 
     Decisions depend on timings and free memory, which differ between processes; all ranks must drop the same layers.
+
+    Raises:
+        RuntimeError: another process has ended, or did not come to this point within the process group's timeout.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
     box = [value]
-    distributed.broadcast_object_list(box, src=0)
+    try:
+        # A broadcast alone would let rank 0 pass without the others.
+        distributed.barrier()
+        distributed.broadcast_object_list(box, src=0)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"drop.step: all {distributed.get_world_size()} processes must decide together, and rank "
+            f"{distributed.get_rank()} waited in vain: another process has ended, or did not call drop.step() within the "
+            f"timeout of init_process_group ({error})"
+        ) from error
     return box[0]
 
 

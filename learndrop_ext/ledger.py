@@ -52,7 +52,7 @@ class Ledger:
 
     def run_costs(self) -> tuple[RunCosts, list[costs.CutChoice]]:
         """Return the costs as policies see them, and for each prefix length where its rows would be kept."""
-        count = self._rows.expected_rows(self._loader.batches.seen)
+        count = self._loader.expected_rows()
         choices = self.costs.choices(self._rows.cut, count)
         return self.costs.run_costs(choices, count, views=self._rows.views), choices
 
@@ -95,6 +95,6 @@ class Ledger:
     def expect(self, prefix: int) -> float:
         """Return the seconds that the next epoch is expected to take."""
         run = self.run_costs()[0]
-        if prefix and not self._rows.complete(self._loader.batches.seen, self._loader.epochs):
+        if prefix and not self._rows.complete(self._loader.batches.needed(), self._loader.epochs):
             return run.filling_seconds(self.prefix_before, prefix)
         return run.epoch_seconds(prefix)

@@ -304,7 +304,7 @@ class DropScheduler:
         body = live_body(self.base_model, self.chain, cut, prefix, self.wrap)
         if cut > self.cut:
             left = None if self.epochs is None else self.epochs - situation.epoch
-            rows = self.rows.expected_rows(self.loader.batches.seen)
+            rows = self.loader.expected_rows()
             self.rows.advance(cut, rows=rows, stores=left is None or left > self.rows.views)
         self._deltas.drop_first(prefix - self.prefix)
         self._freeze(prefix, body)

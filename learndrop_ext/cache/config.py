@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from learndrop_ext.ops import CODECS
 
+PARTITIONS = ("share", "all")
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -31,6 +33,9 @@ class CacheConfig:
             layers, and leave this run's rows there for others; `disk_bytes=0` then means "auto". Default: False
         mirror (bool, optional): keep two rows of each sample, of the image and of its horizontal flip, drawn in turn:
             a sample is seen mirrored in every second epoch. Default: False
+        partition ("share" or "all", optional): of several processes, each keeps rows of the samples that it draws in
+            its first whole epoch after a drop, and draws its batches from these from then on ("share"); or each
+            follows its sampler and keeps rows of whatever it draws ("all"). Default: "share"
 
     Raises:
         ValueError: for a value that is out of range, or two that exclude each other.
@@ -46,6 +51,7 @@ class CacheConfig:
     shift: int = 0
     shared: bool = False
     mirror: bool = False
+    partition: str = "share"
 
     @property
     def augmented(self) -> bool:
@@ -57,6 +63,8 @@ class CacheConfig:
             raise ValueError(f"CacheConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
         if not _is_whole(self.views) or self.views < 1:
             raise ValueError(f"CacheConfig: views must be a whole number >= 1, got {self.views!r}")
+        if self.partition not in PARTITIONS:
+            raise ValueError(f"CacheConfig: partition must be 'share' or 'all', got {self.partition!r}")
         for name in ("budget_bytes", "host_bytes", "disk_bytes"):
             value = getattr(self, name)
             if value != "auto" and not (_is_whole(value) and value >= 0):

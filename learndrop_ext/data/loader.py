@@ -15,6 +15,8 @@ from learndrop_ext.data.drift import follow_data, follow_model
 from learndrop_ext.data.extras import InputKey, input_of, to_device
 from learndrop_ext.data.reading import check_loader, rebuilt
 from learndrop_ext.data.rowset import RowSet
+from learndrop_ext.data.share import Share
+from learndrop_ext.distributed import process_rank, several_processes
 from learndrop_ext.graph.live import LiveModel
 
 
@@ -38,15 +40,18 @@ class _PlannedBatches:
         self.seen = torch.zeros(len(rows.slots), dtype=torch.bool)
         self.plans: deque[_Plan] = deque()
         self.epoch = 0
+        self.share: Share | None = None  # of one of several processes
+        if several_processes() and rows.config.partition == "share":
+            self.share = Share(seed=rows.seed, rank=process_rank())
 
     def __iter__(self) -> Iterator[list[int]]:
-        for plan in self.draw(iter(self.batch_sampler)):
+        for plan in self.draw(self.order()):
             self.plans.append(plan)
             if len(plan.read):
                 yield plan.read.tolist()
 
     def draw(self, batches: Iterator[Any]) -> Iterator[_Plan]:
-        """Plan the user's batches as they come."""
+        """Plan batches as they come."""
         size = len(self.seen)
         for ids in batches:
             index = torch.as_tensor(list(ids), dtype=torch.int64)
@@ -59,8 +64,22 @@ class _PlannedBatches:
             self.seen[index] = True
             yield _Plan(index, self.rows.missing(index, self.epoch))
 
+    def needed(self) -> torch.Tensor:
+        """Return the samples that the epochs to come draw from, as far as is known: [N] bool."""
+        if self.share is None or self.share.ids is None:
+            return self.seen
+        return torch.zeros_like(self.seen).index_fill_(0, self.share.ids, True)
+
     def __len__(self) -> int:
         return len(self.batch_sampler)
+
+    def order(self) -> Iterator[Any]:
+        """Return the batches of an epoch: the user's, or of a rank's share."""
+        if self.share is None or not self.rows.cut:
+            return iter(self.batch_sampler)
+        if self.share.ids is not None:
+            return self.share.batches(self.epoch)
+        return self.share.note(self.batch_sampler, len(self) if hasattr(self.batch_sampler, "__len__") else None)
 
 
 class DropLoader:
@@ -94,22 +113,26 @@ class DropLoader:
         self._begin_epoch()
         this = self._iteration = object()
         begin = time.perf_counter()
-        for batch in self._from_images() if self._reads_images() else self._from_rows():
-            x = input_of(batch, self.key)
-            self._live.expect(x)
-            self._given[0] += len(x)
-            self._position += 1
-            yield batch
-            if self._iteration is not this:
-                raise RuntimeError(
-                    "drop.loader: wanted one iteration at a time, and another one was begun before this one went on"
-                )
-            self._given[1] += time.perf_counter() - begin
-            begin = time.perf_counter()
-        if self.rows.device.type == "cuda":
-            torch.cuda.synchronize(self.rows.device)
-        self._given[1] += time.perf_counter() - begin
-        self.rows.end_epoch()
+        try:
+            for batch in self._from_images() if self._reads_images() else self._from_rows():
+                x = input_of(batch, self.key)
+                self._live.expect(x)
+                self._given[0] += len(x)
+                self._position += 1
+                yield batch
+                if self._iteration is not this:
+                    raise RuntimeError(
+                        "drop.loader: wanted one iteration at a time, and another one was begun before this one went on"
+                    )
+                self._given[1] += time.perf_counter() - begin
+                begin = time.perf_counter()
+        finally:
+            # An epoch that is broken off ends here too, with the step of its last batch.
+            if self._iteration is this:
+                if self.rows.device.type == "cuda":
+                    torch.cuda.synchronize(self.rows.device)
+                self._given[1] += time.perf_counter() - begin
+                self.rows.end_epoch()
 
     @property
     def batch_size(self) -> int:
@@ -126,11 +149,25 @@ class DropLoader:
         """Reset the counters."""
         self._given = [0, 0.0]
 
+    def expected_rows(self) -> int:
+        """Return how many rows a drop will keep: of the samples drawn, or of one rank's share of them."""
+        share, size = self.batches.share, len(self.batches.seen)
+        if share is None:
+            return self.rows.expected_rows(self.batches.seen)
+        kept = min(size, len(self) * self.batch_size) if share.ids is None else len(share.ids)
+        return kept * self.rows.views
+
+    def exclude(self, seconds: float) -> None:
+        """Do not count seconds of the epoch that is running, in which something else than training was done."""
+        self._given[1] -= seconds
+
     def _begin_epoch(self) -> None:
         self.rows.end_epoch()  # the epoch before may have been broken off
         more = self.rows.follow_size()
         if more:
             self.batches.seen = torch.cat([self.batches.seen, torch.zeros(more, dtype=torch.bool)])
+        if self.batches.share is not None and (more or not self.rows.cut):
+            self.batches.share.forget()
         self.rows.set_autocast(self._live.autocast)
         follow_model(self.rows)
         follow_data(self.rows, self.epochs)
@@ -141,8 +178,8 @@ class DropLoader:
 
     def _reads_images(self) -> bool:
         """Whether the epoch that begins reads images: where one was drawn that has no row, or nothing was drawn yet."""
-        seen = self.batches.seen
-        return not (bool(seen.any()) and self.rows.complete(seen, self.batches.epoch))
+        needed = self.batches.needed()
+        return not (bool(needed.any()) and self.rows.complete(needed, self.batches.epoch))
 
     def _start_workers(self) -> None:
         self._persistent = self.images.num_workers > 0 and self.images.persistent_workers
@@ -174,11 +211,11 @@ class DropLoader:
             # the one that training on images would have had. Persistent workers drew their seed in the first epoch.
             torch.empty((), dtype=torch.int64).random_(generator=self.user.generator)
         self._start_workers()
-        plans = self.batches.draw(iter(self.batches.batch_sampler))
+        plans = self.batches.draw(self.batches.order())
         ahead = next(plans, None)
         while ahead is not None:
             batch = self._batch(ahead, None)
-            ahead = next(plans, None) if self.rows.reads_ahead else None
+            ahead = next(plans, None) if (self.rows.cache is not None and self.rows.cache.plan.staging > 0) else None
             if ahead is not None:
                 self.rows.prefetch(ahead.ids, self.batches.epoch)
             yield batch

@@ -221,11 +221,6 @@ class RowSet:
         """Return the rows that the dropped layers make of a batch of images now."""
         return self._stages.run(input_of(self.images(batch, ids, epoch), self.key), 0)
 
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether rows lie in tiers that are read ahead."""
-        return self.cache is not None and self.cache.plan.staging > 0
-
     def read(self, ids: torch.Tensor, epoch: int) -> Any:
         """Return the batch of images of samples `ids` [B], read in this process from a random state of its own."""
         with fork_rng(self.seed + epoch):

@@ -28,6 +28,7 @@ def test_cache_config_defaults() -> None:
         {"flip": True, "shift": 2},
         {"shared": True, "disk_dir": "rows"},
         {"mirror": True, "shift": 2},
+        {"partition": "all"},
     ],
 )
 def test_cache_config_takes(arguments: dict[str, Any]) -> None:
@@ -39,6 +40,7 @@ def test_cache_config_takes(arguments: dict[str, Any]) -> None:
     ("arguments", "message"),
     [
         ({"codec": "fp8"}, "CacheConfig: codec must be one of fp32, bf16, fp16, uint8, got 'fp8'"),
+        ({"partition": "each"}, "CacheConfig: partition must be 'share' or 'all', got 'each'"),
         ({"views": 0}, "CacheConfig: views must be a whole number >= 1, got 0"),
         ({"views": 1.5}, r"CacheConfig: views must be a whole number >= 1, got 1\.5"),
         ({"budget_bytes": -1}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got -1"),
