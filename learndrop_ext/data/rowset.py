@@ -249,8 +249,10 @@ class RowSet:
     def end_epoch(self) -> None:
         """Free the rows of the drop before, once none of them is needed."""
         if self._older is not None and self.cache is not None:
-            old, new = self._older.filled, self.cache.filled
-            if bool((new[: len(old)] | ~old[: len(new)]).all()):
+            needed = self._older.filled.clone()
+            both = min(len(needed), len(self.cache.filled))
+            needed[:both] &= ~self.cache.filled[:both]
+            if not bool(needed.any()):
                 self._drop_older()
         cache = self.cache
         if cache is not None and not cache.saved and self._stores and bool(cache.filled.all()):

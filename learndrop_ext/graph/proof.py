@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -90,7 +90,7 @@ def _difference(model: nn.Module, twin: nn.Module, x: torch.Tensor, state: Model
         got = run(twin, now)
     except Exception as error:
         return f"the call, which fails: {error}"
-    return _compare(wanted, got, lambda: run(model, now), x)
+    return _compare(wanted, got)
 
 
 def _run(module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState, situation: _Situation) -> _Run:
@@ -130,7 +130,7 @@ def _gradients(
     return dict(zip(weights, found, strict=True))
 
 
-def _compare(wanted: _Run, got: _Run, again: Callable[[], _Run], x: torch.Tensor) -> str | None:
+def _compare(wanted: _Run, got: _Run) -> str | None:
     if [path for path, _ in wanted.outputs] != [path for path, _ in got.outputs]:
         return "the structure of the output"
     for (path, a), (_, b) in zip(wanted.outputs, got.outputs, strict=True):
@@ -142,20 +142,10 @@ def _compare(wanted: _Run, got: _Run, again: Callable[[], _Run], x: torch.Tensor
     one, two = wanted.gradients, got.gradients
     if one is None or two is None:
         return None if one is two else "whether there are gradients"
-    repeated: dict[str, torch.Tensor | None] | None = None
     for name in one:
-        if _same(one[name], two[name]):
-            continue
-        if x.device.type == "cuda" and one[name] is not None and two[name] is not None:
-            # Some backward passes on a GPU add in no fixed order: where the model does not repeat its own bits, the
-            # twin must be as near to it as rounding allows.
-            repeated = repeated or again().gradients or {}
-            a, b = one[name], two[name]
-            assert a is not None
-            assert b is not None
-            if not _same(a, repeated.get(name)) and bool((a - b).abs().max() <= 1e-3 * a.abs().max()):
-                continue
-        return f"the gradient of {name}"
+        a, b = one[name], two[name]
+        if not _same(a, b) and not _within_rounding(a, b):
+            return f"the gradient of {name}"
     return None
 
 
@@ -167,3 +157,12 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return False
     return a is b or bool(a == b)
+
+
+def _within_rounding(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Whether two gradients differ by no more than the order in which a sum is taken: that of a convolution's weights
+    changes with the threads and the addresses of its operands. A backward that is another one differs by far more."""
+    if a is None or b is None or a.shape != b.shape:
+        return False
+    relative = 2e-2 if a.dtype.itemsize == 2 else 1e-4
+    return bool((a - b).abs().max() <= relative * a.abs().max())

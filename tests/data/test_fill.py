@@ -102,7 +102,7 @@ IMPURE: list[tuple[str, Callable[[], nn.Module], tuple[str, ...] | None, str]] =
         "functional dropout always on",
         lambda: named(a=conv(), noise=AlwaysDropout(), b=conv(), c=conv()),
         None,
-        "those of layer b change",
+        r"those of noise \(AlwaysDropout\) change",
     ),
     (
         "a whole module with dropout always on",
@@ -114,7 +114,7 @@ IMPURE: list[tuple[str, Callable[[], nn.Module], tuple[str, ...] | None, str]] =
         "a mean over the batch",
         lambda: named(a=conv(), centre=OverTheBatch(), b=conv()),
         None,
-        "those of layer a change",
+        r"those of centre \(OverTheBatch\) change",
     ),
 ]
 
