@@ -50,7 +50,7 @@ class _PlannedBatches:
         size = len(self.seen)
         for batch in batches:
             ids = [int(i) for i in batch]
-            if ids and not (0 <= min(ids) and max(ids) < size):
+            if ids and (min(ids) < 0 or max(ids) >= size):
                 outside = next(i for i in ids if not 0 <= i < size)
                 raise IndexError(
                     f"drop.loader: the sampler must name samples of the dataset, within 0..{size - 1}, got {outside}"
