@@ -18,6 +18,8 @@ InputKey = int | str
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with every tensor on the device; the copies do not block the host."""
+    if device.type == "cpu":
+        return batch  # as loaders give it
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 

@@ -53,14 +53,14 @@ class _PlannedBatches:
     def draw(self, batches: Iterator[Any]) -> Iterator[_Plan]:
         """Plan batches as they come."""
         size = len(self.seen)
-        for ids in batches:
-            index = torch.as_tensor(list(ids), dtype=torch.int64)
-            outside = index[(index < 0) | (index >= size)]
-            if len(outside):
+        for batch in batches:
+            ids = [int(i) for i in batch]
+            if ids and (min(ids) < 0 or max(ids) >= size):
+                outside = next(i for i in ids if not 0 <= i < size)
                 raise IndexError(
-                    "drop.loader: the sampler must name samples of the dataset, "
-                    f"within 0..{size - 1}, got {int(outside[0])}"
+                    f"drop.loader: the sampler must name samples of the dataset, within 0..{size - 1}, got {outside}"
                 )
+            index = torch.tensor(ids, dtype=torch.int64)
             self.seen[index] = True
             yield _Plan(index, self.rows.missing(index, self.epoch))
 
