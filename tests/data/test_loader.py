@@ -285,6 +285,8 @@ class Dies(TensorDataset):
     __getitems__ = None
 
 
+# The loader of a dead worker complains when it is deleted.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_epoch_that_a_dead_worker_ends_can_be_begun_again(tmp_path: Path) -> None:
     dataset = Dies(*data().tensors)
     dataset.flag = tmp_path / "flag"
