@@ -1,7 +1,6 @@
 """The one owner of the rows of a drop: which samples have rows, where they are, and how missing ones are made.
 
-B samples in a batch, N in the dataset, V views of each, D values per row. A sample has a slot, given when it is first
-drawn; the row of a view lies at place slot * V + view.
+B samples in a batch, N in the dataset, V views of each. A sample has a slot; a view's row is at place slot * V + view.
 """
 
 from __future__ import annotations
@@ -97,8 +96,7 @@ class RowSet:
     def expected_rows(self, seen: torch.Tensor) -> int:
         """Return how many rows a drop will keep: of all samples, or of those drawn so far where they are less than half."""
         drawn = int(seen.sum())
-        size = len(self.slots)
-        return (drawn if 0 < 2 * drawn < size else size) * self.views
+        return (drawn if 0 < 2 * drawn < len(self.slots) else len(self.slots)) * self.views
 
     def advance(self, cut: int, *, rows: int, stores: bool) -> None:
         """Keep rows after `cut` layers from now on; nothing is run yet.
