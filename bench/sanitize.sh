@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Builds the CPU code with AddressSanitizer and UndefinedBehaviorSanitizer and runs the tests of what is C++ under them.
 # Wants the test requirements in the environment's python, and GCC; takes one to two minutes. Other tests can be named:
-#     bench/sanitize.sh tests/test_delta_norms.py
+#     bench/sanitize.sh tests/kernels/test_delta_norms.py
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  set -- tests/test_{ops,ops_refusals,delta_norms,disk,tiers,cache}.py
+  set -- tests/ops/test_rows{,_refusals}.py tests/kernels/test_delta_norms.py tests/cache/test_{file,tiered,cache}.py
 fi
 python=$(command -v python)
 site=$(mktemp -d)

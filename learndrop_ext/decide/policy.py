@@ -6,7 +6,7 @@ A policy is any callable `policy(situation) -> Decision`. It never changes anyth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
@@ -64,6 +64,8 @@ class Decision:
 
 Policy = Callable[[Situation], Decision]
 
+#: Share of the time asked for that a plan has to use, with room for what its epochs take shorter.
+USED = 0.96
 #: How far epochs may be from their forecast, either way, before one with dropped layers was measured.
 UNCONFIRMED = 1.3
 
@@ -171,8 +173,11 @@ class Budget:
 
     Before training and after each epoch the rest of the run is planned from its measured costs and the seconds taken so
     far: how many layers are dropped in each epoch left, so that the run ends in time. Of all plans in time the one is
-    followed that keeps the most layers live for the most epochs, and of several such plans the one that drops the
-    fewest at first and grows. Every plan is a forecast, so the next one makes up for what an epoch took longer or
+    followed that gives up least. From the first step on, an epoch of the i-th layer counts 2 i - 1, so that k layers
+    dropped for an epoch count k^2: a few layers are dropped for many epochs rather than many for a few, since the first
+    layers are the most general. Of several such plans the one is taken that drops the fewest at first, and grows.
+
+    Every plan is a forecast, so the next one makes up for what an epoch took longer or
     shorter. Layers that are dropped stay dropped: the first drop is therefore no larger than it would be if epochs
     were 30 % shorter than forecast, as long as the drops after it can make up for epochs that are as forecast or 30 %
     longer.
@@ -180,9 +185,9 @@ class Budget:
     Args:
         speedup: The time of the run without drops over the time asked for, at least 1.
         start: Epochs in which nothing is dropped. From a start later than 0 the layers that learn least go first, as
-            far as a prefix allows: one epoch of a layer counts from 1 (score 0) to 4 (the highest score), by its
-            scores smoothed with weight 1/2. So a plan stops growing before a layer with a high score, and passes one
-            with a low score early.
+            far as a prefix allows: one epoch of a layer counts from 1 (score 0) to 4 (the highest score), by its scores
+            smoothed with weight 1/2. So a plan stops growing before a layer with a high score, and
+            passes one with a low score early.
 
     Raises:
         ValueError: speedup is below 1 or not finite, or start is not a whole number >= 0. When called: the length of
@@ -220,17 +225,21 @@ class Budget:
         wanted = (situation.full_seconds or costs.epoch_seconds(0) * epochs) / self.speedup
         if situation.epoch >= epochs:
             return Decision(situation.prefix, f"{name}: {situation.elapsed_seconds:.1f} s of {wanted:.1f} s")
-        prefixes = self._prefixes(situation, costs, epochs, wanted - situation.elapsed_seconds)
-        rest = total_seconds(plan_prefixes(costs, prefixes, epochs, past=situation.past))
+        for weights in self._weights(situation):
+            prefixes = self._prefixes(situation, costs, epochs, wanted - situation.elapsed_seconds, weights)
+            rest = total_seconds(plan_prefixes(costs, prefixes, epochs, past=situation.past))
+            if situation.elapsed_seconds + rest > USED * wanted:
+                break
         return Decision(
             prefixes[0],
             f"{name}: {prefixes[0]} of {len(situation.layers)} layers, "
             f"forecast {situation.elapsed_seconds + rest:.1f} s of {wanted:.1f} s",
         )
 
-    def _prefixes(self, situation: Situation, costs: RunCosts, epochs: int, seconds: float) -> tuple[int, ...]:
+    def _prefixes(
+        self, situation: Situation, costs: RunCosts, epochs: int, seconds: float, weights: Sequence[int]
+    ) -> tuple[int, ...]:
         """The prefix of each epoch left, within `seconds`."""
-        weights = self._weights(situation) if self.start else None
         past = situation.past
 
         def best(first: tuple[int, ...], seconds: float) -> tuple[int, ...]:
@@ -263,15 +272,18 @@ class Budget:
             raise ValueError("Budget: epochs must be known, give DropScheduler(epochs=...), got None")
         return epochs
 
-    def _weights(self, situation: Situation) -> tuple[int, ...]:
-        """What one epoch of each layer is worth, 1 to 4."""
+    def _weights(self, situation: Situation) -> tuple[tuple[int, ...], ...]:
+        """What one epoch of each layer is worth: 1, 3, 5, ... by depth, and, where no such plan uses the time, 1 each; or
+        from a later start 1 to 4 by its score."""
+        if not self.start:
+            return tuple(range(1, 2 * len(situation.layers), 2)), (1,) * len(situation.layers)
         smoothed = [
             smoothed_scores(situation, i, first=situation.undropped or 0, smoothing=0.5)
             for i in range(len(situation.layers))
         ]
         latest = [values[-1] if values else 0.0 for values in smoothed]
         top = max(latest)
-        return tuple(1 + round(3 * value / top) if top > 0 else 1 for value in latest)
+        return (tuple(1 + round(3 * value / top) if top > 0 else 1 for value in latest),)
 
 
 def smoothed_scores(situation: Situation, layer: int, *, first: int, smoothing: float) -> list[float]:

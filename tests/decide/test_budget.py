@@ -13,6 +13,7 @@ from four_layers import four_layers
 from learndrop_ext.decide.costs import LayerCost
 from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
 from learndrop_ext.decide.policy import Budget, Decision, Situation
+from learndrop_ext.decide.schedules import best_prefixes
 
 COSTS = four_layers()
 NAMES = ("stem", "block1", "block2", "fc")
@@ -132,13 +133,13 @@ def test_budget_from_a_later_start_drops_first_what_learns_least(last: tuple[flo
 
 def test_budget_weighs_scores_from_one_to_four() -> None:
     scores = ((0.3, 0.0, 0.9, None, 0.15), (0.3, 0.0, 0.9, None, 0.15))
-    assert Budget(2.0, 1)._weights(situation(1, scores=scores)) == (2, 1, 4, 1)
+    assert Budget(2.0, 1)._weights(situation(1, scores=scores)) == ((2, 1, 4, 1),)
     # Only what was measured after undrop() counts.
     scores = ((0.9, 0.9, 0.9, 0.9), (0.0, 0.4, 0.8, 0.2))
-    assert Budget(2.0, 1)._weights(situation(1, scores=scores, undropped=1)) == (1, 3, 4, 2)
+    assert Budget(2.0, 1)._weights(situation(1, scores=scores, undropped=1)) == ((1, 3, 4, 2),)
     # Smoothed with weight 1/2: 0.4 and 0.9.
-    assert Budget(2.0, 1)._weights(situation(1, scores=((0.8, 0.8, 0, 0), (0.0, 1.0, 0, 0)))) == (2, 4, 1, 1)
-    assert Budget(2.0, 1)._weights(situation(1, scores=((0.0, 0.0, 0.0, 0.0),))) == (1, 1, 1, 1)
+    assert Budget(2.0, 1)._weights(situation(1, scores=((0.8, 0.8, 0, 0), (0.0, 1.0, 0, 0)))) == ((2, 4, 1, 1),)
+    assert Budget(2.0, 1)._weights(situation(1, scores=((0.0, 0.0, 0.0, 0.0),))) == ((1, 1, 1, 1),)
 
 
 def test_budget_from_the_first_step_does_not_look_at_scores() -> None:
@@ -312,3 +313,17 @@ def test_budget_grows_from_step_to_step() -> None:
     assert prefixes == sorted(prefixes)
     assert prefixes[0] < prefixes[-1]
     assert 0.95 < taken / (truth.epoch_seconds(0) * 5 / 2) <= 1.0
+
+
+@pytest.mark.parametrize("speedup", [1.5, 2.0, 3.0])
+def test_budget_drops_a_few_layers_for_many_epochs_rather_than_many_for_a_few(speedup: float) -> None:
+    truth = network(EFFICIENT, 1)
+    full = truth.epoch_seconds(0) * 10
+    seen = Situation(0, 10, 0, ("",) * len(EFFICIENT), (), costs=truth, full_seconds=full)
+    weights = Budget(speedup)._weights(seen)[0]
+    prefixes = best_prefixes(truth, 10, epoch=0, prefix=0, seconds=full / speedup, weights=weights)
+    by_depth = sum(k * k for k in prefixes)
+    static = next(k for k in range(10) if total_seconds(plan_prefixes(truth, [k] * 10, 10)) <= full / speedup)
+    assert prefixes[0] <= static
+    # No worse than the fixed prefix that is fast enough.
+    assert by_depth <= 10 * static * static
