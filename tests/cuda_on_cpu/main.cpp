@@ -1,0 +1,698 @@
+// Runs the CUDA code on the CPU over many cases and compares it bit for bit with csrc/cpu.
+#include <sys/mman.h>
+
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "cpu/simd.h"
+#include "cuda/row_ops.cuh"
+#include "hooks.h"
+#include "host_rows.h"
+
+using namespace learndrop;
+using cudashim::Fault;
+
+namespace {
+
+const auto kStream = reinterpret_cast<cudaStream_t>(0x1000);
+long cases, failures;
+std::map<std::string, long> classes;
+
+void fail(const std::string& kind, const std::string& what) {
+  ++failures;
+  if (++classes[kind] <= 3) std::printf("FAIL %s: %s\n", kind.c_str(), what.c_str());
+}
+
+struct Random {
+  uint64_t state;
+  uint64_t next() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+  }
+  int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
+  template <class T>
+  T of(const std::vector<T>& list) {
+    return list[below(list.size())];
+  }
+};
+
+// Memory of just this size, `offset` bytes behind what malloc aligns.
+class Exact {
+ public:
+  Exact(int64_t bytes, int64_t offset, int fill) : bytes_(bytes), offset_(offset), memory_(std::malloc(bytes + offset)) {
+    std::memset(data(), fill, bytes);
+  }
+  Exact(const Exact&) = delete;
+  Exact& operator=(const Exact&) = delete;
+  ~Exact() { std::free(memory_); }
+  unsigned char* data() const { return static_cast<unsigned char*>(memory_) + offset_; }
+  int64_t size() const { return bytes_; }
+
+ private:
+  int64_t bytes_, offset_;
+  void* memory_;
+};
+
+std::string name(RowShape s) {
+  return "[" + std::to_string(s.height) + "," + std::to_string(s.width) + "," + std::to_string(s.channels) + "]";
+}
+const char* const kCodecs[] = {"fp32", "bf16", "fp16", "uint8"};
+template <class T>
+const char* name(T codec) {
+  return kCodecs[static_cast<int>(codec)];
+}
+
+const uint32_t kSpecial[] = {0x00000000, 0x80000000, 0x00000001, 0x807fffff, 0x00800000, 0x7f800000, 0xff800000, 0x7fc00000,
+                             0xffc00001, 0x7f800001, 0x7f7fffff, 0xff7fffff, 0x477fe000, 0x477fefff, 0x477ff000, 0xc77ff001,
+                             0x47800000, 0x33000000, 0x33000001, 0x33800000, 0x38800000, 0x387fe000, 0x387ff000, 0x3f800000,
+                             0x3f801000, 0x3f803000, 0x3f808000, 0x3f818000, 0x7f7f8000, 0x0d800000, 0x0d000000, 0x00008000};
+
+enum class Values { normal, any_bits, special, small_range, constant };
+
+float value_of(Random& random, Values values) {
+  const uint32_t any = static_cast<uint32_t>(random.next());
+  const float normal = (static_cast<int32_t>(any) * 0x1p-31f) * std::ldexp(1.0f, static_cast<int>(random.below(9)) - 4);
+  switch (values) {
+    case Values::any_bits:
+      return cudashim::bits<float>(any);
+    case Values::special:
+      return random.below(8) ? normal : cudashim::bits<float>(kSpecial[random.below(std::size(kSpecial))]);
+    case Values::small_range:
+      return std::ldexp(normal, -104 - static_cast<int>(random.below(2)));
+    case Values::constant:
+      return -0.37f;
+    default:
+      return normal;
+  }
+}
+
+// `count` values of a dtype. With any_bits, 16-bit values are any too: all NaNs, all subnormals.
+void fill(void* memory, int64_t count, Dtype dtype, Values values, Random& random) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float value = value_of(random, values);
+    uint16_t half = values == Values::any_bits      ? static_cast<uint16_t>(random.next())
+                    : dtype == Dtype::fp16 ? __half_as_ushort(__float2half_rn(value))
+                                           : __bfloat16_as_ushort(__float2bfloat16_rn(value));
+    if (dtype == Dtype::fp32)
+      static_cast<float*>(memory)[i] = value;
+    else
+      static_cast<uint16_t*>(memory)[i] = half;
+  }
+}
+
+enum class Layout { dense, gaps, planes, padded_planes, sliced_channels, transposed, every_second, same_row, same_channel };
+constexpr int kLayouts = 9;
+
+struct Strides {
+  int64_t b, h, w, c;
+};
+Strides strides_of(Layout layout, RowShape s) {
+  const int64_t H = s.height, W = s.width, C = s.channels;
+  switch (layout) {
+    case Layout::gaps:
+      return {H * W * C + 3, W * C, C, 1};
+    case Layout::planes:
+      return {H * W * C, W, 1, H * W};
+    case Layout::padded_planes:
+      return {C * (H * (W + 3) + 1) + 5, W + 3, 1, H * (W + 3) + 1};
+    case Layout::sliced_channels:
+      return {H * W * (C + 1), W * (C + 1), C + 1, 1};
+    case Layout::transposed:
+      return {H * W * C, C, H * C, 1};
+    case Layout::every_second:
+      return {4 * H * W * C, 4 * W * C, 2 * C, 2};
+    case Layout::same_row:
+      return {0, W * C, C, 1};
+    case Layout::same_channel:
+      return {H * W, W, 1, 0};
+    default:
+      return {H * W * C, W * C, C, 1};
+  }
+}
+
+std::vector<int64_t> shuffled(int64_t rows, int64_t take, Random& random) {
+  std::vector<int64_t> index(rows);
+  std::iota(index.begin(), index.end(), 0);
+  for (int64_t i = 0; i < take; ++i) std::swap(index[i], index[i + random.below(rows - i)]);
+  index.resize(take);
+  return index;
+}
+
+void expect_fault(Fault wanted, const std::string& what) {
+  const Fault got = cudashim::take_fault();
+  if (got != wanted) fail("fault", what + ": fault " + std::to_string(int(got)) + ", wanted " + std::to_string(int(wanted)));
+}
+
+// Bytes [begin, end) of every `stride` are written once, no other byte is written.
+void expect_writes(const Exact& memory, int64_t begin, int64_t end, const std::vector<int64_t>& rows, int64_t stride,
+                   const std::string& what) {
+  if (!hooks::active) return;
+  std::vector<uint32_t> wanted(memory.size(), 0);
+  for (const int64_t row : rows)
+    for (int64_t i = begin; i < end; ++i) wanted[row * stride + i] = 1;
+  if (hooks::writes(memory.data()) != wanted) fail("writes", what);
+}
+
+// The number of SMs changes how rows are divided among blocks.
+void in_order(bool backwards) {
+  cudashim::order = {backwards, backwards};
+  cudashim::processors = 1 + cases % 5;
+}
+
+struct Case {
+  Codec codec;
+  Dtype dtype;
+  RowShape shape;
+  int64_t batch;
+  Layout layout = Layout::dense;
+  Values values = Values::normal;
+  int64_t in_offset = 0;     // values
+  int64_t cache_offset = 0;  // bytes
+  int64_t align = 128;       // of the cache's rows
+  bool gathers = true, all_moves = false;
+};
+
+std::string describe(const Case& c) {
+  return std::string(name(c.codec)) + " from " + name(c.dtype) + " " + name(c.shape) + " B=" + std::to_string(c.batch) +
+         " layout=" + std::to_string(int(c.layout)) + " values=" + std::to_string(int(c.values)) +
+         " in_offset=" + std::to_string(c.in_offset) + " cache_offset=" + std::to_string(c.cache_offset) +
+         " align=" + std::to_string(c.align);
+}
+
+bool both_nan(Dtype dtype, const unsigned char* a, const unsigned char* b) {
+  const auto nan = [dtype](const unsigned char* p) {
+    uint32_t v = 0;
+    std::memcpy(&v, p, value_bytes(dtype));
+    const uint32_t infinity = dtype == Dtype::fp32 ? 0x7f800000 : dtype == Dtype::bf16 ? 0x7f80 : 0x7c00;
+    return (v & (dtype == Dtype::fp32 ? 0x7fffffff : 0x7fff)) > infinity;
+  };
+  return nan(a) && nan(b);
+}
+
+void check_gather(const Case& c, const Exact& cache, int64_t stride, int64_t R, Dtype out_dtype, int move, Random& random) {
+  std::vector<int64_t> index(c.batch);
+  for (int64_t& row : index) row = random.below(R);
+  Exact flips(c.batch, 0, 0), shifts(8 * c.batch, 0, 0), rows(8 * c.batch, 0, 0);
+  std::copy(index.begin(), index.end(), reinterpret_cast<int64_t*>(rows.data()));
+  auto* const shift = reinterpret_cast<int32_t*>(shifts.data());
+  for (int64_t b = 0; b < c.batch; ++b) {
+    flips.data()[b] = random.of<int>({0, 1, 1, 2, 255, 0});
+    const int64_t H = c.shape.height, W = c.shape.width;
+    const bool far = random.below(16) == 0;
+    shift[2 * b] = far ? random.of<int>({INT32_MIN, INT32_MAX, -int(H), int(H)}) : int(random.below(2 * H + 3) - H - 1);
+    shift[2 * b + 1] = far ? random.of<int>({INT32_MIN, INT32_MAX, -int(W), int(W)}) : int(random.below(2 * W + 3) - W - 1);
+  }
+  const int64_t row_out = c.shape.values() * value_bytes(out_dtype);
+  const int64_t offset = random.below(4) == 0 ? value_bytes(out_dtype) : 0;
+  const Exact want(c.batch * row_out, offset, 0x32), got(c.batch * row_out, offset, 0xcd);
+  Gather g{cache.data(), R, stride, c.codec, want.data(), out_dtype, c.batch, c.shape,
+           reinterpret_cast<const int64_t*>(rows.data()), move & 1 ? flips.data() : nullptr, move & 2 ? shift : nullptr};
+  cpu::gather_rows(g, 1);
+  g.out = got.data();
+  const std::string what = describe(c) + " to " + name(out_dtype) + " move=" + std::to_string(move) + " out_offset=" + std::to_string(offset);
+  hooks::watch(got.data(), got.size());
+  hooks::watch(cache.data(), cache.size());
+  in_order(++cases % 2);
+  cuda::gather_rows(g, 0, kStream);
+  expect_fault(Fault::none, what);
+  if (c.batch > 0) {
+    std::vector<int64_t> all(c.batch);
+    std::iota(all.begin(), all.end(), 0);
+    expect_writes(got, 0, row_out, all, row_out, what);
+    expect_writes(cache, 0, 0, {}, stride, what);
+  }
+  hooks::forget();
+  for (int64_t i = 0; i < got.size(); i += value_bytes(out_dtype)) {
+    if (std::memcmp(got.data() + i, want.data() + i, value_bytes(out_dtype)) == 0) continue;
+    uint32_t a = 0, b = 0;
+    std::memcpy(&a, got.data() + i, value_bytes(out_dtype)), std::memcpy(&b, want.data() + i, value_bytes(out_dtype));
+    char text[80];
+    std::snprintf(text, sizeof text, ": byte %" PRId64 " cuda %x cpu %x", i, a, b);
+    const bool nans = both_nan(out_dtype, got.data() + i, want.data() + i);
+    fail(nans ? std::string("gather: another NaN, ") + name(c.codec) + " to " + name(out_dtype) : "gather", what + text);
+    return;
+  }
+}
+
+void check(const Case& c, Random& random) {
+  const int64_t used = row_bytes(c.codec, c.shape), R = c.batch + 3;
+  const int64_t stride = (used + c.align - 1) / c.align * c.align;
+  const Strides s = strides_of(c.layout, c.shape);
+  const int64_t last = std::max<int64_t>(0, c.batch - 1) * s.b + (c.shape.height - 1) * s.h + (c.shape.width - 1) * s.w +
+                       (c.shape.channels - 1) * s.c;
+  const int64_t size = value_bytes(c.dtype);
+  const Exact in((last + 1) * size, c.in_offset * size, 0);
+  fill(in.data(), last + 1, c.dtype, c.values, random);
+  const std::vector<int64_t> index = shuffled(R, c.batch, random);
+  const Exact rows(8 * c.batch, 0, 0);
+  std::copy(index.begin(), index.end(), reinterpret_cast<int64_t*>(rows.data()));
+  const Exact want(R * stride, c.cache_offset, 0xab), got(R * stride, c.cache_offset, 0xab);
+  Append a{want.data(), R, stride, c.codec, in.data(), c.dtype, c.batch, c.shape, s.b, s.h, s.w, s.c,
+           reinterpret_cast<const int64_t*>(rows.data())};
+  cpu::append_rows(a, 1);
+  a.cache = got.data();
+  for (const bool backwards : {false, true}) {
+    std::memset(got.data(), 0xab, got.size());
+    hooks::watch(got.data(), got.size());
+    hooks::watch(in.data(), in.size());
+    in_order(backwards);
+    cuda::append_rows(a, 1, kStream);
+    ++cases;
+    expect_fault(Fault::none, describe(c));
+    if (c.batch > 0) expect_writes(got, 0, used, index, stride, describe(c));
+    hooks::forget();
+    if (std::memcmp(got.data(), want.data(), got.size()) != 0) {
+      int64_t at = 0;
+      while (got.data()[at] == want.data()[at]) ++at;
+      fail("append", describe(c) + ": byte " + std::to_string(at % stride) + " of row " + std::to_string(at / stride));
+      break;
+    }
+  }
+  if (!c.gathers) return;
+  for (const Dtype out : {Dtype::fp32, Dtype::bf16, Dtype::fp16}) {
+    check_gather(c, want, stride, R, out, 0, random);
+    if (c.all_moves)
+      for (int move = 1; move < 4; ++move) check_gather(c, want, stride, R, out, move, random);
+  }
+}
+
+const Codec kAllCodecs[] = {Codec::fp32, Codec::bf16, Codec::fp16, Codec::uint8};
+const Dtype kAllDtypes[] = {Dtype::fp32, Dtype::bf16, Dtype::fp16};
+const std::vector<Values> kAllValues = {Values::normal, Values::any_bits, Values::special, Values::special, Values::small_range,
+                                        Values::constant};
+
+int64_t table_bytes(Codec codec) { return codec == Codec::uint8 ? 4 : value_bytes(codec); }
+
+void flat_rows(bool all) {
+  std::vector<int64_t> sizes;
+  for (int64_t n = 1; n <= 70; ++n) sizes.push_back(n);
+  for (const int64_t n : {255, 256, 257, 1023, 1024, 1025, 4095, 4096, 4097, 8200, 65536, 65537}) sizes.push_back(n);
+  Random random{1};
+  for (const int64_t n : sizes)
+    for (const Codec codec : kAllCodecs)
+      for (const Dtype dtype : kAllDtypes) {
+        Case c{codec, dtype, {1, n, 1}, n > 5000 ? 2 : random.of<int64_t>({1, 2, 3, 31, 32, 33})};
+        c.values = random.of(kAllValues);
+        check(c, random);
+        if (!all) continue;
+        for (const Layout layout : {Layout::gaps, Layout::every_second, Layout::same_row}) {
+          c.layout = layout;
+          c.gathers = false;
+          c.values = random.of(kAllValues);
+          check(c, random);
+        }
+        // From where no vector may begin, to rows of just their bytes.
+        c.layout = Layout::dense;
+        c.in_offset = 1;
+        check(c, random);
+        c.in_offset = 0;
+        c.gathers = true;
+        c.align = table_bytes(codec);
+        check(c, random);
+        c.align = 16;
+        c.cache_offset = table_bytes(codec);
+        check(c, random);
+      }
+}
+
+void images(bool all) {
+  Random random{2};
+  for (const int64_t C : {1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 32, 33, 64})
+    for (int64_t H = 1; H <= 9; ++H)
+      for (int64_t W = 1; W <= 9; ++W)
+        for (const Codec codec : kAllCodecs)
+          for (const Dtype dtype : kAllDtypes) {
+            if (!all && random.below(24)) continue;
+            Case c{codec, dtype, {H, W, C}, random.of<int64_t>({1, 2, 2, 3, 5})};
+            c.layout = static_cast<Layout>(random.below(kLayouts));
+            c.values = random.of(kAllValues);
+            c.in_offset = random.below(4) == 0;
+            c.align = random.of<int64_t>({128, 128, 16, table_bytes(codec)});
+            c.all_moves = true;
+            check(c, random);
+            c.layout = Layout::dense;
+            c.in_offset = 0;
+            c.gathers = false;
+            check(c, random);
+          }
+}
+
+void batches() {
+  Random random{3};
+  for (const int64_t B : {0, 1, 2, 31, 32, 33, 1000})
+    for (const RowShape shape : {RowShape{1, 1, 1}, {1, 8, 1}, {1, 33, 1}, {2, 3, 4}, {3, 2, 5}, {1, 1, 32}})
+      for (const Codec codec : kAllCodecs)
+        for (const Dtype dtype : kAllDtypes) {
+          Case c{codec, dtype, shape, B, Layout::dense, Values::special};
+          c.all_moves = true;
+          check(c, random);
+          c.layout = Layout::planes;
+          c.gathers = false;
+          check(c, random);
+        }
+}
+
+void larger_images() {
+  Random random{4};
+  for (const RowShape shape : {RowShape{28, 28, 1}, {14, 14, 64}, {7, 9, 130}, {33, 31, 3}, {1, 1, 2048}, {4, 40, 100}, {65, 1, 40}})
+    for (const Codec codec : kAllCodecs)
+      for (const Dtype dtype : kAllDtypes)
+        for (const Layout layout : {Layout::dense, Layout::planes, Layout::sliced_channels}) {
+          Case c{codec, dtype, shape, 2, layout, random.of(kAllValues)};
+          c.all_moves = layout == Layout::dense;
+          c.gathers = layout == Layout::dense;
+          check(c, random);
+        }
+}
+
+// Every 16-bit value, many floats, and floats around every place where rounding turns.
+void conversions(int64_t float_rows) {
+  Random random{5};
+  constexpr int64_t n = 65536;
+  const Exact in(n * 4, 0, 0);
+  for (const Codec codec : {Codec::fp32, Codec::bf16, Codec::fp16})
+    for (const Dtype dtype : kAllDtypes) {
+      const RowShape shape{1, n, 1};
+      const int64_t stride = row_bytes(codec, shape), count = dtype == Dtype::fp32 ? float_rows : 1;
+      for (int64_t row = 0; row < count; ++row) {
+        for (int64_t i = 0; i < n; ++i) {
+          auto* const wide = reinterpret_cast<uint32_t*>(in.data());
+          const auto any = static_cast<uint32_t>(random.next());
+          if (dtype != Dtype::fp32)
+            reinterpret_cast<uint16_t*>(in.data())[i] = static_cast<uint16_t>(i);
+          else if (row % 4 == 0)
+            wide[i] = any;
+          else  // the last 13 or 16 bits are just about half of the last bit kept, at any exponent
+            wide[i] = (any & (row % 4 == 1 ? 0xffffe000 : 0xffff0000)) + (row % 4 == 1 ? 0x1000 : 0x8000) + any % 3 - 1;
+        }
+        const Exact want(stride, 0, 0), got(stride, 0, 1);
+        const int64_t zero = 0;
+        Append a{want.data(), 1, stride, codec, in.data(), dtype, 1, shape, n, n, 1, 1, &zero};
+        cpu::append_rows(a, 1);
+        a.cache = got.data();
+        cuda::append_rows(a, 0, kStream);
+        ++cases;
+        if (std::memcmp(want.data(), got.data(), stride)) fail("conversion", std::string(name(dtype)) + " to codec " + name(codec));
+        // The other way: what was put in, read as a cache row.
+        const auto source = static_cast<Codec>(static_cast<int>(dtype));
+        const auto target = static_cast<Dtype>(static_cast<int>(codec));
+        Gather g{in.data(), 1, n * value_bytes(source), source, want.data(), target, 1, shape, &zero, nullptr, nullptr};
+        cpu::gather_rows(g, 1);
+        g.out = got.data();
+        cuda::gather_rows(g, 0, kStream);
+        ++cases;
+        if (std::memcmp(want.data(), got.data(), stride)) fail("conversion", std::string("codec ") + name(source) + " to " + name(target));
+      }
+    }
+}
+
+// uint8 rows that no encoder wrote: any finite scale and zero, and the NaN that the encoder writes.
+void foreign_rows() {
+  Random random{6};
+  for (const RowShape shape : {RowShape{1, 100, 1}, {3, 3, 1}, {3, 3, 3}, {5, 4, 4}, {2, 2, 16}, {4, 4, 24}})
+    for (int i = 0; i < 20; ++i) {
+      Case c{Codec::uint8, Dtype::fp32, shape, 9};
+      const int64_t stride = (row_bytes(c.codec, shape) + 15) / 16 * 16;
+      const Exact cache(12 * stride, 0, 0);
+      for (int64_t at = 0; at < cache.size(); ++at) cache.data()[at] = static_cast<unsigned char>(random.next());
+      for (int64_t row = 0; row < 12; ++row)
+        for (int64_t k = 0; k < 2 * shape.channels; ++k) {
+          float& value = reinterpret_cast<float*>(cache.data() + row * stride)[k];
+          value = i % 2 ? value_of(random, Values::normal) : std::isfinite(value) ? value : cudashim::bits<float>(0x7fc00000u);
+        }
+      for (const Dtype out : kAllDtypes)
+        for (int move = 0; move < 4; ++move) check_gather(c, cache, stride, 12, out, move, random);
+    }
+}
+
+void bad_indices() {
+  Random random{7};
+  for (const int64_t bad : {int64_t{-1}, int64_t{5}, int64_t{6}, int64_t{1} << 32, INT64_MIN, INT64_MAX})
+    for (const RowShape shape : {RowShape{1, 64, 1}, {1, 65, 1}, {4, 4, 8}, {3, 3, 3}, {1, 5000, 1}})
+      for (const Codec codec : kAllCodecs)
+        for (const Dtype dtype : kAllDtypes)
+          for (const Layout layout : {Layout::dense, Layout::planes}) {
+            const int64_t stride = (row_bytes(codec, shape) + 127) / 128 * 128, B = 4;
+            const Exact cache(5 * stride, 0, 0), in(B * shape.values() * 4, 0, 0), rows(8 * B, 0, 0);
+            auto* const index = reinterpret_cast<int64_t*>(rows.data());
+            for (int64_t b = 0; b < B; ++b) index[b] = b;
+            index[random.below(B)] = bad;
+            const Strides s = strides_of(layout, shape);
+            const Append a{cache.data(), 5, stride, codec, in.data(), dtype, B, shape, s.b, s.h, s.w, s.c, index};
+            cuda::append_rows(a, 0, kStream);
+            expect_fault(Fault::trap, "append of a bad index");
+            const Exact flips(B, 0, 1);
+            const Gather g{cache.data(), 5, stride, codec, in.data(), dtype, B, shape, index,
+                           layout == Layout::planes ? flips.data() : nullptr, nullptr};
+            cuda::gather_rows(g, 0, kStream);
+            expect_fault(Fault::trap, "gather of a bad index");
+            cases += 2;
+          }
+}
+
+void divisions(bool all) {
+  const auto check_at = [](const cuda::Divider& by, uint64_t d, uint64_t n) {
+    if (n >= uint64_t{1} << 31) return;
+    const auto at = static_cast<uint32_t>(n);
+    if (by.divide(at) != n / d || by.remainder(at) != n % d) fail("divider", std::to_string(n) + " / " + std::to_string(d));
+  };
+  Random random{8};
+  const uint64_t top = (uint64_t{1} << 31) - 1;
+  const auto check_divisor = [&](uint64_t d) {
+    if (d < 1 || d > top) return;
+    const cuda::Divider by(static_cast<int64_t>(d));
+    const uint64_t most = top / d;
+    for (const uint64_t q : {uint64_t{0}, uint64_t{1}, uint64_t{2}, most / 2, most - (most > 0), most, random.next() % (most + 1)})
+      for (int64_t i = -2; i <= 2; ++i)
+        if (q * d + i < uint64_t{1} << 32) check_at(by, d, q * d + i);
+    for (uint64_t i = 0; i < 3; ++i) check_at(by, d, i), check_at(by, d, top - i);
+    ++cases;
+  };
+  for (uint64_t d = 1; d <= 100000; ++d) check_divisor(d), check_divisor(top - d + 1);
+  for (int k = 0; k < 32; ++k)
+    for (int64_t i = -300; i <= 300; ++i) check_divisor((uint64_t{1} << k) + i);
+  for (int i = 0; i < 200000; ++i) check_divisor(1 + random.next() % top);
+  if (!all) return;
+  // All divisors: with M = 2^32 + multiplier and M d = 2^(32 + shift) + e the quotient is right for n < 2^31 if
+  // 0 < e and e (2^31 - 1) < 2^(32 + shift), because n M / 2^(32 + shift) is then above n / d by less than 1 / d.
+  for (uint64_t d = 1; d <= top; ++d) {
+    const cuda::Divider by(static_cast<int64_t>(d));
+    const unsigned __int128 product = static_cast<unsigned __int128>((uint64_t{1} << 32) + by.multiplier) * d;
+    const unsigned __int128 power = static_cast<unsigned __int128>(1) << (32 + by.shift);
+    if (product < power || (product - power) * top >= power) fail("divider", "of " + std::to_string(d));
+  }
+}
+
+void host_rows() {
+  Random random{9};
+  for (const int64_t bytes : {16, 48, 128, 512, 4096, 4112, 16384, 65552})
+    for (const int64_t count : {0, 1, 2, 15, 16, 17, 33, 300}) {
+      const int64_t R = 20, from_stride = bytes + 16 * random.below(3), into_stride = bytes + 16 * random.below(3);
+      if (count * bytes > 4 << 20) continue;
+      const Exact source((R - 1) * from_stride + bytes, 0, 0), rows(8 * count, 0, 0);
+      for (int64_t i = 0; i < source.size(); ++i) source.data()[i] = static_cast<unsigned char>(random.next());
+      auto* const index = reinterpret_cast<int64_t*>(rows.data());
+      for (int64_t i = 0; i < count; ++i) index[i] = random.below(R);
+      cuda::pin(source.data(), source.size(), 1);
+      for (int way = 0; way < 5; ++way) {
+        const Exact into(std::max<int64_t>(0, count - 1) * into_stride + bytes, 0, 0xcd);
+        const HostRows move{source.data(), from_stride, index, count, into.data(), into_stride, bytes};
+        hooks::watch(into.data(), into.size());
+        in_order(way % 2);
+        // The batch, row by row on the default stream, row by row where the driver has no batch, the kernel twice.
+        if (way == 2) cudashim::fail_call("cudaMemcpyBatchAsync", cudaErrorNotSupported);
+        if (way < 3)
+          cuda::copy_host_rows(move, 1, way == 1 ? nullptr : kStream);
+        else
+          cuda::gather_host_rows(move, 1, kStream);
+        cudashim::fail_call("cudaMemcpyBatchAsync", cudaSuccess);
+        ++cases;
+        if (way >= 3 && count > 0 && hooks::active) {
+          std::vector<uint32_t> wanted(into.size(), 0);
+          for (int64_t i = 0; i < count; ++i) std::fill_n(wanted.begin() + i * into_stride, bytes, 1);
+          if (hooks::writes(into.data()) != wanted) fail("writes", "gather_host_rows of " + std::to_string(bytes));
+        }
+        hooks::forget();
+        for (int64_t i = 0; i < count; ++i) {
+          if (std::memcmp(into.data() + i * into_stride, source.data() + index[i] * from_stride, bytes))
+            fail("host rows", std::to_string(bytes) + " bytes, way " + std::to_string(way));
+          for (int64_t k = bytes; i + 1 < count && k < into_stride; ++k)
+            if (into.data()[i * into_stride + k] != 0xcd) fail("host rows", "a gap was written");
+        }
+        int device = -1;
+        cudaGetDevice(&device);
+        if (device != 0) fail("device", "host rows leave device " + std::to_string(device));
+      }
+      cuda::unpin(source.data());
+    }
+}
+
+template <class Call>
+bool throws(const Call& call) {
+  try {
+    call();
+  } catch (const std::runtime_error&) {
+    return true;
+  }
+  return false;
+}
+
+// What a failed call leaves behind: the device that was current, and no error for the next call.
+void errors() {
+  alignas(16) unsigned char cache[128], out[512], source[128], into[128];
+  float values[8] = {};
+  const int64_t zero = 0;
+  const RowShape shape{1, 8, 1};
+  const Append a{cache, 1, 128, Codec::fp16, values, Dtype::fp32, 1, shape, 8, 8, 1, 1, &zero};
+  const Gather g{cache, 1, 128, Codec::fp16, out, Dtype::fp32, 1, shape, &zero, nullptr, nullptr};
+  const HostRows rows{source, 128, &zero, 1, into, 128, 128};
+  const auto append = [&] { cuda::append_rows(a, 1, kStream); };
+  const auto gather = [&] { cuda::gather_rows(g, 1, kStream); };
+  const auto check_failure = [&](const char* function, cudaError_t error, const std::function<void()>& call, const char* what) {
+    cudashim::fail_call(function, error);
+    ++cases;
+    if (!throws(call)) fail("error not thrown", what);
+    int device = -1;
+    cudaGetDevice(&device);
+    if (device != 0) fail("device", std::string(what) + " leaves device " + std::to_string(device));
+    if (throws(gather)) fail("the next call throws an error that is not its own", std::string("gather_rows after ") + what);
+    cudaGetLastError();
+  };
+  check_failure("launch", cudaErrorInvalidConfiguration, append, "append_rows whose launch fails");
+  check_failure("launch", cudaErrorInvalidConfiguration, gather, "gather_rows whose launch fails");
+  check_failure("cudaGetDevice", cudaErrorInvalidDevice, append, "append_rows without a device");
+  check_failure("cudaSetDevice", cudaErrorInvalidDevice, append, "append_rows on another device");
+  check_failure("cudaHostRegister", cudaErrorMemoryAllocation, [&] { cuda::pin(source, 128, 1); }, "pin");
+  cuda::pin(source, 128, 0);
+  check_failure("cudaMemcpyBatchAsync", cudaErrorInvalidValue, [&] { cuda::copy_host_rows(rows, 1, kStream); }, "copy_host_rows, batch");
+  check_failure("cudaMemcpyAsync", cudaErrorInvalidValue, [&] { cuda::copy_host_rows(rows, 1, nullptr); }, "copy_host_rows, row by row");
+  check_failure("launch", cudaErrorInvalidConfiguration, [&] { cuda::gather_host_rows(rows, 1, kStream); }, "gather_host_rows");
+  cuda::unpin(source);
+  check_failure("cudaHostGetDevicePointer", cudaErrorInvalidValue, [&] { cuda::gather_host_rows(rows, 1, kStream); },
+                "gather_host_rows of memory that is not pinned");
+  Append many = a;
+  many.batch = int64_t{1} << 42;
+  if (!throws([&] { cuda::append_rows(many, 0, kStream); })) fail("error not thrown", "a grid of more than 2^31 blocks");
+  ++cases;
+}
+
+// Offsets beyond 2^31 and 2^32 values, in memory of which only the pages touched are there.
+unsigned char* sparse(int64_t bytes) {
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) std::abort();
+  return static_cast<unsigned char*>(memory);
+}
+
+void far_offsets() {
+  const int64_t far = (int64_t{1} << 32) + 48, index[] = {5, 0};
+  unsigned char *want = sparse(6 * far), *got = sparse(6 * far);
+  Random random{10};
+  for (const Codec codec : kAllCodecs)
+    for (const Dtype dtype : kAllDtypes)
+      for (const Strides s : {Strides{far, 12, 4, 1}, {far, far / 4, far / 16, 1}, {far, 3, 1, far / 8}, {1, 3, far / 16, far / 4}}) {
+        const RowShape shape{2, 3, 4};
+        const int64_t bytes = (s.b + s.h + 2 * s.w + 3 * s.c + 1) * value_bytes(dtype);
+        unsigned char* const in = sparse(bytes);
+        for (int64_t b = 0; b < 2; ++b)
+          for (int64_t y = 0; y < 2; ++y)
+            for (int64_t x = 0; x < 3; ++x)
+              for (int64_t c = 0; c < 4; ++c)
+                fill(in + (b * s.b + y * s.h + x * s.w + c * s.c) * value_bytes(dtype), 1, dtype, Values::normal, random);
+        Append a{want, 6, far, codec, in, dtype, 2, shape, s.b, s.h, s.w, s.c, index};
+        cpu::append_rows(a, 1);
+        a.cache = got;
+        cuda::append_rows(a, 0, kStream);
+        expect_fault(Fault::none, "far rows");
+        for (const int64_t row : index)
+          if (std::memcmp(want + row * far, got + row * far, row_bytes(codec, shape))) fail("far append", name(codec));
+        unsigned char out_want[2 * 24 * 4], out_got[2 * 24 * 4];
+        const uint8_t flip[] = {1, 0};
+        Gather g{got, 6, far, codec, out_want, dtype, 2, shape, index, flip, nullptr};
+        cpu::gather_rows(g, 1);
+        g.out = out_got;
+        cuda::gather_rows(g, 0, kStream);
+        if (std::memcmp(out_want, out_got, 48 * value_bytes(dtype))) fail("far gather", name(codec));
+        cases += 2;
+        munmap(in, bytes);
+      }
+  munmap(want, 6 * far), munmap(got, 6 * far);
+}
+
+// The largest rows there may be: 2^31 - 1 values, and some fewer so that vectors are taken.
+void largest_rows() {
+  for (const int64_t values : {int64_t{INT32_MAX}, int64_t{INT32_MAX} - 7 - 8, int64_t{INT32_MAX} - 3}) {
+    const int64_t zero = 0;
+    unsigned char *cache = sparse(2 * values + 128), *out = sparse(2 * values);
+    const RowShape shape{1, values, 1};
+    const std::vector<int64_t> marks = {0, 1, 1023, values / 2, values - 1025, values - 2, values - 1};
+    for (const int64_t at : marks) reinterpret_cast<uint16_t*>(cache)[at] = static_cast<uint16_t>(at % 997 + 1);
+    const Gather g{cache, 1, 2 * values + 128 - 2 * values % 128, Codec::fp16, out, Dtype::fp16, 1, shape, &zero, nullptr, nullptr};
+    cuda::gather_rows(g, 0, kStream);
+    ++cases;
+    int64_t found = 0;
+    for (int64_t i = 0; i < values; ++i) found += reinterpret_cast<uint16_t*>(out)[i] != 0;
+    for (const int64_t at : marks)
+      if (reinterpret_cast<uint16_t*>(out)[at] != at % 997 + 1) fail("largest row", std::to_string(at));
+    if (found != static_cast<int64_t>(marks.size())) fail("largest row", "other values are not 0");
+    munmap(cache, 2 * values + 128), munmap(out, 2 * values);
+  }
+  // An image of 2^31 - 2^16 values, flipped and moved by one: y = 0 and x = 0 become 0.
+  const RowShape shape{1 << 12, (1 << 13) - 1, 64};
+  const int64_t values = shape.values(), zero = 0, stride = 2 * values;
+  unsigned char *cache = sparse(stride), *out = sparse(2 * values);
+  const int32_t shift[] = {-1, 1};
+  const uint8_t flip[] = {1};
+  auto* const in = reinterpret_cast<uint16_t*>(cache);
+  auto* const moved = reinterpret_cast<uint16_t*>(out);
+  const int64_t H = shape.height, W = shape.width, C = shape.channels;
+  in[values - 1] = 7;             // y = H - 1, x = W - 1, c = C - 1: goes to y = H - 2, x = 1
+  in[((H - 1) * W + 1) * C] = 9;  // goes to y = H - 2, x = W - 1
+  cuda::gather_rows({cache, 1, stride, Codec::bf16, out, Dtype::bf16, 1, shape, &zero, flip, shift}, 0, kStream);
+  ++cases;
+  int64_t found = 0;
+  for (int64_t i = 0; i < values; ++i) found += moved[i] != 0;
+  if (found != 2 || moved[((H - 2) * W + 1) * C + C - 1] != 7 || moved[((H - 2) * W + W - 1) * C] != 9) fail("largest image", "");
+}
+
+void part(const char* what, const std::function<void()>& run) {
+  const long before = cases, blocks = cudashim::launches();
+  run();
+  std::printf("%-16s %8ld cases, %8ld launches\n", what, cases - before, cudashim::launches() - blocks);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const std::string wanted = count > 1 ? arguments[1] : "";
+  const bool all = wanted == "all" || wanted == "portable";
+  if (wanted == "portable") cpu::select_simd("portable");
+  if (wanted == "largest") {
+    part("divisions", [] { divisions(true); });
+    part("largest rows", largest_rows);
+  } else {
+    part("divisions", [] { divisions(false); });
+    part("flat rows", [&] { flat_rows(all); });
+    part("images", [&] { images(all); });
+    part("batches", batches);
+    part("larger images", larger_images);
+    part("conversions", [&] { conversions(all ? 64 : 4); });
+    part("foreign rows", foreign_rows);
+    part("bad indices", bad_indices);
+    part("host rows", host_rows);
+    part("errors", errors);
+    if (!hooks::active) part("far offsets", far_offsets);
+  }
+  std::printf("%ld cases, %ld failures, %ld races\n", cases, failures, hooks::races());
+  for (const auto& [kind, times] : classes) std::printf("  %6ld %s\n", times, kind.c_str());
+  return failures || hooks::races() ? 1 : 0;
+}
