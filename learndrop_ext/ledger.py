@@ -20,7 +20,8 @@ from learndrop_ext.decide.probes import probe_training_step
 from learndrop_ext.graph.chain import Chain
 from learndrop_ext.history import Record
 
-#: Samples on which the layers are timed; what they take is scaled to a whole training step where that is timed.
+#: Samples on which the layers are timed, or a batch where that has fewer; what they take is scaled to a whole training
+#: step where that is timed.
 TIMED_SAMPLES = 8
 
 
@@ -41,7 +42,7 @@ class Ledger:
         self.setup_seconds = 0.0  # spent constructing the scheduler
         self.prefix_before = 0  # layers dropped before the last drop, whose rows the present ones are made of
         self.costs = CostBook(
-            costs.measure_layers(chain, rows.example[:TIMED_SAMPLES]),
+            costs.measure_layers(chain, rows.example[: min(TIMED_SAMPLES, loader.batch_size)]),
             rows.config if keeps_rows else None,
             rows.device,
             samples=len(rows.slots),

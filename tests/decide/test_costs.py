@@ -249,9 +249,9 @@ CUTS = [
     # Of two that cost the same the later one: less is run again.
     ((CHEAP[0], CHEAP[0]), 2, 0, 10, 10**9, CutChoice(2, 1024, "rows after stem")),
     # Rows that are there already stay where the later ones are larger, and go where the later ones are better.
-    (CHEAP, 2, 1, 10, 10**9, CutChoice(1, 0, "rows stay after stem")),
+    (CHEAP, 2, 1, 10, 10**9, CutChoice(1, 1024, "rows stay after stem")),
     (CHEAP, 3, 1, 10, 10**9, CutChoice(3, 1024, "rows after squeeze")),
-    (LAYERS, 3, 1, 10, 10_239, CutChoice(1, 0, "rows stay after stem")),
+    (LAYERS, 3, 1, 10, 10_239, CutChoice(1, 4096, "rows stay after stem")),
     # Three decimals do not tell 1,024,000,000 bytes from one less.
     (
         LAYERS,
