@@ -22,7 +22,7 @@ class Record:
         scores: computed from `changes`, see `decide.scores`.
         epoch_seconds: of the loop since the step before, rows made in it included.
         fill_seconds: part of `epoch_seconds` spent computing and storing rows.
-        measure_seconds: of this step.
+        measure_seconds: of this step: measuring, deciding and, after a drop, freezing.
         forecast_seconds: what `epoch_seconds` was expected to be, None where nothing was known.
         samples: trained since the step before.
         forward_flops: of the training steps.

@@ -140,6 +140,7 @@ class DropScheduler:
             promises(self.ledger.run_costs()[0], epochs)
         self.ledger.setup_seconds = time.perf_counter() - begin
         self._decide_before_training()
+        self.ledger.setup_seconds = time.perf_counter() - begin
 
     @property
     def cut(self) -> int:
@@ -156,12 +157,12 @@ class DropScheduler:
             ValueError: weights that are not finite (the layer is named), or a decision that cannot be followed. The
                 model, the optimizer and the rows are then as before.
         """
+        begin = time.perf_counter()
         self._check_open("step")
         samples, epoch_seconds = self.loader.ledger
         check_trained(self.model, samples)
         follow_model(self.rows)
         self._follow_code()
-        begin = time.perf_counter()
         changes = self._deltas.measure(refresh=False)
         check_finite(self.chain.names[self.prefix :], changes)
         gone: tuple[None, ...] = (None,) * self.prefix
@@ -172,7 +173,6 @@ class DropScheduler:
         fill_flops += older * costs.forward_flops(self.ledger.costs.layers[self.rows.older_cut : self.cut])
         self.ledger.observe(self.prefix, samples=samples, made=images + older, seconds=epoch_seconds)
         situation, choices = self._situation(self.epoch + 1, measured, epoch_seconds)
-        measure_seconds = time.perf_counter() - begin
         reason = self._follow(situation, choices)
         self._deltas.measure()
         self.epoch += 1
@@ -184,7 +184,7 @@ class DropScheduler:
             scores=measured,
             epoch_seconds=epoch_seconds,
             fill_seconds=fill_seconds,
-            measure_seconds=measure_seconds,
+            measure_seconds=time.perf_counter() - begin,
             samples=samples,
             forward_flops=forward_flops,
             fill_flops=fill_flops,

@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar100": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 128, "lr": 0.2, "augment": "standard"},
     "imagenette": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 64, "lr": 0.1, "augment": "standard"},
     "folder": {
-        **{"model": "resnet18", "width": 64, "epochs": 5, "batch_size": 32, "lr": 1e-3},
+        **{"model": "resnet18", "width": 64, "epochs": 5, "batch_size": 32, "lr": 2e-3},
         **{"optimizer": "adamw", "weight_decay": 0.01},
     },
 }

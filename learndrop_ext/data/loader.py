@@ -110,9 +110,9 @@ class DropLoader:
     def __iter__(self) -> Iterator[Any]:
         if self.closed:
             raise RuntimeError("drop.loader: the DropScheduler must be open, and it was closed")
+        begin = time.perf_counter()
         self._begin_epoch()
         this = self._iteration = object()
-        begin = time.perf_counter()
         try:
             for batch in self._from_images() if self._reads_images() else self._from_rows():
                 x = input_of(batch, self.key)
