@@ -11,7 +11,7 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ CURVES = {
     "growing, no rows kept": ("freeze-only",),
     "linear probe": ("linear-probe",),
 }
-PLAIN = next(iter(CURVES.values()))
+PLAIN, BUDGETS = list(CURVES.values())[:2]
 COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
 
 Records = Sequence[Mapping[str, Any]]
@@ -83,6 +83,53 @@ def table(study: Mapping[str, Any]) -> str:
                 str(len(records)),
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def seconds_to(methods: Mapping[str, Records], accuracy: float) -> float | None:
+    """Seconds in which Budget reaches an accuracy: between its runs by a straight line, None where none does."""
+    points = sorted(
+        (mean(methods[run], "seconds"), mean(methods[run], "accuracy")) for run in BUDGETS if run in methods
+    )
+    if points and points[0][1] >= accuracy:
+        return points[0][0]
+    for (left, low), (right, high) in itertools.pairwise(points):
+        if low < accuracy <= high:
+            return left + (right - left) * (accuracy - low) / (high - low)
+    return None
+
+
+def aims(study: Mapping[str, Any]) -> str:
+    """What the study was to show and what it shows, as means over the sets."""
+    sets = [by_method(study["records"], name) for name in dict.fromkeys(r["dataset"] for r in study["records"])]
+
+    def accuracy(run: str) -> Callable[[Mapping[str, Records]], float | None]:
+        return lambda methods: mean(methods[run], "accuracy") if run in methods else None
+
+    def plain_for(run: str) -> Callable[[Mapping[str, Records]], float | None]:
+        return lambda methods: plain_at(methods, mean(methods[run], "seconds")) if run in methods else None
+
+    def share_of_time(methods: Mapping[str, Records]) -> float | None:
+        if "short-2" not in methods:
+            return None
+        reached = seconds_to(methods, mean(methods["short-2"], "accuracy"))
+        return None if reached is None else reached / mean(methods["short-2"], "seconds")
+
+    lines = ["| | aim | measured |", "|---|---|---|"]
+    for words, aim, one, other in (
+        ("Budget(2.0) against the full run", "-0.5 or more", accuracy("budget-2"), accuracy("full")),
+        ("Budget(2.0) against the plain recipe of its time", "+1 or more", accuracy("budget-2"), plain_for("budget-2")),
+        ("Budget(4.0) against the plain recipe of its time", "+5 or more", accuracy("budget-4"), plain_for("budget-4")),
+    ):
+        pairs = [(one(methods), other(methods)) for methods in sets]
+        points = [a - b for a, b in pairs if a is not None and b is not None]
+        shown = f"{statistics.fmean(points):+.2f} points" if points else "not measured"
+        lines.append(f"| {words} | {aim} | {shown} |")
+    shares = [share for share in map(share_of_time, sets) if share is not None]
+    shown = f"{statistics.fmean(shares):.2f}" if shares else "not measured"
+    lines.append(
+        f"| time of Budget to the accuracy of the plain recipe's 2 epochs, of their time | 0.5 or less | {shown} |"
+    )
     return "\n".join(lines)
 
 

@@ -88,10 +88,16 @@ def fine_tuning_tables(_: list[dict[str, Any]]) -> str:
     return "\n\n".join(fine_tuning_table.table(json.loads(file.read_text())) for file in files) or "not measured yet"
 
 
+def aims_tables(_: list[dict[str, Any]]) -> str:
+    """What the study was to show and shows, see fine_tuning_table.py."""
+    files = sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
+    return "\n\n".join(fine_tuning_table.aims(json.loads(file.read_text())) for file in files) or "not measured yet"
+
+
 TABLES = {
     "README.md": {"training": training_table, "fine-tuning": fine_tuning_tables},
     "docs/results.md": {"kernels": kernel_table},
-    "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables},
+    "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables, "aims": aims_tables},
 }
 
 

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from learndrop_ext import ops
-from learndrop_ext.decide.probes import StepSeconds, median_seconds
+from learndrop_ext.decide.probes import StepSeconds, timed
 from learndrop_ext.decide.probes import TierCost as TierCost
 from learndrop_ext.graph.chain import Chain, Layer
 from learndrop_ext.rng import fork_rng
@@ -58,7 +58,7 @@ class CutChoice:
 
 
 def measure_layers(
-    chain: Chain, example: torch.Tensor, *, repeats: int = 3, autocast: torch.dtype | None = None
+    chain: Chain, example: torch.Tensor, *, repeats: int = 2, autocast: torch.dtype | None = None
 ) -> tuple[LayerCost, ...]:
     """Measure each layer on a batch: FLOPs, seconds frozen, and seconds in training.
 
@@ -68,7 +68,8 @@ def measure_layers(
         chain: The layers.
         example: [B, ...], a batch of the model's inputs on its device. One sample is taken twice: batch statistics
             need two values.
-        repeats: Timed passes of each kind after one to warm up; the median counts.
+        repeats: Timed passes of each kind after one to warm up. The shortest counts: what else the machine does only
+            makes a pass longer, and one layer that took too long would put every drop in the wrong light.
         autocast: Dtype of the training step's autocast, None without.
 
     Returns:
@@ -85,7 +86,7 @@ def measure_layers(
                 # A layer may work in place.
                 with FlopCounterMode(display=False) as counter:
                     y = layer(x.clone())
-                frozen = median_seconds(layer, device, repeats=repeats, prepare=_clone_of(x))
+                frozen = min(timed(layer, device, repeats=repeats, prepare=_clone_of(x)))
             _set_training(layer, True)
             # Nothing learns before the first layer: its input never has a gradient.
             live = [
@@ -117,16 +118,18 @@ def fit_to_step(
         batch: Samples in that step.
 
     Returns:
-        The layers, the seconds of a step beyond them, and those of the optimizer, all per sample. Where the layers
-        alone take longer than the step without its optimizer, they are scaled down to it and nothing is left beyond.
+        The layers, the seconds of a step beyond them, and those of the optimizer, all per sample. The layers are scaled
+        to what the loss and the optimizer leave of the step: run one by one they find other things in the caches, and
+        only what each takes beside the others counts.
     """
     optimizer = min(step.optimizer, step.step) / batch
     passes = step.step / batch - optimizer
     layers = tuple(layers)
     train = live_seconds(layers)
-    if train <= passes:
-        return layers, passes - train, optimizer
-    share = passes / train
+    if train <= 0:
+        return layers, passes, optimizer
+    other = min(step.loss / batch, passes)
+    share = (passes - other) / train
     scaled = (
         replace(
             layer,
@@ -136,7 +139,7 @@ def fit_to_step(
         )
         for layer in layers
     )
-    return tuple(scaled), 0.0, optimizer
+    return tuple(scaled), other, optimizer
 
 
 def live_seconds(layers: Sequence[LayerCost]) -> float:
@@ -257,7 +260,7 @@ def _train_seconds(layer: Layer, x: torch.Tensor, repeats: int, *, inner: bool) 
             torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
 
     with torch.enable_grad():
-        return median_seconds(passes, x.device, repeats=repeats, prepare=prepare)
+        return min(timed(passes, x.device, repeats=repeats, prepare=prepare))
 
 
 def _clone_of(x: torch.Tensor) -> Callable[[], tuple[torch.Tensor]]:

@@ -33,21 +33,28 @@ class TierCost:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of one training step, and of the optimizer's part in it."""
+    """Seconds of one training step, and of what in it is not the layers' work.
+
+    Args:
+        step: All of it.
+        optimizer: Of `optimizer.step()`.
+        loss: Of the loss, forward and backward to the outputs, and of `zero_grad()`.
+    """
 
     step: float
     optimizer: float
+    loss: float = 0.0
 
 
-def median_seconds(
+def timed(
     run: Callable[..., object],
     device: torch.device,
     *,
     repeats: int,
     warmup: int = 1,
     prepare: Callable[[], tuple[Any, ...]] = tuple,
-) -> float:
-    """Return the median seconds of `run(*prepare())`, the device's work included and `prepare` left out.
+) -> list[float]:
+    """Return the seconds of each of several `run(*prepare())`, the device's work included and `prepare` left out.
 
     Args:
         run: What is timed.
@@ -66,7 +73,12 @@ def median_seconds(
         seconds = perf_counter() - begin
         if i >= warmup:
             times.append(seconds)
-    return statistics.median(times)
+    return times
+
+
+def median_seconds(run: Callable[..., object], device: torch.device, *, repeats: int, warmup: int = 1) -> float:
+    """Return the median seconds of `run()`, see `timed`."""
+    return statistics.median(timed(run, device, repeats=repeats, warmup=warmup))
 
 
 def probe_training_step(
@@ -104,23 +116,32 @@ def probe_training_step(
     net.train()
     device = batch_input.device
 
-    def loss() -> torch.Tensor:
+    def forward() -> list[torch.Tensor]:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             outputs = net(batch_input)
-        leaves = [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor) and y.is_floating_point()]
-        return torch.stack([torch.zeros((), device=device), *(y.float().square().mean() for y in leaves)]).sum()
+        return [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor) and y.is_floating_point()]
+
+    def loss(outputs: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([torch.zeros((), device=device), *(y.float().square().mean() for y in outputs)]).sum()
 
     def step() -> None:
         steps.zero_grad()
-        loss().backward()
+        loss(forward()).backward()
         steps.step()
 
+    def around(outputs: list[torch.Tensor]) -> None:
+        steps.zero_grad()
+        loss(outputs).backward()
+
     with fork_rng(0), torch.enable_grad():
-        if not loss().requires_grad:
+        outputs = forward()
+        if not loss(outputs).requires_grad:
             return None
+        leaves = [y.detach().requires_grad_() for y in outputs]
         whole = median_seconds(step, device, repeats=repeats)
         # The last step's gradients are still there.
-        return StepSeconds(whole, median_seconds(steps.step, device, repeats=repeats, warmup=0))
+        optimizer_seconds = median_seconds(steps.step, device, repeats=repeats, warmup=0)
+        return StepSeconds(whole, optimizer_seconds, median_seconds(lambda: around(leaves), device, repeats=repeats))
 
 
 def copy_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float:

@@ -74,17 +74,17 @@ def test_measure_layers_counts_flops_of_one_sample() -> None:
 
 
 class Stopwatch:
-    """Stands in for median_seconds: each call takes one second more than the one before, and is noted."""
+    """Stands in for timed: the shortest of each call takes one second more than that of the one before, and is noted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[bool, int, tuple[Any, ...]]] = []
-        monkeypatch.setattr(module, "median_seconds", self)
+        monkeypatch.setattr(module, "timed", self)
 
-    def __call__(self, run: Any, device: torch.device, *, repeats: int, prepare: Any) -> float:
+    def __call__(self, run: Any, device: torch.device, *, repeats: int, prepare: Any) -> list[float]:
         arguments = prepare()
         run(*arguments)
         self.calls.append((torch.is_grad_enabled(), repeats, arguments))
-        return float(len(self.calls))
+        return [len(self.calls) + 9.0, float(len(self.calls)), len(self.calls) + 1.0]
 
 
 def test_measure_layers_times_each_layer_frozen_and_live(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +199,14 @@ def test_live_seconds() -> None:
 @pytest.mark.parametrize(
     ("step", "share", "other", "optimizer"),
     [
-        (StepSeconds(12.0, 0.8), 1.0, 0.4, 0.1),
         (StepSeconds(8.8, 0.8), 1.0, 0.0, 0.1),
-        # One by one the layers took twice as long as together.
+        (StepSeconds(12.0, 0.8, 3.2), 1.0, 0.4, 0.1),
+        # One by one the layers took half or twice as long as together.
+        (StepSeconds(16.8, 0.8), 2.0, 0.0, 0.1),
         (StepSeconds(4.8, 0.8), 0.5, 0.0, 0.1),
+        (StepSeconds(8.0, 0.8, 3.2), 0.5, 0.4, 0.1),
         (StepSeconds(4.0, 5.0), 0.0, 0.0, 0.5),
+        (StepSeconds(4.0, 0.8, 6.4), 0.0, 0.4, 0.1),
     ],
 )
 def test_fit_to_step(step: StepSeconds, share: float, other: float, optimizer: float) -> None:

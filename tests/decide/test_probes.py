@@ -23,6 +23,7 @@ from learndrop_ext.decide.probes import (
     probe_training_step,
     tier_costs,
     tier_speeds,
+    timed,
 )
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return take
 
 
-def test_median_seconds(clock: Callable[..., None]) -> None:
+def test_timed(clock: Callable[..., None]) -> None:
     made: list[int] = []
     ran: list[int] = []
 
@@ -55,8 +56,13 @@ def test_median_seconds(clock: Callable[..., None]) -> None:
         return (made[-1],)
 
     clock(50.0, 60.0, 4.0, 1.0, 3.0)
-    assert median_seconds(ran.append, CPU, repeats=3, warmup=2, prepare=prepare) == 3.0
+    assert timed(ran.append, CPU, repeats=3, warmup=2, prepare=prepare) == [4.0, 1.0, 3.0]
     assert ran == made == [0, 1, 2, 3, 4]
+
+
+def test_median_seconds(clock: Callable[..., None]) -> None:
+    clock(50.0, 60.0, 4.0, 1.0, 3.0)
+    assert median_seconds(lambda: None, CPU, repeats=3, warmup=2) == 3.0
     clock(9.0, 2.0)
     assert median_seconds(lambda: None, CPU, repeats=1) == 2.0
 
@@ -149,9 +155,9 @@ def test_probe_training_step_leaves_everything_as_it_was(
 
 def test_probe_training_step_takes_medians(clock: Callable[..., None]) -> None:
     model = network()
-    clock(90.0, 5.0, 3.0, 4.0, 0.5, 2.0, 1.0)
+    clock(90.0, 5.0, 3.0, 4.0, 0.5, 2.0, 1.0, 70.0, 0.25, 0.5, 0.125)
     found = probe_training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.rand(2, 3, 8, 8))
-    assert found == StepSeconds(4.0, 1.0)
+    assert found == StepSeconds(4.0, 1.0, 0.25)
 
 
 class Recording(torch.optim.SGD):
