@@ -68,7 +68,7 @@ def measure_layers(
         chain: The layers.
         example: [B, ...], a batch of the model's inputs on its device. One sample is taken twice: batch statistics
             need two values.
-        repeats: Timed passes of each kind after one to warm up. The shortest counts: what else the machine does only
+        repeats: Timed passes of each kind. The shortest counts: the first one warms up, what else the machine does only
             makes a pass longer, and one layer that took too long would put every drop in the wrong light.
         autocast: Dtype of the training step's autocast, None without.
 
@@ -86,7 +86,7 @@ def measure_layers(
                 # A layer may work in place.
                 with FlopCounterMode(display=False) as counter:
                     y = layer(x.clone())
-                frozen = min(timed(layer, device, repeats=repeats, prepare=_clone_of(x)))
+                frozen = min(timed(layer, device, repeats=repeats, warmup=0, prepare=_clone_of(x)))
             _set_training(layer, True)
             # Nothing learns before the first layer: its input never has a gradient.
             live = [
@@ -260,7 +260,7 @@ def _train_seconds(layer: Layer, x: torch.Tensor, repeats: int, *, inner: bool) 
             torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
 
     with torch.enable_grad():
-        return min(timed(passes, x.device, repeats=repeats, prepare=prepare))
+        return min(timed(passes, x.device, repeats=repeats, warmup=0, prepare=prepare))
 
 
 def _clone_of(x: torch.Tensor) -> Callable[[], tuple[torch.Tensor]]:

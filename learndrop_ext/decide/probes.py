@@ -98,7 +98,7 @@ def probe_training_step(
         model: The whole model; its copy runs in train mode.
         optimizer: Holds the model's parameters.
         batch_input: [B, ...], the input of one batch on the model's device.
-        repeats: Timed steps after one to warm up; the median counts.
+        repeats: Timed steps; the median counts.
         autocast: Dtype of the training step's autocast, None without.
 
     Returns:
@@ -138,7 +138,8 @@ def probe_training_step(
         if not loss(outputs).requires_grad:
             return None
         leaves = [y.detach().requires_grad_() for y in outputs]
-        whole = median_seconds(step, device, repeats=repeats)
+        # Of three the median leaves out the first, which may have to warm up.
+        whole = median_seconds(step, device, repeats=repeats, warmup=0)
         # The last step's gradients are still there.
         optimizer_seconds = median_seconds(steps.step, device, repeats=repeats, warmup=0)
         return StepSeconds(whole, optimizer_seconds, median_seconds(lambda: around(leaves), device, repeats=repeats))

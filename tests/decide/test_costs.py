@@ -80,7 +80,8 @@ class Stopwatch:
         self.calls: list[tuple[bool, int, tuple[Any, ...]]] = []
         monkeypatch.setattr(module, "timed", self)
 
-    def __call__(self, run: Any, device: torch.device, *, repeats: int, prepare: Any) -> list[float]:
+    def __call__(self, run: Any, device: torch.device, *, repeats: int, warmup: int, prepare: Any) -> list[float]:
+        assert warmup == 0
         arguments = prepare()
         run(*arguments)
         self.calls.append((torch.is_grad_enabled(), repeats, arguments))
@@ -114,8 +115,8 @@ def test_measure_layers_runs_frozen_layers_in_eval_mode_and_live_ones_in_train_m
     chain = chain_of(model)
     model[1].register_forward_hook(lambda m, _, y: modes.append((m.training, y.requires_grad)))
     measure_layers(chain, torch.rand(4, 3, 16, 16), repeats=2)
-    # Once for the FLOPs; then one to warm up and two that count, frozen and live.
-    assert modes == [(False, False)] * 4 + [(True, True)] * 3
+    # Once for the FLOPs; then two frozen and two live.
+    assert modes == [(False, False)] * 3 + [(True, True)] * 2
 
 
 def test_measure_layers_takes_two_of_a_single_sample() -> None:
