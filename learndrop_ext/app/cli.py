@@ -17,7 +17,7 @@ import torch
 from learndrop_ext import backend_info
 from learndrop_ext.app import forecasts, report, runs, shared_rows
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
-from learndrop_ext.app.networks import build_network, check_network, is_external, pixel_statistics
+from learndrop_ext.app.networks import check_network, is_external, pixel_statistics
 from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, STOPPED_OPTIONS, make_parser
 from learndrop_ext.app.policies import parse_policy
 from learndrop_ext.app.runs import Recipe
@@ -78,15 +78,7 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
         policy=args.policy,
         **{name: getattr(args, name) for name in STOPPED_OPTIONS},
     )
-    network = build_network(
-        model,
-        num_classes=len(split.classes),
-        in_channels=split.channels,
-        stem=recipe.stem,
-        width=recipe.width,
-        weights=recipe.weights,
-        seed=recipe.seed,
-    )
+    network = runs.make_network(split, recipe)
     if network.note:
         print(network.note, file=sys.stderr)
     if statistics := pixel_statistics(model):

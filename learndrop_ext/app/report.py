@@ -6,15 +6,16 @@ A result is the object that `learndrop compare --json` prints: ``{"config": {...
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from learndrop_ext.app.page import check_extras, render_page, write_page
+from learndrop_ext.app.report_template import BODY
 
 __all__ = ["Reporter", "format_table", "render_report", "write_report"]
 
@@ -172,10 +173,7 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     Raises ImportError where matplotlib or jinja2 is not installed.
     """
     check_extras("render_report")
-    import jinja2
-
     from learndrop_ext.app import plots
-    from learndrop_ext.app.report_template import TEMPLATE
 
     records = [record for record in records if record.get("accuracy") is not None]
     figures = (
@@ -213,8 +211,9 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     epochs: dict[str, int] = {}
     for record in records:
         epochs[str(record["run"])] = int(record["epoch"])
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
-    return page.render(
+    return render_page(
+        "report",
+        BODY,
         summary=summarize(result),
         columns=COLUMNS,
         rows=[_row(result, run) for run in ended],
@@ -261,23 +260,6 @@ def _ledger(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def check_extras(owner: str) -> None:
-    for name in ("matplotlib", "jinja2"):
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f'{owner}: {name} is not installed: pip install "learndrop_ext[cli]"')
-
-
 def write_report(path: str | Path, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """Render the page, write it aside and rename it to ``path``, so that ``path`` is never half a page."""
     write_page(path, render_report(result, records))
-
-
-def write_page(path: str | Path, page: str) -> None:
-    """Write a page aside and rename it to ``path``."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from learndrop_ext.app.datasets import ImageSet, Split, make_loader
 from learndrop_ext.app.memory import peak_bytes, reset_peak
-from learndrop_ext.app.networks import build_network, check_network
+from learndrop_ext.app.networks import Network, build_network, check_network
 from learndrop_ext.app.policies import parse_policy
 from learndrop_ext.app.report import MEASURED
 from learndrop_ext.cache.config import CacheConfig
@@ -118,13 +118,9 @@ class Setup:
     test: ImageSet
 
 
-def set_up(split: Split, recipe: Recipe) -> Setup:
-    """Make what a run trains. Same recipe and seed: same initial weights and same order of samples."""
-    device = torch.device(recipe.device)
-    torch.manual_seed(recipe.seed)
-    train_set, test_set = split.train.to(device).augmented(recipe.augment), split.test.to(device)
-    loader = make_loader(train_set, recipe.batch_size, shuffle=True, seed=recipe.seed)
-    network = build_network(
+def make_network(split: Split, recipe: Recipe) -> Network:
+    """Build the network of a recipe for the images and the classes of a split."""
+    return build_network(
         recipe.model,
         num_classes=len(split.classes),
         in_channels=split.channels,
@@ -133,7 +129,15 @@ def set_up(split: Split, recipe: Recipe) -> Setup:
         weights=recipe.weights,
         seed=recipe.seed,
     )
-    model = network.model.to(device)
+
+
+def set_up(split: Split, recipe: Recipe) -> Setup:
+    """Make what a run trains. Same recipe and seed: same initial weights and same order of samples."""
+    device = torch.device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    train_set, test_set = split.train.to(device).augmented(recipe.augment), split.test.to(device)
+    loader = make_loader(train_set, recipe.batch_size, shuffle=True, seed=recipe.seed)
+    model = make_network(split, recipe).model.to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer: torch.optim.Optimizer
