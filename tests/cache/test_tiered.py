@@ -10,6 +10,7 @@ import torch
 from tiered_cache import CPU, PRINT, ids, rows, tiered
 from torch import Tensor
 
+from learndrop_ext import _C
 from learndrop_ext.cache import storage
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.file import CacheFileError
@@ -138,6 +139,31 @@ def test_tiered_cache_refuses_before_it_writes(
         call(cache)
     assert torch.nonzero(cache.filled).flatten().tolist() == written.tolist()
     assert torch.equal(cache.gather(written), stored)
+    cache.close()
+
+
+@pytest.mark.parametrize("repeated", [ids(0, 5, 0), ids(7, 1, 7), ids(8, 3, 2, 8)])
+def test_repeated_slots_are_refused_in_any_tier_and_across_parts_of_a_batch(tmp_path: Path, repeated: Tensor) -> None:
+    cache = tiered(9, (5,), tmp_path / "rows", device=3, host=2, staging=1)
+    with pytest.raises(ValueError, match=f"append: slots must name no row twice, got {int(repeated[0])} twice"):
+        cache.append(repeated, rows(len(repeated), 5))
+    assert not cache.filled.any()
+    cache.close()
+
+
+def test_repeats_are_looked_for_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tiered(9, (5,), tmp_path / "rows", device=3, host=2, staging=1)
+    real, asked = _C.first_repeated, []
+
+    def counting(index: int, batch: int) -> int:
+        asked.append(batch)
+        return real(index, batch)
+
+    monkeypatch.setattr(_C, "first_repeated", counting)
+    stored = rows(9, 5)
+    cache.append(torch.arange(9), stored)
+    assert asked == [9]
+    assert torch.equal(cache.gather(torch.arange(9)), stored)
     cache.close()
 
 
