@@ -1,4 +1,4 @@
-"""What a run has cost, and what it will."""
+"""The costs of a run: measured so far, and expected."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from learndrop_ext.decide.probes import probe_training_step
 from learndrop_ext.graph.chain import Chain
 from learndrop_ext.history import Record
 
-#: Samples on which the layers are timed; what they take is scaled to a whole training step where that is timed.
+#: Samples on which the layers are timed. Once a whole training step is timed, their times are scaled to it.
 TIMED_SAMPLES = 8
 
 
 class Ledger:
-    """The costs of a run: layers are timed when it is made, whole training steps when they are asked for.
+    """The costs of a run. Layers are timed at construction, whole training steps by `probe`.
 
     Args:
         chain: the model's layers.
-        optimizer: the user's.
-        rows: of the run.
-        loader: of the run.
+        optimizer: of the training.
+        rows, loader: of the run.
         keeps_rows: whether rows are cached.
     """
 
@@ -39,7 +38,7 @@ class Ledger:
         self, chain: Chain, optimizer: torch.optim.Optimizer, rows: RowSet, loader: DropLoader, *, keeps_rows: bool
     ) -> None:
         self.setup_seconds = 0.0  # spent constructing the scheduler
-        self.prefix_before = 0  # layers dropped before the last drop, whose rows the present ones are made of
+        self.prefix_before = 0  # layers dropped before the last drop, from whose rows the present ones are made
         self.costs = CostBook(
             costs.measure_layers(chain, rows.example[:TIMED_SAMPLES]),
             rows.config if keeps_rows else None,
@@ -51,13 +50,13 @@ class Ledger:
         self._loader = loader
 
     def run_costs(self) -> tuple[RunCosts, list[costs.CutChoice]]:
-        """Return the costs as policies see them, and for each prefix length where its rows would be kept."""
+        """Return the costs as policies see them, and for each number of dropped layers where their rows would be kept."""
         count = self._loader.expected_rows()
         choices = self.costs.choices(self._rows.cut, count)
         return self.costs.run_costs(choices, count, views=self._rows.views), choices
 
     def probe(self, model: nn.Module) -> None:
-        """Time training steps on a copy of the model, and reading a batch. Only the first call measures."""
+        """Time training steps on a copy of the model, and the reading of a batch. Only the first call measures."""
         if self.costs.probed:
             return
         user = self._loader.user
@@ -68,22 +67,29 @@ class Ledger:
         self.costs.probe(step, batch=len(ids), read_seconds=read_seconds, workers=user.num_workers)
 
     def elapsed(self, history: Sequence[Record]) -> float:
-        """Return the seconds of the run so far, with the making of the scheduler."""
+        """Return the seconds of the run so far, the construction of the scheduler included."""
         return self.setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
 
     def observe(self, prefix: int, *, samples: int, made: int, seconds: float) -> None:
-        """Calibrate the cost model with one measured epoch: the samples trained, the rows made for them, what it took."""
+        """Calibrate the cost model with one measured epoch.
+
+        Args:
+            prefix: layers that were dropped in it.
+            samples: that were trained.
+            made: rows that were made in it.
+            seconds: that it took.
+        """
         run = dataclasses.replace(self.run_costs()[0], scale=1.0)
         filling = run.fill_seconds(self.prefix_before, prefix) if made else 0.0
         modelled = run.epoch_seconds(prefix) * samples + filling * made
         self.costs.observe(modelled / max(1, self.costs.samples), seconds)
 
     def full_epoch_seconds(self, history: Sequence[Record], newest: float | None) -> float:
-        """Return the seconds of an epoch without drops: the median of those that were run, else what was timed before.
+        """Return the seconds of an epoch without drops: the median of those in the run, else an estimate.
 
         Args:
             history: of the run.
-            newest: of the epoch that ended, if nothing was dropped in it.
+            newest: seconds of the epoch that has just ended, if nothing was dropped in it.
         """
         before = [0, *(record.prefix for record in history)]
         seconds = [r.epoch_seconds for r, prefix in zip(history, before, strict=False) if r.epoch and prefix == 0]

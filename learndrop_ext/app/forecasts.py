@@ -1,4 +1,4 @@
-"""`learndrop forecast`: what dropping would take and save, said and drawn before training."""
+"""`learndrop forecast`: what dropping would take and save, as text and plots, before training."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["draw_forecast", "make_forecast"]
 
 
 def make_forecast(split: Split, recipe: Recipe) -> Forecast:
-    """Measure the costs of a recipe's model and data and forecast its run. Trains nothing."""
+    """Measure the costs of a recipe's model and data and return the forecast of its run. Trains nothing."""
     with runs.make_scheduler(runs.set_up(split, recipe), recipe, Fixed({})) as drop:
         return drop.forecast(recipe.epochs)
 
 
 def draw_forecast(folder: Path, forecast: Forecast) -> Path:
-    """Write ``forecast.html`` into a folder, one file with inline SVG, and return its path.
+    """Write `forecast.html` into a folder and return its path.
 
     Raises:
-        ImportError: where matplotlib or jinja2 is not installed.
-        OSError: where the folder cannot be made or written.
+        ImportError: if matplotlib or jinja2 is not installed.
+        OSError: if the folder cannot be created or written.
     """
     check_extras("draw_forecast")
     from learndrop_ext.app import plots

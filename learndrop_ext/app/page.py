@@ -9,7 +9,7 @@ from typing import Any
 
 
 def check_extras(owner: str) -> None:
-    """Raise ImportError, in the name of `owner`, where matplotlib or jinja2 is not installed."""
+    """Raise ImportError in the name of `owner` if matplotlib or jinja2 is not installed."""
     for name in ("matplotlib", "jinja2"):
         if importlib.util.find_spec(name) is None:
             raise ImportError(f'{owner}: {name} is not installed: pip install "learndrop_ext[cli]"')

@@ -1,4 +1,4 @@
-"""What the page of a report shows, a jinja2 template."""
+"""The body of a report, a jinja2 template."""
 
 from __future__ import annotations
 

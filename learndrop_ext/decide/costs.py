@@ -232,45 +232,6 @@ def choose_cut(
     return best
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a drop would cost once and save each epoch, in seconds."""
-
-    fill_seconds: float
-    saved_seconds: float
-
-
-def estimate(
-    layers: Sequence[LayerCost],
-    *,
-    before: tuple[int, int],
-    after: tuple[int, int],
-    epoch_seconds: float,
-    samples: int,
-    rows: int,
-    read_seconds: tuple[float, float] = (0.0, 0.0),
-) -> Estimate:
-    """Fill and saving of a drop, from the seconds of the last epoch.
-
-    before, after: (prefix, cut). read_seconds: of one row before and after. An epoch's seconds, less those of its rows,
-    are shared out by forward seconds: a live layer counts three times (forward and two gradients), a frozen one behind
-    the cut once, one before the cut not at all. The fill is one forward pass of the layers between the two cuts for
-    each of the `rows`, which are written as fast as they are read.
-    """
-
-    def work(prefix: int, cut: int) -> float:
-        return sum(s.seconds for s in layers[cut:prefix]) + 3 * sum(s.seconds for s in layers[prefix:])
-
-    now = work(*before)
-    if now <= 0 or samples <= 0:
-        return Estimate(0.0, 0.0)
-    unit = max(0.0, epoch_seconds - samples * read_seconds[0]) / now
-    filled = unit * sum(s.seconds for s in layers[before[1] : after[1]]) * rows / samples
-    if after[1] > before[1]:
-        filled += read_seconds[1] * rows
-    return Estimate(filled, epoch_seconds - unit * work(*after) - samples * read_seconds[1])
-
-
 def format_bytes(count: int, *, decimals: int = 3) -> str:
     """A number of bytes in the unit that fits it, without trailing zeros: "10.24 kB"."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

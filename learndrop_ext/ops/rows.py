@@ -79,7 +79,7 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
 
 
 def append_distinct_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str) -> None:
-    """Do as `append_rows`, for callers that know that the index names no row twice: it is not looked for."""
+    """Do as `append_rows`, without looking for repeats: the caller knows that the index names no row twice."""
     _append(cache, rows, index, codec, distinct=True)
 
 
