@@ -29,8 +29,9 @@ class Ledger:
 
     Args:
         chain: the model's layers.
-        optimizer: of the training.
-        rows, loader: of the run.
+        optimizer: the user's.
+        rows: of the run.
+        loader: of the run.
         keeps_rows: whether rows are cached.
     """
 
@@ -38,7 +39,7 @@ class Ledger:
         self, chain: Chain, optimizer: torch.optim.Optimizer, rows: RowSet, loader: DropLoader, *, keeps_rows: bool
     ) -> None:
         self.setup_seconds = 0.0  # spent constructing the scheduler
-        self.prefix_before = 0  # layers dropped before the last drop, from whose rows the present ones are made
+        self.prefix_before = 0  # layers dropped before the last drop, whose rows the present ones are made of
         self.costs = CostBook(
             costs.measure_layers(chain, rows.example[:TIMED_SAMPLES]),
             rows.config if keeps_rows else None,
@@ -50,13 +51,13 @@ class Ledger:
         self._loader = loader
 
     def run_costs(self) -> tuple[RunCosts, list[costs.CutChoice]]:
-        """Return the costs as policies see them, and for each number of dropped layers where their rows would be kept."""
+        """Return the costs as policies see them, and for each prefix length where its rows would be kept."""
         count = self._loader.expected_rows()
         choices = self.costs.choices(self._rows.cut, count)
         return self.costs.run_costs(choices, count, views=self._rows.views), choices
 
     def probe(self, model: nn.Module) -> None:
-        """Time training steps on a copy of the model, and the reading of a batch. Only the first call measures."""
+        """Time training steps on a copy of the model, and reading a batch. Only the first call measures."""
         if self.costs.probed:
             return
         user = self._loader.user
