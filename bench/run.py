@@ -1,6 +1,6 @@
 """Runs the tests, then the benchmark suites and the training comparisons, and writes one JSON file for this machine.
 
-    python bench/run.py [--suites kernels training] [--data-root DIR] [--out bench/results] [--name NAME]
+    python bench/run.py [--suites kernels training overhead] [--data-root DIR] [--out bench/results] [--name NAME]
 
 A red test gives no number. The form of the file is that of `docs/results.md`; `bench/table.py` makes the tables from it.
 """
@@ -33,6 +33,8 @@ from learndrop_ext.decide.probes import copy_bytes_per_second
 
 ROOT = Path(__file__).resolve().parent.parent
 
+SUITES = ("kernels", "training", "overhead")
+
 #: dataset, model, seeds; what a machine without a GPU can finish, and what needs one.
 CPU_TRAINING = [("digits", "resnet10", 3)]
 GPU_TRAINING = [
@@ -43,7 +45,7 @@ GPU_TRAINING = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--suites", nargs="+", choices=["kernels", "training"], default=["kernels", "training"])
+    parser.add_argument("--suites", nargs="+", choices=SUITES, default=SUITES)
     parser.add_argument("--data-root", type=Path, help="folder with the original files of the image sets")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--name", help="name of the file (default: GPU or CPU)")
@@ -65,6 +67,9 @@ def main() -> int:
         write(path, result)
     if "kernels" in args.suites:
         result["records"] += kernel_records(device, result["limits"]["copy_gb_s"])
+        write(path, result)
+    if "overhead" in args.suites:
+        result["records"] += overhead_records()
         write(path, result)
     print(path)
     return 0
@@ -158,6 +163,14 @@ def kernel_records(device: str, copy_gb_s: float) -> Iterator[dict[str, Any]]:
             peer_median = statistics.median(peer_times) if peer_times else None
             ratio = peer_median / median if peer_median is not None else None
             yield record | {"peer": peer, "peer_median_s": peer_median, "ratio": ratio}
+
+
+def overhead_records() -> Iterator[dict[str, Any]]:
+    """The records of bench_overhead.py, which runs on the CPU."""
+    program = ROOT / "bench" / "bench_overhead.py"
+    run = subprocess.run([sys.executable, program], stdout=subprocess.PIPE, text=True, check=True)
+    for line in run.stdout.splitlines():
+        yield json.loads(line) | {"device": "cpu"}
 
 
 def training_records(device: str, root: Path | None) -> Iterator[dict[str, Any]]:

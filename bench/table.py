@@ -70,7 +70,7 @@ def kernel_table(results: list[dict[str, Any]]) -> str:
     for result in results:
         machine = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['machine']['cores']} cores"
         for record in result["records"]:
-            if record["suite"] == "training":
+            if record["suite"] in ("training", "overhead"):
                 continue
             has_gpu = has_gpu or record["device"] == "cuda"
             ratio = "" if record["ratio"] is None else f"{record['ratio']:.2f}"
@@ -80,6 +80,27 @@ def kernel_table(results: list[dict[str, Any]]) -> str:
     if not has_gpu:
         lines.append("| a GPU | all | not measured | | | | |")
     return "\n".join(lines)
+
+
+def overhead_table(results: list[dict[str, Any]]) -> str:
+    lines = ["| machine | what | time | beside it |", "|---|---|---|---|"]
+    for result in results:
+        machine = f"{result['machine']['cpu']}, {result['machine']['cores']} cores"
+        for record in result["records"]:
+            if record["suite"] != "overhead":
+                continue
+            if record["run"] == "never drops":
+                what = f"a policy that never drops, {record['model']}, batches of {record['batch']}"
+                time = f"{record['us_per_step']:.0f} us a step more"
+                beside = f"a plain step: {record['step_ms']:.1f} ms ({100 * record['share']:+.1f} %)"
+            else:
+                what = (
+                    f"the loader, batches of {record['batch']} {record['codec']} rows of {record['row_bytes']:,} bytes"
+                )
+                time = f"{record['us_per_batch']:.0f} us a batch"
+                beside = f"a DataLoader over a TensorDataset: {record['tensor_dataset_us_per_batch']:.0f} us a batch"
+            lines.append(f"| {machine} | {what} | {time} | {beside} |")
+    return "\n".join(lines if len(lines) > 2 else [*lines, "| all | not measured | | |"])
 
 
 def fine_tuning_tables(_: list[dict[str, Any]]) -> str:
@@ -96,7 +117,7 @@ def aims_tables(_: list[dict[str, Any]]) -> str:
 
 TABLES = {
     "README.md": {"training": training_table, "fine-tuning": fine_tuning_tables},
-    "docs/results.md": {"kernels": kernel_table},
+    "docs/results.md": {"kernels": kernel_table, "overhead": overhead_table},
     "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables, "aims": aims_tables},
 }
 

@@ -1,4 +1,4 @@
-"""Kernels of learndrop_ext that know torch and Triton and nothing of the package around them."""
+"""Kernels that depend on torch and Triton only, not on the rest of the package."""
 
 from __future__ import annotations
 

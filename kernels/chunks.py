@@ -1,7 +1,7 @@
-"""Chunk tables: parameters cut into pieces that a delta-norm kernel reads from one tensor, and their anchors.
+"""Chunk tables: the list of pieces of parameters that a delta-norm kernel reads, and the parameters' anchors.
 
 Letters: P parameter tensors, L layers, C chunks, G groups of chunks, S bytes of an anchor row, K columns of
-the sums. Offsets and lengths are elements; names that end in ``_bytes`` are bytes.
+the sums. Offsets and lengths are elements; names that end in `_bytes` are bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .shards import common_mesh, counts_here, local_part
 
-# Codes of the flags column: the dtype in the low bits, then one bit for "address is a multiple of 16 bytes".
+# The flags column: the dtype in the low bits, then one bit for "address is a multiple of 16 bytes".
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 DTYPE_MASK = 3
 ALIGNED = 4
@@ -24,7 +24,7 @@ ADDRESS, ANCHOR_BYTES, LENGTH, LAYER, FLAGS = range(5)
 ALIGN_BYTES = 16
 
 # One Triton program reduces one chunk (tiles and multiprocessors: delta_norms.py). Small chunks spread the
-# work evenly, large ones have fewer table rows (40 bytes each), partial sums (64) and counter updates. 32 KiB
+# work evenly; large ones need fewer table rows (40 bytes each), partial sums (64) and counter updates. 32 KiB
 # of parameters are 96 KiB of traffic with refresh: the rows add 0.1 %. ResNet-50 in fp32, 102 MB, is 3,120
 # chunks, 23.6 for each of an H200's 132 multiprocessors: 24 on the busiest, 2 % over the mean; 64 KiB would
 # leave 12 over 11.8 in little more than one wave.
@@ -42,15 +42,15 @@ Anchors = Mapping[Position, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Entry:
-    """One counted parameter: the memory this rank holds of it, its layer, and where its anchors lie."""
+    """One counted parameter: the memory that this rank holds of it, its layer, and where its anchors are."""
 
-    # Detached, and kept: while the table lives, the address it was built for cannot go to another tensor.
+    # Detached. Held, so that its address cannot go to another tensor while the table lives.
     weight: Tensor
     layer: int
     anchor_bytes: int
 
     def flat(self) -> Tensor:
-        """The parameter's elements in storage order, [numel], sharing its memory."""
+        """Return the parameter's elements in storage order, [numel], sharing its memory."""
         return self.weight.as_strided((self.weight.numel(),), (1,))
 
 
@@ -61,14 +61,19 @@ class DeltaTable:
     its partial sums and counters. A CUDA graph that captured a launch reads this table's memory and must be
     captured again when `builds` has changed.
 
-    Attributes: ``device``; ``persistence``; ``builds``, how often it was built; ``entries``, the counted
-    parameters, and ``counted``, which of them are in this rank's sums; ``mesh``, the device mesh of sharded
-    parameters or None; ``chunks`` [C, 5] int64 (address of w, offset in an anchor row in bytes, length,
-    layer, flags), sorted by layer; ``starts`` [L + 1, 2] int64 (first chunk and first group of each layer);
-    ``anchors`` [1 or 2, S] uint8 (parameters in their own dtype and storage order, each at a multiple of 16
-    bytes); ``partials`` [C + G, 8] float64 (sums of chunks, then of groups); ``counters`` [G + L + 2] int32
-    (chunks done of each group, groups done of each layer, layers done; the last is no counter but the role:
-    which row of ``anchors`` is the newer one).
+    Attributes:
+        device: of the parameters.
+        persistence: whether there are two anchors.
+        builds: how often the table was built.
+        entries: the counted parameters.
+        counted: which of them are in this rank's sums.
+        mesh: the device mesh of sharded parameters, or None.
+        chunks: [C, 5] int64, sorted by layer: address of w, offset in an anchor row in bytes, length, layer, flags.
+        starts: [L + 1, 2] int64, the first chunk and the first group of each layer.
+        anchors: [1 or 2, S] uint8, parameters in their own dtype and storage order, each at a multiple of 16 bytes.
+        partials: [C + G, 8] float64, the sums of chunks, then those of groups.
+        counters: [G + L + 2] int32: chunks done of each group, groups done of each layer, layers done, and last the
+            role, which says which row of `anchors` is the newer one.
     """
 
     device: torch.device
@@ -93,12 +98,12 @@ class DeltaTable:
 
     @property
     def columns(self) -> int:
-        """K, the number of sums per layer: 6, with persistence 8."""
+        """K, the number of sums of a layer: 6, with persistence 8."""
         return 8 if self.persistence else 6
 
     @property
     def role(self) -> int:
-        """The row of ``anchors`` that holds the newer anchor; reading it waits for the device."""
+        """The row of `anchors` that holds the newer anchor. Reading it waits for the device."""
         return int(self.counters[-1])
 
     def __len__(self) -> int:
@@ -106,15 +111,15 @@ class DeltaTable:
         return len(self._layers)
 
     def stale(self) -> bool:
-        """Whether a parameter's memory has moved or changed its size since the build, by a host check."""
+        """Return whether a parameter's memory has moved or changed its size since the build. Asks the host only."""
         locals_ = [local_part(tensor) for tensor in self._flat] if self.mesh is not None else self._flat
         return list(map(Tensor.data_ptr, locals_)) != self._pointers or list(map(Tensor.numel, locals_)) != self._numels
 
     def refresh_pointers(self) -> bool:
-        """Builds the table anew when it is stale and returns whether it was.
+        """Build the table again if it is stale, and return whether it was.
 
-        Anchors keep their values for every parameter whose shape and dtype have stayed; a parameter that
-        changed either is measured from its present value on.
+        A parameter keeps its anchors if its shape and dtype are the same, and is measured from its present value
+        otherwise.
         """
         if not self.stale():
             return False
@@ -122,24 +127,16 @@ class DeltaTable:
         return True
 
     def anchor_values(self) -> dict[Position, tuple[Tensor, ...]]:
-        """Anchors by (layer, place in the layer), each shaped like its parameter and sharing the table's
-        memory.
+        """Return the anchors by (layer, place in the layer), in their parameters' shapes, sharing the table's memory.
 
-        The newest comes first; with persistence the one before it follows. A shared parameter's anchors stand
-        under each of its positions.
+        The newer one comes first; with persistence the older one follows. A shared parameter's anchors are under each
+        of its positions.
         """
         role = self.role if self.persistence else 0
         rows = [self.anchors[role], self.anchors[1 - role]] if self.persistence else [self.anchors[0]]
         return {
             position: tuple(anchor_of(row, self.entries[i]) for row in rows) for position, i in self._entry_at.items()
         }
-
-    def owners(self) -> tuple[Position, ...]:
-        """The position under which each entry is counted: the first one of a shared parameter."""
-        first: dict[int, Position] = {}
-        for position, i in self._entry_at.items():
-            first.setdefault(i, position)
-        return tuple(first[i] for i in range(len(self.entries)))
 
     def _build(self, anchors: Anchors) -> None:
         flat = [tensor for layer in self._layers for tensor in layer]
@@ -193,13 +190,19 @@ def build_table(
     persistence: bool = False,
     anchors: Anchors | None = None,
 ) -> DeltaTable:
-    """Chunk table and anchors for the parameters of one device, grouped in layers.
+    """Return the chunk table and the anchors of parameters, grouped in layers.
 
-    Parameters are fp32, bf16, fp16 or fp64, of any size, dense in memory in any order of dimensions; a
-    parameter that occurs twice is counted once, in its first layer; a DTensor is measured on this rank's
-    shard. Anchors start as copies of the parameters, or as `anchors`, by (layer, place), where shape and
-    dtype agree. Raises TypeError for another dtype and ValueError for a gapped, overlapping, sparse, freed or
-    misaligned parameter, for parameters on several devices and for shards on several meshes.
+    Args:
+        layers: parameters of one device in fp32, bf16, fp16 or fp64, dense in memory in any order of dimensions. One that
+            occurs twice is counted once, in its first layer. A DTensor is measured on this rank's shard.
+        persistence: whether the anchor before the newest is kept too. Default: False
+        anchors: values that the anchors start with, by (layer, place), where shape and dtype agree. Default: the
+            parameters
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for a sparse, freed or misaligned parameter, one with gaps or overlap, parameters on several devices
+            and shards on several meshes.
     """
     return DeltaTable(layers, persistence=persistence, anchors=anchors)
 
@@ -208,7 +211,7 @@ def anchor_of(
     row: Tensor,  # [S] uint8, one row of DeltaTable.anchors
     entry: Entry,
 ) -> Tensor:
-    """The anchor of one parameter in its shape and strides, sharing the row's memory."""
+    """Return the anchor of one parameter in its shape and strides, sharing the row's memory."""
     weight = entry.weight
     memory = row[entry.anchor_bytes : entry.anchor_bytes + weight.nbytes].view(weight.dtype)
     return memory.as_strided(weight.shape, weight.stride())
@@ -219,7 +222,7 @@ def fill_anchors(
     entry: Entry,
     kept: tuple[Tensor, ...],
 ) -> None:
-    """Sets a parameter's anchors, newest first, to the kept values, or to it where those do not fit."""
+    """Set a parameter's anchors to the kept values, newest first, or to the parameter if those do not fit."""
     for i, row in enumerate(memory):
         values = kept[i] if i < len(kept) else kept[0] if kept else entry.weight
         fits = values.shape == entry.weight.shape and values.dtype == entry.weight.dtype
@@ -227,7 +230,7 @@ def fill_anchors(
 
 
 def check_parameter(weight: Tensor, name: str, first: Entry | None) -> None:
-    """Raises for a parameter that the kernels cannot read."""
+    """Raise TypeError or ValueError for a parameter that the kernels cannot read."""
     if weight.layout != torch.strided:
         raise ValueError(f"build_table: {name} must be a dense tensor, got layout {weight.layout}")
     if weight.dtype not in DTYPE_CODES:
@@ -254,7 +257,7 @@ def check_parameter(weight: Tensor, name: str, first: Entry | None) -> None:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory without gaps or overlap, in any order of dimensions."""
+    """Return whether the elements fill their memory without gaps or overlap, in any order of dimensions."""
     if tensor.numel() == 0:
         return True
     expected = 1
@@ -268,7 +271,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def cut(entries: Sequence[Entry], layers: int) -> tuple[Tensor, Tensor]:
-    """Chunk table [C, 5] int64 and the first chunk and group of each layer [L + 1, 2] int64, on the CPU.
+    """Return the chunk table [C, 5] int64 and the first chunk and group of each layer [L + 1, 2] int64, on the CPU.
 
     A chunk lies in one parameter, a group in one layer. A layer without elements has one chunk of length 0,
     so that every layer's sums are written by a program.
@@ -287,7 +290,7 @@ def cut(entries: Sequence[Entry], layers: int) -> tuple[Tensor, Tensor]:
 
 
 def cut_entry(entry: Entry) -> Tensor:
-    """Rows of the chunk table for one parameter with elements, on the CPU."""
+    """Return the rows of the chunk table for one parameter, which has elements, on the CPU."""
     weight = entry.weight
     item_bytes = weight.element_size()
     length = CHUNK_BYTES // item_bytes

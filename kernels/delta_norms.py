@@ -31,8 +31,8 @@ from .reference import check_out
 WARPS = 4
 TILE_ROWS = 4
 
-# Said outright: Triton 3.9 warns where the default of enable_fp_fusion is used, and later versions have another one.
-# Fused, a square or product of a delta is not rounded before it is added.
+# With fusion a square or product of a delta is not rounded before it is added. Given because Triton 3.9 warns if the
+# default is used, and later versions have another one.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 CHUNK_COLUMNS = tl.constexpr(5)
@@ -56,7 +56,7 @@ def _magnitude(x):
 
 @triton.jit
 def _from_magnitude(bits):
-    """The number, in fp64, whose `_magnitude` is `bits`."""
+    """The fp64 number whose `_magnitude` is `bits`."""
     if bits.dtype == tl.int64:
         return bits.to(tl.float64, bitcast=True)
     else:
@@ -65,7 +65,7 @@ def _from_magnitude(bits):
 
 @triton.jit
 def _widen(x):
-    """In fp32. bf16 by its bits: Triton's interpreter takes its subnormals for 0."""
+    """x in fp32. bf16 is converted by its bits: Triton's interpreter takes its subnormals for 0."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -112,10 +112,10 @@ def _load(p, o, m, MASKED: tl.constexpr):
 
 @triton.jit
 def _by_thread(x, T: tl.constexpr):
-    """The vector that each thread holds of each row as an axis: [R, T * V] to [R, T, V], nothing moved.
+    """[R, T * V] to [R, T, V]: the vector that each thread holds of each row becomes an axis, and nothing moves.
 
-    Tiles are loaded in two dimensions because Triton then has no choice but to lay rows across threads; given three it
-    deals the rows among the threads of a warp in some versions (3.6).
+    Tiles are loaded in two dimensions, so that Triton lays each row across the threads. Given three, some versions
+    (3.6) divide the rows among the threads of a warp.
     """
     return tl.reshape(x, [x.shape[0], T, x.shape[1] // T])
 
@@ -133,10 +133,10 @@ def _add_tile(
     PERSISTENCE: tl.constexpr,
     T: tl.constexpr,
 ):
-    """Adds one tile to the running sums and writes its anchor.
+    """Add one tile to the running sums and, where REFRESH, write its anchor.
 
-    fp32 sums run over one thread's 16 values only, scaled by a power of two that keeps their squares from overflow and
-    underflow; everything further is fp64.
+    fp32 sums are over the 16 values of one thread only, scaled by a power of two that keeps their squares from overflow
+    and underflow. All later sums are fp64.
     """
     b_w = _load(p_w, o, m, MASKED)
     b_newer = _load(p_newer, o, m, MASKED)
@@ -210,7 +210,7 @@ def _chunk_sums(
     R: tl.constexpr,
     T: tl.constexpr,
 ):
-    """The 8 sums of one chunk of elements of type ELEMENT, fp64 scalars, its anchor written where REFRESH."""
+    """The 8 sums of one chunk of elements of type ELEMENT, as fp64 scalars. Where REFRESH, its anchor is written."""
     p_newer = tl.multiple_of(p_newer.to(tl.pointer_type(ELEMENT), bitcast=True), 16)
     p_older = tl.multiple_of(p_older.to(tl.pointer_type(ELEMENT), bitcast=True), 16)
     V: tl.constexpr = 128 // ELEMENT.primitive_bitwidth
@@ -223,7 +223,7 @@ def _chunk_sums(
     else:
         sums = (zeros, zeros, counts, zeros, zeros, counts, zeros, zeros)
 
-    # The hint holds for the rounded address only, which is another value than the tail's.
+    # The hint is for the rounded address, which only full tiles use: they are aligned.
     p_w = tl.multiple_of((address & -16).to(tl.pointer_type(ELEMENT), bitcast=True), 16)
     full = tl.where(aligned, length // (R * ROW), 0)
     o = tl.arange(0, R)[:, None] * ROW + o_row
@@ -256,13 +256,13 @@ def _add_partials(
     last,
     ROWS: tl.constexpr,
 ):
-    """Rows first to last of the partial sums as one row: [8]."""
+    """The sum of rows first to last - 1 of the partial sums, [8]; the maximum in its column."""
     o_rows = tl.arange(0, ROWS)[:, None]
     o_columns = tl.arange(0, PARTIAL_COLUMNS)
     s_sums = tl.zeros([ROWS, PARTIAL_COLUMNS], tl.float64)
     s_tops = tl.zeros([ROWS, PARTIAL_COLUMNS], tl.int64)
     for i in range(first, last, ROWS):
-        # .cg: other programs wrote these, and the first-level cache does not see that.
+        # .cg: other programs wrote these, and the first-level cache may hold older values.
         b_partials = tl.load(
             p_partials + (i + o_rows) * PARTIAL_COLUMNS + o_columns[None, :],
             mask=i + o_rows < last,
@@ -277,9 +277,9 @@ def _add_partials(
 
 @triton.jit
 def _is_last(p_counter, count):
-    """Counts this program in; whether it is the last of `count`, which sets the counter back to 0.
+    """Count this program; true in the last of `count`, which also sets the counter back to 0.
 
-    What a program's threads stored before is seen by all threads of the last one after.
+    All threads of the last program see what the threads of the others stored before.
     """
     tl.debug_barrier()
     last = tl.atomic_add(p_counter, 1, sem="acq_rel") == count - 1
@@ -360,7 +360,7 @@ def delta_norms_kernel(
 
 
 def constants(*, refresh: bool, persistence: bool) -> dict[str, int | bool]:
-    """The kernel's compile-time arguments."""
+    """Return the kernel's compile-time arguments."""
     return {
         "REFRESH": refresh,
         "PERSISTENCE": persistence,
@@ -371,12 +371,11 @@ def constants(*, refresh: bool, persistence: bool) -> dict[str, int | bool]:
 
 
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
-    """Sums over each layer's parameters of how far they are from their anchors: [L, K] float64.
+    """Do as `kernels.reference.delta_norms`, whose arguments, result and errors these are, in one launch on a GPU.
 
-    `kernels.reference.delta_norms` says what the columns, `refresh` and `out` are and what it raises. One launch on the
-    current stream, without synchronisation, and no allocation besides the result, none with `out`: it can be captured
-    in a CUDA graph. Two runs give the same bits. The sums are fp64 over fp32 sums of 16 terms, added 6 deep: within 8 *
-    2^-24 of the reference, relative to the sum of the terms' magnitudes.
+    The launch is on the current stream, without synchronisation, and allocates only the result, with `out` nothing: it
+    can be captured in a CUDA graph. Two runs give the same bits. The sums are fp64 over fp32 sums of 16 terms, added 6
+    deep: within 8 * 2^-24 of the reference, relative to the sum of the terms' magnitudes.
     """
     check_out(table, out)
     sums = torch.empty(len(table), table.columns, dtype=torch.float64, device=table.device) if out is None else out

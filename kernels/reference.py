@@ -12,19 +12,24 @@ from .chunks import DeltaTable, anchor_of
 
 
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
-    """Sums over each layer's parameters of how far they are from their anchors: [L, K] float64.
+    """Return sums over each layer's parameters w of their change since the anchors.
 
-    Columns: l1(delta), l2(delta)^2, max |delta|, l1(w), l2(w)^2, non-finite count; with persistence also
-    dot(delta, previous delta) and l2(previous delta)^2. delta = w - anchor, in float64 for fp64 parameters,
-    else rounded once to float32; the previous delta is that between the two anchors; sums are float64. The
-    count is that of the elements whose delta is NaN or infinite (w or an anchor is, or their difference
-    overflows); it hides nothing: for such a layer the maximum and the sums are what IEEE arithmetic makes of
-    them, NaN where any term is NaN.
+    delta = w - anchor, in float64 for fp64 parameters, else rounded once to float32. The previous delta is the
+    difference of the two anchors. An element is counted as not finite if its delta is NaN or infinite: w or the anchor
+    is, or their difference overflows. It stays in the other columns too, which follow IEEE arithmetic: NaN if any term
+    is NaN.
 
-    With `refresh` the anchor becomes w; with persistence the older anchor is overwritten and the two swap
-    roles. `out` [L, K] float64 contiguous on the table's device takes the result in place of a new tensor.
-    Sums cover this rank's shards. The table must not be stale (`ops.delta_norms` sees to that). Raises
-    ValueError for another `out`.
+    Args:
+        table: must not be stale; `ops.delta_norms` sees to that.
+        refresh: whether the anchor becomes w. With persistence the older anchor is overwritten, and the two swap roles.
+        out: [L, K] float64, contiguous, on the table's device; written instead of a new tensor. Default: None
+
+    Returns:
+        [L, K] float64, of this rank's shards: l1(delta), l2(delta)^2, max |delta|, l1(w), l2(w)^2, number of elements
+        not finite; with persistence also dot(delta, previous delta) and l2(previous delta)^2.
+
+    Raises:
+        ValueError: for another `out`.
     """
     check_out(table, out)
     sums = torch.zeros(len(table), table.columns, dtype=torch.float64, device=table.device)
@@ -57,7 +62,7 @@ def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) 
 
 
 def check_out(table: DeltaTable, out: Tensor | None) -> None:
-    """Raises ValueError unless `out` is None or a contiguous [L, K] float64 tensor on the table's device."""
+    """Raise ValueError unless `out` is None or a contiguous [L, K] float64 tensor on the table's device."""
     if out is None:
         return
     wanted = (len(table), table.columns)

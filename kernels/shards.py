@@ -20,15 +20,14 @@ MAXIMUM = 2
 
 
 def as_sharded(tensor: Tensor) -> DTensor | None:
-    """The tensor as a DTensor, or None for a plain one."""
-    # Looked up, not imported: while nobody has loaded the module no DTensor exists, and loading it takes a
-    # second.
+    """Return the tensor if it is a DTensor, else None."""
+    # Not imported: there is no DTensor before somebody imports the module, and its import takes a second.
     module = sys.modules.get("torch.distributed.tensor")
     return tensor if module is not None and isinstance(tensor, module.DTensor) else None
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """The memory that this rank holds of `tensor`: the shard of a DTensor, else the tensor itself."""
+    """Return what this rank holds of `tensor`: the shard of a DTensor, else the tensor itself."""
     sharded = as_sharded(tensor)
     if sharded is None:
         return tensor
@@ -37,10 +36,10 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def common_mesh(tensors: Iterable[Tensor]) -> DeviceMesh | None:
-    """The one mesh on which all DTensors among `tensors` lie, None without any.
+    """Return the one mesh of all DTensors among `tensors`, or None without any.
 
-    Raises ValueError for several meshes and for a DTensor whose ranks hold summands of it (a Partial
-    placement).
+    Raises:
+        ValueError: for several meshes, and for a DTensor with a Partial placement, whose ranks hold summands of it.
     """
     mesh: DeviceMesh | None = None
     for tensor in tensors:
@@ -58,10 +57,10 @@ def common_mesh(tensors: Iterable[Tensor]) -> DeviceMesh | None:
 
 
 def counts_here(tensor: Tensor, mesh: DeviceMesh | None) -> bool:
-    """Whether this rank's sums include `tensor`, so that over the mesh each element is counted once.
+    """Return whether this rank's sums include `tensor`, so that each element is counted once over the mesh.
 
-    A sharded dimension counts on every rank of it, a replicated one on its first; a plain tensor beside
-    DTensors is taken to be the same on every rank.
+    Along a sharded dimension every rank counts, along a replicated one the first. A plain tensor beside DTensors is
+    taken to be the same on every rank.
     """
     if mesh is None:
         return True
@@ -78,11 +77,10 @@ def join(
     sums: Tensor,  # [L, K] float64
     mesh: DeviceMesh | None,
 ) -> Tensor:
-    """Sums over all ranks of `mesh`, the same bits on each: [L, K] float64; one all-reduce for a
-    one-dimensional mesh.
+    """Return the sums over all ranks of `mesh`, [L, K] float64, the same bits on each rank.
 
-    The maxima travel in the same all-reduce as the sums: one more column for each rank, zero but for its own.
-    A mesh of several dimensions takes one all-reduce for each.
+    One all-reduce for each dimension of the mesh. The maxima travel with the sums, in one more column for each rank,
+    which is zero on the other ranks.
     """
     if mesh is None:
         return sums

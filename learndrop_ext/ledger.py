@@ -1,4 +1,4 @@
-"""What a run has cost, and what it will."""
+"""The costs of a run: measured so far, and expected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMED_SAMPLES = 32
 
 
 class Ledger:
-    """The costs of a run: layers are timed when it is made, whole training steps when they are asked for.
+    """The costs of a run. Layers are timed at construction, whole training steps by `probe`.
 
     Args:
         chain: the model's layers.
@@ -70,22 +70,29 @@ class Ledger:
         self.costs.probe(step, batch=len(ids), read_seconds=read_seconds, workers=user.num_workers)
 
     def elapsed(self, history: Sequence[Record]) -> float:
-        """Return the seconds of the run so far, with the making of the scheduler."""
+        """Return the seconds of the run so far, the construction of the scheduler included."""
         return self.setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
 
     def observe(self, prefix: int, *, samples: int, made: int, seconds: float) -> None:
-        """Calibrate the cost model with one measured epoch: the samples trained, the rows made for them, what it took."""
+        """Calibrate the cost model with one measured epoch.
+
+        Args:
+            prefix: layers that were dropped in it.
+            samples: that were trained.
+            made: rows that were made in it.
+            seconds: that it took.
+        """
         run = dataclasses.replace(self.run_costs()[0], scale=1.0)
         filling = run.fill_seconds(self.prefix_before, prefix) if made else 0.0
         modelled = run.epoch_seconds(prefix) * samples + filling * made
         self.costs.observe(modelled / max(1, self.costs.samples), seconds)
 
     def full_epoch_seconds(self, history: Sequence[Record], newest: float | None) -> float:
-        """Return the seconds of an epoch without drops: the median of those that were run, else what was timed before.
+        """Return the seconds of an epoch without drops: the median of those in the run, else an estimate.
 
         Args:
             history: of the run.
-            newest: of the epoch that ended, if nothing was dropped in it.
+            newest: seconds of the epoch that has just ended, if nothing was dropped in it.
         """
         before = [0, *(record.prefix for record in history)]
         seconds = [r.epoch_seconds for r, prefix in zip(history, before, strict=False) if r.epoch and prefix == 0]

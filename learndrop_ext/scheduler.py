@@ -1,4 +1,4 @@
-"""DropScheduler: measures, scores, decides and drops, once an epoch, like a learning-rate scheduler."""
+"""DropScheduler: measures, scores, decides and drops layers, once an epoch like a learning-rate scheduler."""
 
 from __future__ import annotations
 
@@ -134,10 +134,10 @@ class DropScheduler:
         self.loader = DropLoader(loader, self.rows, self.model, key=input)
         self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None)
         self._deltas = self._deltas_from(0)
-        promises = getattr(self.policy, "check", None)  # Budget refuses an unreachable speedup before training
-        if promises is not None:
+        check = getattr(self.policy, "check", None)  # Budget refuses a speedup that cannot be reached
+        if check is not None:
             self.ledger.probe(model)
-            promises(self.ledger.run_costs()[0], epochs)
+            check(self.ledger.run_costs()[0], epochs)
         self.ledger.setup_seconds = time.perf_counter() - begin
         self._decide_before_training()
         self.ledger.setup_seconds = time.perf_counter() - begin
@@ -148,9 +148,9 @@ class DropScheduler:
         return self.rows.cut
 
     def step(self) -> Record:
-        """Measure what was trained since the last step, decide, and where the policy says so drop layers.
+        """Measure what was trained since the last step, ask the policy, and drop the layers that it says.
 
-        The rows of dropped layers are made as their samples are next drawn. A step that raises can be called again.
+        Rows are made when their samples are next drawn. A step that raises can be called again.
 
         Raises:
             RuntimeError: nothing was trained since the last step, or not `drop.model` on `drop.loader`'s batches.
@@ -194,15 +194,15 @@ class DropScheduler:
         return record
 
     def forecast(self, epochs: int | None = None) -> Forecast:
-        """Return what a run takes, without drops and with one of each length from each start.
+        """Return what a run takes without drops, and with one drop, for each number of layers and each epoch.
 
-        Some training steps are timed for it on a copy of model and optimizer.
+        For this some training steps are timed on a copy of the model and the optimizer.
 
         Args:
             epochs: length of the run. Default: `epochs` of the constructor
 
         Raises:
-            ValueError: neither is known.
+            ValueError: neither is given.
         """
         epochs = self.epochs if epochs is None else epochs
         if epochs is None:
@@ -219,7 +219,7 @@ class DropScheduler:
         self._release()
 
     def close(self) -> None:
-        """End the run: the model is as it was found, `drop.model` is the whole of it, rows and their files are freed."""
+        """End the run: the model is as it was found, `drop.model` runs all of it, rows and their files are freed."""
         self._close(keep_files=False)
 
     def __enter__(self) -> DropScheduler:
@@ -228,7 +228,7 @@ class DropScheduler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error the file stays: resuming from the checkpoint needs it.
+        # After an error the file stays for a run that resumes from the checkpoint.
         self._close(keep_files=kind is not None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -286,7 +286,7 @@ class DropScheduler:
         return situation, choices
 
     def _follow(self, situation: Situation, choices: list[costs.CutChoice]) -> str:
-        """Ask the policy and do what it decides; the reason in words."""
+        """Ask the policy, do what it decides, and return the reason in words."""
         decision = checked_decision(self.policy(situation), self.prefix, len(self.chain) - 1)
         decision, choices = from_rank_zero((decision, choices))
         if decision.prefix <= self.prefix:
@@ -296,9 +296,9 @@ class DropScheduler:
         return f"{decision.reason}; {choice.reason}"
 
     def _drop(self, prefix: int, cut: int, situation: Situation) -> None:
-        """Freeze `prefix` layers, keep rows after `cut` of them, and go on with the rest.
+        """Freeze `prefix` layers, keep rows after `cut` of them, and train the rest.
 
-        All that can fail comes before anything that the user sees is changed.
+        Everything that can fail comes before the first change that the user sees.
         """
         share_buffers(self.chain.prefix(prefix).buffers())
         body = live_body(self.base_model, self.chain, cut, prefix, self.wrap)
@@ -344,7 +344,7 @@ class DropScheduler:
         self.model.row_shape = self.chain.layer(self.cut - 1).shape if self.cut else None
 
     def _follow_code(self) -> None:
-        """Split the model anew where what its forward reads from its modules has moved since."""
+        """Split the model again if what its forward reads from its modules has changed."""
         stale = self.chain.stale()
         if stale is None:
             return
@@ -354,7 +354,8 @@ class DropScheduler:
         self.chain = self.rows.chain = chain
         if self.prefix:
             warnings.warn(f"drop.step: the rows are made anew: {stale}", RuntimeWarning, stacklevel=3)
-            self.rows.find(None, self.rows.cuts) if self.rows.cuts else None
+            if self.rows.cuts:
+                self.rows.find(None, self.rows.cuts)
             self._freeze(self.prefix, live_body(self.base_model, chain, self.cut, self.prefix, self.wrap))
 
     def _record(self, reason: str, **values: Any) -> Record:

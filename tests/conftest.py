@@ -7,9 +7,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +71,19 @@ def torchvision_stub() -> ModuleType:
 def timm(torchvision_stub: ModuleType) -> ModuleType:
     """timm, which imports torchvision."""
     return pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="module")
+def pl(request: pytest.FixtureRequest) -> Any:
+    """Lightning, which imports torchvision where it is installed."""
+    if importlib.util.find_spec("lightning") is None:
+        pytest.skip("lightning is not installed")
+    if importlib.util.find_spec("torchvision") is not None:
+        request.getfixturevalue("torchvision_stub")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import lightning.pytorch
+    return lightning.pytorch
 
 
 #: A library's operators go with it.

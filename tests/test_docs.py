@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_lightning import IGNORED
 
 import learndrop_ext
 from learndrop_ext.app import cli
 from learndrop_ext.decide.policy import Budget, StoppedLearning
-from small_lightning import IGNORED
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

@@ -142,9 +142,29 @@ def test_files_are_read_in_one_sitting() -> None:
     assert long == {}
 
 
+def test_no_block_of_ten_lines_stands_twice() -> None:
+    """Ten lines in a row, imports and blank lines aside."""
+    first: dict[tuple[str, ...], str] = {}
+    twice = []
+    for path in sorted(path for folder in ("learndrop_ext", "kernels", "csrc") for path in (ROOT / folder).rglob("*")):
+        if path.suffix not in (".py", ".cpp", ".cu", ".h", ".cuh"):
+            continue
+        lines = [(number, line.strip()) for number, line in enumerate(path.read_text().splitlines(), 1)]
+        lines = [
+            (number, line) for number, line in lines if line and not line.startswith(("import ", "from ", "#include "))
+        ]
+        for i in range(len(lines) - 9):
+            place = f"{path.relative_to(ROOT)}:{lines[i][0]}"
+            block = tuple(line for _, line in lines[i : i + 10])
+            if first.setdefault(block, place) != place:
+                twice.append((first[block], place))
+    assert twice == []
+
+
 def test_tests_mirror_the_tree() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
-    assert folders == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} | {"kernels"}
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    assert folders == packages | {"kernels", "promises"}
 
 
 def test_there_are_no_drawers() -> None:

@@ -17,19 +17,19 @@ import torch
 from learndrop_ext import backend_info
 from learndrop_ext.app import forecasts, report, runs, shared_rows
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
-from learndrop_ext.app.networks import build_network, check_network, is_external, pixel_statistics
-from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, STOPPED_OPTIONS, make_parser
+from learndrop_ext.app.networks import check_network, is_external, pixel_statistics
+from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, make_parser
 from learndrop_ext.app.policies import parse_policy
-from learndrop_ext.app.runs import Recipe
+from learndrop_ext.app.runs import STOPPED_OPTIONS, Recipe
 from learndrop_ext.ops import free_bytes
 
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 2 for what cannot be done, 130 after Ctrl-C.
+    """Run one command and return its exit status: 0, 2 after an error, 130 after Ctrl-C.
 
-    What cannot be done is said in one line. The environment's LEARNDROP_TRACEBACK=1 shows where it was raised.
+    An error is printed as one line. With LEARNDROP_TRACEBACK=1 in the environment it is raised instead.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
-    """The split and the recipe that the options ask for. What can be checked fast is checked before images are read."""
+    """Return the data and the recipe that the options ask for. Cheap checks come before any image is read."""
     preset = PRESETS[args.dataset]
     device = _device(args.device)
     _check_out(args.out)
@@ -60,8 +60,8 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
     split = _load(args)
     augment = args.augment or preset.get("augment")
     augment = None if augment == "none" else augment
-    said = {name: value for name in RECIPE_OPTIONS if (value := getattr(args, name)) is not None}
-    chosen = {name: value for name, value in preset.items() if name not in ("model", "augment")} | said
+    given = {name: value for name in RECIPE_OPTIONS if (value := getattr(args, name)) is not None}
+    chosen = {name: value for name, value in preset.items() if name not in ("model", "augment")} | given
     chosen["batch_size"] = min(chosen["batch_size"], len(split.train))
     recipe = Recipe(
         **chosen,
@@ -78,15 +78,7 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
         policy=args.policy,
         **{name: getattr(args, name) for name in STOPPED_OPTIONS},
     )
-    network = build_network(
-        model,
-        num_classes=len(split.classes),
-        in_channels=split.channels,
-        stem=recipe.stem,
-        width=recipe.width,
-        weights=recipe.weights,
-        seed=recipe.seed,
-    )
+    network = runs.make_network(split, recipe)
     if network.note:
         print(network.note, file=sys.stderr)
     if statistics := pixel_statistics(model):
@@ -105,7 +97,7 @@ def _load(args: argparse.Namespace) -> Split:
 
 
 def _check_options(args: argparse.Namespace, model: str) -> None:
-    """Refuse options that the model or the policy asked for would leave unused."""
+    """Refuse options that the chosen model or policy does not use."""
     if is_external(model):
         for name in ("width", "stem"):
             if getattr(args, name) is not None:
@@ -117,7 +109,7 @@ def _check_options(args: argparse.Namespace, model: str) -> None:
 
 
 def _decoded(split: Split, device: torch.device) -> Split:
-    """The split with its photos decoded once, where half of the free memory holds them."""
+    """Return the split with its photos decoded, if they fit into half of the free memory."""
     wanted = split.bytes_decoded
     free = min(free_bytes(place) for place in {torch.device("cpu"), device})
     if wanted <= free // 2:
@@ -137,7 +129,7 @@ def _device(name: str) -> str:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")  # Refused below.
+        device = torch.device("meta")  # refused below
     if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cpu":
@@ -153,7 +145,7 @@ def _device(name: str) -> str:
 
 
 def _check_out(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written, before anything is read or trained."""
+    """Refuse a folder that cannot be created or written."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         kind = "which cannot be written" if there.is_dir() else f"where {there} is a file"
@@ -236,7 +228,7 @@ def _interrupted(out: Path, bar: _Bar) -> int:
 
 
 class _Bar:
-    """One progress bar a run on stderr, by tqdm; silent where stderr is no terminal."""
+    """A progress bar for each run on stderr, by tqdm; silent if stderr is not a terminal."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("tqdm") is None:

@@ -49,9 +49,15 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Split:
-    """A dataset in its parts, with what a model and a recipe need to know of it.
+    """A dataset: its parts, and what a model and a recipe need to know of them.
 
-    validation: a third part, for choosing a recipe; None where there is none.
+    Args:
+        train, test: the parts.
+        classes: names of the classes, by label.
+        channels: C.
+        size: side of the images in pixels.
+        mean, std: of pixels in [0, 1], per channel.
+        validation: a third part, for choosing a recipe, or None.
     """
 
     train: ImageSet
@@ -104,17 +110,22 @@ def load_dataset(
     size: int | None = None,
     augment: str | None = None,
 ) -> Split:
-    """Read a dataset of ``DATASETS`` from its original files below ``root``.
+    """Read a dataset from its original files.
 
-    ``root`` may be the folder of the files or the one torchvision is given: MNIST/raw, FashionMNIST/raw,
-    cifar-10-batches-py, cifar-100-python or imagenette-128 (imagenette2, ...) below it are found. digits
-    comes with scikit-learn and needs no root; its 1,797 images are split into 1,437 and 360 by a fixed
-    seed. ``limit`` keeps the first samples of each part in the order of the files (Imagenette, whose files
-    are ordered by class: in turn from each class), and does not open files beyond them. ``size`` is the
-    side of the images in pixels: their own by default, 128 for Imagenette. ``augment`` is that of the training part.
+    Args:
+        name: a key of `DATASETS`. The 1,797 images of digits come with scikit-learn and are split into 1,437 and 360 by
+            a fixed seed.
+        root: the folder that holds the files, or the one that torchvision is given, which holds MNIST/raw,
+            FashionMNIST/raw, cifar-10-batches-py, cifar-100-python or imagenette-128 (imagenette2, ...). Not for digits.
+        limit: keep only the first images of each part, in the order of the files (of Imagenette, whose files are ordered
+            by class, in turn from each class). Files beyond them are not opened.
+        size: side of the images in pixels. Default: as they are; 128 for Imagenette.
+        augment: of the training part, see `ImageSet`.
 
-    Raises ValueError for an unknown name, a missing root, a limit or size that cannot be; ImportError where
-    the package that reads the files is not installed; IntegrityError for a file that is missing or damaged.
+    Raises:
+        ValueError: for an unknown name, a missing root, or a limit or size below 1.
+        ImportError: if the package that reads the files is not installed.
+        IntegrityError: for a file that is missing or damaged.
     """
     source = DATASETS.get(name)
     if source is None:
@@ -130,26 +141,26 @@ def load_dataset(
 def load_folder(
     root: str | Path, *, limit: int | None = None, size: int | None = None, test_share: float | None = None
 ) -> Split:
-    """List the photos of a folder that holds one folder a class, for training and for testing.
+    """List the photos of a folder that holds one folder for each class.
 
     Either `root` holds train/ and test/, val/ or validation/, each with the same class folders. The test part is
-    test/ where there is one, and val/ or validation/ is then the validation part. Or `root`, or its train/, holds the
-    class folders alone, and the photos of each class are split by a fixed seed.
+    test/ if there is one, and val/ or validation/ is then the validation part. Or `root`, or its train/, holds only
+    class folders, and the photos of each class are split by a fixed seed.
 
     Args:
         root: the folder.
-        limit: keep the first photos of each part only, taken in turn from each class.
-        size: side of the images in pixels, 128 by default: the middle square of each photo is scaled to it.
-        test_share: share of each class for the test part, in (0, 1), where there is no such part; 0.2 by default.
+        limit: keep only the first photos of each part, taken in turn from each class.
+        size: side of the images in pixels; the middle square of each photo is scaled to it. Default: 128
+        test_share: share of each class for the test part, in (0, 1), if there is no test part. Default: 0.2
 
     Returns:
-        The split, its photos not yet decoded, normalized with ImageNet's mean and deviation.
+        The split, its photos not yet decoded, with ImageNet's mean and deviation.
 
     Raises:
-        ValueError: for a limit, a size or a share that cannot be, and for a share where there is a test part.
-        ImportError: where pillow is not installed.
-        IntegrityError: for a folder that is missing, has one class only, or a class with one photo only to be split, and
-            as `list_class_folders` does.
+        ValueError: for a limit, size or share out of range, and for a share if there is a test part.
+        ImportError: if pillow is not installed.
+        IntegrityError: for a folder that is missing or has one class only, for a class to be split that has one photo
+            only, and as `list_class_folders`.
     """
     root = Path(root)
     _package("PIL", "folder", "pillow")
@@ -177,7 +188,7 @@ def load_folder(
 def _split_classes(
     folders: Mapping[str, Sequence[Path]], *, share: float
 ) -> tuple[dict[str, tuple[Path, ...]], dict[str, tuple[Path, ...]]]:
-    """Split the photos of each class, drawn by a fixed seed: at least one photo of each class in both parts."""
+    """Split the photos of each class at random by a fixed seed, with at least one photo in each part."""
     generator = torch.Generator().manual_seed(0)
     train, test = {}, {}
     for name, files in folders.items():
@@ -206,7 +217,7 @@ def _split(
     limit: int | None,
     size: int | None,
 ) -> Split:
-    """The split of a training part, a test part and, where there is a third, a validation part."""
+    """Return the split of a training part, a test part and, if there is a third, a validation part."""
     parts = [
         ImageSet(images[:limit], labels[:limit], mean=mean, std=std, size=size or 128, flip=flip)
         for images, labels in subsets
@@ -227,7 +238,7 @@ def _split(
 
 def _read_digits(_: Path, __: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
     digits = _package("sklearn.datasets", "digits", "scikit-learn").load_digits()
-    # 17 grey levels, 0 to 16, spread over the range of a byte
+    # 17 grey levels, 0 to 16, scaled to the range of a byte
     images = (torch.from_numpy(digits.images) * (255 / 16)).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(digits.target).to(torch.int64)
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
@@ -341,7 +352,7 @@ IMAGENETTE = {
     "n03888257": "parachute",
 }
 
-# Means and deviations are those of the whole training part; Imagenette has ImageNet's customary ones.
+# Means and deviations are those of the whole training part, for Imagenette those of ImageNet.
 DATASETS: Mapping[str, Source] = MappingProxyType(
     {
         "digits": Source(_read_digits, (0.3041,), (0.3757,), flip=False),

@@ -1,4 +1,4 @@
-"""The door of the command line: imports the rest, and takes Ctrl-C while that goes on."""
+"""Entry point of the command line. Ctrl-C is handled during the imports too."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Readers of image sets in their published forms: IDX and CIFAR pickles.
+"""Readers of the IDX and CIFAR file formats. Each checks what it reads and raises IntegrityError.
 
-Every reader checks what it reads and raises IntegrityError, which names the file, the form wanted and what
-was found. Letters: N samples, C channels, H and W pixels.
+Letters: N samples, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ __all__ = [
 
 
 class IntegrityError(ValueError):
-    """A data file is missing or is not what its form promises; ``path`` is the file."""
+    """A data file (`path`) is missing or damaged, or not of its format (`problem`)."""
 
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
@@ -40,7 +39,7 @@ class IntegrityError(ValueError):
 
 
 def find_file(folder: Path, name: str, *, suffixes: Sequence[str] = ("",)) -> Path:
-    """Return the first of ``folder/name + suffix`` that is a file, else raise IntegrityError."""
+    """Return the file `name` in a folder, with the first suffix there is. Raises IntegrityError if there is none."""
     for suffix in suffixes:
         path = folder / (name + suffix)
         if path.is_file():
@@ -50,11 +49,21 @@ def find_file(folder: Path, name: str, *, suffixes: Sequence[str] = ("",)) -> Pa
 
 
 def read_idx(path: Path, *, dims: int) -> Tensor:
-    """Read an IDX file of bytes with ``dims`` dimensions, gzipped when its name ends in .gz: a uint8 tensor.
+    """Read an IDX file of bytes, gzipped if its name ends in .gz.
 
     Source: "The IDX file format" on the MNIST page of LeCun, Cortes and Burges: two zero bytes, the type (8
     for unsigned bytes), the number of dimensions, each size as a big-endian 32-bit integer, then the values
     in C order.
+
+    Args:
+        path: the file.
+        dims: the number of dimensions that it must have.
+
+    Returns:
+        uint8, of the sizes in the header.
+
+    Raises:
+        IntegrityError: for a file that cannot be read or has another form.
     """
     try:
         with _open(path) as file:
@@ -86,7 +95,7 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile:
 
 
 class _Dtype:
-    """Stands for numpy.dtype in a CIFAR pickle; its state adds nothing for single bytes."""
+    """Stands for numpy.dtype in a CIFAR pickle. Its state does not matter for single bytes."""
 
     def __init__(self, name: str | bytes, *_: object) -> None:
         self.name = name.decode("ascii", "replace") if isinstance(name, bytes) else str(name)
@@ -115,8 +124,8 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# What the original files name (numpy has moved _reconstruct with release 2.0), and the spelling of bytes in
-# files that Python 3 wrote again. Nothing of numpy itself is called.
+# The globals that the original files name (numpy 2.0 moved _reconstruct), and that of bytes in files that Python 3
+# has written again. numpy itself is never called.
 _STAND_INS: dict[tuple[str, str], Callable[..., object]] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
@@ -152,11 +161,22 @@ def _unpickle(path: Path) -> dict[str, object]:
 
 
 def read_cifar(path: Path, *, labels: str, classes: int) -> tuple[Tensor, Tensor]:
-    """Read one CIFAR batch: uint8 images [N, 3, 32, 32] and int64 labels [N] from the list named ``labels``.
+    """Read one CIFAR batch.
 
-    Source: "the CIFAR-10 and CIFAR-100 datasets", the python version: a pickled dictionary whose ``data``
+    Source: "the CIFAR-10 and CIFAR-100 datasets", the python version: a pickled dictionary whose `data`
     is a uint8 array [N, 3072] of red, green and blue planes, each 32 by 32 in C order. The pickle is read
     with stand-ins for the array types; any other global is refused before it is imported.
+
+    Args:
+        path: the file.
+        labels: key of the list of labels.
+        classes: labels must be below this number.
+
+    Returns:
+        Images [N, 3, 32, 32] uint8 and labels [N] int64.
+
+    Raises:
+        IntegrityError: for a file that cannot be read or has another form.
     """
     content = _unpickle(path)
     images = _images(path, content.get("data"))
@@ -186,7 +206,7 @@ def _images(path: Path, array: object) -> Tensor:
 
 
 def read_cifar_names(path: Path, *, key: str, classes: int) -> tuple[str, ...]:
-    """Read the class names of a CIFAR meta file; where there is no such file, the numbers are the names."""
+    """Return the class names of a CIFAR meta file, or without this file the labels as names."""
     if not path.is_file():
         return tuple(str(label) for label in range(classes))
     names = _unpickle(path).get(key)
@@ -196,6 +216,6 @@ def read_cifar_names(path: Path, *, key: str, classes: int) -> tuple[str, ...]:
 
 
 def check_labels(path: Path, lowest: int, highest: int, *, classes: int) -> None:
-    """Raise IntegrityError unless all labels, given by their extremes, are in [0, classes)."""
+    """Raise IntegrityError unless the lowest and the highest label are in [0, classes)."""
     if lowest < 0 or highest >= classes:
         raise IntegrityError(path, f"labels must be from 0 to {classes - 1}, got {lowest if lowest < 0 else highest}")

@@ -29,15 +29,23 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 class ImageSet(Dataset[Batch]):
     """Labelled images as a map-style dataset that reads whole batches.
 
-    ``images`` is a uint8 tensor [N, C, H, W], or a sequence of N image files that are decoded when they are
-    read (RGB, scaled and cut to ``size``). ``labels`` is int64 [N]; ``mean`` and ``std`` are per channel,
-    of pixels in [0, 1]. ``image_set[i]`` is (float32 [C, H, W], int64 []), and ``__getitems__(ids)``, which
-    a DataLoader calls by itself, is (float32 [B, C, H, W], int64 [B]): use ``collate_batch`` as its
-    ``collate_fn``.
+    `image_set[i]` is (float32 [C, H, W], int64 []). `__getitems__(ids)`, which a DataLoader calls by itself, is (float32
+    [B, C, H, W], int64 [B]): give the DataLoader `collate_batch` as its `collate_fn`. Both raise IndexError for ids
+    outside [0, N).
 
-    ``augment="standard"`` draws for each reading a shift by up to an eighth of the image, 4 pixels at most,
-    with zero fill and, where ``flip`` is set, a horizontal flip with probability 1/2, from torch's global
-    random state of the device; ``augment="flip"`` draws the flip alone. Raises IndexError for ids outside [0, N).
+    Args:
+        images: [N, C, H, W] uint8, or N image files, decoded each time they are read, see `read_photo`.
+        labels: [N] int64.
+        mean, std: of pixels in [0, 1], per channel.
+        size: side in pixels of images that are read from files.
+        augment: "standard" shifts each image by up to an eighth of its side, 4 pixels at most, with zeros moving in,
+            and mirrors half of the images if `flip`; "flip" only mirrors half of them; None does neither. Drawn at each
+            reading from torch's global random state.
+        flip: whether "standard" mirrors.
+        device: of the labels and of images that are a tensor. Default: that of the labels
+
+    Raises:
+        ValueError: for an argument of another form.
     """
 
     def __init__(
@@ -108,25 +116,25 @@ class ImageSet(Dataset[Batch]):
         return len(self) * len(self.mean) * self.size**2
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """Return the set on ``device``; files are decoded on the CPU and sent there at each reading."""
+        """Return the set on a device. Files are still decoded on the CPU."""
         return self._replaced(device=device)
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
-        """Return the set of some of the images, in the order of ``indices``."""
+        """Return the set of the images at `indices`, in their order."""
         chosen = list(indices)
         images = self.images[chosen] if isinstance(self.images, Tensor) else tuple(self.images[i] for i in chosen)
         return self._replaced(images=images, labels=self.labels[chosen])
 
     def augmented(self, augment: str | None = "standard") -> ImageSet:
-        """Return the set with another augmentation, over the same images."""
+        """Return the set with another augmentation."""
         return self._replaced(augment=augment)
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> ImageSet:
-        """Return the set with another mean and deviation, over the same images."""
+        """Return the set with another mean and deviation."""
         return self._replaced(mean=mean, std=std)
 
     def resized(self, size: int) -> ImageSet:
-        """Return the set with images of ``size`` pixels a side (bilinear, antialiased)."""
+        """Return the set with images of `size` pixels a side (bilinear, antialiased)."""
         if not isinstance(self.images, Tensor) or size == self.size:
             return self._replaced(size=size)
         n, c = self.images.shape[:2]
@@ -136,7 +144,7 @@ class ImageSet(Dataset[Batch]):
         return self._replaced(images=images)
 
     def decoded(self) -> ImageSet:
-        """Return the set with all its files decoded into one uint8 tensor [N, C, H, W] on its device."""
+        """Return the set with its files decoded into one tensor [N, C, H, W] uint8 on its device."""
         if isinstance(self.images, Tensor):
             return self
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
@@ -146,13 +154,13 @@ class ImageSet(Dataset[Batch]):
         return self._replaced(images=images)
 
     def _replaced(self, **changes: Any) -> ImageSet:
-        """The set with other arguments of its constructor."""
+        """Return the set with some arguments of its constructor replaced."""
         kept = ("images", "labels", "mean", "std", "size", "augment", "flip", "device")
         return ImageSet(**{name: getattr(self, name) for name in kept} | changes)
 
 
 def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
-    """Shift each of ``images`` [B, C, H, W] by up to ``padding`` pixels each way and flip half of them."""
+    """Shift each of `images` [B, C, H, W] by up to `padding` pixels each way; with `flip`, mirror half of them."""
     b, _, height, width = images.shape
     windows = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     dy, dx = torch.randint(0, 2 * padding + 1, (2, b), device=images.device)
@@ -161,13 +169,13 @@ def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
 
 
 def _flip(images: Tensor) -> Tensor:
-    """Mirror each of ``images`` [B, C, H, W] with probability 1/2."""
+    """Mirror each of `images` [B, C, H, W] with probability 1/2."""
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)
 
 
 def collate_batch(batch: Batch | list[Batch]) -> Batch:
-    """Pass on a batch that the dataset put together itself; stack a list of samples."""
+    """Return a batch as it is, or stack a list of samples: a `collate_fn` for `ImageSet`."""
     if isinstance(batch, tuple):
         return batch
     stacked: Batch = tuple(default_collate(batch))
@@ -185,9 +193,14 @@ def make_loader(
 ) -> DataLoader[Batch]:
     """Return a DataLoader of (float32 [B, C, H, W], int64 [B]) on the device of the set.
 
-    With ``seed`` the order comes from a generator of its own, else from torch's global random state.
-    Workers help with files that are decoded at each reading and can serve the CPU only. Raises ValueError
-    for workers elsewhere.
+    Args:
+        image_set: the images.
+        batch_size, shuffle, drop_last: as of DataLoader.
+        seed: of the order. Default: torch's global random state
+        num_workers: processes that decode files, for a set on the CPU.
+
+    Raises:
+        ValueError: for workers and a set on another device.
     """
     if num_workers and image_set.device.type != "cpu":
         raise ValueError(f"make_loader: num_workers must be 0 for a set on {image_set.device}, got {num_workers}")

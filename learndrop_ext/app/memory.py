@@ -11,18 +11,18 @@ __all__ = ["peak_bytes", "reset_peak"]
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start the measurement of a device's peak memory anew."""
+    """Set the peak of a device's memory back to what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
-        return  # The peak is then that of the whole process so far.
+        return  # the peak is then that of the whole process so far
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory since `reset_peak` in bytes: of the GPU's allocator, or resident memory of the process on CPU."""
+    """Return the peak memory in bytes since `reset_peak`: of the GPU's allocator, or for the CPU of the process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

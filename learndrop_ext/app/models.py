@@ -1,8 +1,8 @@
 """VGG and ResNet for small images and for ImageNet-sized ones.
 
-The ``stem="imagenet"`` form of each network has the parameter names, the shapes and the arithmetic of the
-torchvision network of the same name (``vgg11`` here is torchvision's ``vgg11_bn``), so that checkpoints fit
-both ways. The ``stem="small"`` form, for images of 8 to 64 pixels, starts with a 3x3 convolution of stride 1
+The `stem="imagenet"` form of each network has the parameter names, the shapes and the arithmetic of the
+torchvision network of the same name (`vgg11` here is torchvision's `vgg11_bn`), so that checkpoints fit
+both ways. The `stem="small"` form, for images of 8 to 64 pixels, starts with a 3x3 convolution of stride 1
 and without max pooling (ResNet), or ends in a global average and one linear classifier (VGG).
 
 Sources: VGG, Simonyan and Zisserman, arXiv 1409.1556, table 1 (columns A, B, D, E), with batch norm after
@@ -89,7 +89,13 @@ def _shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequent
 class ResNet(nn.Module):
     """A residual network of four stages: [B, C, H, W] float -> logits [B, K].
 
-    ``depths`` is the number of blocks of each stage; stage ``i`` has blocks of ``width * 2**i``.
+    Args:
+        block: of all stages.
+        depths: number of blocks of each stage.
+        num_classes, in_channels, stem, width: see `build_model`; stage i has blocks of width * 2**i.
+
+    Raises:
+        ValueError: for an unknown stem, and for sizes that are not positive integers.
     """
 
     def __init__(
@@ -135,12 +141,17 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """A plain convolutional network with batch norm: [B, C, H, W] float -> logits [B, K].
+    """A plain convolutional network of five stages with batch norm: [B, C, H, W] float -> logits [B, K].
 
-    ``depths`` is the number of 3x3 convolutions of each of the five stages; stages have 1, 2, 4, 8 and 8
-    times ``width`` channels and end in a 2x2 max pool. The small form rounds odd sizes up when it pools, so
-    that images under 32 pixels pass; the imagenet form has hidden classifier layers of ``64 * width`` units
-    with dropout 0.5.
+    Each stage ends in a 2x2 max pool. The small form rounds odd sizes up when it pools, so that images under 32 pixels
+    pass. The imagenet form has hidden classifier layers of 64 * width units with dropout 0.5.
+
+    Args:
+        depths: number of 3x3 convolutions of each stage.
+        num_classes, in_channels, stem, width: see `build_model`; stages have 1, 2, 4, 8 and 8 times width channels.
+
+    Raises:
+        ValueError: for an unknown stem, and for sizes that are not positive integers.
     """
 
     def __init__(
@@ -211,13 +222,13 @@ def _check_sizes(owner: str, *, num_classes: int, in_channels: int, stem: str, w
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one network from another: the depth of each stage and, for a ResNet, the kind of block."""
+    """The depth of each stage of a network and, for a ResNet, its kind of block."""
 
     depths: tuple[int, ...]
     block: type[BasicBlock] | type[Bottleneck] | None = None
 
     def build(self, *, num_classes: int, in_channels: int, stem: str, width: int) -> nn.Module:
-        """Return the network with fresh weights: a VGG when there is no block, else a ResNet."""
+        """Return the network with fresh weights: a ResNet, or without a block a VGG."""
         if self.block is None:
             return VGG(self.depths, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
         return ResNet(self.block, self.depths, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
@@ -248,14 +259,19 @@ def build_model(
     width: int = 64,
     seed: int | None = None,
 ) -> nn.Module:
-    """Build a network of ``MODELS`` by name, with fresh weights.
+    """Build a network by name, with fresh weights.
 
-    Every VGG here has batch norm, so torchvision's spelling ``vgg11_bn`` names the same network as ``vgg11``.
-    ``width`` is the number of channels of the first stage; 64 is the published size.
-    With ``seed`` the weights are drawn on the CPU from that seed and the global random state is left as it
-    was; without it they come from the global state.
+    Args:
+        name: a key of `MODELS`. All VGGs here have batch norm: "vgg11_bn", as torchvision spells it, is "vgg11".
+        num_classes: K.
+        in_channels: C.
+        stem: "small" or "imagenet", see above.
+        width: channels of the first stage; 64 is the published size.
+        seed: the weights are drawn on the CPU from it, and the global random state stays as it was. Default: they are
+            drawn from the global random state
 
-    Raises ValueError for an unknown name or stem and for sizes that are not positive integers.
+    Raises:
+        ValueError: for an unknown name or stem, and for sizes that are not positive integers.
     """
     architecture = MODELS.get(name.removesuffix("_bn") if name.startswith("vgg") else name)
     if architecture is None:

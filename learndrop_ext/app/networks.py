@@ -1,6 +1,6 @@
 """Networks by name, built in or from timm and torchvision, with fresh or pretrained weights.
 
-A name is one of `learndrop_ext.app.models.MODELS`, ``timm:NAME`` or ``torchvision:NAME``.
+A name is one of `learndrop_ext.app.models.MODELS`, `timm:NAME` or `torchvision:NAME`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ LIBRARIES = ("timm", "torchvision")
 
 @dataclass(frozen=True)
 class Network:
-    """A network in train mode on the CPU, and in one line where its weights came from; empty for fresh weights."""
+    """A network in train mode on the CPU, and a line that says where its weights come from, empty for fresh ones."""
 
     model: nn.Module
     note: str
 
 
 def is_external(name: str) -> bool:
-    """Whether a network comes from timm or torchvision."""
+    """Return whether a name is of timm or torchvision."""
     return name.partition(":")[0] in LIBRARIES and ":" in name
 
 
 def check_network(name: str) -> None:
-    """Raise ValueError for a name that no network has, with the nearest ones, and ImportError for a missing library."""
+    """Raise ValueError for an unknown name, with the nearest names, and ImportError for a missing library."""
     library, _, inner = name.partition(":")
     if not is_external(name):
         known, shown = list(MODELS), name.removesuffix("_bn") if name.startswith("vgg") else name
@@ -76,7 +76,7 @@ def _library(module: str) -> ModuleType:
 
 
 def pixel_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and deviation of pixels in [0, 1] that a network's published weights expect; None where nothing is said."""
+    """Return mean and deviation of pixels in [0, 1] that a network's published weights expect, None if unknown."""
     library, _, inner = name.partition(":")
     if not is_external(name):
         return None
@@ -100,7 +100,7 @@ def build_network(
     """Build a network for a number of classes, with fresh or pretrained weights.
 
     Args:
-        name: one of `MODELS`, ``timm:NAME`` or ``torchvision:NAME``.
+        name: one of `MODELS`, `timm:NAME` or `torchvision:NAME`.
         num_classes: outputs of the classifier, which replaces the published one.
         in_channels: channels of the images; 3 for networks of timm and torchvision.
         stem, width: of a network of `MODELS`, see `build_model`.
@@ -108,9 +108,9 @@ def build_network(
         seed: of the fresh weights. The global random state stays as it was.
 
     Raises:
-        ValueError: for an unknown name, weights that do not fit or cannot be had, other than 3 channels, or a network
-            too large for the memory there is.
-        ImportError: where the library that the name or the file needs is not installed.
+        ValueError: for an unknown name, weights that do not fit or cannot be fetched, a number of channels that the
+            network does not take, or a network that is too large for the free memory.
+        ImportError: if a library that the name or the file needs is not installed.
     """
     check_network(name)
     if is_external(name):
@@ -157,7 +157,7 @@ def _torchvision_maker(name: str, weights: str | None) -> Callable[[int], nn.Mod
 
 
 def _fetched(name: str, fetch: Callable[[], Any]) -> Any:
-    """What a download gives; a library's own error, of whatever kind, becomes a ValueError."""
+    """Return what a download gives. Any error of the library becomes a ValueError."""
     try:
         return fetch()
     except Exception as error:
@@ -169,7 +169,7 @@ def _fetched(name: str, fetch: Callable[[], Any]) -> Any:
 
 
 def _classifier_keys(model: nn.Module, other: nn.Module) -> set[str]:
-    """The keys whose shapes differ between two builds of a network for two numbers of classes."""
+    """Return the keys whose shapes differ between two builds of a network, for different numbers of classes."""
     shapes = {key: value.shape for key, value in other.state_dict().items()}
     return {key for key, value in model.state_dict().items() if shapes[key] != value.shape}
 
@@ -179,7 +179,7 @@ def check_memory(name: str, **sizes: Any) -> None:
     try:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in build_model(name, **sizes).parameters())
-    except (RuntimeError, TypeError) as error:  # What torch says of sizes whose product overflows.
+    except (RuntimeError, TypeError) as error:  # torch's errors for sizes whose product overflows
         said = str(error).splitlines()[0]
         raise ValueError(f"model: {name} of width {sizes['width']} is too large: {said}") from error
     # fp32 weights, their gradients, the optimizer's momentum and the anchor of the measurement

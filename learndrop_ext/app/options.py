@@ -1,4 +1,4 @@
-"""The arguments of the command line, and what they are when nothing is said."""
+"""The arguments of the command line and their defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from learndrop_ext.ops import CODECS
 
 RIVALS = ("freeze-only", "short")
 
-#: What a newcomer gets without options, by dataset.
+#: Defaults of each dataset.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {"model": "resnet10", "width": 32, "epochs": 20, "batch_size": 64, "lr": 0.1},
     "mnist": {"model": "resnet18", "width": 64, "epochs": 10, "batch_size": 128, "lr": 0.1},
@@ -28,9 +28,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 #: Options that replace a preset's value.
 RECIPE_OPTIONS = ("width", "epochs", "batch_size", "lr", "optimizer")
-
-#: Options of `StoppedLearning`, which no other policy has.
-STOPPED_OPTIONS = ("threshold", "patience", "warmup", "max_dropped", "min_saving")
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""Photos in a folder a class: which files there are, and one photo as a tensor.
+"""Photos in one folder for each class: list them, and read one as a tensor.
 
 Letters: H and W pixels.
 """
@@ -22,7 +22,7 @@ __all__ = ["PHOTO_SUFFIXES", "list_class_folders", "read_photo"]
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
-#: What file managers leave in folders. Names that start with a dot are passed over too.
+#: Files that file managers leave in folders. Names that start with a dot are passed over too.
 PASSED_OVER = ("thumbs.db", "desktop.ini")
 
 
@@ -30,15 +30,15 @@ def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) ->
     """List the photos of each class folder in `folder`, classes and files sorted by name.
 
     Args:
-        folder: holds one folder a class; files beside the class folders are passed over.
-        classes: the class folders that must be there, no more and no fewer. Any, by default.
+        folder: holds one folder for each class; files beside the class folders are passed over.
+        classes: the class folders that must be there, no more and no fewer. Default: any
 
     Returns:
         The files of each class.
 
     Raises:
-        IntegrityError: for a missing folder, one without class folders, another set of classes, a class without
-            photos, and for anything else in a class folder than photos, by name.
+        IntegrityError: for a missing folder, one without class folders or with other classes than wanted, a class
+            without photos, and anything but photos in a class folder.
     """
     if not folder.is_dir():
         raise IntegrityError(folder, "no such folder")
@@ -75,16 +75,20 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def read_photo(path: Path, *, size: int) -> Tensor:
-    """Read a photo as RGB and scale its middle square to `size` (bilinear, antialiased).
+    """Read a photo as RGB and scale its middle square (bilinear, antialiased).
 
-    The photo is turned as its EXIF orientation says. Grey, palette and CMYK photos become RGB, 16-bit values are scaled
-    to 8 bits, and what is transparent becomes white.
+    The photo is turned to its EXIF orientation. Grey, palette and CMYK photos become RGB, 16-bit values are scaled to 8
+    bits, and transparent pixels become white.
+
+    Args:
+        path: the file.
+        size: side of the result in pixels.
 
     Returns:
-        uint8 [3, size, size].
+        [3, size, size] uint8.
 
     Raises:
-        IntegrityError: for a file that is no photo, damaged or cut short.
+        IntegrityError: for a file that is not a photo, or damaged.
     """
     from PIL import Image
 

@@ -41,14 +41,17 @@ SETTINGS: dict[Any, Any] = {
     "hatch.linewidth": 0.6,
 }
 
-#: Above this number of cells the map of scores is drawn as one embedded image: as shapes it would be megabytes.
+#: With more cells the map of scores is drawn as one embedded image: as shapes it would take megabytes.
 MAX_CELLS = 4000
 
 
 def plot_scores(records: Records) -> str | None:
-    """Draw the score of each layer (down) after each epoch (across) for the run that dropped layers.
+    """Draw the score of each layer (down) after each epoch (across) of the run that dropped layers.
 
-    Returns SVG, or None where no record holds scores. Cells of layers that were dropped before the epoch are hatched.
+    Cells of layers that were dropped before the epoch are hatched.
+
+    Returns:
+        SVG, or None if no record holds scores.
     """
     scored = [record for record in records if record.get("scores")]
     run = next((name for name in ("learndrop", "freeze-only") if any(r["run"] == name for r in scored)), None)
@@ -107,9 +110,10 @@ def plot_scores(records: Records) -> str | None:
 
 
 def plot_dropped(records: Records) -> str | None:
-    """Draw how many layers were dropped against the training time in seconds, for the runs that could drop any.
+    """Draw the number of dropped layers against the training time in seconds, for the runs that may drop layers.
 
-    Returns SVG, or None without such a run.
+    Returns:
+        SVG, or None without such a run.
     """
     records = [record for record in records if record["run"] not in ("baseline", "short")]
     if not records:
@@ -142,9 +146,12 @@ def plot_dropped(records: Records) -> str | None:
 
 
 def plot_accuracy(records: Records) -> str | None:
-    """Draw test accuracy in percent against the training time in seconds. Returns SVG, or None without records.
+    """Draw test accuracy in percent against the training time in seconds.
 
-    The axis spans what the second halves of the runs reached: the first epochs may lie below it.
+    The axis spans the second halves of the runs: the first epochs may lie below it.
+
+    Returns:
+        SVG, or None without records.
     """
     if not records:
         return None
@@ -171,7 +178,11 @@ def plot_accuracy(records: Records) -> str | None:
 def plot_forecast(forecast: Mapping[str, Any]) -> str:
     """Draw the seconds of a whole run against the layers dropped, one line for each of up to four starts.
 
-    forecast: `Forecast.as_dict()`.
+    Args:
+        forecast: as `Forecast.as_dict` gives it.
+
+    Returns:
+        SVG.
     """
     runs, epochs = forecast["runs"], int(forecast["epochs"])
     starts = sorted({0, min(1, epochs - 1), epochs // 4, epochs // 2})
@@ -199,9 +210,13 @@ def plot_forecast(forecast: Mapping[str, Any]) -> str:
 
 
 def plot_row_bytes(forecast: Mapping[str, Any]) -> str | None:
-    """Draw the memory that rows take in each tier against the layers dropped. Returns SVG, or None without rows.
+    """Draw the memory that rows take in each tier against the layers dropped.
 
-    forecast: `Forecast.as_dict()`.
+    Args:
+        forecast: as `Forecast.as_dict` gives it.
+
+    Returns:
+        SVG, or None without rows.
     """
     rows = forecast["rows"]
     if not any(sum(row["bytes"]) for row in rows):
@@ -246,7 +261,7 @@ def _style(run: str, points: int) -> dict[str, Any]:
 
 
 def _svg(figure: Figure, *, prefix: str, label: str) -> str:
-    """Render ``figure`` as an <svg> element for an HTML page: ids made unique by ``prefix``, no metadata."""
+    """Return a figure as an <svg> element for an HTML page, without metadata, its ids made unique by `prefix`."""
     text = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")

@@ -1,4 +1,4 @@
-"""Policies as the command line spells them: ``stopped``, ``budget:2.0``, ``fixed:0=3,1=4``."""
+"""Policies as the command line spells them: stopped, budget:2.0, fixed:0=3,1=4."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PolicySpec:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def build(self, **stopped: Any) -> Policy:
-        """Build the policy. stopped: the arguments of `StoppedLearning`, for that kind only."""
+        """Build the policy. `stopped` are the arguments of `StoppedLearning`; the other kinds ignore them."""
         if self.kind == "stopped":
             return StoppedLearning(**stopped)
         if self.kind == "fixed":
@@ -30,10 +30,11 @@ class PolicySpec:
 
 
 def parse_policy(text: str) -> PolicySpec:
-    """Read a policy as the command line spells it.
+    """Parse a policy of the command line.
 
-    ``stopped``: `StoppedLearning`. ``budget:2.0`` or ``budget:2.0,start=1``: `Budget`. ``fixed:0=3,1=4``: `Fixed`, the
-    first 3 layers before the first step and the first 4 after epoch 1.
+    Args:
+        text: "stopped" for `StoppedLearning`; "budget:2.0" or "budget:2.0,start=1" for `Budget`; "fixed:0=3,1=4" for
+            `Fixed`, here with the first 3 layers dropped before the first step and the first 4 after epoch 1.
 
     Raises:
         ValueError: for any other text.
@@ -53,5 +54,5 @@ def parse_policy(text: str) -> PolicySpec:
             if len(dict(pairs)) == len(pairs):
                 return PolicySpec("fixed", {"prefixes": dict(pairs)})
     except ValueError:
-        pass  # A number that is none: said below, with the forms there are.
+        pass  # not a number: refused below
     raise ValueError(f"policy must be {FORMS}, got {text!r}")

@@ -1,37 +1,44 @@
-"""What a comparison shows: a table for the terminal, metrics.jsonl, and a page that opens without a network.
+"""The output of a comparison: a table for the terminal, metrics.jsonl, and a page that opens without a network.
 
-A result is the object that `learndrop compare --json` prints: ``{"config": {...}, "baseline": R, "learndrop": R,
-"speedup": x}`` and, when asked for, ``"freeze-only": R`` and ``"short": R``; runs that have not ended are not in it.
+A result is the object that `learndrop compare --json` prints: `{"config": {...}, "baseline": R, "learndrop": R,
+"speedup": x}`, with `"freeze-only": R` and `"short": R` if asked for. Runs that have not ended are not in it.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from learndrop_ext.app.page import check_extras, render_page, write_page
+from learndrop_ext.app.report_template import BODY
+
 __all__ = ["Reporter", "format_table", "render_report", "write_report"]
 
 RUNS = ("baseline", "learndrop", "freeze-only", "short")
 
-#: What is measured of a layer's change, in the order of the page's table.
+#: Measurements of a layer's change, in the order of the page's table.
 MEASURED = ("l1", "l2", "maximum", "w_l1", "w_l2", "relative", "cosine", "nonfinite")
 
 COLUMNS = ("run", "wall-clock time", "of which fill", "forward FLOPs", "test accuracy", "layers dropped, and when")
 
 
 class Reporter:
-    """Writes ``metrics.jsonl`` as a comparison goes on and ``report.html`` when a run has ended, into one folder.
+    """Writes `metrics.jsonl` after each epoch and `report.html` after each run, into one folder.
 
-    As a context manager it also brings the page up to date on leaving, so that a comparison that was cut short
-    leaves both files readable. Raises OSError where the folder cannot be made or written, and ImportError where what
-    the page needs is not installed, before anything is trained.
+    Used as a context manager it updates the page when it is left, so that an interrupted comparison leaves both files
+    readable.
+
+    Args:
+        folder: created if it is not there.
+
+    Raises:
+        OSError: if the folder cannot be created or written.
+        ImportError: if a package that the page needs is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -52,13 +59,13 @@ class Reporter:
         self.close()
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Write one epoch's record as one line, at once.
+        """Write the record of one epoch as one line, at once. Infinities and NaN become null.
 
-        A record is ``{"run", "epoch" (from 1), "seconds" (of training so far, without evaluation), "train_loss",
-        "accuracy" (percent), "prefix", "layers", "lr", "scores" ({layer name: score} or None), "reason"}``. It may hold
-        "epoch_seconds" (of this epoch's loop) and "forecast_seconds" (what was forecast for it), and
-        "changes" ({layer name: {"l1", "l2", "maximum", "w_l1", "w_l2", "relative", "cosine", "nonfinite"}, or None for
-        a dropped layer}). Infinities and NaN become null.
+        Args:
+            record: "run"; "epoch", from 1; "seconds" of training so far, without evaluation; "train_loss"; "accuracy" in
+                percent; "prefix"; "layers"; "lr"; "scores" ({layer name: score} or None); "reason". Optional:
+                "epoch_seconds" of this epoch's loop; "forecast_seconds" for it; "changes" ({layer name: {"l1", "l2",
+                "maximum", "w_l1", "w_l2", "relative", "cosine", "nonfinite"}, or None for a dropped layer}).
         """
         self._metrics.write(_line(record))
         self._metrics.flush()
@@ -66,13 +73,13 @@ class Reporter:
         self._stale = True
 
     def write(self, result: Mapping[str, Any]) -> None:
-        """Write ``report.html`` of a result and the records so far."""
+        """Write `report.html` of a result and the records so far."""
         self._result = result
         write_report(self.folder / "report.html", result, self._records)
         self._stale = False
 
     def close(self) -> None:
-        """Close metrics.jsonl and, if records have come since the last page, write the page again."""
+        """Close metrics.jsonl and, if there are newer records than on the page, write the page again."""
         self._metrics.close()
         if self._stale:
             self.write(self._result)
@@ -93,7 +100,7 @@ def _finite(value: Any) -> Any:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """Lay out the runs of a result as a table for a terminal, with a last line that sums up what dropping gave."""
+    """Format a result as a table for a terminal, one line a run, with a summary as the last line."""
     rows = [COLUMNS, *(_row(result, run) for run in RUNS if run in result)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -103,7 +110,7 @@ def format_table(result: Mapping[str, Any]) -> str:
 
 
 def summarize(result: Mapping[str, Any]) -> str:
-    """Say in one sentence what dropping gave over the baseline; empty until both have ended."""
+    """Return a sentence that compares dropping with the baseline; empty until both have ended."""
     if "baseline" not in result or "learndrop" not in result:
         return ""
     baseline, dropping = result["baseline"], result["learndrop"]
@@ -167,15 +174,17 @@ class _Figure:
 
 
 def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page as HTML: one file with its style and three inline SVG plots, and no reference to another.
+    """Return the page as HTML, with inline plots and no reference to another file.
 
-    Raises ImportError where matplotlib or jinja2 is not installed.
+    Args:
+        result: see above.
+        records: see `Reporter.add`.
+
+    Raises:
+        ImportError: if matplotlib or jinja2 is not installed.
     """
     check_extras("render_report")
-    import jinja2
-
     from learndrop_ext.app import plots
-    from learndrop_ext.app.report_template import TEMPLATE
 
     records = [record for record in records if record.get("accuracy") is not None]
     figures = (
@@ -213,8 +222,9 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     epochs: dict[str, int] = {}
     for record in records:
         epochs[str(record["run"])] = int(record["epoch"])
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE)
-    return page.render(
+    return render_page(
+        "report",
+        BODY,
         summary=summarize(result),
         columns=COLUMNS,
         rows=[_row(result, run) for run in ended],
@@ -229,7 +239,7 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
 
 
 def _changes(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The last measured change of each layer: {"run", "epoch", "rows"}, or None where nothing was measured."""
+    """Return the last measured change of each layer, {"run", "epoch", "rows"}, or None if nothing was measured."""
     last = next((record for record in reversed(records) if record.get("changes")), None)
     if last is None:
         return None
@@ -246,7 +256,7 @@ def _number(value: float | None) -> str:
 
 
 def _ledger(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Forecast against measured seconds, a line an epoch and one for all epochs of a run."""
+    """Return lines of forecast and measured seconds: one for each epoch, and one for all epochs of a run."""
     pairs: dict[str, list[tuple[str, float, float]]] = {}
     for record in records:
         if record.get("forecast_seconds") is not None and record.get("epoch_seconds") is not None:
@@ -261,23 +271,6 @@ def _ledger(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def check_extras(owner: str) -> None:
-    for name in ("matplotlib", "jinja2"):
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f'{owner}: {name} is not installed: pip install "learndrop_ext[cli]"')
-
-
 def write_report(path: str | Path, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
-    """Render the page, write it aside and rename it to ``path``, so that ``path`` is never half a page."""
+    """Write the page of a result and its records, see `render_report`. Raises OSError."""
     write_page(path, render_report(result, records))
-
-
-def write_page(path: str | Path, page: str) -> None:
-    """Write a page aside and rename it to ``path``."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -1,30 +1,8 @@
-"""The page of a report, a jinja2 template."""
+"""The body of a report, a jinja2 template."""
 
 from __future__ import annotations
 
-TEMPLATE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Learn &amp; drop: report</title>
-<style>
-body { font: 16px/1.5 sans-serif; color: #222; background: #fff; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-caption { text-align: left; color: #555; padding-bottom: 0.4rem; }
-th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid #ddd; }
-thead th { border-bottom: 2px solid #888; }
-figure { margin: 0; } figcaption { color: #555; font-size: 0.9rem; }
-svg { width: 100%; height: auto; }
-td, tbody th { white-space: nowrap; } td.words { white-space: normal; min-width: 12rem; }
-.note { border-left: 4px solid #d55e00; padding-left: 0.8rem; }
-</style>
-</head>
-<body>
-<h1>Learn &amp; drop: report</h1>
+BODY = """\
 {% if summary %}
 <p>{{ summary }}</p>
 {% endif %}
@@ -111,6 +89,4 @@ values were not finite.</caption>
 </tbody>
 </table></div>
 {% endif %}
-</body>
-</html>
 """

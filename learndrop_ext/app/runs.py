@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from learndrop_ext.app.datasets import ImageSet, Split, make_loader
 from learndrop_ext.app.memory import peak_bytes, reset_peak
-from learndrop_ext.app.networks import build_network, check_network
+from learndrop_ext.app.networks import Network, build_network, check_network
 from learndrop_ext.app.policies import parse_policy
 from learndrop_ext.app.report import MEASURED
 from learndrop_ext.cache.config import CacheConfig
@@ -25,21 +25,33 @@ from learndrop_ext.graph.chain import split_layers
 from learndrop_ext.history import Record
 from learndrop_ext.scheduler import DropScheduler
 
-#: Called with the run's name, the steps done, the steps in all, and a few words.
+#: Called with the name of the run, the steps done, the steps in all and a short text.
 Progress = Callable[[str, int, int, str], None]
 
 OPTIMIZERS = ("sgd", "adamw")
+#: Options of `StoppedLearning`, which no other policy has.
+STOPPED_OPTIONS = ("threshold", "patience", "warmup", "max_dropped", "min_saving")
 MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a run depends on but its kind and its data, under a one-cycle learning rate.
+    """How a model is trained, under a one-cycle learning rate.
 
-    model, stem, width, weights: see `build_network`. epochs and batch_size count as usual, lr is the peak.
-    optimizer: "sgd" (Nesterov momentum 0.9) or "adamw". seed: of the weights, the order and the views, in 0..2**32-1.
-    amp: None or "bf16" autocast. codec, views, mirror: of the cache. policy: see `parse_policy`. threshold, patience,
-    warmup, max_dropped, min_saving: of `StoppedLearning`.
+    Args:
+        model, stem, width, weights: see `build_network`.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        lr: peak learning rate.
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
+        weight_decay: of the optimizer.
+        seed: of the weights, the order and the views, in 0..2**32-1.
+        device: of the model and the images.
+        amp: "bf16" for autocast, None for none.
+        augment: see `ImageSet`.
+        codec, views, mirror: of the cache, see `CacheConfig`.
+        policy: see `parse_policy`.
+        threshold, patience, warmup, max_dropped, min_saving: see `StoppedLearning`.
     """
 
     model: str
@@ -77,7 +89,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Dropped:
-    """One drop of a run: after which epoch, to how many layers and which, why, and what its rows took."""
+    """One drop of a run.
+
+    Args:
+        epoch: after which it was made; 0 before the first step.
+        prefix: layers dropped in all.
+        layers: their names.
+        reason: of the policy.
+        fill_seconds: spent making its rows.
+        row_bytes: of one row.
+        tier: see `slowest_tier`.
+    """
 
     epoch: int
     prefix: int
@@ -92,8 +114,14 @@ class Dropped:
 class Result:
     """What a run took and reached.
 
-    seconds: training wall clock, with fill, measurement and the splitting of the model, without evaluation;
-    forward_flops: of all training steps and fills; accuracy: of the test part after the last epoch, in percent.
+    Args:
+        seconds: of training by the clock, with fills, measurements and the splitting of the model, without evaluation.
+        fill_seconds, measure_seconds: parts of `seconds`.
+        eval_seconds: of evaluation after each epoch.
+        forward_flops: of all training steps and fills.
+        accuracy: on the test part after the last epoch, in percent.
+        peak_memory_bytes: see `peak_bytes`.
+        drops: in their order.
     """
 
     seconds: float
@@ -108,7 +136,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run trains, made from a recipe: the model on its device, and the parts of a loop around it."""
+    """The model of a run on its device, and the other parts of its training loop."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -118,13 +146,9 @@ class Setup:
     test: ImageSet
 
 
-def set_up(split: Split, recipe: Recipe) -> Setup:
-    """Make what a run trains. Same recipe and seed: same initial weights and same order of samples."""
-    device = torch.device(recipe.device)
-    torch.manual_seed(recipe.seed)
-    train_set, test_set = split.train.to(device).augmented(recipe.augment), split.test.to(device)
-    loader = make_loader(train_set, recipe.batch_size, shuffle=True, seed=recipe.seed)
-    network = build_network(
+def make_network(split: Split, recipe: Recipe) -> Network:
+    """Build the network of a recipe for the images and the classes of a split."""
+    return build_network(
         recipe.model,
         num_classes=len(split.classes),
         in_channels=split.channels,
@@ -133,7 +157,15 @@ def set_up(split: Split, recipe: Recipe) -> Setup:
         weights=recipe.weights,
         seed=recipe.seed,
     )
-    model = network.model.to(device)
+
+
+def set_up(split: Split, recipe: Recipe) -> Setup:
+    """Build the parts of a run. The same recipe gives the same initial weights and the same order of samples."""
+    device = torch.device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    train_set, test_set = split.train.to(device).augmented(recipe.augment), split.test.to(device)
+    loader = make_loader(train_set, recipe.batch_size, shuffle=True, seed=recipe.seed)
+    model = make_network(split, recipe).model.to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer: torch.optim.Optimizer
@@ -148,7 +180,7 @@ def set_up(split: Split, recipe: Recipe) -> Setup:
 
 
 def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool = True) -> DropScheduler:
-    """Make the DropScheduler of a run. caches: whether rows are kept, or the frozen layers run at each step."""
+    """Build the DropScheduler of a run. Without `caches` the frozen layers run at each step."""
     return DropScheduler(
         setup.model,
         setup.optimizer,
@@ -170,16 +202,19 @@ def train(
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     progress: Progress = lambda name, done, total, words: None,
 ) -> tuple[Result, nn.Module]:
-    """Train one model and evaluate it after each epoch; with `policy` by DropScheduler, else by a plain loop.
+    """Train one model and evaluate it after each epoch.
 
     Args:
         name: of the run, for its records.
         split: the data.
-        recipe: see `Recipe`; its policy is not used here.
-        policy: decides on drops; None for a plain loop.
-        caches: whether a dropped prefix's outputs are kept, or the prefix is run again at each step.
-        on_epoch: gets one record of plain values an epoch, see `Reporter.add`.
-        progress: gets a call a step.
+        recipe: how to train; its policy is not used.
+        policy: decides on drops; None for a plain loop without a DropScheduler.
+        caches: whether the outputs of dropped layers are kept; otherwise these layers run at each step.
+        on_epoch: called with a record after each epoch, see `Reporter.add`.
+        progress: called after each step.
+
+    Returns:
+        What the run took and reached, and the trained model.
     """
     device = torch.device(recipe.device)
     reset_peak(device)
@@ -266,17 +301,17 @@ def train(
 
 
 def _note_drop(drops: list[Dropped], drop: DropScheduler, epoch: int) -> None:
-    """Add to `drops` the drop that was made after `epoch`, if one was."""
+    """Append the drop that was made after `epoch`, if there was one."""
     if drop.prefix == (drops[-1].prefix if drops else 0):
         return
     record = drop.history[-1]
     names, tier = list(drop.chain.names[: drop.prefix]), slowest_tier(drop)
-    # The epochs that follow make the rows: their seconds are added as they come.
+    # The rows are made in the epochs that follow, which add their seconds.
     drops.append(Dropped(epoch, drop.prefix, names, record.reason, 0.0, record.row_bytes, tier))
 
 
 def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
-    """What a record says of each layer, by the layers' names, and of the epoch's seconds."""
+    """Return the measurements of a record: those of the layers by name, and the seconds of the epoch."""
     out: dict[str, Any] = {
         key: dict(zip(names, getattr(record, key), strict=True)) for key in ("scores", "relative", "cosine")
     }
@@ -288,7 +323,7 @@ def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def slowest_tier(drop: DropScheduler) -> str:
-    """Where the last of the rows are: "device", "host", "disk", or "none" where none are kept."""
+    """Return the slowest tier that holds rows: "device", "host" or "disk"; "none" without rows."""
     if drop.rows.cache is None:
         return "none"
     plan = drop.rows.cache.plan
@@ -296,8 +331,8 @@ def slowest_tier(drop: DropScheduler) -> str:
 
 
 def warm_up(split: Split, recipe: Recipe) -> None:
-    """Train a throw-away model for two steps, so that what the first run of a process pays once counts for no run:
-    imports, kernels' compilation, memory."""
+    """Train a model for two steps and discard it, so that one-time costs of a process (imports, compiled kernels,
+    memory) count for no run."""
     batch = 2 * recipe.batch_size
     few = dataclasses.replace(
         split, train=split.train.subset(range(min(batch, len(split.train)))), test=split.test.subset(range(1))
@@ -306,7 +341,7 @@ def warm_up(split: Split, recipe: Recipe) -> None:
 
 
 def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | None) -> float:
-    """Accuracy of the whole model on an image set, in percent."""
+    """Return the accuracy of the whole model on an image set, in percent."""
     training = model.training
     model.eval()
     right = torch.zeros((), dtype=torch.int64, device=images.device)
@@ -318,14 +353,13 @@ def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | 
 
 
 def cache_of(recipe: Recipe) -> CacheConfig:
-    """How a recipe keeps rows."""
+    """Return the cache settings of a recipe."""
     return CacheConfig(codec=recipe.codec, views=recipe.views, mirror=recipe.mirror)
 
 
 def policy_of(recipe: Recipe) -> Policy:
-    """The policy that a recipe describes."""
-    settings = ("threshold", "patience", "warmup", "max_dropped", "min_saving")
-    return parse_policy(recipe.policy).build(**{name: getattr(recipe, name) for name in settings})
+    """Return the policy of a recipe."""
+    return parse_policy(recipe.policy).build(**{name: getattr(recipe, name) for name in STOPPED_OPTIONS})
 
 
 def compare(
@@ -336,10 +370,17 @@ def compare(
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     progress: Progress = lambda name, done, total, words: None,
 ) -> Iterator[dict[str, Any]]:
-    """Train plainly, with dropping, and as the rivals named, and give the result so far after each run.
+    """Train without and with dropping, then as each rival.
 
-    rivals: "freeze-only" (the same drops, but the frozen prefix is run at each step) and "short" (the plain recipe with
-    as many epochs as fit into the seconds that dropping took). The dict has the form that `--json` prints.
+    Args:
+        split: the data.
+        recipe: how to train.
+        rivals: "freeze-only" (the same drops, but the frozen layers run at each step) and "short" (the plain recipe with
+            as many epochs as fit into the seconds that dropping took).
+        on_epoch, progress: see `train`.
+
+    Yields:
+        The result so far, after each run, in the form that `--json` prints.
     """
     policy = policy_of(recipe)
     out: dict[str, Any] = {"config": dataclasses.asdict(recipe)}
@@ -365,7 +406,7 @@ def compare(
 
 
 def save_model(model: nn.Module, path: Path) -> None:
-    """Write the whole model's state_dict aside and rename it into place."""
+    """Write the state_dict of the whole model to `path`, which is never half a file."""
     aside = path.with_name(path.name + ".part")
     torch.save(model.state_dict(), aside)
     aside.replace(path)

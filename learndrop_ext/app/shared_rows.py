@@ -1,11 +1,12 @@
-"""`learndrop cache`: the rows that runs share in a folder, listed and removed."""
+"""`learndrop cache`: list and remove the rows that runs share in a folder."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any
+
+from learndrop_ext.cache import shared
 
 __all__ = ["format_listing", "list_and_remove"]
 
@@ -13,25 +14,25 @@ DAY_SECONDS = 86400
 
 
 def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: int | None) -> dict[str, Any]:
-    """Remove what is too old or too much, and list what is left.
+    """Remove files of rows that are too old or too many, and list the others.
 
     Args:
-        folder: the disk_dir of ``CacheConfig(disk_dir=..., shared=True)``.
-        older_than_days: remove files that no run has used for so many days; None for no limit.
-        keep_bytes: then remove the files used longest ago until so many bytes are left; None for no limit.
+        folder: the disk_dir of `CacheConfig(disk_dir=..., shared=True)`.
+        older_than_days: remove files that no run has used for this many days; None for no limit.
+        keep_bytes: then remove the least recently used files until no more bytes than these are left; None for no
+            limit.
 
     Returns:
-        ``{"folder", "removed": [...], "in_use": [...], "rows": [...]}``, plain values of each file. in_use: files that
-        were to go, and stay because a run reads them.
+        `{"folder": str, "removed": [...], "in_use": [...], "rows": [...]}`, with a dict for each file. Files in use were
+        to be removed, but a run reads them.
 
     Raises:
-        ValueError: where the folder is none.
+        ValueError: if `folder` is not a folder.
     """
     if not folder.is_dir():
         raise ValueError(
             f"DIR must be a folder of rows, got {folder}, which is {'a file' if folder.exists() else 'not there'}"
         )
-    shared = importlib.import_module("learndrop_ext.cache.shared")
     removed, in_use = [], []
     if older_than_days is not None or keep_bytes is not None:
         age = None if older_than_days is None else older_than_days * DAY_SECONDS
@@ -44,7 +45,7 @@ def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: 
 
 
 def format_listing(listing: dict[str, Any]) -> str:
-    """Lay out a listing for a terminal: a line a file, and one for what was removed."""
+    """Format a listing for a terminal, one line a file."""
     lines = [f"removed {len(listing['removed'])} files"] if listing["removed"] else []
     lines += [f"kept {file['name']}, which a run reads" for file in listing["in_use"]]
     rows = listing["rows"]

@@ -18,19 +18,24 @@ NESTED = ("state_dict", "model", "model_state_dict")
 
 @dataclass(frozen=True)
 class FittedWeights:
-    """Tensors by the network's own keys, and in one line what was matched and what was left out."""
+    """Tensors by the network's keys, and a line that says what was matched and what was left out."""
 
     tensors: dict[str, Tensor]
     note: str
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a file of weights, in the order of the file: safetensors by its ending, else what `torch.save` wrote.
+    """Read a file of weights.
+
+    Args:
+        path: a safetensors file, by its ending, or one that `torch.save` wrote. Code in a pickle is never run.
+
+    Returns:
+        Tensors by key, in the order of the file.
 
     Raises:
-        ValueError: for a file that is missing, damaged, holds anything but tensors, or holds code to run when it is
-            read, which is never run.
-        ImportError: for a safetensors file where that package is not installed.
+        ValueError: for a file that is missing, damaged, or holds anything but tensors.
+        ImportError: if the file needs safetensors and it is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,10 +82,10 @@ def _read_pickle(path: Path) -> object:
 def fit_weights(
     weights: Mapping[str, Tensor], network: Mapping[str, Tensor], *, classifier: Collection[str], path: str | Path
 ) -> FittedWeights:
-    """Match the tensors of a file to those of a network, by name, or where the names differ by order and shape.
+    """Match the tensors of a file to those of a network, by name or, if the names differ, by order and shape.
 
-    By order they match only if there are as many and each has the shape of its counterpart. The classifier is left out,
-    and starts fresh, where its shapes differ or the file has none. Counters of BatchNorm may be missing.
+    They match by order only if there are equally many and the shapes agree one by one. The classifier is left out, and
+    starts fresh, if its shapes differ or the file has none. Counters of BatchNorm may be missing.
 
     Args:
         weights: the file's tensors, in its order.

@@ -339,7 +339,7 @@ class ActivationCache:
         tiers.check_writable()
         tiers.discard_prefetch()
         for part in tiers.staged(slots, load=False):
-            ops.append_rows(tiers.data, rows[part.begin : part.end], part.index, codec=self.codec)
+            ops.append_distinct_rows(tiers.data, rows[part.begin : part.end], part.index, codec=self.codec)
             self._change(tiers)
             self.dtype, self._stored_shape = rows.dtype, stored
             self.filled[part.slow] = False

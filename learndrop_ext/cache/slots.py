@@ -7,6 +7,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from learndrop_ext import ops
+
 
 def check_form(name: str, slots: Tensor) -> None:
     """Raise TypeError or ValueError unless slots are [B] int64 on the CPU."""
@@ -28,9 +30,7 @@ def check_range(name: str, slots: Tensor, count: int) -> None:
 
 def check_unique(name: str, slots: Tensor) -> None:
     """Raise ValueError if slots [B] name a row twice."""
-    values, counts = slots.unique(return_counts=True)
-    if len(values) < len(slots):
-        repeated = int(values[counts > 1][0])
+    if (repeated := ops.first_repeated(slots)) is not None:
         raise ValueError(f"ActivationCache.{name}: slots must name no row twice, got {repeated} twice")
 
 

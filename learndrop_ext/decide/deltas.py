@@ -58,7 +58,7 @@ class Deltas:
             time, and each gets the sums over all).
         persistence: Whether the delta before the last one is kept too, for the cosine.
         model: Where given, the parameters are looked up in it before every measurement, so that those replaced by
-            ``load_state_dict(assign=True)`` or ``module.weight = nn.Parameter(...)`` are followed.
+            `load_state_dict(assign=True)` or `module.weight = nn.Parameter(...)` are followed.
 
     Raises:
         TypeError, ValueError: As `kernels.chunks.build_table`.

@@ -2,15 +2,27 @@
 
 from learndrop_ext.ops.backend import BackendInfo, backend_info, free_bytes
 from learndrop_ext.ops.delta_norms import delta_norms
-from learndrop_ext.ops.rows import CODECS, DTYPES, append_rows, gather_rows, memory_format, row_bytes, row_stride
+from learndrop_ext.ops.rows import (
+    CODECS,
+    DTYPES,
+    append_distinct_rows,
+    append_rows,
+    first_repeated,
+    gather_rows,
+    memory_format,
+    row_bytes,
+    row_stride,
+)
 
 __all__ = [
     "CODECS",
     "DTYPES",
     "BackendInfo",
+    "append_distinct_rows",
     "append_rows",
     "backend_info",
     "delta_norms",
+    "first_repeated",
     "free_bytes",
     "gather_rows",
     "memory_format",

@@ -1,4 +1,4 @@
-"""What this build and this machine have."""
+"""Facts about this build and this machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from learndrop_ext import _C
 class BackendInfo:
     """What this build and this machine have.
 
-    cuda_architectures: those that the CUDA code was compiled for. cuda_runtime, driver: CUDA versions, None where
-    there is none. cpu_simd: "avx512", "avx2" or "portable". threads: torch's number of CPU threads.
+    Args:
+        version: of learndrop_ext.
+        cuda_compiled: whether there is CUDA code.
+        cuda_architectures: those that it was compiled for.
+        cuda_runtime, driver: CUDA versions, None if there is none.
+        gpus: their names.
+        triton, torch: versions; None without Triton.
+        cpu_simd: "avx512", "avx2" or "portable".
+        threads: torch's number of CPU threads.
     """
 
     version: str
@@ -31,7 +38,7 @@ class BackendInfo:
 
 
 def backend_info() -> BackendInfo:
-    """What this build and this machine have: CUDA, driver, GPUs, Triton, torch, CPU instructions."""
+    """Return what this build and this machine have: CUDA, driver, GPUs, Triton, torch, CPU instructions."""
     build = _C.build_info()
     architectures = tuple(build["cuda_architectures"].split(",")) if build["cuda_architectures"] else ()
     try:
@@ -53,7 +60,11 @@ def backend_info() -> BackendInfo:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device in bytes: the GPU's, or the host's available memory for CPU."""
+    """Return the free memory of a GPU, or the available memory of the host for the CPU, in bytes.
+
+    Raises:
+        RuntimeError: if the system does not say.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     with open("/proc/meminfo", encoding="ascii") as lines:

@@ -11,11 +11,10 @@ from learndrop_ext.kernels.reference import check_out
 
 
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
-    """Sums over each layer's parameters of how far they are from their anchors: [L, 6] or [L, 8] float64.
+    """Do as `kernels.reference.delta_norms`, whose arguments, result and errors these are. A stale table is built again.
 
-    Columns, `refresh`, `out` and what it raises: `kernels.reference.delta_norms`. A table whose parameters have moved is
-    built anew first. A CUDA table takes one launch of the Triton kernel on the current stream and no synchronisation; a
-    CPU table one pass over memory in C++ on torch's number of threads, which changes no bit of the result.
+    On CUDA this is one launch of the Triton kernel on the current stream, without synchronisation. On the CPU it is one
+    pass over memory in C++ by torch's number of threads, on which the result does not depend.
     """
     table.refresh_pointers()
     if table.device.type == "cuda":

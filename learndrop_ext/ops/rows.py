@@ -75,6 +75,22 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
 
     All are raised before anything is written.
     """
+    _append(cache, rows, index, codec, distinct=False)
+
+
+def append_distinct_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str) -> None:
+    """Do as `append_rows`, without looking for repeats: the caller knows that the index names no row twice."""
+    _append(cache, rows, index, codec, distinct=True)
+
+
+def first_repeated(index: Tensor) -> int | None:
+    """Return the smallest number that an index [B] int64 (CPU), of numbers >= 0, holds twice, or None."""
+    index = index.contiguous()
+    found = _C.first_repeated(index.data_ptr(), len(index))
+    return None if found < 0 else found
+
+
+def _append(cache: Tensor, rows: Tensor, index: Tensor, codec: str, *, distinct: bool) -> None:
     name = "append_rows"
     if rows.dtype not in DTYPES:
         raise TypeError(f"{name}: rows must be float32, bfloat16 or float16, got {rows.dtype}")
@@ -89,7 +105,7 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
     B = rows.shape[0]
     if index.shape[0] != B:
         raise ValueError(f"{name}: index must be [{B}], one for each row, got {_shape(index)}")
-    if index.device.type == "cpu" and (repeated := _C.first_repeated(index.data_ptr(), B)) >= 0:
+    if index.device.type == "cpu" and not distinct and (repeated := first_repeated(index)) is not None:
         raise ValueError(f"{name}: index must name no row twice, got {repeated} twice")
     rows = rows.detach().resolve_neg()
     if rows.ndim > 2 and rows.ndim != 4:

@@ -12,7 +12,7 @@ STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16") -> None:
-    """Writes row b of `rows` into row index[b] of `cache`, encoded; arguments as in `ops.append_rows`."""
+    """Write row b of `rows` into row index[b] of `cache`, encoded; arguments as in `ops.append_rows`."""
     values = _channels_last(rows)
     if codec == "uint8":
         encoded = _encode_uint8(values.float())
@@ -33,7 +33,7 @@ def gather_rows(
     flip: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """Reads rows index[b] of `cache`: [B, *shape] of `dtype`; arguments as in `ops.gather_rows`."""
+    """Read rows index[b] of `cache`: [B, *shape] of `dtype`; arguments as in `ops.gather_rows`."""
     B, D = len(index), math.prod(shape)
     bytes_ = cache[index]
     channels = shape[0] if len(shape) == 3 else 1

@@ -30,8 +30,8 @@ def crc32c(data: bytes | bytearray | memoryview, *, portable: bool = False) -> i
     """Return the CRC-32C (Castagnoli, as in RFC 3720) of contiguous bytes.
 
     Args:
-        data (bytes-like): what to sum up.
-        portable (bool, optional): do without the CPU's own instruction. Default: False
+        data (bytes-like): the bytes.
+        portable (bool, optional): do not use the CPU's instruction for it. Default: False
     """
     return _C.crc32c(data, portable)
 
@@ -53,11 +53,11 @@ def read_rows(
         into (Tensor): [n, S] uint8 (CPU), written.
         checksums (Tensor): [R] int32, by slot.
         threads (int): threads that read.
-        block_bytes (int, optional): rows that the page cache does not have are read from the disk in whole blocks of
-            this size. Default: 1
+        block_bytes (int, optional): rows that are not in the page cache are read from the disk in whole blocks of this
+            size. Default: 1
 
     Returns:
-        The first position whose row does not have its checksum, or None.
+        The first position whose row does not match its checksum, or None.
 
     Raises:
         OSError: if the file cannot be read.
@@ -77,7 +77,7 @@ def read_rows(
 
 
 def write_rows(file: RowFile, slots: Tensor, rows: Tensor, checksums: Tensor, *, threads: int) -> None:
-    """Write rows to a file and note their checksums.
+    """Write rows to a file and their checksums to a table.
 
     Args:
         file (RowFile): the open file.
@@ -102,7 +102,7 @@ def write_rows(file: RowFile, slots: Tensor, rows: Tensor, checksums: Tensor, *,
 
 
 def pin(rows: Tensor, device: torch.device) -> None:
-    """Pin host memory where it lies, for the copy engines and the kernels of a GPU.
+    """Pin host memory in place, for the copy engines and the kernels of a GPU.
 
     Args:
         rows (Tensor): uint8 (CPU), contiguous.
@@ -117,7 +117,7 @@ def pin(rows: Tensor, device: torch.device) -> None:
 
 
 def unpin(rows: Tensor) -> None:
-    """Undo `pin`, once no copy reads the memory any more."""
+    """Undo `pin`. No copy may read the memory any more."""
     if rows.nbytes:
         _C.unpin(rows.data_ptr())
 
@@ -137,7 +137,7 @@ def copy_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
 
 
 def gather_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
-    """Do as `copy_rows_to_device` by a kernel that reads the host's memory itself: faster for small rows."""
+    """Do as `copy_rows_to_device` by a kernel that reads the host's memory: faster for small rows."""
     _host_rows(source, index, into, kernel=True)
 
 

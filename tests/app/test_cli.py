@@ -19,6 +19,7 @@ from PIL import Image
 import learndrop_ext
 from learndrop_ext.app import cli, forecasts, runs
 from learndrop_ext.app.cli import main
+from learndrop_ext.cache import shared
 
 SMALL = ["--epochs", "2", "--limit", "96", "--width", "8", "--batch-size", "32"]
 
@@ -186,8 +187,8 @@ def test_cache_lists_and_removes(
         asked.append(limits)
         return SimpleNamespace(removed=(files.pop(0),), in_use=tuple(files))
 
-    shared = SimpleNamespace(list_rows=lambda folder: list(files), remove_rows=remove_rows)
-    monkeypatch.setitem(sys.modules, "learndrop_ext.cache.shared", shared)
+    monkeypatch.setattr(shared, "list_rows", lambda folder: list(files))
+    monkeypatch.setattr(shared, "remove_rows", remove_rows)
     assert main(["cache", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split() for line in lines] == [

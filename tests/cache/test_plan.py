@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiered_cache import CPU
+
+from learndrop_ext.cache import plan as tier_plan
+from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.cache.layout import RowLayout
+from learndrop_ext.cache.plan import Budgets, TierPlan, budgets_of, plan_tiers
+
+KILOBYTE = RowLayout(row_bytes=1000, stride_bytes=1024)
+
+# slots, budgets in KB, staging, rows on device, host, disk, and in an area
+PLANS = [
+    (10, (10, 0, 0), 256, (10, 0, 0, 0)),
+    (10, (None, 0, 0), 256, (10, 0, 0, 0)),
+    (0, (0, 0, 0), 256, (0, 0, 0, 0)),
+    (10, (9, 100, 0), 2, (5, 5, 0, 2)),
+    (10, (9, 3, 100), 2, (5, 3, 2, 2)),
+    (10, (9, 0, 100), 2, (5, 0, 5, 2)),
+    (10, (9, 0, 100), 256, (0, 0, 10, 10)),
+    (10, (0, 0, 100), 1, (0, 0, 10, 1)),
+    (10, (3, 4, 100), 2, (0, 4, 6, 2)),
+]
+
+
+@pytest.mark.parametrize(("slots", "kilobytes", "staging", "wanted"), PLANS)
+def test_plan_tiers(
+    slots: int, kilobytes: tuple[int | None, int, int], staging: int, wanted: tuple[int, int, int, int]
+) -> None:
+    device, host, disk = kilobytes
+    budgets = Budgets(None if device is None else device * 1024, host * 1024, disk * 1024, staging)
+    assert plan_tiers(slots, KILOBYTE, budgets) == TierPlan(*wanted)
+
+
+def test_plan_tiers_keeps_rows_where_they_are_when_slots_are_added() -> None:
+    budgets = Budgets(9 * 1024, 6 * 1024, 1 << 20, 2)
+    kept = plan_tiers(10, KILOBYTE, budgets)
+    assert kept == TierPlan(5, 5, 0, 2)
+    kept = plan_tiers(11, KILOBYTE, budgets, kept=kept)
+    assert kept == TierPlan(5, 6, 0, 2)
+    kept = plan_tiers(20, KILOBYTE, budgets, kept=kept)
+    assert kept == TierPlan(5, 6, 9, 2)
+    assert plan_tiers(30, KILOBYTE, Budgets(1 << 20, 1 << 20, 1 << 20), kept=kept) == TierPlan(5, 6, 19, 2)
+
+
+def test_plan_tiers_stages_a_usual_batch() -> None:
+    assert plan_tiers(1000, KILOBYTE, Budgets(0, 0, 1 << 30)) == TierPlan(0, 0, 1000, 256)
+
+
+def test_plan_tiers_keeps_areas_of_large_rows_small() -> None:
+    row = RowLayout(100 << 20, 100 << 20)
+    assert plan_tiers(9, row, Budgets(0, 0, 1 << 40)).staging == 2
+
+
+def test_plan_tiers_refuses_budgets_that_are_too_small() -> None:
+    # Four rows share a page: 7 rows of which 3 are elsewhere take two pages.
+    assert plan_tiers(7, KILOBYTE, Budgets(0, 3072, 8192, 1)).disk == 4
+    message = (
+        r"budgets must hold 7 rows of 1,024 bytes, got 0 bytes on the device, 3,072 on the host and 8,191 on disk "
+        r"\(8,192 wanted there\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan_tiers(7, KILOBYTE, Budgets(0, 3072, 8191, 1))
+    with pytest.raises(ValueError, match="got 1,024 bytes on the device, 0 on the host and 0 on disk"):
+        plan_tiers(2, KILOBYTE, Budgets(1024))
+
+
+def test_tier_plan_says_what_is_where() -> None:
+    assert str(TierPlan(3, 0, 4, 1)) == "3 rows on device, 4 rows on disk"
+    assert str(TierPlan(0)) == "no rows"
+
+
+# configuration, the budgets on a CPU, and on a GPU, of which 1000 bytes are free
+MEANT: list[tuple[dict[str, Any], Budgets, Budgets]] = [
+    ({"budget_bytes": 5, "host_bytes": 6}, Budgets(5, 0, 0), Budgets(5, 6, 0)),
+    ({"host_bytes": "auto"}, Budgets(1500, 0, 0), Budgets(500, 1500, 0)),
+    ({"budget_bytes": 5, "disk_bytes": 7, "disk_dir": "."}, Budgets(5, 0, 7), Budgets(5, 0, 7)),
+    ({"budget_bytes": 5, "disk_bytes": "auto", "disk_dir": "."}, Budgets(5, 0, 450), Budgets(5, 0, 450)),
+    ({"budget_bytes": 5, "disk_dir": "."}, Budgets(5, 0, 0), Budgets(5, 0, 0)),
+    ({"budget_bytes": 5, "shared": True, "disk_dir": "."}, Budgets(5, 0, 450), Budgets(5, 0, 450)),
+    ({"budget_bytes": 5, "shared": True, "disk_bytes": 7, "disk_dir": "."}, Budgets(5, 0, 7), Budgets(5, 0, 7)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "on_cpu", "on_gpu"), MEANT)
+def test_budgets_of_a_configuration(
+    monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], on_cpu: Budgets, on_gpu: Budgets
+) -> None:
+    monkeypatch.setattr(tier_plan, "free_bytes", lambda device: 3000 if device.type == "cpu" else 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=900))
+    config = CacheConfig(**arguments)
+    assert budgets_of(config, CPU) == on_cpu
+    assert budgets_of(config, torch.device("cuda")) == on_gpu

@@ -1,0 +1,90 @@
+"""A task, a network and a loop for the tests of what a loop may do to a run with dropped layers.
+
+The task can be learned: the class of an image is the quarter of it that is bright, so that a result that is wrong
+without a word shows as accuracy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from learndrop_ext import DropScheduler, Fixed
+
+COUNT = 96
+
+
+def quarters(count: int = COUNT) -> TensorDataset:
+    """Noise of which one quarter is brighter: four classes."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 4
+    images = 0.3 * torch.randn(count, 1, 8, 8, generator=generator)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        top, left = 4 * (label // 2), 4 * (label % 2)
+        image[:, top : top + 4, left : left + 4] += 1
+    return TensorDataset(images, labels)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """Three layers: 0, 3 and 6."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, padding=1, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Sequential(nn.Flatten(), nn.Linear(128, 4)),
+    )
+
+
+def accuracy(model: nn.Module) -> float:
+    """Of the whole model, on other images; it is left in train mode."""
+    images, labels = (t[:COUNT] for t in quarters(2 * COUNT).tensors)
+    model.eval()
+    with torch.no_grad():
+        right = float((model(images).argmax(1) == labels).float().mean())
+    model.train()
+    return right
+
+
+class Run:
+    """A model, its optimizer and a scheduler that drops two of three layers before the third epoch."""
+
+    def __init__(
+        self, dataset: Dataset[Any] | None = None, drops: dict[int, int] | None = None, **options: Any
+    ) -> None:
+        self.model = network()
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.user = self.make_loader(dataset)
+        self.drop = self.scheduler({2: 2} if drops is None else drops, **options)
+
+    @staticmethod
+    def make_loader(dataset: Dataset[Any] | None = None, **options: Any) -> DataLoader[Any]:
+        settings: dict[str, Any] = {"batch_size": 16, "shuffle": True, "generator": torch.Generator().manual_seed(1)}
+        return DataLoader(quarters() if dataset is None else dataset, **(settings | options))
+
+    def scheduler(self, drops: dict[int, int], **options: Any) -> DropScheduler:
+        return DropScheduler(self.model, self.optimizer, self.user, **({"policy": Fixed(drops)} | options))
+
+    def train_step(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        loss = nn.functional.cross_entropy(self.drop.model(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def epochs(self, count: int = 1) -> Run:
+        for _ in range(count):
+            self.model.train()
+            for x, y in self.drop.loader:
+                self.train_step(x, y)
+            self.drop.step()
+        return self
+
+
+MADE_ANEW = r"drop.loader: the rows are made anew: the weights or buffers of the dropped layer"

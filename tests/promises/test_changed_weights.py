@@ -1,0 +1,166 @@
+"""Weights or buffers of dropped layers change: the rows are made anew, or the step is refused."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from four_quarters import MADE_ANEW, Run, accuracy
+from torch import nn
+from torch.nn.utils import prune
+
+
+def test_the_best_checkpoint_restored_after_a_drop() -> None:
+    run = Run().epochs(1)
+    best = copy.deepcopy(run.model.state_dict())
+    run.epochs(3)
+    assert run.drop.prefix == 2
+    run.model.load_state_dict(best)
+    with pytest.warns(RuntimeWarning, match=MADE_ANEW):
+        run.epochs(4)
+    assert accuracy(run.model) > 0.95
+
+
+def test_the_best_checkpoint_restored_in_mid_epoch_is_refused_by_name() -> None:
+    run = Run().epochs(1)
+    best = copy.deepcopy(run.model.state_dict())
+    run.epochs(3)
+    batches = iter(run.drop.loader)
+    run.train_step(*next(batches))
+    run.model.load_state_dict(best)
+    with pytest.raises(RuntimeError, match=r"dropped layers must stay as they are, and those of 0 have changed"):
+        run.train_step(*next(batches))
+    # The way out that the message names.
+    run.drop.undrop()
+    assert accuracy(run.epochs(4).model) > 0.95
+
+
+def test_weight_decay_by_hand_is_refused_at_the_first_step_after_it() -> None:
+    run = Run().epochs(2)
+    steps: list[float] = []
+
+    def epoch() -> None:
+        for x, y in run.drop.loader:
+            steps.append(run.train_step(x, y))
+            with torch.no_grad():
+                for parameter in run.model.parameters():
+                    parameter.mul_(1 - 1e-3)
+
+    with pytest.raises(RuntimeError, match=r"those of 0 have changed since its rows were made.*\(weight decay by hand"):
+        epoch()
+    assert len(steps) == 1
+
+
+def test_weight_decay_by_hand_of_what_trains_works() -> None:
+    run = Run().epochs(2)
+    live = [p for name, p in run.model.named_parameters() if name.startswith("6")]
+    for _ in range(4):
+        for x, y in run.drop.loader:
+            run.train_step(x, y)
+            with torch.no_grad():
+                for parameter in live:
+                    parameter.mul_(1 - 1e-4)
+        run.drop.step()
+    assert accuracy(run.model) > 0.95
+
+
+def test_lookahead_by_hand_at_the_end_of_each_epoch() -> None:
+    run = Run()
+    slow = copy.deepcopy(run.model.state_dict())
+    for _ in range(8):
+        run.epochs(1)
+        fast = run.model.state_dict()
+        with torch.no_grad():
+            for name, value in slow.items():
+                if value.is_floating_point():
+                    value.lerp_(fast[name], 0.5)
+        run.model.load_state_dict(slow)
+    assert run.drop.prefix == 2
+    # Dropped layers are at their slow weights from the first epoch on.
+    assert all(torch.equal(slow[name], value) for name, value in run.model[:6].state_dict().items())
+    assert accuracy(run.model) > 0.95
+
+
+def test_lookahead_by_hand_in_mid_epoch_is_refused() -> None:
+    run = Run()
+    slow = [p.detach().clone() for p in run.model.parameters()]
+    run.epochs(2)
+
+    def epoch() -> None:
+        for step, (x, y) in enumerate(run.drop.loader):
+            run.train_step(x, y)
+            if step % 3 == 2:
+                with torch.no_grad():
+                    for old, parameter in zip(slow, run.model.parameters(), strict=True):
+                        parameter.copy_(old.lerp_(parameter, 0.5))
+
+    with pytest.raises(RuntimeError, match="those of 0 have changed"):
+        epoch()
+
+
+def test_lbfgs_that_began_before_the_drop_is_refused_or_leaves_dropped_layers_alone() -> None:
+    run = Run(drops={})
+    run.optimizer = torch.optim.LBFGS(run.model.parameters(), lr=0.1, max_iter=4, history_size=4)
+    run.drop = run.scheduler({1: 2})
+
+    def epoch() -> None:
+        for x, y in run.drop.loader:
+
+            def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+                run.optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(run.drop.model(x), y)
+                loss.backward()
+                return loss
+
+            run.optimizer.step(closure)
+        run.drop.step()
+
+    epoch()
+    assert run.drop.prefix == 2
+    # Its memory of steps before the drop moves the dropped layers too.
+    with pytest.raises(RuntimeError, match="those of 0 have changed"):
+        epoch()
+
+
+def test_lbfgs_made_after_the_drop_works() -> None:
+    run = Run().epochs(2)
+    live = [p for name, p in run.model.named_parameters() if name.startswith("6")]
+    optimizer = torch.optim.LBFGS(live, lr=0.5, max_iter=4)
+    for _ in range(2):
+        for x, y in run.drop.loader:
+
+            def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(run.drop.model(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        run.drop.step()
+    assert accuracy(run.model) > 0.9
+
+
+def test_layers_that_are_initialised_again_after_their_drop() -> None:
+    run = Run().epochs(3)
+    nn.init.kaiming_normal_(run.model[3].weight, generator=torch.Generator().manual_seed(0))
+    run.model[4].reset_running_stats()
+    with pytest.warns(RuntimeWarning, match=MADE_ANEW + " 3"):
+        run.epochs(1)
+    run.drop.undrop()
+    assert accuracy(run.epochs(5).model) > 0.95
+
+
+def test_a_dropped_layer_that_is_pruned() -> None:
+    run = Run().epochs(4)
+    prune.l1_unstructured(run.model[3], "weight", amount=0.3)
+    with pytest.warns(RuntimeWarning, match=MADE_ANEW + " 3"):
+        run.epochs(3)
+    assert float((run.model[3].weight == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert accuracy(run.model) > 0.9
+    prune.remove(run.model[3], "weight")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the same values under another name
+        run.epochs(1)
+    assert accuracy(run.model) > 0.9

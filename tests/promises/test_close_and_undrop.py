@@ -1,0 +1,143 @@
+"""After the run, a second run, and layers that are to train again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from four_quarters import Run, accuracy, quarters
+from torch import nn
+
+from learndrop_ext import CacheConfig
+
+
+def attributes(model: nn.Module) -> list[set[str]]:
+    return [
+        set(m.__dict__) | set(m._forward_hooks) | set(m._forward_pre_hooks) | set(m._state_dict_hooks)
+        for m in model.modules()
+    ]
+
+
+def test_close_gives_the_model_back_as_it_was_found(tmp_path: Path) -> None:
+    for how in ("close", "with"):
+        config = CacheConfig(budget_bytes=0, disk_bytes=1 << 22, disk_dir=str(tmp_path))
+        run = Run(cache=config)
+        run.model[4].eval()  # the caller keeps one in eval mode
+        before = attributes(run.model), [m.training for m in run.model.modules()]
+        if how == "with":
+            with run.drop as drop:
+                for _ in range(4):
+                    for x, y in drop.loader:
+                        run.train_step(x, y)
+                    drop.step()
+                drop.state_dict()
+                assert list(tmp_path.iterdir()) != []
+        else:
+            for _ in range(4):
+                for x, y in run.drop.loader:
+                    run.train_step(x, y)
+                run.drop.step()
+            assert run.drop.prefix == 2
+            run.drop.close()
+            run.drop.close()  # a second time does nothing
+        assert (attributes(run.model), [m.training for m in run.model.modules()]) == before
+        assert all(p.requires_grad for p in run.model.parameters())
+        assert list(tmp_path.iterdir()) == []
+        assert run.drop.rows.cache is None
+        assert run.drop.model(quarters().tensors[0][:2]).shape == (2, 4)
+        with pytest.raises(RuntimeError, match="must be open, and it was closed"):
+            next(iter(run.drop.loader))
+        with pytest.raises(RuntimeError, match="must be open, and it was closed"):
+            run.drop.step()
+
+
+def test_a_run_that_an_error_ends_keeps_the_file_of_its_checkpoint(tmp_path: Path) -> None:
+    config = CacheConfig(disk_bytes=1 << 22, disk_dir=str(tmp_path))
+    run = Run(cache=config)
+    state: dict[str, Any] = {}
+
+    def interrupted() -> None:
+        with run.drop:
+            run.epochs(4)
+            state.update(copy.deepcopy(run.drop.state_dict()))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (tmp_path / state["rows_file"]).exists()
+    run.drop = run.scheduler({2: 2}, cache=config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.drop.load_state_dict(state)
+    assert bool(run.drop.rows.cache.filled.all())
+
+
+def test_a_second_scheduler_is_refused_by_name_while_layers_are_dropped_and_works_after() -> None:
+    run = Run().epochs(3)
+    with pytest.raises(ValueError, match=r"another DropScheduler has dropped 2: close\(\) that one first"):
+        run.scheduler({1: 1})
+    run.drop.close()
+    run.drop = run.scheduler({1: 1})
+    assert accuracy(run.epochs(4).model) > 0.95
+    assert run.drop.prefix == 1
+
+
+def test_a_scheduler_that_is_gone_does_not_stand_in_the_way() -> None:
+    run = Run().epochs(3)
+    run.drop = None  # type: ignore[assignment]
+    gc.collect()
+    run.drop = run.scheduler({1: 1})
+    run.epochs(3)
+    assert run.drop.prefix == 1
+
+
+def test_undrop_stays_undone_under_a_fixed_policy() -> None:
+    run = Run(drops={1: 1, 2: 2}).epochs(3)
+    assert run.drop.prefix == 2
+    run.drop.undrop()
+    before = run.model[0].weight.detach().clone()
+    run.epochs(3)
+    assert run.drop.prefix == 0
+    assert not torch.equal(run.model[0].weight, before)
+    assert accuracy(run.epochs(2).model) > 0.95
+
+
+def test_the_head_first_and_then_the_backbone() -> None:
+    run = Run(drops={})
+    for parameter in run.model[:6].parameters():
+        parameter.requires_grad_(False)
+    run.optimizer = torch.optim.SGD(run.model[6].parameters(), lr=0.05, momentum=0.9)
+    run.drop = run.scheduler({0: 2})
+    run.epochs(2)
+    for parameter in run.model[:6].parameters():
+        parameter.requires_grad_(True)
+    run.optimizer.add_param_group({"params": list(run.model[:6].parameters()), "lr": 0.01})
+    with pytest.raises(RuntimeError, match=r"parameters of 0 are to train .* call drop.undrop\(\)"):
+        run.epochs(1)
+    run.drop.undrop()
+    before = run.model[0].weight.detach().clone()
+    run.epochs(3)
+    assert not torch.equal(run.model[0].weight, before)
+    assert accuracy(run.model) > 0.9
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_callers_modes_stay(kept: bool) -> None:
+    run = Run(drops={})
+    run.model[4].eval()  # a norm that the caller keeps on its statistics, set once
+    run.drop = run.scheduler({1: 1}, cache="fp32" if kept else None)
+    statistics = run.model[4].running_mean.clone()
+    for _ in range(3):
+        for x, y in run.drop.loader:
+            run.train_step(x, y)
+            assert not run.model[4].training
+        run.drop.step()
+    assert run.drop.prefix == 1
+    assert torch.equal(run.model[4].running_mean, statistics)
+    run.drop.undrop()
+    assert [m.training for m in run.model] == [True] * 4 + [False] + [True] * 2

@@ -1,0 +1,63 @@
+"""A collate_fn may give anything per sample, and nothing random or coupled."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from four_quarters import Run, network
+from torch.utils.data import default_collate
+
+from learndrop_ext import DropScheduler
+
+
+def mixup_half_the_time(samples: list[Any]) -> Any:
+    x, y = default_collate(samples)
+    if random.random() < 0.5:
+        x = 0.6 * x + 0.4 * x.roll(1, 0)
+    return x, y
+
+
+def standardise_over_the_batch(samples: list[Any]) -> Any:
+    x, y = default_collate(samples)
+    return (x - x.mean()) / x.std(), y
+
+
+@pytest.mark.parametrize("collate", [mixup_half_the_time, standardise_over_the_batch])
+def test_a_collate_fn_that_is_no_function_of_the_sample_is_refused(collate: Callable[[list[Any]], Any]) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with pytest.raises(ValueError, match=r"same sample for the same id at each reading and beside any others"):
+        DropScheduler(model, optimizer, Run.make_loader(collate_fn=collate))
+
+
+def test_labels_of_any_kind_are_carried() -> None:
+    def ragged(samples: list[Any]) -> dict[str, Any]:
+        x, y = default_collate(samples)
+        ids = y.tolist()
+        return {
+            "x": x,
+            "y": y,
+            "double": y.double() / 3,
+            "array": y.numpy() + 1,
+            "none": None,
+            "scale": 0.5,
+            "boxes": [torch.full((i + 1, 4), float(i)) for i in ids],
+        }
+
+    run = Run(drops={})
+    run.user = Run.make_loader(collate_fn=ragged)
+    run.drop = run.scheduler({1: 2}, input="x")
+    for _ in range(3):
+        for batch in run.drop.loader:
+            y = batch["y"]
+            run.train_step(batch["x"], y)
+            assert torch.equal(batch["double"], y.double() / 3)
+            assert (batch["array"] == y.numpy() + 1).all()
+            assert (batch["none"], batch["scale"]) == (None, 0.5)
+            assert [len(box) - 1 for box in batch["boxes"]] == y.tolist()
+        run.drop.step()
+    assert run.drop.prefix == 2

@@ -1,0 +1,155 @@
+"""Loops as people write them: by epochs, by steps, by the clock."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from four_quarters import COUNT, Run, accuracy, network, quarters
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from learndrop_ext import DropScheduler, Fixed
+
+
+def test_the_task_is_learned_by_halves() -> None:
+    assert accuracy(Run().epochs(8).model) > 0.95
+    assert accuracy(network()) < 0.6
+
+
+def test_a_grad_scaler_that_is_switched_off() -> None:
+    run = Run()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(6):
+        for x, y in run.drop.loader:
+            run.optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = nn.functional.cross_entropy(run.drop.model(x), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(run.optimizer)
+            nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+            scaler.step(run.optimizer)
+            scaler.update()
+        run.drop.step()
+    assert run.drop.prefix == 2
+    assert accuracy(run.model) > 0.95
+
+
+def test_the_order_with_persistent_workers_is_the_one_without_a_drop() -> None:
+    def order(drops: dict[int, int]) -> list[int]:
+        run = Run(drops={})
+        run.user = Run.make_loader(Labelled(), num_workers=1, persistent_workers=True)
+        run.drop = run.scheduler(drops)
+        found = []
+        for _ in range(4):
+            for x, y in run.drop.loader:
+                run.train_step(x, y % 4)
+                found += y.tolist()
+            run.drop.step()
+        return found
+
+    assert order({1: 1, 3: 2}) == order({})
+
+
+class Labelled(Dataset[Any]):
+    """Labels that tell samples apart."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, index: int) -> Any:
+        return quarters().tensors[0][index], index
+
+
+def test_epochs_with_a_limit_of_batches() -> None:
+    run = Run(drops={2: 1, 5: 2})
+    for _ in range(16):
+        for i, (x, y) in enumerate(run.drop.loader):
+            if i == 3:
+                break
+            run.train_step(x, y)
+        run.drop.step()
+    assert run.drop.prefix == 2
+    assert accuracy(run.model) > 0.95
+
+
+def test_epochs_that_end_by_the_clock() -> None:
+    run = Run(drops={2: 1})
+    for _ in range(8):
+        end = time.perf_counter() + 0.03
+        for x, y in run.drop.loader:
+            run.train_step(x, y)
+            if time.perf_counter() > end:
+                break
+        run.drop.step()
+    assert accuracy(run.epochs(3).model) > 0.95
+
+
+def test_a_loader_zipped_with_a_shorter_one() -> None:
+    run = Run(drops={2: 2})
+    other = DataLoader(quarters(32), batch_size=16)
+    for _ in range(9):
+        for (x, y), _ in zip(run.drop.loader, other, strict=False):
+            run.train_step(x, y)
+        run.drop.step()
+    for _ in range(3):
+        for _, (x, y) in zip(other, run.drop.loader, strict=False):
+            run.train_step(x, y)
+        run.drop.step()
+    assert run.drop.prefix == 2
+    assert accuracy(run.epochs(2).model) > 0.95
+
+
+def cycle(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+@pytest.mark.parametrize("every", [4, 6, 9])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_training_by_steps_without_epochs(every: int, workers: int) -> None:
+    # Six batches an epoch: measured in mid-epoch, at its end, and across two of them.
+    run = Run(drops={})
+    run.user = Run.make_loader(num_workers=workers)
+    run.drop = run.scheduler({1: 1, 3: 2})
+    for step, (x, y) in enumerate(itertools.islice(cycle(run.drop.loader), 60), 1):
+        run.train_step(x, y)
+        if step % every == 0:
+            run.drop.step()
+    assert run.drop.prefix == 2
+    assert [record.samples for record in run.drop.history][:3] == [16 * every] * 3
+    assert accuracy(run.model) > 0.95
+
+
+def test_itertools_cycle_keeps_the_first_epochs_batches_and_is_refused() -> None:
+    run = Run(drops={1: 2})
+    endless = itertools.cycle(run.drop.loader)
+    for x, y in itertools.islice(endless, 6):
+        run.train_step(x, y)
+    run.drop.step()
+    with pytest.raises(ValueError, match=r"drop.model: x must be cached rows"):
+        run.train_step(*next(endless))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_policy_that_never_drops_takes_less_than_200_microseconds_a_step() -> None:
+    # 1 % of a step of 20 ms. By CPU time, the least of several rounds: other work on the machine does not count.
+    data = TensorDataset(torch.zeros(800, 4), torch.zeros(800, dtype=torch.int64))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plain = DataLoader(data, batch_size=4, shuffle=True)
+    drop = DropScheduler(model, optimizer, DataLoader(data, batch_size=4, shuffle=True), policy=Fixed({}))
+
+    def seconds(loader: Any, call: nn.Module) -> float:
+        begin = time.process_time()
+        for x, _ in loader:
+            call(x)
+        return time.process_time() - begin
+
+    pairs = [(seconds(drop.loader, drop.model), seconds(plain, model)) for _ in range(7)]
+    least = min(own for own, _ in pairs) - min(other for _, other in pairs)
+    assert least / 200 < 200e-6
