@@ -28,6 +28,7 @@ from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
 from learndrop_ext.app.networks import pixel_statistics
 from learndrop_ext.app.options import PRESETS
+from learndrop_ext.app.recipe import Recipe
 from learndrop_ext.decide.policy import Budget, Decision, Policy, Situation
 from learndrop_ext.decide.probes import copy_bytes_per_second
 
@@ -128,9 +129,9 @@ def load_set(name: str, root: Path, *, limit: int | None) -> Split:
     return split.map(lambda images: images.resized(SIZE))
 
 
-def recipe_for(args: argparse.Namespace, method: Method, seed: int, *, batch_size: int) -> runs.Recipe:
+def recipe_for(args: argparse.Namespace, method: Method, seed: int, *, batch_size: int) -> Recipe:
     preset = {k: v for k, v in PRESETS["folder"].items() if k not in ("model", "width", "epochs", "batch_size")}
-    plain = runs.Recipe(
+    plain = Recipe(
         model=args.model,
         stem="imagenet",
         width=64,
@@ -144,7 +145,7 @@ def recipe_for(args: argparse.Namespace, method: Method, seed: int, *, batch_siz
     return dataclasses.replace(plain, **method.recipe)
 
 
-def run_one(name: str, dataset: str, split: Split, recipe: runs.Recipe) -> dict[str, Any]:
+def run_one(name: str, dataset: str, split: Split, recipe: Recipe) -> dict[str, Any]:
     """Train one model and return its record, in the form of docs/results.md."""
     method = METHODS[name]
     policy = None if method.policy is None else method.policy(STAGES[recipe.model])
@@ -177,7 +178,7 @@ def run_one(name: str, dataset: str, split: Split, recipe: runs.Recipe) -> dict[
     }
 
 
-def is_same_run(record: Mapping[str, Any], name: str, dataset: str, split: Split, recipe: runs.Recipe) -> bool:
+def is_same_run(record: Mapping[str, Any], name: str, dataset: str, split: Split, recipe: Recipe) -> bool:
     return (record["run"], record["dataset"], record["images"]) == (name, dataset, len(split.train)) and record[
         "recipe"
     ] == dataclasses.asdict(recipe)

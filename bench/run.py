@@ -29,6 +29,7 @@ from learndrop_ext import backend_info
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import load_dataset
 from learndrop_ext.app.options import PRESETS
+from learndrop_ext.app.recipe import Recipe
 from learndrop_ext.decide.probes import copy_bytes_per_second
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,7 +184,7 @@ def training_records(device: str, root: Path | None) -> Iterator[dict[str, Any]]
         preset = PRESETS[dataset] | ({"model": model})
         for seed in range(seeds):
             augment = preset.get("augment")
-            recipe = runs.Recipe(
+            recipe = Recipe(
                 **{key: preset[key] for key in ("model", "width", "epochs", "batch_size", "lr")},
                 stem="small" if split.size <= 64 else "imagenet",
                 seed=seed,

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from learndrop_ext import Fixed
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import load_dataset
+from learndrop_ext.app.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PANELS = (
@@ -42,9 +43,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.1)
     args = parser.parse_args()
     split = load_dataset(args.dataset, args.data_root, limit=args.limit)
-    recipe = runs.Recipe(
-        model=args.model, stem="small", width=args.width, epochs=args.epochs, batch_size=64, lr=args.lr
-    )
+    recipe = Recipe(model=args.model, stem="small", width=args.width, epochs=args.epochs, batch_size=64, lr=args.lr)
     records: list[dict[str, Any]] = []
 
     def show(record: dict[str, Any]) -> None:

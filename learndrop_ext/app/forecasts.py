@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split
 from learndrop_ext.app.page import check_extras, render_page, write_page
-from learndrop_ext.app.runs import Recipe
+from learndrop_ext.app.recipe import Recipe, make_scheduler, set_up
 from learndrop_ext.decide.forecast import Forecast
 from learndrop_ext.decide.policy import Fixed
 
@@ -16,7 +15,7 @@ __all__ = ["draw_forecast", "make_forecast"]
 
 def make_forecast(split: Split, recipe: Recipe) -> Forecast:
     """Measure the costs of a recipe's model and data and return the forecast of its run. Trains nothing."""
-    with runs.make_scheduler(runs.set_up(split, recipe), recipe, Fixed({})) as drop:
+    with make_scheduler(set_up(split, recipe), recipe, Fixed({})) as drop:
         return drop.forecast(recipe.epochs)
 
 

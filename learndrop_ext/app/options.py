@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from learndrop_ext import __version__
-from learndrop_ext.app.runs import MAX_SEED, OPTIMIZERS, Recipe
+from learndrop_ext.app.recipe import MAX_SEED, OPTIMIZERS, Recipe
 from learndrop_ext.ops import CODECS
 
 RIVALS = ("freeze-only", "short")
@@ -54,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=(),
         metavar="RIVALS",
         help="also train the honest rivals, separated by commas: freeze-only (same drops, nothing cached) and short "
-        "(the plain recipe with as many epochs as fit into the time that dropping took)",
+        "(the plain recipe with as many steps as fit into the time that dropping took)",
     )
     commands["train"].add_argument("--plain", action="store_true", help="train without dropping")
     commands["info"].add_argument("--json", action="store_true", help="print one JSON object instead of lines")

@@ -11,80 +11,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from learndrop_ext.app.datasets import ImageSet, Split, make_loader
 from learndrop_ext.app.memory import peak_bytes, reset_peak
-from learndrop_ext.app.networks import Network, build_network, check_network
-from learndrop_ext.app.policies import parse_policy
+from learndrop_ext.app.recipe import Recipe, make_scheduler, policy_of, set_up
 from learndrop_ext.app.report import MEASURED
-from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.decide import costs
-from learndrop_ext.decide.policy import Fixed, Policy, StoppedLearning
+from learndrop_ext.decide.policy import Fixed, Policy
 from learndrop_ext.graph.chain import split_layers
 from learndrop_ext.history import Record
 from learndrop_ext.scheduler import DropScheduler
 
 #: Called with the name of the run, the steps done, the steps in all and a short text.
 Progress = Callable[[str, int, int, str], None]
-
-OPTIMIZERS = ("sgd", "adamw")
-#: Options of `StoppedLearning`, which no other policy has.
-STOPPED_OPTIONS = ("threshold", "patience", "warmup", "max_dropped", "min_saving")
-MAX_SEED = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained, under a one-cycle learning rate.
-
-    Args:
-        model, stem, width, weights: see `build_network`.
-        epochs: passes over the training images.
-        batch_size: images a step.
-        lr: peak learning rate.
-        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
-        weight_decay: of the optimizer.
-        seed: of the weights, the order and the views, in 0..2**32-1.
-        device: of the model and the images.
-        amp: "bf16" for autocast, None for none.
-        augment: see `ImageSet`.
-        codec, views, mirror: of the cache, see `CacheConfig`.
-        policy: see `parse_policy`.
-        threshold, patience, warmup, max_dropped, min_saving: see `StoppedLearning`.
-    """
-
-    model: str
-    stem: str
-    width: int
-    epochs: int
-    batch_size: int
-    lr: float
-    weights: str | None = None
-    optimizer: str = "sgd"
-    weight_decay: float = 5e-4
-    seed: int = 0
-    device: str = "cpu"
-    amp: str | None = None
-    augment: str | None = None
-    codec: str = "fp16"
-    views: int = 1
-    mirror: bool = False
-    policy: str = "stopped"
-    threshold: float = StoppedLearning.threshold
-    patience: int = StoppedLearning.patience
-    warmup: int = StoppedLearning.warmup
-    max_dropped: float = StoppedLearning.max_dropped
-    min_saving: float = StoppedLearning.min_saving
-
-    def __post_init__(self) -> None:
-        check_network(self.model)
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"Recipe: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
-        if not 0 <= self.seed <= MAX_SEED:
-            raise ValueError(f"Recipe: seed must be within 0..{MAX_SEED}, got {self.seed}")
-        policy_of(self)
-        cache_of(self)
 
 
 @dataclass(frozen=True)
@@ -134,64 +73,6 @@ class Result:
     drops: list[Dropped]
 
 
-@dataclass(frozen=True)
-class Setup:
-    """The model of a run on its device, and the other parts of its training loop."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    loader: DataLoader[tuple[torch.Tensor, torch.Tensor]]
-    train: ImageSet
-    test: ImageSet
-
-
-def make_network(split: Split, recipe: Recipe) -> Network:
-    """Build the network of a recipe for the images and the classes of a split."""
-    return build_network(
-        recipe.model,
-        num_classes=len(split.classes),
-        in_channels=split.channels,
-        stem=recipe.stem,
-        width=recipe.width,
-        weights=recipe.weights,
-        seed=recipe.seed,
-    )
-
-
-def set_up(split: Split, recipe: Recipe) -> Setup:
-    """Build the parts of a run. The same recipe gives the same initial weights and the same order of samples."""
-    device = torch.device(recipe.device)
-    torch.manual_seed(recipe.seed)
-    train_set, test_set = split.train.to(device).augmented(recipe.augment), split.test.to(device)
-    loader = make_loader(train_set, recipe.batch_size, shuffle=True, seed=recipe.seed)
-    model = make_network(split, recipe).model.to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(
-            model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
-        )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.epochs * len(loader))
-    return Setup(model, optimizer, schedule, loader, train_set, test_set)
-
-
-def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool = True) -> DropScheduler:
-    """Build the DropScheduler of a run. Without `caches` the frozen layers run at each step."""
-    return DropScheduler(
-        setup.model,
-        setup.optimizer,
-        setup.loader,
-        policy=policy,
-        epochs=recipe.epochs,
-        cache=cache_of(recipe) if caches else None,
-        seed=recipe.seed,
-    )
-
-
 def train(
     name: str,
     split: Split,
@@ -220,7 +101,7 @@ def train(
     reset_peak(device)
     setup = set_up(split, recipe)
     criterion = nn.CrossEntropyLoss()
-    steps = recipe.epochs * len(setup.loader)
+    steps = recipe.steps or recipe.epochs * len(setup.loader)
     drops: list[Dropped] = []
     drop: DropScheduler | None = None
     seconds = fill_seconds = measure_seconds = eval_seconds = accuracy = 0.0
@@ -238,7 +119,7 @@ def train(
     for epoch in range(1, recipe.epochs + 1):
         begin = time.perf_counter()
         setup.model.train()
-        total_loss = torch.zeros((), device=device)
+        total_loss, samples, begun = torch.zeros((), device=device), 0, done
         batches: Iterable[Any] = setup.loader if drop is None else drop.loader
         live = setup.model if drop is None else drop.model
         lr = setup.optimizer.param_groups[0]["lr"]
@@ -250,8 +131,11 @@ def train(
             setup.optimizer.step()
             setup.schedule.step()
             total_loss += loss.detach()
+            samples += len(x)
             done += 1
             progress(name, done, steps, f"epoch {epoch}/{recipe.epochs}")
+            if done == steps:
+                break
         measured: dict[str, Any] = {"scores": None, "relative": None, "cosine": None}
         reason = ""
         if drop is not None:
@@ -264,8 +148,8 @@ def train(
             measure_seconds += record.measure_seconds
             forward_flops += record.forward_flops + record.fill_flops
         else:
-            forward_flops += flops * len(setup.train)
-        train_loss = float(total_loss) / len(setup.loader)
+            forward_flops += flops * samples
+        train_loss = float(total_loss) / (done - begun)
         seconds += time.perf_counter() - begin
         begin = time.perf_counter()
         accuracy = evaluate(setup.model, setup.test, batch_size=512, amp=recipe.amp)
@@ -352,16 +236,6 @@ def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | 
     return 100 * int(right) / len(images)
 
 
-def cache_of(recipe: Recipe) -> CacheConfig:
-    """Return the cache settings of a recipe."""
-    return CacheConfig(codec=recipe.codec, views=recipe.views, mirror=recipe.mirror)
-
-
-def policy_of(recipe: Recipe) -> Policy:
-    """Return the policy of a recipe."""
-    return parse_policy(recipe.policy).build(**{name: getattr(recipe, name) for name in STOPPED_OPTIONS})
-
-
 def compare(
     split: Split,
     recipe: Recipe,
@@ -376,7 +250,7 @@ def compare(
         split: the data.
         recipe: how to train.
         rivals: "freeze-only" (the same drops, but the frozen layers run at each step) and "short" (the plain recipe with
-            as many epochs as fit into the seconds that dropping took).
+            as many steps as fit into the seconds that dropping took).
         on_epoch, progress: see `train`.
 
     Yields:
@@ -397,9 +271,10 @@ def compare(
             same = Fixed({d.epoch: d.prefix for d in dropping.drops})
             result, _ = train(rival, split, recipe, policy=same, caches=False, on_epoch=on_epoch, progress=progress)
         else:
-            fitting = max(1, int(min(1.0, dropping.seconds / baseline.seconds) * recipe.epochs))
-            out["config"]["short_epochs"] = fitting
-            short = dataclasses.replace(recipe, epochs=fitting)
+            batches = -(-len(split.train) // recipe.batch_size)
+            steps = max(1, int(min(1.0, dropping.seconds / baseline.seconds) * recipe.epochs * batches))
+            short = dataclasses.replace(recipe, epochs=-(-steps // batches), steps=steps)
+            out["config"]["short_epochs"] = round(steps / batches, 2)
             result, _ = train(rival, split, short, on_epoch=on_epoch, progress=progress)
         out[rival] = dataclasses.asdict(result)
         yield out

@@ -8,7 +8,7 @@ import torch
 
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset
-from learndrop_ext.app.runs import Recipe
+from learndrop_ext.app.recipe import Recipe
 from learndrop_ext.decide.policy import Fixed
 
 RECIPE = Recipe(model="resnet10", stem="small", width=8, epochs=3, batch_size=32, lr=0.05)
@@ -97,7 +97,15 @@ def test_compare_gives_the_form_that_other_programs_read(digits: Split, monkeypa
     assert dropped == [(1, 2), (2, 4)]
     assert [(drop["epoch"], drop["prefix"]) for drop in out["freeze-only"]["drops"]] == dropped
     assert out["freeze-only"]["forward_flops"] == out["baseline"]["forward_flops"] > out["learndrop"]["forward_flops"]
-    assert 1 <= out["config"]["short_epochs"] <= 3
+    # As many steps as fit: within one of the share of the seconds.
+    batches = -(-len(digits.train) // RECIPE.batch_size)
+    share = min(1.0, out["learndrop"]["seconds"] / out["baseline"]["seconds"])
+    steps = round(out["config"]["short_epochs"] * batches)
+    assert share * 3 * batches - 1.5 <= steps <= share * 3 * batches + 0.5
+    per_epoch = out["baseline"]["forward_flops"] / 3
+    whole, rest = divmod(steps, batches)
+    images = whole * len(digits.train) + rest * RECIPE.batch_size
+    assert out["short"]["forward_flops"] == per_epoch / len(digits.train) * images
 
 
 def test_save_model_leaves_no_part(digits: Split, tmp_path: Any) -> None:

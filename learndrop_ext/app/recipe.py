@@ -1,0 +1,146 @@
+"""Recipes of the command line: how a model is trained, and the parts of a training run made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from learndrop_ext.app.datasets import ImageSet, Split, make_loader
+from learndrop_ext.app.networks import Network, build_network, check_network
+from learndrop_ext.app.policies import parse_policy
+from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.decide.policy import Policy, StoppedLearning
+from learndrop_ext.scheduler import DropScheduler
+
+OPTIMIZERS = ("sgd", "adamw")
+#: Options of `StoppedLearning`, which no other policy has.
+STOPPED_OPTIONS = ("threshold", "patience", "warmup", "max_dropped", "min_saving")
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained, under a one-cycle learning rate.
+
+    Args:
+        model, stem, width, weights: see `build_network`.
+        epochs: passes over the training images.
+        steps: of the optimizer in all, where the last epoch is not to be a whole one; None for whole epochs. Not with
+            dropping.
+        batch_size: images a step.
+        lr: peak learning rate.
+        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
+        weight_decay: of the optimizer.
+        seed: of the weights, the order and the views, in 0..2**32-1.
+        device: of the model and the images.
+        amp: "bf16" for autocast, None for none.
+        augment: see `ImageSet`.
+        codec, views, mirror: of the cache, see `CacheConfig`.
+        policy: see `parse_policy`.
+        threshold, patience, warmup, max_dropped, min_saving: see `StoppedLearning`.
+    """
+
+    model: str
+    stem: str
+    width: int
+    epochs: int
+    batch_size: int
+    lr: float
+    weights: str | None = None
+    optimizer: str = "sgd"
+    weight_decay: float = 5e-4
+    seed: int = 0
+    device: str = "cpu"
+    amp: str | None = None
+    augment: str | None = None
+    codec: str = "fp16"
+    views: int = 1
+    mirror: bool = False
+    policy: str = "stopped"
+    threshold: float = StoppedLearning.threshold
+    patience: int = StoppedLearning.patience
+    warmup: int = StoppedLearning.warmup
+    max_dropped: float = StoppedLearning.max_dropped
+    min_saving: float = StoppedLearning.min_saving
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_network(self.model)
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"Recipe: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"Recipe: seed must be within 0..{MAX_SEED}, got {self.seed}")
+        policy_of(self)
+        cache_of(self)
+
+
+def cache_of(recipe: Recipe) -> CacheConfig:
+    """Return the cache settings of a recipe."""
+    return CacheConfig(codec=recipe.codec, views=recipe.views, mirror=recipe.mirror)
+
+
+def policy_of(recipe: Recipe) -> Policy:
+    """Return the policy of a recipe."""
+    return parse_policy(recipe.policy).build(**{name: getattr(recipe, name) for name in STOPPED_OPTIONS})
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model of a run on its device, and the other parts of its training loop."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    loader: DataLoader[tuple[torch.Tensor, torch.Tensor]]
+    train: ImageSet
+    test: ImageSet
+
+
+def make_network(split: Split, recipe: Recipe) -> Network:
+    """Build the network of a recipe for the images and the classes of a split."""
+    return build_network(
+        recipe.model,
+        num_classes=len(split.classes),
+        in_channels=split.channels,
+        stem=recipe.stem,
+        width=recipe.width,
+        weights=recipe.weights,
+        seed=recipe.seed,
+    )
+
+
+def set_up(split: Split, recipe: Recipe) -> Setup:
+    """Build the parts of a run. The same recipe gives the same initial weights and the same order of samples."""
+    device = torch.device(recipe.device)
+    torch.manual_seed(recipe.seed)
+    train_set, test_set = split.train.to(device).augmented(recipe.augment), split.test.to(device)
+    loader = make_loader(train_set, recipe.batch_size, shuffle=True, seed=recipe.seed)
+    model = make_network(split, recipe).model.to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer: torch.optim.Optimizer
+    if recipe.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
+        )
+    steps = recipe.steps or recipe.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
+    return Setup(model, optimizer, schedule, loader, train_set, test_set)
+
+
+def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool = True) -> DropScheduler:
+    """Build the DropScheduler of a run. Without `caches` the frozen layers run at each step."""
+    return DropScheduler(
+        setup.model,
+        setup.optimizer,
+        setup.loader,
+        policy=policy,
+        epochs=recipe.epochs,
+        cache=cache_of(recipe) if caches else None,
+        seed=recipe.seed,
+    )
