@@ -200,6 +200,7 @@ def test_live_seconds() -> None:
     ("step", "share", "other", "optimizer"),
     [
         (StepSeconds(12.0, 0.8), 1.0, 0.4, 0.1),
+        (StepSeconds(9.2, 0.8), 1.0, 0.05, 0.1),
         (StepSeconds(8.8, 0.8), 1.0, 0.0, 0.1),
         # One by one the layers took twice as long as together.
         (StepSeconds(4.8, 0.8), 0.5, 0.0, 0.1),
@@ -252,6 +253,7 @@ CUTS = [
     (CHEAP, 2, 1, 10, 10**9, CutChoice(1, 0, "rows stay after stem")),
     (CHEAP, 3, 1, 10, 10**9, CutChoice(3, 1024, "rows after squeeze")),
     (LAYERS, 3, 1, 10, 10_239, CutChoice(1, 0, "rows stay after stem")),
+    (LAYERS, 2, 2, 10, 10**9, CutChoice(2, 0, "rows stay after block1")),
     # Three decimals do not tell 1,024,000,000 bytes from one less.
     (
         LAYERS,
