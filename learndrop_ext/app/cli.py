@@ -20,7 +20,7 @@ from learndrop_ext.app.datasets import Split, load_dataset, load_folder
 from learndrop_ext.app.networks import check_network, is_external, pixel_statistics
 from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, make_parser
 from learndrop_ext.app.policies import parse_policy
-from learndrop_ext.app.runs import STOPPED_OPTIONS, Recipe
+from learndrop_ext.app.recipe import STOPPED_OPTIONS, Recipe, policy_of
 from learndrop_ext.ops import free_bytes
 
 INTERRUPTED = 130
@@ -167,7 +167,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     split, recipe = _recipe(args)
-    policy = None if args.plain else runs.policy_of(recipe)
+    policy = None if args.plain else policy_of(recipe)
     name = "baseline" if args.plain else "learndrop"
     with report.Reporter(args.out) as reporter, _Bar() as bar:
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split
 from learndrop_ext.app.page import check_extras, render_page, write_page
-from learndrop_ext.app.runs import Recipe
+from learndrop_ext.app.recipe import Recipe
 from learndrop_ext.decide.forecast import Forecast
 from learndrop_ext.decide.policy import Fixed
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from learndrop_ext import __version__
-from learndrop_ext.app.runs import MAX_SEED, OPTIMIZERS, Recipe
+from learndrop_ext.app.recipe import MAX_SEED, OPTIMIZERS, Recipe
 from learndrop_ext.ops import CODECS
 
 RIVALS = ("freeze-only", "short")

@@ -8,7 +8,7 @@ import torch
 
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset
-from learndrop_ext.app.runs import Recipe
+from learndrop_ext.app.recipe import Recipe
 from learndrop_ext.decide.policy import Fixed
 
 RECIPE = Recipe(model="resnet10", stem="small", width=8, epochs=3, batch_size=32, lr=0.05)

@@ -66,16 +66,17 @@ def test_flip_and_shift_move_rows_on_the_way_out() -> None:
     assert len(kinds) > 6
 
 
-def test_a_sampler_that_names_an_id_outside_the_dataset_is_refused() -> None:
+@pytest.mark.parametrize("outside", [22, -1])
+def test_a_sampler_that_names_an_id_outside_the_dataset_is_refused(outside: int) -> None:
     class Bad:
         def __iter__(self) -> Iterator[int]:
-            return iter([0, 1, 22])
+            return iter([0, 1, outside])
 
         def __len__(self) -> int:
             return 3
 
     drop = scheduler(DataLoader(data(), batch_size=3, sampler=Bad()))
-    with pytest.raises(IndexError, match=r"samples of the dataset, within 0..21, got 22"):
+    with pytest.raises(IndexError, match=rf"samples of the dataset, within 0..21, got {outside}"):
         next(iter(drop.loader))
 
 
