@@ -137,3 +137,28 @@ def test_time_spent_on_a_batch_is_counted() -> None:
     samples, seconds = drop.loader.ledger
     assert samples == 22
     assert seconds >= 0.05
+
+
+def test_excluded_seconds_are_not_counted() -> None:
+    drop = scheduler(DataLoader(data(), batch_size=11))
+    labels(drop.loader, drop)
+    seconds = drop.loader.ledger[1]
+    drop.loader.exclude(0.25)
+    assert drop.loader.ledger == (22, pytest.approx(seconds - 0.25))
+
+
+# A drop before training, when the autocast of the first batch is not known before its step, and one after an epoch.
+@pytest.mark.parametrize(("epoch", "first"), [(0, 1), (1, 0)])
+def test_rows_are_made_under_the_autocast_of_training(epoch: int, first: int) -> None:
+    drop = scheduler(DataLoader(data(), batch_size=4), policy=Fixed({epoch: 1}))
+    images = data().tensors[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        if epoch:
+            labels(drop.loader, drop)
+            drop.step()
+        for i, (x, y) in enumerate(drop.loader):
+            drop.model(x)
+            with torch.no_grad():
+                wanted = drop.chain.prefix(1).eval()(images[y])
+            assert i < first or torch.equal(x.float(), wanted.float())
+    assert drop.prefix == 1
