@@ -33,7 +33,8 @@ def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: 
         raise ValueError(
             f"DIR must be a folder of rows, got {folder}, which is {'a file' if folder.exists() else 'not there'}"
         )
-    removed, in_use = [], []
+    removed: tuple[shared.SharedFile, ...] = ()
+    in_use: tuple[shared.SharedFile, ...] = ()
     if older_than_days is not None or keep_bytes is not None:
         age = None if older_than_days is None else older_than_days * DAY_SECONDS
         outcome = shared.remove_rows(folder, older_than_seconds=age, keep_bytes=keep_bytes)

@@ -112,7 +112,7 @@ def plan_tiers(slots: int, layout: RowLayout, budgets: Budgets, *, kept: TierPla
         area, device = kept.staging, kept.device
     else:
         area = max(1, min(budgets.staging_rows, slots, STAGING_BYTES // row))
-        device = min(slots, max(0, on_device - 2 * area))
+        device = max(0, on_device - 2 * area)
     host = min(slots - device, budgets.host // row)
     if kept is not None and kept.disk:
         host = kept.host

@@ -5,15 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from tiered_cache import CPU, ids
 from torch import Tensor
 
 from learndrop_ext.cache.cache import ActivationCache
-
-CPU = torch.device("cpu")
-
-
-def ids(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,7 +11,7 @@ from tiered_cache import CPU
 from learndrop_ext.cache import plan as tier_plan
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.plan import Budgets, TierPlan, budgets_of, plan_tiers
+from learndrop_ext.cache.plan import Budgets, TierPlan, add_reserve, budgets_of, lengthened, plan_tiers, room_for
 
 KILOBYTE = RowLayout(row_bytes=1000, stride_bytes=1024)
 
@@ -59,8 +59,9 @@ def test_plan_tiers_keeps_areas_of_large_rows_small() -> None:
 
 
 def test_plan_tiers_refuses_budgets_that_are_too_small() -> None:
-    # Four rows share a page: 7 rows of which 3 are elsewhere take two pages.
+    # Four rows share a page: 7 rows of which 3 are elsewhere take two pages, and with 5 elsewhere one.
     assert plan_tiers(7, KILOBYTE, Budgets(0, 3072, 8192, 1)).disk == 4
+    assert plan_tiers(7, KILOBYTE, Budgets(0, 5120, 4096, 1)).disk == 2
     message = (
         r"budgets must hold 7 rows of 1,024 bytes, got 0 bytes on the device, 3,072 on the host and 8,191 on disk "
         r"\(8,192 wanted there\)"
@@ -74,6 +75,63 @@ def test_plan_tiers_refuses_budgets_that_are_too_small() -> None:
 def test_tier_plan_says_what_is_where() -> None:
     assert str(TierPlan(3, 0, 4, 1)) == "3 rows on device, 4 rows on disk"
     assert str(TierPlan(0)) == "no rows"
+
+
+# plan, budgets in rows, slots to have room for, the plan with room
+RESERVES = [
+    (TierPlan(8), (None, 0, 0), 10, TierPlan(10)),
+    (TierPlan(8), (9, 50, 0), 10, TierPlan(9)),
+    (TierPlan(8), (8, 50, 0), 10, TierPlan(8)),
+    (TierPlan(8), (20, 50, 0), 8, TierPlan(8)),
+    (TierPlan(8), (20, 50, 0), 7, TierPlan(8)),
+    (TierPlan(8), (20, 50, 0), 0, TierPlan(8)),
+    (TierPlan(2, 6, 0, 1), (4, 50, 0), 10, TierPlan(2, 8, 0, 1)),
+    (TierPlan(2, 6, 0, 1), (4, 7, 90), 10, TierPlan(2, 7, 0, 1)),
+    (TierPlan(2, 6, 2, 1), (4, 7, 90), 20, TierPlan(2, 6, 2, 1)),
+]
+
+
+@pytest.mark.parametrize(("plan", "kilobytes", "slots", "wanted"), RESERVES)
+def test_add_reserve(plan: TierPlan, kilobytes: tuple[int | None, int, int], slots: int, wanted: TierPlan) -> None:
+    device, host, disk = kilobytes
+    budgets = Budgets(None if device is None else device * 1024, host * 1024, disk * 1024)
+    assert add_reserve(plan, KILOBYTE, budgets, slots=slots) == wanted
+
+
+def test_room_for_is_a_quarter_more() -> None:
+    assert [room_for(slots) for slots in (0, 1, 2, 4, 5, 100)] == [0, 2, 3, 5, 7, 125]
+
+
+def test_lengthened_tables_keep_what_they_hold() -> None:
+    table = torch.arange(1, 9)
+    assert lengthened(table, 8) is table
+    assert lengthened(table, 3) is table
+    assert lengthened(table, 9).tolist() == [*range(1, 9), 0, 0]
+    assert lengthened(table, 20).tolist() == [*range(1, 9), *[0] * 12]
+    assert lengthened(torch.zeros(0), 1).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("slots", "part"),
+    [(10, TierPlan(3, 4, 3, 2)), (7, TierPlan(3, 4, 0, 2)), (5, TierPlan(3, 2, 0, 2)), (2, TierPlan(2, 0, 0, 2))],
+)
+def test_the_first_slots_of_a_plan(slots: int, part: TierPlan) -> None:
+    assert TierPlan(3, 4, 5, 2).first(slots) == part
+    assert part.slots == slots
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device": -1}, "Budgets: device must be bytes >= 0, got -1"),
+        ({"host": -1}, "Budgets: host must be bytes >= 0, got -1"),
+        ({"disk": -2}, "Budgets: disk must be bytes >= 0, got -2"),
+        ({"staging_rows": 0}, "Budgets: staging_rows must be >= 1, got 0"),
+    ],
+)
+def test_budgets_refuse(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budgets(**arguments)
 
 
 # configuration, the budgets on a CPU, and on a GPU, of which 1000 bytes are free

@@ -256,6 +256,10 @@ CUTS = [
     (CHEAP, 2, 1, 10, 10**9, CutChoice(1, 1024, "rows stay after stem")),
     (CHEAP, 3, 1, 10, 10**9, CutChoice(3, 1024, "rows after squeeze")),
     (LAYERS, 3, 1, 10, 10_239, CutChoice(1, 4096, "rows stay after stem")),
+    (LAYERS, 2, 2, 10, 10**9, CutChoice(2, 4096, "rows stay after block1")),
+    # They may no longer fit into what is free, and are still read.
+    (CHEAP[1:], 2, 1, 10, 10_240, CutChoice(2, 1024, "rows after squeeze")),
+    (CHEAP, 2, 0, 10, 100, CutChoice(0, 0, "no rows: the smallest take 10.24 kB and the budget is 100 bytes")),
     # Three decimals do not tell 1,024,000,000 bytes from one less.
     (
         LAYERS,

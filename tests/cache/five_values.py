@@ -1,0 +1,24 @@
+"""A cache of rows of five values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiered_cache import CPU
+from torch import Tensor
+
+from learndrop_ext.cache.cache import ActivationCache
+from learndrop_ext.cache.plan import Budgets
+
+ROW = 128  # bytes of a row of 5 values
+
+
+def rows(count: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def cache_of(slots: int, budgets: Budgets | None = None, path: Path | None = None, **options: Any) -> ActivationCache:
+    options = {"codec": "fp32"} | options
+    return ActivationCache(slots, (5,), device=CPU, budgets=budgets, path=path, **options)
