@@ -145,20 +145,26 @@ def test_delta_norms(benchmark: BenchmarkFixture, network: Network, persistence:
     time_case(benchmark, case, "learndrop", moved_bytes, lambda: ops.delta_norms(table, refresh=True, out=out))
 
 
+def foreach_norms(weights: list[Tensor], anchors: list[Tensor]) -> list[list[Tensor]]:
+    deltas = torch._foreach_sub(weights, anchors)
+    norms = [list(torch._foreach_norm(deltas, order)) for order in (1, 2, float("inf"))]
+    norms.append(list(torch._foreach_norm(weights, 2)))
+    torch._foreach_copy_(anchors, weights)
+    return norms
+
+
 @timed
-def test_foreach_recipe(benchmark: BenchmarkFixture, network: Network) -> None:
+@pytest.mark.parametrize("contender", ["foreach recipe", "foreach recipe, torch.compile"])
+def test_foreach_recipe(benchmark: BenchmarkFixture, network: Network, contender: str) -> None:
     """What torch offers for lists of tensors; the sums per layer are left to the reader."""
+    call = foreach_norms
+    if contender.endswith("torch.compile"):
+        if DEVICE == "cpu" or network.name != "ResNet-50":
+            pytest.skip("compiled on a GPU only, and for one network: compiling takes longer than all the rest")
+        call = torch.compile(foreach_norms, dynamic=False)
     weights = network.parameters
     anchors = [tensor.clone() for tensor in weights]
-
-    def call() -> list[list[Tensor]]:
-        deltas = torch._foreach_sub(weights, anchors)
-        norms = [torch._foreach_norm(deltas, order) for order in (1, 2, float("inf"))]
-        norms.append(torch._foreach_norm(weights, 2))
-        torch._foreach_copy_(anchors, weights)
-        return norms
-
-    time_case(benchmark, network.name, "foreach recipe", 3 * network.bytes, call)
+    time_case(benchmark, network.name, contender, 3 * network.bytes, lambda: call(weights, anchors))
 
 
 @timed

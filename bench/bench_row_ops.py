@@ -66,6 +66,31 @@ def data(B: int, shape: tuple[int, ...], codec: str) -> Data:
     return Data(shape, codec, cache, table, scale, rows, [index.to(DEVICE) for index in on_host], on_host)
 
 
+def decoded(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    return table.index_select(0, index).to(dtype)
+
+
+def dequantized(table: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+    steps = table.index_select(0, index).view(len(index), -1, scale.shape[2]).float()
+    return steps.mul_(scale.index_select(0, index)).add_(scale.index_select(0, index))
+
+
+def compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    if DEVICE == "cpu":
+        pytest.skip("compiled on a GPU only")
+    fused: Callable[..., Tensor] = torch.compile(call, dynamic=False)
+    return fused
+
+
+def fbgemm_rows() -> Callable[[Tensor, Tensor], Tensor]:
+    """FBGEMM's gather of rows, where it is installed."""
+    pytest.importorskip("fbgemm_gpu")
+    if DEVICE == "cpu":
+        pytest.skip("FBGEMM's gather is for a GPU")
+    rows: Callable[[Tensor, Tensor], Tensor] = torch.ops.fbgemm.index_select_dim0
+    return rows
+
+
 def time_case(
     benchmark: BenchmarkFixture, call: Callable[[int], object], case: str, contender: str, moved_bytes: int
 ) -> None:
@@ -88,13 +113,17 @@ def name(verb: str, B: int, shape: tuple[int, ...], types: str) -> str:
     return f"{verb} {B} x {'x'.join(map(str, shape))} {types}"
 
 
-@pytest.mark.parametrize("contender", ["learndrop", "index_select + to"])
+@pytest.mark.parametrize("contender", ["learndrop", "index_select + to", "torch.compile", "FBGEMM + to"])
 @pytest.mark.parametrize("into_out", [False, True], ids=["new", "into_out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(("B", "shape"), CASES, ids=str)
 def test_gather_fp16(
     benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...], dtype: torch.dtype, into_out: bool, contender: str
 ) -> None:
+    fused = compiled(decoded) if contender == "torch.compile" else decoded
+    fbgemm = fbgemm_rows() if contender.startswith("FBGEMM") else None
+    if into_out and contender in ("torch.compile", "FBGEMM + to"):
+        pytest.skip("returns a new tensor")
     d = data(B, shape, "fp16")
     flat = torch.empty(B, math.prod(shape), dtype=dtype, device=DEVICE)
     picked = torch.empty(B, math.prod(shape), dtype=torch.float16, device=DEVICE)
@@ -111,8 +140,14 @@ def test_gather_fp16(
             return torch.index_select(d.table, 0, d.indices[i], out=flat)
         return flat.copy_(torch.index_select(d.table, 0, d.indices[i], out=picked))
 
+    calls: dict[str, Callable[[int], object]] = {
+        "learndrop": ours,
+        "index_select + to": theirs,
+        "torch.compile": lambda i: fused(d.table, d.indices[i], dtype),
+        "FBGEMM + to": lambda i: fbgemm(d.table, d.indices[i]).to(dtype),
+    }
     types = f"fp16 to {str(dtype).removeprefix('torch.')}{', into out' if into_out else ''}"
-    call = ours if contender == "learndrop" else theirs
+    call = calls[contender]
     time_case(benchmark, call, name("gather", B, shape, types), contender, d.bytes_moved(dtype))
 
 
@@ -139,20 +174,16 @@ def test_gather_of_a_training_step(benchmark: BenchmarkFixture, B: int, shape: t
     time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
 
 
-@pytest.mark.parametrize("contender", ["learndrop", "index_select + to + mul + add"])
+@pytest.mark.parametrize("contender", ["learndrop", "index_select + to + mul + add", "torch.compile"])
 @pytest.mark.parametrize(("B", "shape"), CASES[1:], ids=str)
 def test_gather_uint8(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...], contender: str) -> None:
+    scaled = compiled(dequantized) if contender == "torch.compile" else dequantized
     d = data(B, shape, "uint8")
 
     def ours(i: int) -> object:
         return ops.gather_rows(d.cache, d.on_host[i], shape, codec="uint8")
 
-    def theirs(i: int) -> object:
-        index = d.indices[i]
-        steps = d.table.index_select(0, index).view(B, -1, shape[0]).float()
-        return steps.mul_(d.scale.index_select(0, index)).add_(d.scale.index_select(0, index))
-
-    call = ours if contender == "learndrop" else theirs
+    call = ours if contender == "learndrop" else lambda i: scaled(d.table, d.scale, d.indices[i])
     case = name("gather", B, shape, "uint8 to float32")
     time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
 
