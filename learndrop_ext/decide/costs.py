@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -58,7 +59,12 @@ class CutChoice:
 
 
 def measure_layers(
-    chain: Chain, example: torch.Tensor, *, repeats: int = 3, autocast: torch.dtype | None = None
+    chain: Chain,
+    example: torch.Tensor,
+    *,
+    others: Sequence[torch.Tensor] = (),
+    repeats: int = 3,
+    autocast: torch.dtype | None = None,
 ) -> tuple[LayerCost, ...]:
     """Measure each layer on a batch: FLOPs, seconds frozen, and seconds in training.
 
@@ -68,6 +74,7 @@ def measure_layers(
         chain: The layers.
         example: [B, ...], a batch of the model's inputs on its device. One sample is taken twice: batch statistics
             need two values.
+        others: The model's further tensors for these samples (for two where the example is one sample).
         repeats: Timed passes of each kind after one to warm up; the median counts.
         autocast: Dtype of the training step's autocast, None without.
 
@@ -80,16 +87,18 @@ def measure_layers(
     with _preserved(chain), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for i in range(len(chain)):
             layer = chain.layer(i)
+            more = tuple(others) if layer.others else ()
             _set_training(layer, False)
             with torch.no_grad():
                 # A layer may work in place.
                 with FlopCounterMode(display=False) as counter:
-                    y = layer(x.clone())
-                frozen = median_seconds(layer, device, repeats=repeats, prepare=_clone_of(x))
+                    y = layer(*_clones(x, *more))
+                frozen = median_seconds(layer, device, repeats=repeats, prepare=partial(_clones, x, *more))
             _set_training(layer, True)
             # Nothing learns before the first layer: its input never has a gradient.
             live = [
-                _train_seconds(layer, x, repeats, inner=inner) / batch for inner in ((True, False) if i else (False,))
+                _train_seconds(layer, (x, *more), repeats, inner=inner) / batch
+                for inner in ((True, False) if i else (False,))
             ]
             costs.append(
                 LayerCost(
@@ -280,27 +289,27 @@ def format_bytes(count: int, *, decimals: int = 3) -> str:
     return f"{count} bytes"
 
 
-def _train_seconds(layer: Layer, x: torch.Tensor, repeats: int, *, inner: bool) -> float:
+def _train_seconds(layer: Layer, inputs: Sequence[torch.Tensor], repeats: int, *, inner: bool) -> float:
     """Seconds of a forward and backward pass; inner: with the gradient of the input."""
     parameters = [p for p in layer.parameters() if p.requires_grad]
 
-    def prepare() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        leaf = x.detach().requires_grad_(inner and x.is_floating_point())
+    def prepare() -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+        leaf = inputs[0].detach().requires_grad_(inner and inputs[0].is_floating_point())
         # What a layer gets in training is no leaf, so that it may work in place.
-        return leaf.clone(), [t for t in (leaf, *parameters) if t.requires_grad]
+        return _clones(leaf, *inputs[1:]), [t for t in (leaf, *parameters) if t.requires_grad]
 
-    def passes(given: torch.Tensor, wanted: list[torch.Tensor]) -> None:
-        outputs = [y for y in pytree.tree_leaves(layer(given)) if isinstance(y, torch.Tensor) and y.requires_grad]
+    def passes(given: tuple[torch.Tensor, ...], wanted: list[torch.Tensor]) -> None:
+        outputs = [y for y in pytree.tree_leaves(layer(*given)) if isinstance(y, torch.Tensor) and y.requires_grad]
         if outputs and wanted:
             # Nothing is added to the parameters' own gradients. The gradient of the sum of all outputs is one.
             torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
 
     with torch.enable_grad():
-        return median_seconds(passes, x.device, repeats=repeats, prepare=prepare)
+        return median_seconds(passes, inputs[0].device, repeats=repeats, prepare=prepare)
 
 
-def _clone_of(x: torch.Tensor) -> Callable[[], tuple[torch.Tensor]]:
-    return lambda: (x.clone(),)
+def _clones(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(t.clone() for t in tensors)
 
 
 def _set_training(layer: nn.Module, training: bool) -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -74,6 +74,7 @@ def probe_training_step(
     optimizer: torch.optim.Optimizer,
     batch_input: torch.Tensor,
     *,
+    inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
     repeats: int = 3,
     autocast: torch.dtype | None = None,
 ) -> StepSeconds | None:
@@ -86,6 +87,7 @@ def probe_training_step(
         model: The whole model; its copy runs in train mode.
         optimizer: Holds the model's parameters.
         batch_input: [B, ...], the input of one batch on the model's device.
+        inputs: Positional and keyword arguments that the model is called with; by default `batch_input` alone.
         repeats: Timed steps after one to warm up; the median counts.
         autocast: Dtype of the training step's autocast, None without.
 
@@ -103,10 +105,11 @@ def probe_training_step(
         return None
     net.train()
     device = batch_input.device
+    args, kwargs = inputs or ((batch_input,), {})
 
     def loss() -> torch.Tensor:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            outputs = net(batch_input)
+            outputs = net(*args, **kwargs)
         leaves = [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor) and y.is_floating_point()]
         return torch.stack([torch.zeros((), device=device), *(y.float().square().mean() for y in leaves)]).sum()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from learndrop_ext.graph.call import CalledWith
 from learndrop_ext.graph.observe import modes, observed, random_state
 from learndrop_ext.graph.state import Mark, contents_of, is_mutable, refill, version
 from learndrop_ext.graph.values import TracedShape, TracedValue, Values
@@ -35,24 +36,13 @@ _METADATA = frozenset(
 )
 
 
-class OneInput(nn.Module):
-    """The model with its one required input only: optional arguments keep their defaults."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.model(x)
-
-
 class UntraceableError(Exception):
     """The forward of the whole model cannot be held in a graph; says why."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced model and what was seen while it was traced. Paths are those of `OneInput`."""
+    """A traced model and what was seen while it was traced. Paths are those of `CalledWith`."""
 
     graph: fx.Graph
     shapes: Mapping[fx.Node, tuple[Shape | None, Shape | None]]  # of floating-point tensors, for both batches
@@ -80,13 +70,18 @@ class _Frame:
 
 
 class ValueTracer(fx.Tracer):
-    """Traces `OneInput(model)` on two batches. `whole` names modules that must not be traced through, and why."""
+    """Traces a model on two batches of its tensors, the image first.
 
-    def __init__(self, root: OneInput, inputs: tuple[torch.Tensor, torch.Tensor], whole: Mapping[str, str]) -> None:
+    `whole` names modules that must not be traced through, and why.
+    """
+
+    def __init__(
+        self, root: CalledWith, inputs: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]], whole: Mapping[str, str]
+    ) -> None:
         super().__init__()
         self.wrapped = root
-        self.inputs = inputs
-        self.device = inputs[0].device
+        self.inputs = tuple(zip(*inputs, strict=True))
+        self.device = inputs[0][0].device
         self.whole = dict(whole)
         self.paths = {id(m): name for name, m in root.named_modules() if m is not root}
         self.tensors = {id(t): name for name, t in (*root.named_buffers(), *root.named_parameters())}
@@ -129,6 +124,12 @@ class ValueTracer(fx.Tracer):
         )
 
     # What torch.fx asks
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        inputs = [self.create_proxy("placeholder", f"x{i}", (), {}) for i in range(len(self.inputs))]
+        return root_fn, [self.wrapped, *inputs]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.whole:
@@ -272,7 +273,7 @@ class ValueTracer(fx.Tracer):
 
     def _size_node(self, proxy: TracedValue, dim: int) -> Any:
         made = super().create_proxy("call_method", "size", (proxy, dim), {})
-        if self.values[made.node].pair == (len(self.inputs[0]), len(self.inputs[1])):
+        if self.values[made.node].pair == tuple(map(len, self.inputs[0])):
             self.batch_sizes.add(made.node)
         return made
 
@@ -344,7 +345,8 @@ class ValueTracer(fx.Tracer):
 
     def _run_node(self, node: fx.Node) -> Values:
         if node.op == "placeholder":
-            return Values((self.inputs[0].clone(), self.inputs[1].clone()))
+            one, two = self.inputs[int(str(node.target).removeprefix("x"))]
+            return Values((one.clone(), two.clone()))
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             with self._execution():
