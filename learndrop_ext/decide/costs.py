@@ -17,6 +17,7 @@ from learndrop_ext import ops
 from learndrop_ext.decide.probes import StepSeconds, median_seconds
 from learndrop_ext.decide.probes import TierCost as TierCost
 from learndrop_ext.graph.chain import Chain, Layer
+from learndrop_ext.graph.state import ModelState
 from learndrop_ext.rng import fork_rng
 
 
@@ -320,15 +321,10 @@ def _set_training(layer: nn.Module, training: bool) -> None:
 
 @contextlib.contextmanager
 def _preserved(chain: Chain) -> Iterator[None]:
-    """Put training flags, buffers and the random state back on leaving."""
-    flags = [(m, m.training) for m in chain.modules()]
-    buffers = [(b, b.detach().clone()) for b in chain.buffers()]
+    """Put training flags, buffers, attributes and the random state back on leaving."""
+    state = ModelState(chain)
     try:
         with fork_rng(0):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for module, training in flags:
-            module.training = training
+        state.restore()
