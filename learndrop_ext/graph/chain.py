@@ -69,6 +69,7 @@ def split_layers(
             found = split.difference(chain)
         if found:
             raise RuntimeError(split.not_equal(found))
+        chain.moving = state.moving()
     for module in chain.modules():
         if isinstance(module, Chain | Layer) or module in split.graphs:
             module.training = model.training

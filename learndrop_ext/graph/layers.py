@@ -127,6 +127,7 @@ class Chain(nn.Module):
         layers: the layers, in order.
         kept_whole: modules that the graphs call as they are because torch.fx cannot hold them, and the reason.
         call: how the model is called, with an example; None in a copy.
+        moving: (id of a module, name) of each attribute that the model's forward itself changes; empty in a copy.
     """
 
     def __init__(
@@ -135,16 +136,18 @@ class Chain(nn.Module):
         *,
         kept_whole: Mapping[str, str] | None = None,
         call: ModelCall | None = None,
+        moving: frozenset[tuple[int, str]] = frozenset(),
         watch: Watch | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.kept_whole = dict(kept_whole or {})
         self.call = call
+        self.moving = moving
         self._watch = watch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watch": None, "call": None}
+        return {**self.__dict__, "_watch": None, "call": None, "moving": frozenset()}
 
     def __len__(self) -> int:
         return len(self.layers)

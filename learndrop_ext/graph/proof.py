@@ -117,7 +117,7 @@ def _run(
         values += [(f"{path}.requires_grad", v.requires_grad) for path, v in outputs if isinstance(v, torch.Tensor)]
         return _Run(tuple(values), gradients, state.changes(parameters=not situation.moved))
     finally:
-        state.restore()
+        state.restore(noting=not situation.moved)
 
 
 def _gradients(

@@ -23,14 +23,13 @@ from torch.utils import _pytree as pytree
 
 from learndrop_ext.graph.call import CalledWith
 from learndrop_ext.graph.observe import modes, observed, random_state
-from learndrop_ext.graph.state import Mark, contents_of, is_mutable, refill, version
+from learndrop_ext.graph.state import MODULE_NAMES, Mark, contents_of, is_mutable, refill, version
 from learndrop_ext.graph.values import TracedShape, TracedValue, Values
 
 Shape = tuple[int, ...]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MODULE_NAMES = frozenset(vars(nn.Module()))
 _METADATA = frozenset(
     ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex")
 )
@@ -155,7 +154,7 @@ class ValueTracer(fx.Tracer):
         self._check_frame()
         before = next(iter(reversed(self.graph.nodes)))
         contents = {
-            k: (v, Mark(v), contents_of(v)) for k, v in vars(m).items() if k not in _MODULE_NAMES and is_mutable(v)
+            k: (v, Mark(v), contents_of(v)) for k, v in vars(m).items() if k not in MODULE_NAMES and is_mutable(v)
         }
         frame = _Frame(path, modes(), contents)
         self.frames.append(frame)
@@ -293,7 +292,7 @@ class ValueTracer(fx.Tracer):
             return
         if name == "training":
             self.mode_reads.add(path)
-        elif name not in _MODULE_NAMES:
+        elif name not in MODULE_NAMES:
             own = name in object.__getattribute__(module, "__dict__")
             if own or isinstance(vars(type(module)).get(name), int | float | str | tuple | torch.Tensor):
                 self.reads[path, name] = Mark(value)
