@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +15,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from learndrop_ext import ops
-from learndrop_ext.decide.probes import StepSeconds, median_seconds
+from learndrop_ext.decide.probes import StepSeconds, median_laps, median_seconds
 from learndrop_ext.decide.probes import TierCost as TierCost
 from learndrop_ext.graph.chain import Chain, Layer
+from learndrop_ext.graph.layers import built_of
 from learndrop_ext.graph.state import ModelState
 from learndrop_ext.rng import fork_rng
 
@@ -84,35 +86,37 @@ def measure_layers(
     """
     x = torch.cat([example, example]) if len(example) == 1 else example
     batch, device = len(x), x.device
-    costs = []
+    costs: list[LayerCost] = []
+    seen: dict[Any, LayerCost] = {}
     with _preserved(chain), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for i in range(len(chain)):
             layer = chain.layer(i)
-            more = tuple(others) if layer.others else ()
+            inputs = (x, *(others if layer.others else ()))
+            # Layers that are built alike take the same time. Nothing learns before the first.
+            built = (i == 0, built_of(layer), *((t.shape, t.stride(), t.dtype) for t in inputs))
             _set_training(layer, False)
             with torch.no_grad():
+                if built in seen:
+                    x = layer(*_clones(*inputs))
+                    costs.append(replace(seen[built], name=layer.name))
+                    continue
                 # A layer may work in place.
                 with FlopCounterMode(display=False) as counter:
-                    y = layer(*_clones(x, *more))
-                frozen = median_seconds(layer, device, repeats=repeats, prepare=partial(_clones, x, *more))
+                    x = layer(*_clones(*inputs))
+                # The pass that was counted has warmed up.
+                frozen = median_seconds(layer, device, repeats=repeats, warmup=0, prepare=partial(_clones, *inputs))
             _set_training(layer, True)
-            # Nothing learns before the first layer: its input never has a gradient.
-            live = [
-                _train_seconds(layer, (x, *more), repeats, inner=inner) / batch
-                for inner in ((True, False) if i else (False,))
-            ]
-            costs.append(
-                LayerCost(
-                    name=layer.name,
-                    flops=counter.get_total_flops() // batch,
-                    seconds=frozen / batch,
-                    train_seconds=live[0],
-                    shape=layer.shape,
-                    first_seconds=live[-1],
-                    parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad),
-                )
+            forward, first, inner = _train_seconds(layer, inputs, repeats, inner=i > 0)
+            seen[built] = LayerCost(
+                name=layer.name,
+                flops=counter.get_total_flops() // batch,
+                seconds=frozen / batch,
+                train_seconds=(forward + (inner if i else first)) / batch,
+                shape=layer.shape,
+                first_seconds=(forward + first) / batch,
+                parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad),
             )
-            x = y
+            costs.append(seen[built])
     return tuple(costs)
 
 
@@ -290,8 +294,10 @@ def format_bytes(count: int, *, decimals: int = 3) -> str:
     return f"{count} bytes"
 
 
-def _train_seconds(layer: Layer, inputs: Sequence[torch.Tensor], repeats: int, *, inner: bool) -> float:
-    """Seconds of a forward and backward pass; inner: with the gradient of the input."""
+def _train_seconds(
+    layer: Layer, inputs: Sequence[torch.Tensor], repeats: int, *, inner: bool
+) -> tuple[float, float, float]:
+    """Seconds of a forward pass, of the backward pass to the parameters, and of the one to the input too (inner)."""
     parameters = [p for p in layer.parameters() if p.requires_grad]
 
     def prepare() -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
@@ -299,14 +305,22 @@ def _train_seconds(layer: Layer, inputs: Sequence[torch.Tensor], repeats: int, *
         # What a layer gets in training is no leaf, so that it may work in place.
         return _clones(leaf, *inputs[1:]), [t for t in (leaf, *parameters) if t.requires_grad]
 
-    def passes(given: tuple[torch.Tensor, ...], wanted: list[torch.Tensor]) -> None:
+    def passes(given: tuple[torch.Tensor, ...], wanted: list[torch.Tensor]) -> Iterator[None]:
         outputs = [y for y in pytree.tree_leaves(layer(*given)) if isinstance(y, torch.Tensor) and y.requires_grad]
-        if outputs and wanted:
-            # Nothing is added to the parameters' own gradients. The gradient of the sum of all outputs is one.
-            torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
+        # The gradient of the sum of all outputs is one.
+        ones = [torch.ones_like(y) for y in outputs]
+        yield
+        # Nothing is added to the parameters' own gradients.
+        if outputs and parameters:
+            torch.autograd.grad(outputs, parameters, ones, allow_unused=True, retain_graph=inner)
+        yield
+        if outputs and wanted and inner:
+            torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+        yield
 
     with torch.enable_grad():
-        return median_seconds(passes, inputs[0].device, repeats=repeats, prepare=prepare)
+        forward, first, both = median_laps(passes, inputs[0].device, repeats=repeats, prepare=prepare)
+        return forward, first, both
 
 
 def _clones(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -15,6 +15,8 @@ import torch
 from torch import fx, nn
 
 from learndrop_ext.graph.call import ModelCall
+from learndrop_ext.graph.state import MODULE_NAMES
+from learndrop_ext.graph.trace import HOOKS
 from learndrop_ext.graph.watch import Watch
 
 
@@ -203,3 +205,38 @@ def _run(layers: nn.ModuleList, x: torch.Tensor, others: tuple[torch.Tensor, ...
         assert isinstance(layer, Layer)
         x = layer(x, *others) if layer.others else layer(x)
     return x
+
+
+def built_of(layer: Layer) -> tuple[Any, ...]:
+    """What a layer computes but for the values of its weights: equal for layers that are built alike."""
+    return tuple(
+        _node_built(graph, node, {n: i for i, n in enumerate(graph.graph.nodes)})
+        for graph in dict.fromkeys((layer.train_graph, layer.eval_graph))
+        for node in graph.graph.nodes
+    )
+
+
+def _node_built(graph: fx.GraphModule, node: fx.Node, places: Mapping[fx.Node, int]) -> tuple[Any, ...]:
+    target: Any = node.target
+    if node.op == "call_module":
+        target = tuple(_module_built(m) for m in graph.get_submodule(str(target)).modules())
+    elif node.op == "get_attr":
+        owner, _, name = str(target).rpartition(".")
+        target = _value_built(getattr(graph.get_submodule(owner), name))
+    return node.op, target, repr(fx.map_arg((node.args, node.kwargs), lambda n: places[n]))
+
+
+def _module_built(module: nn.Module) -> tuple[Any, ...]:
+    tensors = {**module._parameters, **module._buffers}
+    plain = {name: value for name, value in vars(module).items() if name not in MODULE_NAMES}
+    held = tuple((name, _value_built(value)) for name, value in sorted({**tensors, **plain}.items()))
+    hooks = tuple(id(hook) for name in HOOKS for hook in vars(module)[name].values())
+    return type(module), tuple(module._modules), held, hooks
+
+
+def _value_built(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.requires_grad
+    if isinstance(value, int | float | str | torch.dtype | None):
+        return type(value), value
+    return tuple(map(_value_built, value)) if isinstance(value, tuple) else id(value)

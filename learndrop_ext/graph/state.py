@@ -116,7 +116,7 @@ class ModelState:
                     now[name] = value
                     self._moved.add((id(module), name))
         for content, copy in self._contents:
-            if refill(content, copy):
+            if (content or copy) and refill(content, copy):
                 self._moved.add(id(content))
         for put, state in self._generators:
             put(state)

@@ -61,6 +61,28 @@ def test_median_seconds(clock: Callable[..., None]) -> None:
     assert median_seconds(lambda: None, CPU, repeats=1) == 2.0
 
 
+def test_two_times_that_agree_are_enough_of_three(clock: Callable[..., None]) -> None:
+    ran: list[int] = []
+    for seconds, wanted, runs in (
+        ((9.0, 2.0, 2.1), 2.05, 3),  # with one to warm up
+        ((9.0, 2.0, 2.3, 7.0), 2.3, 4),
+        ((9.0, 2.0, 1.0, 1.5), 1.5, 4),
+    ):
+        clock(*seconds)
+        ran.clear()
+        assert median_seconds(lambda: ran.append(1), CPU, repeats=3) == pytest.approx(wanted)
+        assert len(ran) == runs
+    clock(9.0, 2.0, 2.0)
+    assert median_seconds(lambda: None, CPU, repeats=2) == 2.0
+
+
+def test_laps_are_timed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 1.0, 3.0, 10.0, 11.0, 13.1, 20.0, 21.0, 23.0, 30.0, 30.5, 33.0])
+    monkeypatch.setattr(probes, "perf_counter", lambda: next(times))
+    assert probes.median_laps(lambda: iter((None, None)), CPU, repeats=3) == (1.0, pytest.approx(2.05))
+    assert next(times) == 30.0  # the second and the third pass agree
+
+
 def test_copy_bytes_per_second(clock: Callable[..., None]) -> None:
     # A byte read and a byte written for each of 1,000; the first copy warms up.
     clock(9.0, 4.0, 1.0, 2.0)
