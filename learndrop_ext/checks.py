@@ -1,10 +1,11 @@
-"""What DropScheduler refuses."""
+"""What DropScheduler refuses or warns of."""
 
 from __future__ import annotations
 
 import inspect
 import operator
 import os
+import warnings
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -78,3 +79,13 @@ def check_finite(names: Sequence[str], changes: Sequence[LayerChange]) -> None:
     for name, change in zip(names, changes, strict=True):
         if change.nonfinite:
             raise ValueError(f"drop.step: weights must be finite, got {change.nonfinite} NaN or inf in layer {name}")
+
+
+def warn_saturated(layer: str) -> None:
+    """Warn that rows after a layer were cut off at the largest number of their codec."""
+    warnings.warn(
+        f"drop.step: activations after {layer} are larger than 65504 and were stored as that by the codec fp16; take "
+        "cache='bf16' or 'fp32'",
+        RuntimeWarning,
+        stacklevel=4,
+    )

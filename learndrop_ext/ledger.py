@@ -17,6 +17,7 @@ from learndrop_ext.decide import costs
 from learndrop_ext.decide.costbook import CostBook
 from learndrop_ext.decide.forecast import RunCosts
 from learndrop_ext.decide.probes import probe_training_step
+from learndrop_ext.graph.call import Inputs, arguments_of
 from learndrop_ext.graph.chain import Chain
 from learndrop_ext.history import Record
 
@@ -35,20 +36,31 @@ class Ledger:
         rows: of the run.
         loader: of the run.
         keeps_rows: whether rows are cached.
+        inputs: batch -> the arguments that the model is called with; None for its input alone.
     """
 
     def __init__(
-        self, chain: Chain, optimizer: torch.optim.Optimizer, rows: RowSet, loader: DropLoader, *, keeps_rows: bool
+        self,
+        chain: Chain,
+        optimizer: torch.optim.Optimizer,
+        rows: RowSet,
+        loader: DropLoader,
+        *,
+        keeps_rows: bool,
+        inputs: Inputs | None,
     ) -> None:
         self.setup_seconds = 0.0  # spent constructing the scheduler
         self.prefix_before = 0  # layers dropped before the last drop, whose rows the present ones are made of
+        assert chain.call is not None
+        image, others = chain.call.first(max(2, min(len(rows.example), loader.batch_size, TIMED_SAMPLES)))
         self.costs = CostBook(
-            costs.measure_layers(chain, rows.example[: min(TIMED_SAMPLES, loader.batch_size)]),
+            costs.measure_layers(chain, image, others=others),
             rows.config if keeps_rows else None,
             rows.device,
             samples=len(rows.slots),
         )
         self._optimizer = optimizer
+        self._inputs = inputs
         self._rows = rows
         self._loader = loader
 
@@ -65,7 +77,8 @@ class Ledger:
         user = self._loader.user
         ids = first_ids(user, self._loader.batch_size)
         batch = self._rows.read(torch.as_tensor(ids), 0)
-        step = probe_training_step(model, self._optimizer, input_of(batch, self._loader.key))
+        image = input_of(batch, self._loader.key)
+        step = probe_training_step(model, self._optimizer, image, inputs=arguments_of(self._inputs, batch))
         read_seconds = seconds_to_read(user, ids)
         self.costs.probe(step, batch=len(ids), read_seconds=read_seconds, workers=user.num_workers)
 

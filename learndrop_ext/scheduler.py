@@ -23,6 +23,7 @@ from learndrop_ext.checks import (
     check_trained,
     checked_decision,
     input_name,
+    warn_saturated,
 )
 from learndrop_ext.data.drift import follow_model
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
@@ -35,6 +36,7 @@ from learndrop_ext.decide.forecast import Forecast, forecast
 from learndrop_ext.decide.policy import Policy, Situation, StoppedLearning
 from learndrop_ext.decide.scores import scores
 from learndrop_ext.distributed import from_rank_zero, share_buffers
+from learndrop_ext.graph.call import Inputs, arguments_of
 from learndrop_ext.graph.chain import Chain, split_layers
 from learndrop_ext.graph.freeze import FrozenPrefix, check_optimizer, device_of
 from learndrop_ext.graph.live import LiveModel, Wrap, live_body
@@ -61,6 +63,9 @@ class DropScheduler:
         views: random augmentations kept of each sample, for a dataset with randomness.
         wrap: applied to the live model now and after every drop: `torch.compile`, DistributedDataParallel.
         input: place of the model's input in a batch that is no tensor.
+        inputs: batch -> (args, kwargs), how the loop calls the model, where it does so with more than the input:
+            `inputs=lambda batch: ((batch[0],), {"labels": batch[1]})`. There are no cuts after the first use of another
+            tensor. It is called on some batches with images only; the loop then calls `drop.model(rows, labels=labels)`.
         layers: module names to split at, see `split_layers`.
         seed: seed for the views, flips and shifts.
         check_input: raise if the loop changes the input between `loader` and `model`.
@@ -84,6 +89,7 @@ class DropScheduler:
         views: int | None = None,
         wrap: Wrap | None = None,
         input: InputKey = 0,
+        inputs: Inputs | None = None,
         layers: Sequence[str] | None = None,
         seed: int = 0,
         check_input: bool = True,
@@ -111,7 +117,8 @@ class DropScheduler:
                     "others, got another one, and a cached row would freeze it; give views=V to keep V random views of "
                     "each sample, or a dataset and a collate_fn without randomness"
                 )
-        self.chain: Chain = split_layers(model, example[:2], layers=layers)
+        given = arguments_of(inputs, batch)
+        self.chain: Chain = split_layers(model, example, layers=layers, inputs=given)
         self.base_model = model
         self.optimizer = optimizer
         self.policy: Policy = StoppedLearning() if policy is None else policy
@@ -123,16 +130,19 @@ class DropScheduler:
         self.prefix = 0
         self.epoch = 0  # how often step() was called
         self._layer_names = layers
+        self._arguments = given
         self._keeps_rows = cache is not None
         self._undropped: int | None = None
         self._forecast_seconds: float | None = None
         self._said_saturated = False
         self.rows = RowSet(self.chain, model, loader, config=config, key=input, ids=ids, batch=batch, seed=seed)
-        self.model = LiveModel(live_body(model, self.chain, 0, 0, wrap), model, input_name(model))
+        self.model = LiveModel(
+            live_body(model, self.chain, 0, 0, wrap), model, input_name(model), call=given and self.chain.call
+        )
         self.model.check_input = check_input
         self.model.set_mode(model.training, but=model)
         self.loader = DropLoader(loader, self.rows, self.model, key=input)
-        self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None)
+        self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None, inputs=inputs)
         self._deltas = self._deltas_from(0)
         check = getattr(self.policy, "check", None)  # Budget refuses a speedup that cannot be reached
         if check is not None:
@@ -176,7 +186,9 @@ class DropScheduler:
         reason = self._follow(situation, choices)
         self._deltas.measure()
         self.epoch += 1
-        self._forget_ledger()
+        self.loader.forget_ledger()
+        self.rows.forget_ledger()
+        self.model.calls = self.model.eval_calls = 0
         self._say_saturated()
         record = self._record(
             reason,
@@ -348,7 +360,7 @@ class DropScheduler:
         stale = self.chain.stale()
         if stale is None:
             return
-        chain = split_layers(self.base_model, self.rows.example[:2], layers=self._layer_names)
+        chain = split_layers(self.base_model, self.rows.example, layers=self._layer_names, inputs=self._arguments)
         if chain.names != self.chain.names:
             raise RuntimeError(f"drop.step: the model must keep its layers, got others since {stale}")
         self.chain = self.rows.chain = chain
@@ -372,11 +384,6 @@ class DropScheduler:
             **values,
         )
 
-    def _forget_ledger(self) -> None:
-        self.loader.forget_ledger()
-        self.rows.forget_ledger()
-        self.model.calls = self.model.eval_calls = 0
-
     def _deltas_from(self, first: int) -> Deltas:
         layers = [list(self.chain.layer(i).parameters()) for i in range(first, len(self.chain))]
         return Deltas(layers, model=self.base_model)
@@ -389,9 +396,4 @@ class DropScheduler:
         cache = self.rows.cache
         if cache is not None and not self._said_saturated and cache.saturated:
             self._said_saturated = True
-            warnings.warn(
-                f"drop.step: activations after {self.chain.names[self.cut - 1]} are larger than 65504 and were stored as "
-                "that by the codec fp16; take cache='bf16' or 'fp32'",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn_saturated(self.chain.names[self.cut - 1])

@@ -278,7 +278,7 @@ def test_every_public_name_is_in_the_pages() -> None:
 SPEAKERS = ("DropScheduler", "drop.", "split_layers:", "CacheConfig:", "StoppedLearning:", "Fixed:", "Budget:")
 SPEAKING = (
     *("scheduler.py", "checks.py", "checkpoint.py", "data/*.py", "graph/live.py", "graph/freeze.py"),
-    *("graph/chain.py", "cache/config.py", "decide/policy.py"),
+    *("graph/chain.py", "graph/call.py", "cache/config.py", "decide/policy.py"),
 )
 
 

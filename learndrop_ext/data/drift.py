@@ -7,9 +7,11 @@ import warnings
 import torch
 
 from learndrop_ext.data.extras import input_of
-from learndrop_ext.data.fill import rows_agree
+from learndrop_ext.data.fill import frozen_pass, rows_agree
 from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.data.slots import filled_at
+from learndrop_ext.graph.freeze import FrozenPrefix
+from learndrop_ext.rng import fork_rng
 
 #: Samples that are read again at each epoch.
 PROBES = 4
@@ -21,7 +23,8 @@ CODEC_ERROR = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "uint8": 1e-2}
 
 
 def follow_model(rows: RowSet) -> None:
-    """Have the rows made anew, with a RuntimeWarning, where a dropped layer's weights or buffers have changed.
+    """Have the rows made anew, with a RuntimeWarning, where a dropped layer's weights, buffers or attributes have
+    changed.
 
     Raises:
         RuntimeError: a dropped layer that did not train is asked to now.
@@ -38,6 +41,11 @@ def follow_model(rows: RowSet) -> None:
     if changed := frozen.first_changed_value():
         frozen.accept()
         _make_anew(rows, f"the weights or buffers of the dropped layer {changed} have changed")
+    elif moved := frozen.first_changed_attribute():
+        same = _attributes_do_not_matter(rows, frozen)
+        frozen.accept()
+        if not same:
+            _make_anew(rows, moved)
 
 
 def follow_data(rows: RowSet, epoch: int) -> None:
@@ -54,6 +62,16 @@ def _make_anew(rows: RowSet, reason: str) -> None:
     if rows.cache is not None and bool(rows.cache.filled.any()):
         warnings.warn(f"drop.loader: the rows are made anew: {reason}", RuntimeWarning, stacklevel=5)
     rows.forget()
+
+
+def _attributes_do_not_matter(rows: RowSet, frozen: FrozenPrefix) -> bool:
+    """Whether the frozen layers make the same rows of the example, to the bit, with their attributes as they are and as
+    they were: a dropout rate or a momentum says nothing in eval mode."""
+    segment = rows.chain.prefix(rows.cut)
+    with fork_rng(0), frozen_pass(segment, rows.autocast, rows.device):
+        now = segment(rows.example)
+        with frozen.attributes_as_accepted() as possible:
+            return possible and torch.equal(segment(rows.example), now)
 
 
 def _first_difference(rows: RowSet, epoch: int) -> str | None:

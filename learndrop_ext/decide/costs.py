@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +15,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from learndrop_ext import ops
-from learndrop_ext.decide.probes import StepSeconds, timed
+from learndrop_ext.decide.probes import StepSeconds, shortest_laps
 from learndrop_ext.decide.probes import TierCost as TierCost
 from learndrop_ext.graph.chain import Chain, Layer
+from learndrop_ext.graph.layers import built_of
+from learndrop_ext.graph.state import ModelState
 from learndrop_ext.rng import fork_rng
 
 
@@ -58,7 +62,12 @@ class CutChoice:
 
 
 def measure_layers(
-    chain: Chain, example: torch.Tensor, *, repeats: int = 2, autocast: torch.dtype | None = None
+    chain: Chain,
+    example: torch.Tensor,
+    *,
+    others: Sequence[torch.Tensor] = (),
+    repeats: int = 2,
+    autocast: torch.dtype | None = None,
 ) -> tuple[LayerCost, ...]:
     """Measure each layer on a batch: FLOPs, seconds frozen, and seconds in training.
 
@@ -68,8 +77,9 @@ def measure_layers(
         chain: The layers.
         example: [B, ...], a batch of the model's inputs on its device. One sample is taken twice: batch statistics
             need two values.
-        repeats: Timed passes of each kind. The shortest counts: the first one warms up, what else the machine does only
-            makes a pass longer, and one layer that took too long would put every drop in the wrong light.
+        others: The model's further tensors for these samples (for two where the example is one sample).
+        repeats: Timed passes of each kind; the shortest counts. One layer that seems to take too long would put every
+            drop in the wrong light.
         autocast: Dtype of the training step's autocast, None without.
 
     Returns:
@@ -77,33 +87,36 @@ def measure_layers(
     """
     x = torch.cat([example, example]) if len(example) == 1 else example
     batch, device = len(x), x.device
-    costs = []
+    costs: list[LayerCost] = []
+    seen: dict[Any, LayerCost] = {}
     with _preserved(chain), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
         for i in range(len(chain)):
             layer = chain.layer(i)
+            inputs = (x, *(others if layer.others else ()))
+            # Layers that are built alike take the same time. Nothing learns before the first.
+            built = (i == 0, built_of(layer), *((t.shape, t.stride(), t.dtype) for t in inputs))
             _set_training(layer, False)
             with torch.no_grad():
+                if built in seen:
+                    x = layer(*_clones(*inputs))
+                    costs.append(replace(seen[built], name=layer.name))
+                    continue
                 # A layer may work in place.
                 with FlopCounterMode(display=False) as counter:
-                    y = layer(x.clone())
-                frozen = min(timed(layer, device, repeats=repeats, warmup=0, prepare=_clone_of(x)))
+                    x = layer(*_clones(*inputs))
+                frozen = _frozen_seconds(layer, inputs, repeats)
             _set_training(layer, True)
-            # Nothing learns before the first layer: its input never has a gradient.
-            live = [
-                _train_seconds(layer, x, repeats, inner=inner) / batch for inner in ((True, False) if i else (False,))
-            ]
-            costs.append(
-                LayerCost(
-                    name=layer.name,
-                    flops=counter.get_total_flops() // batch,
-                    seconds=frozen / batch,
-                    train_seconds=live[0],
-                    shape=layer.shape,
-                    first_seconds=live[-1],
-                    parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad),
-                )
+            forward, first, inner = _train_seconds(layer, inputs, repeats, inner=i > 0)
+            seen[built] = LayerCost(
+                name=layer.name,
+                flops=counter.get_total_flops() // batch,
+                seconds=frozen / batch,
+                train_seconds=(forward + (inner if i else first)) / batch,
+                shape=layer.shape,
+                first_seconds=(forward + first) / batch,
+                parameters=sum(p.numel() for p in layer.parameters() if p.requires_grad),
             )
-            x = y
+            costs.append(seen[built])
     return tuple(costs)
 
 
@@ -244,27 +257,47 @@ def format_bytes(count: int, *, decimals: int = 3) -> str:
     return f"{count} bytes"
 
 
-def _train_seconds(layer: Layer, x: torch.Tensor, repeats: int, *, inner: bool) -> float:
-    """Seconds of a forward and backward pass; inner: with the gradient of the input."""
+def _frozen_seconds(layer: Layer, inputs: Sequence[torch.Tensor], repeats: int) -> float:
+    """Seconds of a pass as it is set: in eval mode and without gradients."""
+
+    def run(*given: torch.Tensor) -> Iterator[None]:
+        layer(*given)
+        yield
+
+    return shortest_laps(run, inputs[0].device, repeats=repeats, prepare=partial(_clones, *inputs))[0]
+
+
+def _train_seconds(
+    layer: Layer, inputs: Sequence[torch.Tensor], repeats: int, *, inner: bool
+) -> tuple[float, float, float]:
+    """Seconds of a forward pass, of the backward pass to the parameters, and of the one to the input too (inner)."""
     parameters = [p for p in layer.parameters() if p.requires_grad]
 
-    def prepare() -> tuple[torch.Tensor, list[torch.Tensor]]:
-        leaf = x.detach().requires_grad_(inner and x.is_floating_point())
+    def prepare() -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
+        leaf = inputs[0].detach().requires_grad_(inner and inputs[0].is_floating_point())
         # What a layer gets in training is no leaf, so that it may work in place.
-        return leaf.clone(), [t for t in (leaf, *parameters) if t.requires_grad]
+        return _clones(leaf, *inputs[1:]), [t for t in (leaf, *parameters) if t.requires_grad]
 
-    def passes(given: torch.Tensor, wanted: list[torch.Tensor]) -> None:
-        outputs = [y for y in pytree.tree_leaves(layer(given)) if isinstance(y, torch.Tensor) and y.requires_grad]
-        if outputs and wanted:
-            # Nothing is added to the parameters' own gradients. The gradient of the sum of all outputs is one.
-            torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
+    def passes(given: tuple[torch.Tensor, ...], wanted: list[torch.Tensor]) -> Iterator[None]:
+        outputs = [y for y in pytree.tree_leaves(layer(*given)) if isinstance(y, torch.Tensor) and y.requires_grad]
+        # The gradient of the sum of all outputs is one.
+        ones = [torch.ones_like(y) for y in outputs]
+        yield
+        # Nothing is added to the parameters' own gradients.
+        if outputs and parameters:
+            torch.autograd.grad(outputs, parameters, ones, allow_unused=True, retain_graph=inner)
+        yield
+        if outputs and wanted and inner:
+            torch.autograd.grad(outputs, wanted, ones, allow_unused=True)
+        yield
 
     with torch.enable_grad():
-        return min(timed(passes, x.device, repeats=repeats, warmup=0, prepare=prepare))
+        forward, first, both = shortest_laps(passes, inputs[0].device, repeats=repeats, prepare=prepare)
+        return forward, first, both
 
 
-def _clone_of(x: torch.Tensor) -> Callable[[], tuple[torch.Tensor]]:
-    return lambda: (x.clone(),)
+def _clones(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(t.clone() for t in tensors)
 
 
 def _set_training(layer: nn.Module, training: bool) -> None:
@@ -275,15 +308,10 @@ def _set_training(layer: nn.Module, training: bool) -> None:
 
 @contextlib.contextmanager
 def _preserved(chain: Chain) -> Iterator[None]:
-    """Put training flags, buffers and the random state back on leaving."""
-    flags = [(m, m.training) for m in chain.modules()]
-    buffers = [(b, b.detach().clone()) for b in chain.buffers()]
+    """Put training flags, buffers, attributes and the random state back on leaving."""
+    state = ModelState(chain)
     try:
         with fork_rng(0):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for module, training in flags:
-            module.training = training
+        state.restore()

@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -46,39 +46,55 @@ class StepSeconds:
     loss: float = 0.0
 
 
-def timed(
-    run: Callable[..., object],
-    device: torch.device,
-    *,
-    repeats: int,
-    warmup: int = 1,
-    prepare: Callable[[], tuple[Any, ...]] = tuple,
-) -> list[float]:
-    """Return the seconds of each of several `run(*prepare())`, the device's work included and `prepare` left out.
+def median_seconds(run: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 1) -> float:
+    """Return the median seconds of `run()`, the device's work included.
 
     Args:
         run: What is timed.
         device: Waited for before and after each run.
         repeats: Timed runs, at least 1.
         warmup: Runs before them that are not timed.
-        prepare: Makes the arguments of each run anew.
     """
-    times = []
-    for i in range(warmup + repeats):
-        arguments = prepare()
-        _wait_for(device)
-        begin = perf_counter()
-        run(*arguments)
-        _wait_for(device)
-        seconds = perf_counter() - begin
-        if i >= warmup:
-            times.append(seconds)
-    return times
+
+    def laps() -> Iterator[None]:
+        run()
+        yield
+
+    times = [_laps(laps, device)[0] for _ in range(warmup + repeats)]
+    return statistics.median(times[warmup:])
 
 
-def median_seconds(run: Callable[..., object], device: torch.device, *, repeats: int, warmup: int = 1) -> float:
-    """Return the median seconds of `run()`, see `timed`."""
-    return statistics.median(timed(run, device, repeats=repeats, warmup=warmup))
+def shortest_laps(
+    run: Callable[..., Iterator[None]],
+    device: torch.device,
+    *,
+    repeats: int,
+    prepare: Callable[[], tuple[Any, ...]],
+) -> tuple[float, ...]:
+    """Return the shortest seconds of each lap of `run(*prepare())`, a generator that yields at the end of a lap.
+
+    What else the machine does only makes a lap longer, and so does the warming up of the first run.
+
+    Args:
+        run: What is timed, the device's work included.
+        device: Waited for before the first lap and after each.
+        repeats: Runs, at least 1.
+        prepare: Makes the arguments of each run anew; its seconds do not count.
+    """
+    times = [_laps(run, device, *prepare()) for _ in range(repeats)]
+    return tuple(min(lap) for lap in zip(*times, strict=True))
+
+
+def _laps(run: Callable[..., Iterator[None]], device: torch.device, *arguments: Any) -> list[float]:
+    _wait_for(device)
+    laps = []
+    begin = perf_counter()
+    for _ in run(*arguments):
+        _wait_for(device)
+        now = perf_counter()
+        laps.append(now - begin)
+        begin = now
+    return laps
 
 
 def probe_training_step(
@@ -86,6 +102,7 @@ def probe_training_step(
     optimizer: torch.optim.Optimizer,
     batch_input: torch.Tensor,
     *,
+    inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
     repeats: int = 3,
     autocast: torch.dtype | None = None,
 ) -> StepSeconds | None:
@@ -98,6 +115,7 @@ def probe_training_step(
         model: The whole model; its copy runs in train mode.
         optimizer: Holds the model's parameters.
         batch_input: [B, ...], the input of one batch on the model's device.
+        inputs: Positional and keyword arguments that the model is called with; by default `batch_input` alone.
         repeats: Timed steps; the median counts.
         autocast: Dtype of the training step's autocast, None without.
 
@@ -115,10 +133,11 @@ def probe_training_step(
         return None
     net.train()
     device = batch_input.device
+    args, kwargs = inputs or ((batch_input,), {})
 
     def forward() -> list[torch.Tensor]:
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            outputs = net(batch_input)
+            outputs = net(*args, **kwargs)
         return [y for y in pytree.tree_leaves(outputs) if isinstance(y, torch.Tensor) and y.is_floating_point()]
 
     def loss(outputs: list[torch.Tensor]) -> torch.Tensor:

@@ -7,15 +7,17 @@ import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from learndrop_ext.graph.call import CalledWith, ModelCall
 from learndrop_ext.graph.cuts import Splitter, Subgraph, layer_name, merge_subgraphs, random_modules
 from learndrop_ext.graph.layers import Chain, Layer, Segment
 from learndrop_ext.graph.proof import deterministic_algorithms, difference
 from learndrop_ext.graph.state import ModelState
-from learndrop_ext.graph.trace import OneInput, Trace, UntraceableError, ValueTracer
+from learndrop_ext.graph.trace import Trace, UntraceableError, ValueTracer
 from learndrop_ext.graph.watch import Watch, is_lazy
 from learndrop_ext.rng import fork_rng
 
@@ -24,7 +26,13 @@ __all__ = ["Chain", "Layer", "Segment", "split_layers"]
 _BY_PROOF = "its trace does not compute what it does"
 
 
-def split_layers(model: nn.Module, example: torch.Tensor, *, layers: Sequence[str] | None = None) -> Chain:
+def split_layers(
+    model: nn.Module,
+    example: torch.Tensor,
+    *,
+    layers: Sequence[str] | None = None,
+    inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
+) -> Chain:
     """Cut a model into its chain of layers, and prove on the example that the chain computes the same.
 
     The proof takes outputs, gradients of the parameters and of the input, and writes to buffers: all are equal to the
@@ -33,31 +41,35 @@ def split_layers(model: nn.Module, example: torch.Tensor, *, layers: Sequence[st
     its training flags, buffers, attributes and gradients; so is the random state of torch, numpy and Python.
 
     Args:
-        model: the model, called with one tensor. Further inputs must have defaults.
+        model: the model, called with one tensor. Further inputs must have defaults, or be given in `inputs`.
         example: [B, ...], a batch of its inputs on its device, B >= 1. At most two samples of it are used.
         layers: names of modules, in order. Each is kept whole and starts a layer, and nothing else does.
+        inputs: positional and keyword arguments that the model is called with, `example` itself among them; by default
+            `example` alone. Tensors beside it are inputs of the last layer, so that no cut comes after the first use of
+            one; those with B rows have one a sample. All other arguments are constants.
 
     Returns:
         The chain of at least two layers. It starts in the model's mode.
 
     Raises:
-        TypeError: for another model or example.
-        ValueError: if the model has several inputs, its own forward cannot be traced, or it has no cut point.
+        TypeError: for another model, example or inputs.
+        ValueError: if the model has several inputs and they are not given, its own forward cannot be traced, or it has
+            no cut point.
         RuntimeError: if the proof fails.
     """
-    _check_arguments(model, example, layers)
-    example = example[:2] if example.shape[0] > 1 else torch.cat([example, example])  # batch statistics need two
-    example = example.detach()
+    _check_arguments(model, example, layers, given=inputs is not None)
+    call = ModelCall(model, example, *(inputs or ((example,), {})))
     with _preserved(model) as state:
-        split = _Split(model, example, layers, state)
+        split = _Split(model, call, layers, state)
         whole = {f"model.{name}": "named in layers=" for name in layers or ()}
         chain = split.chain(whole)
-        found = difference(model, chain, example)
+        found = split.difference(chain)
         if found:
             chain = split.chain(split.whole_by_proof(whole, found))
-            found = difference(model, chain, example)
+            found = split.difference(chain)
         if found:
             raise RuntimeError(split.not_equal(found))
+        chain.moving = state.moving()
     for module in chain.modules():
         if isinstance(module, Chain | Layer) or module in split.graphs:
             module.training = model.training
@@ -69,26 +81,36 @@ class _Split:
     """One model being split: traces it with a given set of modules kept whole."""
 
     model: nn.Module
-    example: torch.Tensor
+    call: ModelCall
     layers: Sequence[str] | None
     state: ModelState
-    root: OneInput = field(init=False)
+    root: CalledWith = field(init=False)
+    tensors: tuple[torch.Tensor, ...] = field(init=False)  # of two samples: batch statistics need two values
     graphs: set[nn.Module] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.root = OneInput(self.model)
+        self.root = CalledWith(self.model, self.call)
+        self.tensors = self._first(2)
+
+    def _first(self, count: int) -> tuple[torch.Tensor, ...]:
+        image, others = self.call.first(count)
+        return tuple(t.detach() for t in (image, *others))
+
+    def difference(self, twin: nn.Module) -> str | None:
+        """What the twin computes otherwise than the model, None where all is the same."""
+        return difference(self.root, twin, self.tensors, self.state)
 
     def traces(self, whole: Mapping[str, str]) -> dict[bool, Trace]:
         """The traces of both modes, with the same modules kept whole in each."""
-        longer = torch.cat([self.example, self.example[:1]])
+        longer = self._first(3)
         while True:
             made: dict[bool, Trace] = {}
             known = dict(whole)
             for training in (True, False):
                 self.model.train(training)
                 # Contexts inside the forward differ from the one around it in one of the modes.
-                with torch.set_grad_enabled(training), deterministic_algorithms(self.example):
-                    tracer = ValueTracer(self.root, (self.example, longer), known)
+                with torch.set_grad_enabled(training), deterministic_algorithms(longer[0]):
+                    tracer = ValueTracer(self.root, (self.tensors, longer), known)
                     try:
                         made[training] = tracer.run()
                     except UntraceableError as error:
@@ -121,7 +143,7 @@ class _Split:
     ) -> Chain:
         taken: dict[str, int] = {}
         made: list[Layer] = []
-        entered: tuple[int, ...] | None = tuple(self.example.shape[1:])
+        entered: tuple[int, ...] | None = tuple(self.call.image.shape[1:])
         fixed = any(trace.reads_sizes for trace in traces.values())
         switches = self._switches(traces, parts)
         for pair in zip(parts[True], parts[False], strict=True):
@@ -137,12 +159,13 @@ class _Split:
                     writes_input=any(
                         splitters[m].writes_its_input(p) for m, p in zip((True, False), pair, strict=True)
                     ),
+                    others=self.call.shapes if splitters[True].ends(pair[0]) else (),
                     switches=switches[len(made)],
                 )
             )
             entered = pair[0].shape
         whole = {name.removeprefix("model."): reason for name, reason in traces[True].whole.items()}
-        return Chain(made, kept_whole=whole, watch=Watch(self.root, traces.values()))
+        return Chain(made, kept_whole=whole, call=self.call, watch=Watch(self.root, traces.values()))
 
     def _switches(self, traces: dict[bool, Trace], parts: dict[bool, list[Subgraph]]) -> list[list[nn.Module]]:
         """For each layer the modules whose forward asks for their training flag, and that it alone replaces.
@@ -193,7 +216,8 @@ class _Split:
                 tuple(splitter.nodes), splitter.source, splitter.output.args[0], None, (frozenset(), ())
             )
             graphs[mode] = splitter.module(everything)
-        return difference(self.model, Layer("model", None, graphs[True], graphs[False]), self.example) is None
+        twin = Layer("model", None, graphs[True], graphs[False], others=self.call.shapes)
+        return self.difference(twin) is None
 
     def not_equal(self, found: str) -> str:
         """The refusal of a model that its trace does not equal."""
@@ -210,7 +234,9 @@ class _Split:
         ]
         return (
             "split_layers: model must have a cut point, where exactly one tensor is live between two operations with "
-            f"weights; {type(self.model).__name__} has none" + (f"; kept whole: {'; '.join(kept)}" if kept else "")
+            f"weights; {type(self.model).__name__} has none"
+            + (f" before its first use of {' or '.join(self.call.names)}" if self.call.names else "")
+            + (f"; kept whole: {'; '.join(kept)}" if kept else "")
         )
 
 
@@ -221,7 +247,7 @@ def _by_class(paths: Sequence[str], modules: Mapping[str, nn.Module]) -> list[li
     return list(groups.values())
 
 
-def _check_arguments(model: nn.Module, example: torch.Tensor, layers: Sequence[str] | None) -> None:
+def _check_arguments(model: nn.Module, example: torch.Tensor, layers: Sequence[str] | None, *, given: bool) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"split_layers: model must be a torch.nn.Module, got {type(model).__name__}")
     if type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
@@ -238,9 +264,10 @@ def _check_arguments(model: nn.Module, example: torch.Tensor, layers: Sequence[s
         for p in inspect.signature(model.forward).parameters.values()
         if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
-    if len(required) != 1:
+    if len(required) != 1 and not given:
         raise ValueError(
-            f"split_layers: model must have one input, got {len(required)}: {', '.join(required) or 'none'}"
+            f"split_layers: model must have one input, got {len(required)}: {', '.join(required) or 'none'}; say with "
+            "inputs= what it is called with, or wrap it in a module that takes the image alone"
         )
     if is_lazy(model):
         raise ValueError("split_layers: model must have its parameters, got lazy ones; call it once on a batch before")

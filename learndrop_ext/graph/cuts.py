@@ -46,10 +46,36 @@ class Splitter:
         self.layers = layers
         self.random_modules = random_modules
         nodes = trace.graph.nodes
-        self.source = next(n for n in nodes if n.op == "placeholder")
+        self.source, *self.others = (n for n in nodes if n.op == "placeholder")
         self.output = next(n for n in nodes if n.op == "output")
         skipped = ("placeholder", "get_attr", "output")
         self.nodes = [n for n in nodes if n.op not in skipped and n not in trace.batch_sizes]
+        if self.others:
+            self._delay_others()
+
+    def _delay_others(self) -> None:
+        """Move what is computed from the other inputs alone to where it meets the image. Random draws stay in order."""
+        from_image, from_others = self._made_of([self.source]), self._made_of(self.others)
+        random = self.trace.random
+        waiting: list[fx.Node] = []
+        ordered: list[fx.Node] = []
+        for node in self.nodes:
+            if node in from_others and node not in from_image:
+                waiting.append(node)
+                continue
+            if node in from_others or (node in random and not random.isdisjoint(waiting)):
+                ordered += waiting
+                waiting = []
+            ordered.append(node)
+        self.nodes = ordered + waiting
+
+    def _made_of(self, inputs: Sequence[fx.Node]) -> set[fx.Node]:
+        """The nodes that depend on one of these inputs, by more than the batch size."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            if any(n in found or n in inputs for n in node.all_input_nodes):
+                found.add(node)
+        return found
 
     def subgraphs(self) -> list[Subgraph]:
         """The subgraphs that hold weights, each with the norms, activations and pools that follow."""
@@ -94,16 +120,20 @@ class Splitter:
         """(position, live tensor) of each point that can be cut.
 
         One tensor is live there, with one row a sample; no weight is used on both sides, and no operation writes into
-        the tensor in place right after it. Sizes of the batch are not live: each subgraph reads them from its input.
+        the tensor in place right after it. Sizes of the batch are not live: each subgraph reads them from its input. Other
+        inputs of the model than the image are not live either, and there is no cut after their first use.
         """
         nodes, shapes = self.nodes, self.trace.shapes
         position = {n: i for i, n in enumerate(nodes)} | {self.output: len(nodes), self.source: -1}
         last_use = {n: max((position[u] for u in n.users if u in position), default=-1) for n in [self.source, *nodes]}
         first, final = self._spans()
         batch = shapes[self.source]
+        from_others = self._made_of(self.others)
         found = []
         live: list[fx.Node] = [self.source]
         for i, node in enumerate(nodes[:-1]):
+            if node in from_others:
+                break
             live = [n for n in [*live, node] if last_use[n] > i]
             if len(live) != 1:
                 continue
@@ -175,10 +205,16 @@ class Splitter:
                 tail.append(f"{node.op}:{_called(node)}")
         return tuple(tail)
 
+    def ends(self, part: Subgraph) -> bool:
+        """Whether a subgraph is the last one, which takes the other inputs of the model."""
+        return part.result is self.output.args[0]
+
     def module(self, part: Subgraph) -> fx.GraphModule:
         """The nodes of a subgraph as a module whose submodules are the model's own."""
         graph = fx.Graph()
         made: dict[fx.Node, fx.Node] = {part.source: graph.placeholder("x")}
+        if self.ends(part):
+            made |= {node: graph.placeholder(f"other{i}") for i, node in enumerate(self.others)}
 
         def mapped(node: fx.Node) -> fx.Node:
             if node not in made:

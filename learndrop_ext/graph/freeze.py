@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from learndrop_ext.graph.chain import Chain
+from learndrop_ext.graph.watch import Attributes
 from learndrop_ext.ops.transfer import crc32c
 
 
@@ -58,6 +60,9 @@ class FrozenPrefix:
         )
         self._seen: list[tuple[int, int, int]] = []
         self._checksums: list[int] = []
+        inside = set(chain.prefix(k).modules())
+        self._called = tuple((name, module) for name, module in model.named_modules() if module in inside)
+        self._attributes: Attributes
         for parameter in chain.prefix(k).parameters():
             parameter.grad = None
         self.accept()
@@ -73,6 +78,16 @@ class FrozenPrefix:
         self._slots = tuple(_slots(self._model, self._chain, self.k))
         self._seen = [_identity(owner.get(name)) for _, owner, name in self._slots]
         self._checksums = [_checksum(owner.get(name)) for _, owner, name in self._slots]
+        self._attributes = Attributes(self._called, self._chain.moving, since="its rows were made")
+
+    def first_changed_attribute(self) -> str | None:
+        """Say which attribute of a frozen module that is called as it is (a temperature, a flag, a tensor that is no
+        buffer) has changed, None where none has; those that its forward itself changes are passed by."""
+        return self._attributes.moved()
+
+    def attributes_as_accepted(self) -> contextlib.AbstractContextManager[bool]:
+        """Have those attributes as they were inside; gives False where a value that was written to cannot be put back."""
+        return self._attributes.put_back()
 
     def first_change(self) -> str | None:
         """Return the name of the first layer with a tensor that was written to or replaced, by its version counter and

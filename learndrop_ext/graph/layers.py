@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from learndrop_ext.graph.call import ModelCall
+from learndrop_ext.graph.state import MODULE_NAMES
+from learndrop_ext.graph.trace import HOOKS
 from learndrop_ext.graph.watch import Watch
 
 
@@ -26,6 +29,7 @@ class Layer(nn.Module):
             layer of a model that returns no single tensor.
         train_graph: what the layer computes in train mode.
         eval_graph: what it computes in eval mode; the same object where that is the same.
+        others: how many inputs of the model beside the image it takes, after its own; all of them or none.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Layer(nn.Module):
         *,
         fixed_input: tuple[int, ...] | None = None,
         writes_input: bool = False,
+        others: Sequence[tuple[int | None, ...]] = (),
         switches: Sequence[nn.Module] = (),
     ) -> None:
         super().__init__()
@@ -47,6 +52,8 @@ class Layer(nn.Module):
         self.eval_graph = evaluate if evaluate.code != train.code else train
         self.fixed_input = fixed_input
         self.writes_input = writes_input
+        self.others = len(others)
+        self.other_shapes = tuple(others)  # None is the batch size
         #: Modules that the layer replaces: in train mode their flags decide between the graphs.
         self.switches: tuple[nn.Module, ...] = tuple(switches) if self.eval_graph is not train else ()
 
@@ -60,15 +67,31 @@ class Layer(nn.Module):
             module.training = mode
         return self
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> Any:
+        if len(others) != self.others:
+            raise TypeError(
+                f"Chain: layer {self.name} takes {self.others} inputs of the model beside its own, got {len(others)}"
+            )
         if self.fixed_input is not None and tuple(x.shape[1:]) != self.fixed_input:
             raise ValueError(
                 f"Chain: the input of layer {self.name} must be [B, {', '.join(map(str, self.fixed_input))}] as in the "
                 f"example, because the model's forward reads sizes; got {list(x.shape)}"
             )
+        if self.fixed_input is not None:
+            self._check_others(others)
         if self.writes_input:
             x = x.clone()
-        return self.train_graph(x) if self._trains() else self.eval_graph(x)
+        return self.train_graph(x, *others) if self._trains() else self.eval_graph(x, *others)
+
+    def _check_others(self, others: Sequence[torch.Tensor]) -> None:
+        for i, (wanted, tensor) in enumerate(zip(self.other_shapes, others, strict=True), 1):
+            got = tuple(tensor.shape)
+            if len(got) != len(wanted) or any(w not in (None, g) for w, g in zip(wanted, got, strict=True)):
+                sizes = ", ".join("B" if size is None else str(size) for size in wanted)
+                raise ValueError(
+                    f"Chain: further input {i} of layer {self.name} must be [{sizes}] as in the example, because the "
+                    f"model's forward reads sizes; got {list(got)}"
+                )
 
     def _trains(self) -> bool:
         if not self.training or not self.switches:
@@ -83,46 +106,56 @@ class Layer(nn.Module):
 
 
 class Segment(nn.Module):
-    """Some neighbouring layers of a chain, run one after the other; `Segment([])` is the identity."""
+    """Some neighbouring layers of a chain, run one after the other; `Segment([])` is the identity.
+
+    Further inputs of the model are given after the image, and go to the layer that takes them.
+    """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> Any:
+        return _run(self.layers, x, others)
 
 
 class Chain(nn.Module):
     """A model as a sequence of layers: `chain(x)` equals `model(x)` and shares its parameters and buffers.
 
-    Made by :func:`split_layers`. It can be copied and pickled; a copy is on its own and watches no model.
+    Made by :func:`split_layers`. It can be copied and pickled; a copy is on its own and watches no model. Where the model
+    has further tensors as inputs, `chain(x, *others)` takes them in the order of the model's parameters.
 
     Attributes:
         layers: the layers, in order.
         kept_whole: modules that the graphs call as they are because torch.fx cannot hold them, and the reason.
+        call: how the model is called, with an example; None in a copy.
+        moving: (id of a module, name) of each attribute that the model's forward itself changes; empty in a copy.
     """
 
     def __init__(
-        self, layers: Sequence[Layer], *, kept_whole: Mapping[str, str] | None = None, watch: Watch | None = None
+        self,
+        layers: Sequence[Layer],
+        *,
+        kept_whole: Mapping[str, str] | None = None,
+        call: ModelCall | None = None,
+        moving: frozenset[tuple[int, str]] = frozenset(),
+        watch: Watch | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.kept_whole = dict(kept_whole or {})
+        self.call = call
+        self.moving = moving
         self._watch = watch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watch": None}
+        return {**self.__dict__, "_watch": None, "call": None, "moving": frozenset()}
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def forward(self, x: torch.Tensor) -> Any:
-        for layer in self.layers:
-            x = layer(x)
-        return x
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> Any:
+        return _run(self.layers, x, others)
 
     def layer(self, i: int) -> Layer:
         """Return the i-th layer, 0 <= i < len(chain)."""
@@ -165,3 +198,45 @@ class Chain(nn.Module):
             None. A copied or unpickled chain watches nothing and returns None.
         """
         return self._watch.moved() if self._watch is not None else None
+
+
+def _run(layers: nn.ModuleList, x: torch.Tensor, others: tuple[torch.Tensor, ...]) -> Any:
+    for layer in layers:
+        assert isinstance(layer, Layer)
+        x = layer(x, *others) if layer.others else layer(x)
+    return x
+
+
+def built_of(layer: Layer) -> tuple[Any, ...]:
+    """What a layer computes but for the values of its weights: equal for layers that are built alike."""
+    return tuple(
+        _node_built(graph, node, {n: i for i, n in enumerate(graph.graph.nodes)})
+        for graph in dict.fromkeys((layer.train_graph, layer.eval_graph))
+        for node in graph.graph.nodes
+    )
+
+
+def _node_built(graph: fx.GraphModule, node: fx.Node, places: Mapping[fx.Node, int]) -> tuple[Any, ...]:
+    target: Any = node.target
+    if node.op == "call_module":
+        target = tuple(_module_built(m) for m in graph.get_submodule(str(target)).modules())
+    elif node.op == "get_attr":
+        owner, _, name = str(target).rpartition(".")
+        target = _value_built(getattr(graph.get_submodule(owner), name))
+    return node.op, target, repr(fx.map_arg((node.args, node.kwargs), lambda n: places[n]))
+
+
+def _module_built(module: nn.Module) -> tuple[Any, ...]:
+    tensors = {**module._parameters, **module._buffers}
+    plain = {name: value for name, value in vars(module).items() if name not in MODULE_NAMES}
+    held = tuple((name, _value_built(value)) for name, value in sorted({**tensors, **plain}.items()))
+    hooks = tuple(id(hook) for name in HOOKS for hook in vars(module)[name].values())
+    return type(module), tuple(module._modules), held, hooks
+
+
+def _value_built(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.requires_grad
+    if isinstance(value, int | float | str | torch.dtype | None):
+        return type(value), value
+    return tuple(map(_value_built, value)) if isinstance(value, tuple) else id(value)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from learndrop_ext.graph.call import ModelCall
 from learndrop_ext.graph.chain import Chain, Segment
 from learndrop_ext.graph.freeze import FrozenPrefix
 
@@ -26,7 +27,7 @@ class _BehindFrozen(nn.Module):
         self.frozen = frozen
         self.suffix = suffix
 
-    def forward(self, x: torch.Tensor) -> Any:
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> Any:
         # A dropout module that the suffix uses too follows model.train().
         shared = [m for m in self.frozen.modules() if m.training]
         for module in shared:
@@ -37,7 +38,7 @@ class _BehindFrozen(nn.Module):
         finally:
             for module in shared:
                 module.training = True
-        return self.suffix(x)
+        return self.suffix(x, *others)
 
 
 class LiveModel(nn.Module):
@@ -50,13 +51,16 @@ class LiveModel(nn.Module):
         body: what is run.
         base: the whole model; its mode is followed.
         input_name: name of the model's input, under which it may be given as a keyword.
+        call: how the loop calls the model, where it does so with more than the image. The other tensors go to the live
+            layers as they come.
     """
 
-    def __init__(self, body: nn.Module, base: nn.Module, input_name: str) -> None:
+    def __init__(self, body: nn.Module, base: nn.Module, input_name: str, *, call: ModelCall | None = None) -> None:
         super().__init__()
         self.body = body
         self.device = next((p.device for p in base.parameters()), torch.device("cpu"))
         self.input_name = input_name
+        self.call = call
         self.row_shape: tuple[int, ...] | None = None
         self.frozen: FrozenPrefix | None = None
         self.check_input = True
@@ -71,8 +75,15 @@ class LiveModel(nn.Module):
         self._other: torch.Tensor | None = None  # on a GPU: whether a value was seen that is not the loader's
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        x = self._input(args, kwargs)
         self._follow_mode()
+        if self.call is not None and self.frozen is None and not self.training:
+            self.eval_calls += 1
+            return self.body(*args, **kwargs)
+        others: tuple[torch.Tensor, ...] = ()
+        if self.call is None:
+            x = self._input(args, kwargs)
+        else:
+            x, others = self.call.split(args, kwargs)
         if self.row_shape is not None and tuple(x.shape[1:]) != self.row_shape:
             raise ValueError(
                 f"drop.model: x must be cached rows [B, {', '.join(map(str, self.row_shape))}] from drop.loader, "
@@ -82,7 +93,9 @@ class LiveModel(nn.Module):
             self._note(x)
         else:
             self.eval_calls += 1
-        return self.body(x)
+        if self.call is not None and self.frozen is None:
+            return self.body(*args, **kwargs)
+        return self.body(x, *others)
 
     def set_mode(self, training: bool, *, but: nn.Module) -> None:
         """Put all into a mode but the modules of the whole model `but`: their modes are the caller's."""
@@ -134,7 +147,7 @@ class LiveModel(nn.Module):
             kinds = [type(v).__name__ for v in args] + [f"{k}={type(v).__name__}" for k, v in kwargs.items()]
             raise TypeError(
                 f"drop.model: wanted one tensor, {self.input_name}, which is what the dropped layers' rows can stand "
-                f"for; got ({', '.join(kinds)})"
+                f"for; got ({', '.join(kinds)}); say with inputs= what else the model is called with"
             )
         return given[0]
 

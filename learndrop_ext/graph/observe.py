@@ -14,7 +14,9 @@ from torch import nn
 
 
 class Observer(Protocol):
-    """What is told of attributes and of autocast."""
+    """What is told of attributes and of autocast, while it is not `executing`."""
+
+    executing: bool
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None: ...
     def note_write(self, module: nn.Module, name: str) -> None: ...
@@ -45,18 +47,20 @@ def modes() -> tuple[Any, ...]:
 @contextlib.contextmanager
 def observed(tracer: Observer) -> Iterator[None]:
     """Tell the tracer of attributes that are read from modules and set on them, and of autocast."""
-    thread = threading.get_ident()
+    get_thread = threading.get_ident
+    thread = get_thread()
     put = nn.Module.__setattr__
     enter: Any = torch.autocast.__enter__
 
     def read(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
-        if threading.get_ident() == thread:
+        # Most of what is read belongs to calls in which nothing is recorded.
+        if not tracer.executing and get_thread() == thread:
             tracer.note_read(module, name, value)
         return value
 
     def write(module: nn.Module, name: str, value: Any) -> None:
-        if threading.get_ident() == thread:
+        if get_thread() == thread:
             tracer.note_write(module, name)
         put(module, name, value)
 

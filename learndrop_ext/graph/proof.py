@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from learndrop_ext.graph.call import CalledWith
 from learndrop_ext.graph.state import ModelState, flatten
 from learndrop_ext.rng import fork_rng
 
@@ -48,22 +49,22 @@ def deterministic_algorithms(x: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def difference(model: nn.Module, twin: nn.Module, x: torch.Tensor) -> str | None:
+def difference(model: CalledWith, twin: nn.Module, inputs: Sequence[torch.Tensor], state: ModelState) -> str | None:
     """Compare a module that shares a model's weights with the model, in both modes and several random states.
 
     Args:
-        model: the model.
-        twin: a module that should compute the same, from the same parameters and buffers.
-        x: a batch of the model's inputs, [B, ...].
+        model: the model, called with its tensors.
+        twin: a module that should compute the same of them, from the same parameters and buffers.
+        inputs: a batch of the model's tensors, the image [B, ...] first.
+        state: of the model as it is now.
 
     Returns:
         What differs first ("train mode: the gradient of fc.weight"), or None. The model is left as it was found.
     """
-    state = ModelState(model)
     flags = [(m, m.training) for m in twin.modules()]
     try:
         for situation in _SITUATIONS:
-            found = _difference(model, twin, x, state, situation)
+            found = _difference(model, twin, inputs, state, situation)
             if found:
                 return f"{'train' if situation.training else 'eval'} mode: {found}"
         return None
@@ -73,11 +74,13 @@ def difference(model: nn.Module, twin: nn.Module, x: torch.Tensor) -> str | None
             module.training = training
 
 
-def _difference(model: nn.Module, twin: nn.Module, x: torch.Tensor, state: ModelState, now: _Situation) -> str | None:
+def _difference(
+    model: CalledWith, twin: nn.Module, inputs: Sequence[torch.Tensor], state: ModelState, now: _Situation
+) -> str | None:
     def run(module: nn.Module, situation: _Situation) -> _Run:
         model.train(situation.training)
         twin.train(situation.training)
-        return _run(module, model, x, state, situation)
+        return _run(module, model, inputs, state, situation)
 
     try:
         wanted = run(model, now)
@@ -93,25 +96,28 @@ def _difference(model: nn.Module, twin: nn.Module, x: torch.Tensor, state: Model
     return _compare(wanted, got)
 
 
-def _run(module: nn.Module, model: nn.Module, x: torch.Tensor, state: ModelState, situation: _Situation) -> _Run:
-    weights: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _run(
+    module: nn.Module, model: CalledWith, inputs: Sequence[torch.Tensor], state: ModelState, situation: _Situation
+) -> _Run:
+    weights: dict[str, torch.Tensor] = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     try:
-        with fork_rng(situation.seed), deterministic_algorithms(x):
+        with fork_rng(situation.seed), deterministic_algorithms(inputs[0]):
             if situation.moved:
                 with torch.no_grad():
                     for tensor in state.floating():
                         tensor.mul_(0.984375)
-            entering = x.detach().clone()
-            if entering.is_floating_point():
-                weights["the input"] = entering.requires_grad_()
+            entering = [x.detach().clone() for x in inputs]
+            for name, x in zip(("the input", *model.call.names), entering, strict=True):
+                if x.is_floating_point():
+                    weights[name] = x.requires_grad_()
             with torch.enable_grad():
-                outputs = tuple(flatten(module(entering.clone())))
+                outputs = tuple(flatten(module(*(x.clone() for x in entering))))
                 gradients = _gradients(outputs, weights)
         values = [(path, v.detach().clone() if isinstance(v, torch.Tensor) else v) for path, v in outputs]
         values += [(f"{path}.requires_grad", v.requires_grad) for path, v in outputs if isinstance(v, torch.Tensor)]
         return _Run(tuple(values), gradients, state.changes(parameters=not situation.moved))
     finally:
-        state.restore()
+        state.restore(noting=not situation.moved)
 
 
 def _gradients(

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
+#: What torch.nn.Module itself keeps in a module: parameters, submodules, hooks, the mode.
+MODULE_NAMES = frozenset(vars(nn.Module()))
+
 
 def version(tensor: torch.Tensor) -> int:
     """The number of in-place writes to a tensor; tensors made in inference mode do not count theirs."""
@@ -44,7 +47,8 @@ class ModelState:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._attributes = [(m.__dict__, dict(m.__dict__)) for m in model.modules()]
+        self._attributes = [(m, dict(m.__dict__)) for m in model.modules()]
+        self._moved: set[int | tuple[int, str]] = set()  # ids of values, and of modules with names of attributes
         self._contents: list[tuple[Any, Any]] = []
         self._tensors: dict[int, tuple[str, torch.Tensor, torch.Tensor, bool]] = {}
         self._versions: dict[int, int] = {}
@@ -91,21 +95,36 @@ class ModelState:
             if tensor.is_floating_point() and not tensor.is_inference() and 0 not in tensor.stride():
                 yield tensor
 
-    def restore(self) -> None:
-        """Put everything back. Tensors that were not written to are not touched."""
-        for now, before in self._attributes:
+    def moving(self) -> frozenset[tuple[int, str]]:
+        """Return (id of a module, name) of each attribute that had changed when the state was put back."""
+        values = {(id(m), name) for m, before in self._attributes for name, v in before.items() if id(v) in self._moved}
+        values |= {key for key in self._moved if isinstance(key, tuple)}
+        return frozenset((module, name) for module, name in values if name not in MODULE_NAMES)
+
+    def restore(self, *, noting: bool = True) -> None:
+        """Put everything back. Tensors that were not written to are not touched.
+
+        noting: whether tensors that were written to count as `moving`.
+        """
+        for module, before in self._attributes:
+            now = module.__dict__
             for name in [name for name in now if name not in before]:
                 del now[name]
+                self._moved.add((id(module), name))
             for name, value in before.items():
                 if name not in now or now[name] is not value:
                     now[name] = value
+                    self._moved.add((id(module), name))
         for content, copy in self._contents:
-            refill(content, copy)
+            if (content or copy) and refill(content, copy):
+                self._moved.add(id(content))
         for put, state in self._generators:
             put(state)
         with torch.no_grad():
             for key, (_, tensor, value, requires_grad) in self._tensors.items():
                 if self._written(key):
+                    if noting:
+                        self._moved.add(key)
                     tensor.copy_(value)
                     self._versions[key] = version(tensor)
                 if tensor.requires_grad is not requires_grad:
@@ -117,8 +136,8 @@ def contents_of(value: Any) -> Any:
     return value.copy() if isinstance(value, list | dict | set | deque) else None
 
 
-def refill(content: Any, copy: Any) -> None:
-    """Put the content of a list, dict, set or deque back where it has changed."""
+def refill(content: Any, copy: Any) -> bool:
+    """Put the content of a list, dict, set or deque back where it has changed; return whether it had."""
     if isinstance(content, dict):
         same = content.keys() == copy.keys() and all(content[key] is copy[key] for key in copy)
     elif isinstance(content, set):
@@ -126,14 +145,15 @@ def refill(content: Any, copy: Any) -> None:
     elif isinstance(content, list | deque):
         same = len(content) == len(copy) and all(a is b for a, b in zip(content, copy, strict=True))
     else:
-        return
+        return False
     if same:
-        return
+        return False
     content.clear()
     if isinstance(content, dict | set):
         content.update(copy)
     else:
         content.extend(copy)
+    return True
 
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -152,21 +172,28 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class Mark:
-    """The value of an attribute at one moment, to be compared with what it is later."""
+    """The value of an attribute at one moment, to be compared with what it is later.
 
-    def __init__(self, value: Any) -> None:
+    Args:
+        value: of the attribute.
+        since: what the moment was, in words.
+        writes: whether a floating-point tensor that is written to counts as another value.
+    """
+
+    def __init__(self, value: Any, *, since: str = "the model was split", writes: bool = False) -> None:
         self.value = value
+        self.since = since
         self.version: int | None = None
         self.items: tuple[Mark, ...] = ()
         self.constant: bool
         self.keys: tuple[Any, ...] = ()
-        if isinstance(value, torch.Tensor) and not value.is_floating_point():
+        if isinstance(value, torch.Tensor) and (writes or not value.is_floating_point()):
             self.version = version(value)
         elif isinstance(value, dict):
             self.keys = tuple(value)
-            self.items = tuple(Mark(item) for item in value.values())
+            self.items = tuple(Mark(item, writes=writes) for item in value.values())
         elif isinstance(value, list | tuple | deque):
-            self.items = tuple(Mark(item) for item in value)
+            self.items = tuple(Mark(item, writes=writes) for item in value)
         elif isinstance(value, np.ndarray | set):
             self.value = value.copy()
         self.state = repr(access[0]()) if (access := _generator(value)) is not None else None
@@ -198,8 +225,8 @@ class Mark:
         """How it differs from what it is now, in words: 'was 1.0 when the model was split, and is 0.5'."""
         text = _text(now)
         if text == self.text:
-            return "has changed since the model was split"
-        return f"was {self.text} when the model was split, and is {text}"
+            return f"has changed since {self.since}"
+        return f"was {self.text} when {self.since}, and is {text}"
 
 
 def _text(value: Any) -> str:

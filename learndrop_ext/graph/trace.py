@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -21,29 +21,18 @@ from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from learndrop_ext.graph.call import CalledWith
 from learndrop_ext.graph.observe import modes, observed, random_state
-from learndrop_ext.graph.state import Mark, contents_of, is_mutable, refill, version
+from learndrop_ext.graph.state import MODULE_NAMES, Mark, contents_of, is_mutable, refill, version
 from learndrop_ext.graph.values import TracedShape, TracedValue, Values
 
 Shape = tuple[int, ...]
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MODULE_NAMES = frozenset(vars(nn.Module()))
 _METADATA = frozenset(
     ("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point", "is_complex")
 )
-
-
-class OneInput(nn.Module):
-    """The model with its one required input only: optional arguments keep their defaults."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.model(x)
 
 
 class UntraceableError(Exception):
@@ -52,7 +41,7 @@ class UntraceableError(Exception):
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced model and what was seen while it was traced. Paths are those of `OneInput`."""
+    """A traced model and what was seen while it was traced. Paths are those of `CalledWith`."""
 
     graph: fx.Graph
     shapes: Mapping[fx.Node, tuple[Shape | None, Shape | None]]  # of floating-point tensors, for both batches
@@ -80,13 +69,18 @@ class _Frame:
 
 
 class ValueTracer(fx.Tracer):
-    """Traces `OneInput(model)` on two batches. `whole` names modules that must not be traced through, and why."""
+    """Traces a model on two batches of its tensors, the image first.
 
-    def __init__(self, root: OneInput, inputs: tuple[torch.Tensor, torch.Tensor], whole: Mapping[str, str]) -> None:
+    `whole` names modules that must not be traced through, and why.
+    """
+
+    def __init__(
+        self, root: CalledWith, inputs: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]], whole: Mapping[str, str]
+    ) -> None:
         super().__init__()
         self.wrapped = root
-        self.inputs = inputs
-        self.device = inputs[0].device
+        self.inputs = tuple(zip(*inputs, strict=True))
+        self.device = inputs[0][0].device
         self.whole = dict(whole)
         self.paths = {id(m): name for name, m in root.named_modules() if m is not root}
         self.tensors = {id(t): name for name, t in (*root.named_buffers(), *root.named_parameters())}
@@ -130,6 +124,12 @@ class ValueTracer(fx.Tracer):
 
     # What torch.fx asks
 
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        inputs = [self.create_proxy("placeholder", f"x{i}", (), {}) for i in range(len(self.inputs))]
+        return root_fn, [self.wrapped, *inputs]
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.whole:
             return True
@@ -154,7 +154,7 @@ class ValueTracer(fx.Tracer):
         self._check_frame()
         before = next(iter(reversed(self.graph.nodes)))
         contents = {
-            k: (v, Mark(v), contents_of(v)) for k, v in vars(m).items() if k not in _MODULE_NAMES and is_mutable(v)
+            k: (v, Mark(v), contents_of(v)) for k, v in vars(m).items() if k not in MODULE_NAMES and is_mutable(v)
         }
         frame = _Frame(path, modes(), contents)
         self.frames.append(frame)
@@ -272,7 +272,7 @@ class ValueTracer(fx.Tracer):
 
     def _size_node(self, proxy: TracedValue, dim: int) -> Any:
         made = super().create_proxy("call_method", "size", (proxy, dim), {})
-        if self.values[made.node].pair == (len(self.inputs[0]), len(self.inputs[1])):
+        if self.values[made.node].pair == tuple(map(len, self.inputs[0])):
             self.batch_sizes.add(made.node)
         return made
 
@@ -292,7 +292,7 @@ class ValueTracer(fx.Tracer):
             return
         if name == "training":
             self.mode_reads.add(path)
-        elif name not in _MODULE_NAMES:
+        elif name not in MODULE_NAMES:
             own = name in object.__getattribute__(module, "__dict__")
             if own or isinstance(vars(type(module)).get(name), int | float | str | tuple | torch.Tensor):
                 self.reads[path, name] = Mark(value)
@@ -344,7 +344,8 @@ class ValueTracer(fx.Tracer):
 
     def _run_node(self, node: fx.Node) -> Values:
         if node.op == "placeholder":
-            return Values((self.inputs[0].clone(), self.inputs[1].clone()))
+            one, two = self.inputs[int(str(node.target).removeprefix("x"))]
+            return Values((one.clone(), two.clone()))
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             with self._execution():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from learndrop_ext.graph.state import Mark
+from learndrop_ext.graph.state import MODULE_NAMES, Mark
 from learndrop_ext.graph.trace import HOOKS, Trace
 
 _MISSING = object()
@@ -70,6 +71,64 @@ class Watch:
             if not mark.holds(now):
                 return f"{name} of {path} {mark.told(now)}"
         return None
+
+
+class Attributes:
+    """The attributes of modules that a graph calls as they are, at one moment.
+
+    What torch.nn.Module itself keeps (parameters, submodules, hooks, the mode) is not among them.
+
+    Args:
+        modules: path and module.
+        moving: (id of a module, name) of attributes that are passed by: the forward changes them.
+        since: what the moment was, in words.
+    """
+
+    def __init__(
+        self, modules: Iterable[tuple[str, nn.Module]], moving: Collection[tuple[int, str]], *, since: str
+    ) -> None:
+        self._modules = [(path, m, {name for name in vars(m) if name not in MODULE_NAMES}) for path, m in modules]
+        self._moving = moving
+        self._marks = [
+            (path, m, name, Mark(vars(m)[name], since=since, writes=True))
+            for path, m, names in self._modules
+            for name in sorted(names)
+            if (id(m), name) not in moving
+        ]
+        self._since = since
+
+    def moved(self) -> str | None:
+        """What differs first, in words; None where nothing does."""
+        for path, module, name, mark in self._marks:
+            now = vars(module).get(name, _MISSING)
+            if now is _MISSING:
+                return f"{name} of {path} was removed after {self._since}"
+            if not mark.holds(now):
+                return f"{name} of {path} {mark.told(now)}"
+        for path, module, names in self._modules:
+            for name in vars(module):
+                if name not in names and name not in MODULE_NAMES and (id(module), name) not in self._moving:
+                    return f"{name} of {path} was added after {self._since}"
+        return None
+
+    @contextlib.contextmanager
+    def put_back(self) -> Iterator[bool]:
+        """Have the attributes as they were inside; gives whether that can be: not of a value that was written to."""
+        now = [(vars(module), dict(vars(module))) for _, module, _ in self._modules]
+        possible = True
+        try:
+            for _, module, name, mark in self._marks:
+                if not mark.holds(vars(module).get(name, _MISSING)):
+                    vars(module)[name] = mark.value
+                    possible &= mark.holds(mark.value)
+            for _, module, names in self._modules:
+                for name in set(vars(module)) - names - MODULE_NAMES:
+                    if (id(module), name) not in self._moving:
+                        del vars(module)[name]
+            yield possible
+        finally:
+            for held, values in now:
+                held.update(values)
 
 
 def _shown(path: str, module: nn.Module) -> str:

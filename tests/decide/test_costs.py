@@ -74,34 +74,36 @@ def test_measure_layers_counts_flops_of_one_sample() -> None:
 
 
 class Stopwatch:
-    """Stands in for timed: the shortest of each call takes one second more than that of the one before, and is noted."""
+    """Stands in for shortest_laps: each lap takes one second more than the one before, and each run is noted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[bool, int, tuple[Any, ...]]] = []
-        monkeypatch.setattr(module, "timed", self)
+        self.seconds = 0.0
+        monkeypatch.setattr(module, "shortest_laps", self)
 
-    def __call__(self, run: Any, device: torch.device, *, repeats: int, warmup: int, prepare: Any) -> list[float]:
-        assert warmup == 0
+    def __call__(self, run: Any, device: torch.device, *, repeats: int, prepare: Any) -> tuple[float, ...]:
         arguments = prepare()
-        run(*arguments)
         self.calls.append((torch.is_grad_enabled(), repeats, arguments))
-        return [len(self.calls) + 9.0, float(len(self.calls)), len(self.calls) + 1.0]
+        return tuple(self._second() for _ in run(*arguments))
+
+    def _second(self) -> float:
+        self.seconds += 1
+        return self.seconds
 
 
 def test_measure_layers_times_each_layer_frozen_and_live(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = Stopwatch(monkeypatch)
     costs = measure_layers(chain_of(network()), torch.rand(4, 3, 16, 16), repeats=5)
-    # Per sample of a batch of four. The first layer needs no gradient of its input: it is timed once in training.
+    # Per sample of a batch of four: frozen, forward, backward to the parameters, backward to the input too. The first
+    # layer needs no gradient of its input.
     assert [(c.seconds, c.train_seconds, c.first_seconds) for c in costs] == [
-        (1 / 4, 2 / 4, 2 / 4),
-        (3 / 4, 4 / 4, 5 / 4),
-        (6 / 4, 7 / 4, 8 / 4),
+        (1 / 4, (2 + 3) / 4, (2 + 3) / 4),
+        (5 / 4, (6 + 8) / 4, (6 + 7) / 4),
+        (9 / 4, (10 + 12) / 4, (10 + 11) / 4),
     ]
-    assert [(grad, repeats) for grad, repeats, _ in watch.calls] == [
-        (grad, 5) for grad in (False, True, False, True, True, False, True, True)
-    ]
+    assert [(grad, repeats) for grad, repeats, _ in watch.calls] == [(False, 5), (True, 5)] * 3
     # What gradients are asked for: of the parameters, and of the input where a layer before learns too.
-    assert [len(arguments[1]) for grad, _, arguments in watch.calls if grad] == [4, 2, 1, 3, 2]
+    assert [len(arguments[1]) for grad, _, arguments in watch.calls if grad] == [4, 2, 3]
     assert [tuple(arguments[0].shape) for grad, _, arguments in watch.calls if not grad] == [
         (4, 3, 16, 16),
         (4, 8, 8, 8),
@@ -115,8 +117,45 @@ def test_measure_layers_runs_frozen_layers_in_eval_mode_and_live_ones_in_train_m
     chain = chain_of(model)
     model[1].register_forward_hook(lambda m, _, y: modes.append((m.training, y.requires_grad)))
     measure_layers(chain, torch.rand(4, 3, 16, 16), repeats=2)
-    # Once for the FLOPs; then two frozen and two live.
+    # Once for the FLOPs and two that count; live two that count.
     assert modes == [(False, False)] * 3 + [(True, True)] * 2
+
+
+class Repeats(nn.Module):
+    """Its time depends on an attribute."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.times = times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = [self.times]
+        for _ in range(self.times):
+            x = self.conv(x)
+        return x
+
+
+def test_measure_layers_times_layers_that_are_built_alike_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def block(**options: Any) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(4, 4, 3, **{"padding": 1, **options}), nn.BatchNorm2d(4), nn.ReLU())
+
+    frozen = block()
+    frozen[0].weight.requires_grad_(False)
+    blocks = [block(), block(), block(), block(dilation=2, padding=2), block(bias=False), frozen, block()]
+    model = nn.Sequential(*blocks, Repeats(2), Repeats(3), nn.Flatten(), nn.Linear(256, 2))
+    chain = split_layers(model, torch.rand(2, 4, 8, 8))
+    watch = Stopwatch(monkeypatch)
+    costs = measure_layers(chain, torch.rand(2, 4, 8, 8))
+    assert len(costs) == 10
+    assert [cost.name for cost in costs] == list(chain.names)
+    # The first layer has no gradient of its input; 1, 2 and 6 are alike.
+    alike = [(cost.seconds, cost.train_seconds, cost.flops) for cost in costs]
+    assert alike[1] == alike[2] == alike[6]
+    assert len(set(alike)) == 8
+    assert len(watch.calls) == 2 * 8
+    assert costs[8].flops * 2 == costs[7].flops * 3
+    assert [cost.parameters for cost in costs[4:7]] == [4 * 4 * 9 + 8, 4 + 8, 4 * 4 * 9 + 4 + 8]
 
 
 def test_measure_layers_takes_two_of_a_single_sample() -> None:

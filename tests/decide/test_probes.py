@@ -23,7 +23,6 @@ from learndrop_ext.decide.probes import (
     probe_training_step,
     tier_costs,
     tier_speeds,
-    timed,
 )
 
 CPU = torch.device("cpu")
@@ -47,7 +46,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return take
 
 
-def test_timed(clock: Callable[..., None]) -> None:
+def test_median_seconds(clock: Callable[..., None]) -> None:
+    ran: list[int] = []
+    clock(50.0, 60.0, 4.0, 1.0, 3.0)
+    assert median_seconds(lambda: ran.append(0), CPU, repeats=3, warmup=2) == 3.0
+    assert len(ran) == 5
+    clock(9.0, 2.0)
+    assert median_seconds(lambda: None, CPU, repeats=1) == 2.0
+
+
+def test_the_shortest_of_each_lap_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     ran: list[int] = []
 
@@ -55,16 +63,16 @@ def test_timed(clock: Callable[..., None]) -> None:
         made.append(len(made))
         return (made[-1],)
 
-    clock(50.0, 60.0, 4.0, 1.0, 3.0)
-    assert timed(ran.append, CPU, repeats=3, warmup=2, prepare=prepare) == [4.0, 1.0, 3.0]
-    assert ran == made == [0, 1, 2, 3, 4]
+    def run(number: int) -> Iterator[None]:
+        ran.append(number)
+        yield
+        yield
 
-
-def test_median_seconds(clock: Callable[..., None]) -> None:
-    clock(50.0, 60.0, 4.0, 1.0, 3.0)
-    assert median_seconds(lambda: None, CPU, repeats=3, warmup=2) == 3.0
-    clock(9.0, 2.0)
-    assert median_seconds(lambda: None, CPU, repeats=1) == 2.0
+    # Laps of 1 and 2.5, of 1.5 and 2, and of 3 and 4 seconds.
+    times = iter([0.0, 1.0, 3.5, 10.0, 11.5, 13.5, 20.0, 23.0, 27.0])
+    monkeypatch.setattr(probes, "perf_counter", lambda: next(times))
+    assert probes.shortest_laps(run, CPU, repeats=3, prepare=prepare) == (1.0, 2.0)
+    assert ran == made == [0, 1, 2]
 
 
 def test_copy_bytes_per_second(clock: Callable[..., None]) -> None:
