@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
                 if not warm:
                     runs.warm_up(split, recipe)
                     warm = True
-                study["records"].append(run_one(name, dataset, split, recipe))
+                study["records"].append(run_one(name, dataset, split, recipe) | {"commit": machine["commit"]})
                 args.out.mkdir(parents=True, exist_ok=True)
                 write(path, study)
                 last = study["records"][-1]

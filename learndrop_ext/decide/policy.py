@@ -67,7 +67,7 @@ Policy = Callable[[Situation], Decision]
 #: Share of the time asked for that a plan has to use, with room for what its epochs take shorter.
 USED = 0.96
 #: How far epochs may be from their forecast, either way, before one with dropped layers was measured.
-UNCONFIRMED = 1.3
+UNCONFIRMED = 1.1
 
 
 @dataclass(frozen=True)
@@ -176,10 +176,12 @@ class Budget:
     followed that gives up least. From the first step on, an epoch of the i-th layer counts 2 i - 1, so that k layers
     dropped for an epoch count k^2: a few layers are dropped for many epochs rather than many for a few, since the first
     layers are the most general. Of several such plans the one is taken that drops the fewest at first, and grows.
+    From the first step on a plan grows only in the second half of the run, unless it would come too late otherwise: a
+    layer that has been trained for a while is best frozen when the learning rate has fallen.
 
     Every plan is a forecast, so the next one makes up for what an epoch took longer or
     shorter. Layers that are dropped stay dropped: the first drop is therefore no larger than it would be if epochs
-    were 30 % shorter than forecast, as long as the drops after it can make up for epochs that are as forecast or 30 %
+    were 10 % shorter than forecast, as long as the drops after it can make up for epochs that are as forecast or 10 %
     longer.
 
     Args:
@@ -242,28 +244,42 @@ class Budget:
         """The prefix of each epoch left, within `seconds`."""
         past = situation.past
 
+        first_half = 0 if self.start else -(-epochs // 2) - situation.epoch  # epochs of it left
+        hold = max(1, first_half)
+
         def best(first: tuple[int, ...], seconds: float) -> tuple[int, ...]:
-            """`first`, and what is best after it with this many seconds left."""
+            """`first`, and what is best after it within the seconds for all."""
             epoch = situation.epoch + len(first)
             if epoch == epochs:
                 return first
             prefix = max((situation.prefix, *first))
+            begun = plan_prefixes(costs, (*first, *(prefix,) * (epochs - epoch)), epochs, past=past)[: len(first)]
             more = best_prefixes(
-                costs, epochs, epoch=epoch, prefix=prefix, seconds=seconds, past=(*past, *first), weights=weights
+                costs,
+                epochs,
+                epoch=epoch,
+                prefix=prefix,
+                seconds=seconds - total_seconds(begun),
+                past=(*past, *first),
+                weights=weights,
+                hold=1 if first else hold,
             )
             return (*first, *more)
 
         def total(prefixes: tuple[int, ...]) -> float:
             return total_seconds(plan_prefixes(costs, prefixes, epochs, past=past))
 
+        if any(past) and first_half > 0:
+            held = best((situation.prefix,) * hold, seconds)
+            if total(held) <= seconds:
+                return held
         planned = best((), seconds)
         if any(past):
             return planned
         # No epoch with dropped layers has confirmed the costs yet.
         for prefix in range(best((), seconds * UNCONFIRMED)[0], planned[0]):
-            begun = plan_prefixes(costs, (prefix, *planned[1:]), epochs, past=past)[0].seconds
-            cautious = best((prefix,), seconds - begun)
-            if total(cautious) <= seconds and total(best((prefix,), 0.0)) * UNCONFIRMED <= seconds:
+            cautious = best((prefix,) * hold, seconds)
+            if total(cautious) <= seconds and total(best((prefix,) * hold, 0.0)) * UNCONFIRMED <= seconds:
                 return cautious
         return planned
 

@@ -44,6 +44,7 @@ def best_prefixes(
     seconds: float,
     past: Sequence[int] = (),
     weights: Sequence[int] | None = None,
+    hold: int = 1,
 ) -> tuple[int, ...]:
     """Choose the prefix of each epoch left so that as much as possible stays live within `seconds`.
 
@@ -59,6 +60,7 @@ def best_prefixes(
         seconds: For the epochs left.
         past: The prefix of every epoch done.
         weights: For each layer, what one epoch of it is worth, at least 1; 1 each by default.
+        hold: For how many of the epochs left, at least one, the first prefix is kept.
 
     Returns:
         The prefix of each epoch from `epoch` on.
@@ -66,7 +68,7 @@ def best_prefixes(
     left = epochs - epoch
     worth = [1] * len(costs.layers) if weights is None else list(weights)
     given_up = list(accumulate((0 if i < prefix else w for i, w in enumerate(worth[:-1])), initial=0))
-    stages = _stages(epoch, left, len(costs.layers), costs.views, given_up[-1])
+    stages = _stages(epoch, left, len(costs.layers), costs.views, given_up[-1], hold=min(hold, left))
     search = _Search(costs, epochs, stages, given_up)
     since = 0
     for k in reversed(past):
@@ -173,12 +175,15 @@ class _Search:
         return int(self.epochs - epoch > self.views)
 
 
-def _stages(epoch: int, left: int, layers: int, views: int, given_up: int) -> list[Stage]:
-    """The epochs left, in as many stages as TABLE allows; those of one epoch first."""
-    most = max(1, int((TABLE / ((views + 1) * layers * max(1, given_up))) ** 0.5))
+def _stages(epoch: int, left: int, layers: int, views: int, given_up: int, *, hold: int = 1) -> list[Stage]:
+    """The epochs left, in as many stages as TABLE allows, those of one epoch first; before them one of `hold` epochs."""
+    stages = [Stage(epoch, hold)] if hold > 1 else []
+    epoch, left = epoch + hold * len(stages), left - hold * len(stages)
+    if not left:
+        return stages
+    most = max(1, int((TABLE / ((views + 1) * layers * max(1, given_up))) ** 0.5) - len(stages))
     count = min(left, most)
     length, longer = divmod(left, count)
-    stages = []
     for i in range(count):
         stages.append(Stage(epoch, length + (i >= count - longer)))
         epoch += stages[-1].length

@@ -44,6 +44,23 @@ def test_best_prefixes(more: dict[str, Any], wanted: tuple[int, ...]) -> None:
     assert best_prefixes(COSTS, 3, **{"epoch": 0, "prefix": 0, **more}) == wanted
 
 
+@pytest.mark.parametrize("hold", [1, 2, 3, 7])
+def test_the_first_prefix_is_held(hold: int) -> None:
+    draw = random.Random(hold)
+    for _ in range(20):
+        costs = random_costs(draw, 4, 1)
+        seconds = draw.uniform(0.3, 1.0) * 4 * costs.epoch_seconds(0)
+        found = best_prefixes(costs, 4, epoch=0, prefix=0, seconds=seconds, hold=hold)
+        assert len(set(found[:hold])) == 1
+        held = [p for p in combinations_with_replacement(range(4), 4) if len(set(p[:hold])) == 1]
+        times = {p: total_seconds(plan_prefixes(costs, p, 4)) for p in held}
+        fitting = [p for p in held if times[p] <= seconds]
+        if fitting:
+            assert sum(found) == min(map(sum, fitting))
+        else:
+            assert times[found] == pytest.approx(min(times.values()))
+
+
 def random_costs(draw: random.Random, layers: int, views: int) -> RunCosts:
     seconds = [draw.uniform(0.2, 3.0) for _ in range(layers)]
     cuts = [0]
