@@ -201,8 +201,8 @@ class PlannedBatches:
 class PassingBatches:
     """The batches of a loader with ids: as they come by, and once all ids are known and have rows, in an order of our own.
 
-    While images come by they are compared with their rows, a few samples in the first batch of an epoch and in each
-    batch after twice as many.
+    While images come by they are compared with their rows: a few samples in the first batch of an epoch, in each batch
+    after twice as many, and wherever an id comes again in one epoch.
     """
 
     def __init__(self, source: IdSource, rows: RowSet) -> None:
@@ -237,8 +237,8 @@ class PassingBatches:
         self._source.follow_length()
         first = self._source.first_numbers()
         self._follow_size()
-        if self._source.unchecked and self._rows.stores:
-            self._source.unchecked = False
+        unchecked, self._source.unchecked = self._source.unchecked, False
+        if unchecked and self._rows.stores:
             batch = to_device(self._source.first_batch, self._rows.device)
             if not follow_batch(self._rows, batch, first, epoch):
                 self._source.whole = False
@@ -257,7 +257,7 @@ class PassingBatches:
                 "drop.loader: an id came twice in one iteration over loader, so that its order is no plain shuffle: loader "
                 "is iterated over in each epoch, though all rows are there",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         return not self._source.whole
 
@@ -267,8 +267,9 @@ class PassingBatches:
             self._follow_size()
             self._seen[ids] = True
             batch = to_device(read, self._rows.device)
-            if self._rows.stores and i & (i + 1) == 0:  # 0, 1, 3, 7, ...
-                follow_batch(self._rows, batch, ids, self.epoch)
+            again = self._source.again
+            if self._rows.stores and (i & (i + 1) == 0 or len(again)):  # 0, 1, 3, 7, ...
+                follow_batch(self._rows, batch, ids, self.epoch, again)
             yield Plan(ids, ids), batch
 
     def rows(self) -> Iterator[Plan]:
@@ -285,7 +286,7 @@ class PassingBatches:
             "drop.loader: the rest of the epoch comes from loader, in its order: rows that were there have gone, and "
             "samples of a loader with ids= cannot be read by id",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         left = self._source.batches(int(self.seen.sum())) - given
         return itertools.islice(self.images(), left)
@@ -308,7 +309,7 @@ class PassingBatches:
         self._seen = lengthened(self._seen, len(self._rows.slots))
 
 
-def batches_of(rows: RowSet) -> PlannedBatches | PassingBatches:
+def batches_of(rows: RowSet) -> Batches:
     """Return the batches that the rows' source gives."""
     if isinstance(rows.source, IdSource):
         return PassingBatches(rows.source, rows)

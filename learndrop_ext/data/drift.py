@@ -67,7 +67,7 @@ def follow_data(rows: RowSet, epoch: int) -> None:
         _make_anew(rows, changed)
 
 
-def follow_batch(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int) -> bool:
+def follow_batch(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int, again: torch.Tensor | None = None) -> bool:
     """Do what `follow_data` does, with a batch of images that comes by; random views are not compared.
 
     Args:
@@ -75,9 +75,14 @@ def follow_batch(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int) -> boo
         batch: of the samples `ids` [B], on the device.
         ids: [B].
         epoch: for which the samples' rows are asked.
+        again: [n] positions in the batch of ids that came before in this epoch; some of these are compared first.
 
     Returns:
         Whether samples with rows were among them, so that a change would have been seen.
+
+    Raises:
+        RuntimeError: images have another shape than those that the model was split for.
+        ValueError: an id stands for two samples in one epoch.
     """
     _check_shape(rows, batch)
     there = torch.nonzero(filled_at(rows.cache, rows.slots.places(ids, epoch))).flatten()
@@ -85,17 +90,24 @@ def follow_batch(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int) -> boo
         return False
     if _has_random_views(rows):
         return True
+    repeated = there if again is None else there[torch.isin(there, again)]
+    among = repeated if again is not None and len(repeated) else there
     generator = torch.Generator().manual_seed(rows.seed + epoch)
-    take = there[torch.randperm(len(there), generator=generator)[:PROBES]]
+    take = among[torch.randperm(len(among), generator=generator)[:PROBES]]
     part = some_of(batch, take, key=rows.key, like=rows.like)
     if changed := _first_difference(rows, part, ids[take], epoch, ()):
-        _make_anew(rows, changed)
+        if again is not None and len(repeated):
+            raise ValueError(
+                "drop.loader: an id must stand for one sample, got two samples with the same id in one iteration over "
+                "loader; give each sample an id of its own, and views=V where it is another image each time"
+            )
+        _make_anew(rows, changed, stacklevel=6)
     return True
 
 
-def _make_anew(rows: RowSet, reason: str) -> None:
+def _make_anew(rows: RowSet, reason: str, *, stacklevel: int = 5) -> None:
     if rows.cache is not None and bool(rows.cache.filled.any()):
-        warnings.warn(f"drop.loader: the rows are made anew: {reason}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"drop.loader: the rows are made anew: {reason}", RuntimeWarning, stacklevel=stacklevel)
     rows.forget()
 
 

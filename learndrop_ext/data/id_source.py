@@ -56,6 +56,9 @@ class IdSource:
         self.whole = False  # whether an iteration was seen that every id of the first batch came in, each id once
         self.repeats = False  # whether an id came twice in the newest iteration
         self.unchecked = False  # whether rows of an earlier process have not been compared with the first batch
+        self.again = torch.empty(
+            0, dtype=torch.int64
+        )  # positions in the newest batch of ids that its iteration had before
         self.batch_size = 0  # of the first batch
         self._place = ids
         self._key = key
@@ -63,9 +66,10 @@ class IdSource:
         self._table = IdTable()
         self._first: Any = None
         self._first_ids: list[int] | list[str] = []
-        self._begun: Any = None  # the iteration that the first batch is of, where the loader is its own iterator
+        self._is_iterator = False  # whether the loader is its own iterator
+        self._begun: Any = None  # the first batch of such a loader, until its first iteration
         self._kept: BatchExtras | None = None  # the first batch, to compare what comes by with
-        self._unmatched: dict[int | str, int] = {}  # its ids that have not been compared, with their position in it
+        self._unmatched: dict[int | str, int] = {}  # its ids that no iteration has had yet, with their position in it
         self._waits: deque[float] = deque(maxlen=TIMED_BATCHES)
         self._first_wait = 0.0
         self._keeps_last = True  # whether an iteration may end with a smaller batch
@@ -104,7 +108,7 @@ class IdSource:
             raise ValueError("DropScheduler: loader must give batches of one sample or more, got an empty one")
         self._first_ids = ids_of(batch, self._place, count)
         if iterator is self.loader:
-            self._begun = batch
+            self._begun, self._is_iterator = batch, True
         # Loaders may write the next batch to the same memory.
         self._first = _copied(batch)
         self.batch_size = count
@@ -120,11 +124,17 @@ class IdSource:
         return self._first
 
     def check_repeats(self) -> None:
-        """Compare the samples of the first batch with what the loader gives of them later: ValueError where one differs."""
+        """Compare the samples of the first batch with what the loader gives of them later: ValueError where one differs.
+
+        Raises:
+            ValueError: an id stands for different samples in the first batch.
+        """
         x = input_of(self._first, self._key)
         self._kept = BatchExtras(key=self._key, device=x.device, like=self._first)
         self._kept.put(self._first, torch.arange(len(x)))
         self._unmatched = {self._first_ids[i]: i for i in range(len(self._first_ids))}
+        again = [i for i in range(len(x)) if self._unmatched[self._first_ids[i]] != i]
+        self._check_same(self._first, self._first_ids, again)
 
     def read(self, ids: Sequence[int], seed: int) -> Any:
         """Raise RuntimeError: samples are at hand only while their batch comes by."""
@@ -140,42 +150,41 @@ class IdSource:
             ValueError: a sample of the first batch is another one now, see `check_repeats`.
         """
         batch, self._begun = self._begun, None
-        is_first = batch is not None
-        count = samples = given = 0
+        is_first = batch is not None  # the first batch, which is this iteration's first one too
+        samples = given = last = 0
         met = torch.empty(0, dtype=torch.bool)
-        unmet = set(self._first_ids)
+        unmet: set[int | str] = set(self._first_ids)
         repeats = False
         iterator = iter(self.loader)
         length = length_of(self.loader)
         while True:
-            if not (is_first and not given):
+            if given or not is_first:
                 begin = time.perf_counter()
                 batch = next(iterator, _END)
-                wait = time.perf_counter() - begin
-            if batch is _END:
-                break
-            count = len(input_of(batch, self._key))
-            ids = ids_of(batch, self._place, count)
+                if batch is _END:
+                    break
+                if given:  # the wait for the first batch is for workers too
+                    self._waits.append(time.perf_counter() - begin)
+            last = len(input_of(batch, self._key))
+            ids = ids_of(batch, self._place, last)
             numbers = self._table.numbers(ids)
-            if given:  # the wait for the first batch is for workers too
-                self._waits.append(wait)
-                self._compare(batch, ids)
-            elif not is_first:
+            if given or not is_first:
                 self._compare(batch, ids)
             met = lengthened(met, len(self))
-            repeats = repeats or bool(met[numbers].any()) or len(set(ids)) < len(ids)
+            self.again = torch.nonzero(met[numbers]).flatten()
+            repeats = repeats or len(self.again) > 0 or len(set(ids)) < len(ids)
             met[numbers] = True
             unmet.difference_update(ids)
-            given, samples = given + 1, samples + count
+            given, samples = given + 1, samples + last
             if given == length:  # the loop may not ask for one more
-                self._end(length, samples, count, whole=not (unmet or repeats or is_first), repeats=repeats)
+                self._end(length, samples, last, unmet=None if is_first else unmet, repeats=repeats)
             yield numbers, batch
         if not given:
             raise RuntimeError(
                 f"drop.loader: loader must give batches each time it is iterated over, got none from a "
                 f"{type(self.loader).__name__}"
             )
-        self._end(length, samples, count, whole=not (unmet or repeats or is_first), repeats=repeats)
+        self._end(length, samples, last, unmet=None if is_first else unmet, repeats=repeats)
 
     def follow_length(self) -> None:
         """Have the loader iterated again where it says that it has more or fewer batches than it had."""
@@ -201,7 +210,7 @@ class IdSource:
         if self._waits:
             return self._first, statistics.median(self._waits), 0
         workers = self.loader.num_workers if isinstance(self.loader, DataLoader) else 0
-        seconds = self._probe() if self._begun is None else self._first_wait
+        seconds = self._first_wait if self._is_iterator else self._probe()
         return self._first, seconds * max(1, workers), workers
 
     def state(self) -> dict[str, Any]:
@@ -233,30 +242,36 @@ class IdSource:
         self._samples, self._length = state["samples"], state["length"]
         self.unchecked = True
 
-    def _end(self, length: int | None, samples: int, last: int, *, whole: bool, repeats: bool) -> None:
-        """Note what an iteration has told."""
-        self.whole, self.repeats = whole, repeats
+    def _end(self, length: int | None, samples: int, last: int, *, unmet: set[int | str] | None, repeats: bool) -> None:
+        """Note what an iteration has told; `unmet`: ids of the first batch that it did not have, None for the iteration
+        that the first batch is of."""
+        self.whole, self.repeats = unmet is not None and not unmet and not repeats, repeats
         self._keeps_last = last < self.batch_size
         self._samples, self._length = samples, length
+        if unmet is not None:
+            self._unmatched = {value: i for value, i in self._unmatched.items() if value in unmet}
 
     def _compare(self, batch: Any, ids: Sequence[int | str]) -> None:
-        """Compare a batch with the first one, where they have samples in common that were not compared yet."""
+        """Compare a batch with the first one, where they have samples in common that no iteration before had."""
         if self._kept is None or self._unmatched.keys().isdisjoint(ids):
             return
-        both = {ids[i]: i for i in range(len(ids)) if ids[i] in self._unmatched}
-        part = some_of(batch, torch.tensor(list(both.values())), key=self._key, like=self._first)
-        at = torch.tensor([self._unmatched[value] for value in both])
+        self._check_same(batch, ids, [i for i in range(len(ids)) if ids[i] in self._unmatched])
+
+    def _check_same(self, batch: Any, ids: Sequence[int | str], take: list[int]) -> None:
+        """Raise ValueError unless the samples at the positions `take` of a batch are those of the first batch."""
+        if self._kept is None or not take:
+            return
+        part = some_of(batch, torch.tensor(take), key=self._key, like=self._first)
+        at = torch.tensor([self._unmatched[ids[i]] for i in take])
         x, before = input_of(part, self._key), input_of(self._first, self._key)
         same = x.shape[1:] == before.shape[1:]
         same = same and bool(((x == before[at]) | ((x != x) & (before[at] != before[at]))).all())
         if not same or self._kept.first_difference(part, at) is not None:
             raise ValueError(
-                f"DropScheduler: loader with ids must give the same sample for the same id each time, got another one for "
-                f"one of {', '.join(map(repr, list(both)[:4]))}, and a cached row would freeze it; give views=V to keep V "
-                "random views of each sample, or a loader without randomness"
+                "DropScheduler: loader with ids must give the same sample for the same id each time, got another one for "
+                f"one of {', '.join(repr(ids[i]) for i in take[:4])}, and a cached row would freeze it; give each sample "
+                "an id of its own, and views=V to keep V random views of each sample, or a loader without randomness"
             )
-        for value in both:
-            del self._unmatched[value]
 
     def _probe(self) -> float:
         """The median seconds of some batches after the first one."""

@@ -307,6 +307,35 @@ def test_a_loader_that_is_its_own_iterator_loses_no_batch() -> None:
     assert stream.iterations == 2
 
 
+def test_a_loader_of_one_batch_that_is_its_own_iterator_is_timed_by_it() -> None:
+    stream = Stream(size=24)
+    drop, optimizer = begun(Itself(stream))
+    epochs(drop, optimizer, 1)
+    drop.forecast(4)
+    assert len(trained(drop, optimizer)) == 1
+    assert stream.iterations == 2
+
+
+def test_warnings_name_the_loop() -> None:
+    stream = Stream()
+    drop, optimizer = begun(stream)
+    epochs(drop, optimizer, 2)
+    assert drop.rows.cache is not None
+    drop.rows.cache.forget(torch.tensor([5]))
+    stream.images = stream.images + 0.5
+    with pytest.warns(RuntimeWarning, match="made anew") as told:
+        trained(drop, optimizer)
+    assert [Path(warning.filename).name for warning in told] == ["test_ids.py"]
+    drop.step()
+    epochs(drop, optimizer, 1)
+    batches = iter(drop.loader)
+    next(batches)
+    drop.undrop()
+    with pytest.warns(RuntimeWarning, match="the rest of the epoch") as told:
+        next(batches)
+    assert [Path(warning.filename).name for warning in told] == ["test_ids.py"]
+
+
 class OneBuffer(Stream):
     """Every batch in the memory of the one before."""
 
@@ -549,10 +578,37 @@ def test_many_new_ids_do_not_copy_the_tables_each_time(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_random_loader_is_refused(shuffle: bool, at_once: bool) -> None:
     drop, optimizer = begun(Stream(noise=0.1, shuffle=shuffle), {0: 2} if at_once else {1: 2})
-    with pytest.raises(ValueError, match=r"must give the same sample for the same id each time.*give views=V"):
+    with pytest.raises(ValueError, match=r"must give the same sample for the same id each time.*views=V"):
         trained(drop, optimizer)
     with pytest.raises(ValueError, match="must give the same sample for the same id each time"):
         epochs(drop, optimizer, 2)
+
+
+def test_labels_in_place_of_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"another one for one of .*give each sample an id of its own"):
+        begun(Stream(), ids=1)
+    # In batches of one nothing is seen before an id comes again.
+    drop, optimizer = begun(Stream(size=1), ids=1)
+    with pytest.raises(ValueError, match="give each sample an id of its own"):
+        trained(drop, optimizer)
+
+
+def test_ids_that_count_within_a_shard_are_refused() -> None:
+    drop, optimizer = begun(Stream(lambda x, y, i: (x, y, i % 12), shuffle=False, size=6), {0: 2})
+    with pytest.raises(ValueError, match="give each sample an id of its own"):
+        trained(drop, optimizer)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_two_samples_with_one_id_outside_the_first_batch_are_refused(at_once: bool) -> None:
+    def make(x: torch.Tensor, y: torch.Tensor, i: torch.Tensor) -> Any:
+        return x, y, torch.where(i == 23, 14, i)
+
+    drop, optimizer = begun(Stream(make, shuffle=False, size=6), {0: 2} if at_once else {1: 2})
+    if not at_once:
+        epochs(drop, optimizer, 1)
+    with pytest.raises(ValueError, match="an id must stand for one sample, got two samples with the same"):
+        trained(drop, optimizer)
 
 
 def test_labels_that_change_are_refused_before_a_drop() -> None:
