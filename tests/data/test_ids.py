@@ -339,10 +339,11 @@ def test_warnings_name_the_loop() -> None:
 class OneBuffer(Stream):
     """Every batch in the memory of the one before."""
 
+    buffer = torch.zeros(8, 3, 8, 8)
+
     def __iter__(self) -> Iterator[Any]:
-        buffer = torch.empty(8, 3, 8, 8)
         for x, y, ids in super().__iter__():
-            yield buffer.copy_(x), y, ids
+            yield self.buffer.copy_(x), y, ids
 
 
 def test_batches_may_use_the_memory_of_the_batch_before() -> None:
