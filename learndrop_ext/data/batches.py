@@ -33,7 +33,9 @@ class Plan:
 class Batches(Protocol):
     """The batches of an epoch, and the samples that have been drawn."""
 
-    epoch: int
+    @property
+    def epoch(self) -> int:
+        """Counts the epochs begun."""
 
     @property
     def seen(self) -> torch.Tensor:
@@ -71,24 +73,21 @@ class Batches(Protocol):
         """Take the samples that an earlier process has seen."""
 
 
-class PlannedBatches:
+class Planner:
     """The user's batch sampler as the image loader sees it: only the samples of each batch that have no row yet.
 
     It checks each id and notes which were drawn. The whole batches wait in `plans`, in order.
     """
 
-    def __init__(self, loader: DataLoader[Any], rows: RowSet) -> None:
-        self.batch_sampler: Any = loader.batch_sampler
+    def __init__(self, batch_sampler: Any, rows: RowSet) -> None:
+        self.batch_sampler = batch_sampler
+        self.rows = rows
         self.seen = torch.zeros(len(rows.slots), dtype=torch.bool)
         self.plans: deque[Plan] = deque()
         self.epoch = 0
         self.share: Share | None = None  # of one of several processes
         if several_processes() and rows.config.partition == "share":
             self.share = Share(seed=rows.seed, rank=process_rank())
-        self._rows = rows
-        self._generator = loader.generator
-        self._images: DataLoader[Any] = rebuilt(loader, self)
-        self._persistent = False  # whether workers that outlive an epoch have been given their seed
 
     def __iter__(self) -> Iterator[list[int]]:
         for plan in self.draw(self.order()):
@@ -98,12 +97,6 @@ class PlannedBatches:
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
-
-    @property
-    def batch_size(self) -> int:
-        """The user's batch size; 32 where a batch sampler names none."""
-        size = getattr(self.batch_sampler, "batch_size", None)
-        return size if isinstance(size, int) else 32
 
     def draw(self, batches: Iterator[Any]) -> Iterator[Plan]:
         """Plan batches as they come."""
@@ -117,17 +110,11 @@ class PlannedBatches:
                 )
             index = torch.tensor(ids, dtype=torch.int64)
             self.seen[index] = True
-            yield Plan(index, self._rows.missing(index, self.epoch))
-
-    def needed(self) -> torch.Tensor:
-        """Return the samples drawn so far, or those of a rank's share: [N] bool."""
-        if self.share is None or self.share.ids is None:
-            return self.seen
-        return torch.zeros_like(self.seen).index_fill_(0, self.share.ids, True)
+            yield Plan(index, self.rows.missing(index, self.epoch))
 
     def order(self) -> Iterator[Any]:
         """Return the batches of an epoch: the user's, or of a rank's share."""
-        if self.share is None or not self._rows.cut:
+        if self.share is None or not self.rows.cut:
             return iter(self.batch_sampler)
         if self.share.ids is not None:
             return self.share.batches(self.epoch)
@@ -135,13 +122,55 @@ class PlannedBatches:
 
     def begin(self, epoch: int) -> None:
         """Make room for what the dataset has got, and forget plans of an epoch that was broken off."""
-        more = self._rows.follow_size()
+        more = self.rows.follow_size()
         if more:
             self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
-        if self.share is not None and (more or not self._rows.cut):
+        if self.share is not None and (more or not self.rows.cut):
             self.share.forget()
         self.epoch = epoch
         self.plans.clear()
+
+
+class PlannedBatches:
+    """The batches of a DataLoader: its sampler's, of which only the samples without a row are read."""
+
+    def __init__(self, loader: DataLoader[Any], rows: RowSet) -> None:
+        self.planner = Planner(loader.batch_sampler, rows)
+        self._rows = rows
+        self._generator = loader.generator
+        # Nothing that the loader holds holds it: its workers then end with it.
+        self._images: DataLoader[Any] = rebuilt(loader, self.planner)
+        self._persistent = False  # whether workers that outlive an epoch have been given their seed
+
+    def __len__(self) -> int:
+        return len(self.planner)
+
+    @property
+    def epoch(self) -> int:
+        """Counts the epochs begun."""
+        return self.planner.epoch
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """The samples drawn so far: [N] bool."""
+        return self.planner.seen
+
+    @property
+    def batch_size(self) -> int:
+        """The user's batch size; 32 where a batch sampler names none."""
+        size = getattr(self.planner.batch_sampler, "batch_size", None)
+        return size if isinstance(size, int) else 32
+
+    def begin(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.planner.begin(epoch)
+
+    def needed(self) -> torch.Tensor:
+        """Return the samples drawn so far, or those of a rank's share: [N] bool."""
+        share = self.planner.share
+        if share is None or share.ids is None:
+            return self.seen
+        return torch.zeros_like(self.seen).index_fill_(0, share.ids, True)
 
     def reads_images(self) -> bool:
         """Whether a sample was drawn that has no row, or nothing was drawn yet."""
@@ -152,7 +181,7 @@ class PlannedBatches:
         """Return the plans in the sampler's order, each with a batch of those samples that had no row."""
         self._start_workers()
         read = iter(self._images)
-        plans = self.plans
+        plans = self.planner.plans
         ended = False
         while plans or not ended:
             # The reading loader asks for batches some steps ahead; each asked adds its plans.
@@ -175,7 +204,7 @@ class PlannedBatches:
             # the one that training on images would have had. Persistent workers drew their seed in the first epoch.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         self._start_workers()
-        yield from self.draw(self.order())
+        yield from self.planner.draw(self.planner.order())
 
     def rest(self, plan: Plan, given: int) -> None:
         """Return None: samples without a row are read by id."""
@@ -183,11 +212,11 @@ class PlannedBatches:
     def expected_rows(self) -> int:
         """Return how many rows a drop will keep: of all samples, of those drawn so far where they are less than half, or
         of one rank's share of them."""
-        size, drawn = len(self.seen), int(self.seen.sum())
-        if self.share is None:
+        share, size, drawn = self.planner.share, len(self.seen), int(self.seen.sum())
+        if share is None:
             kept = drawn if 0 < 2 * drawn < size else size
         else:
-            kept = min(size, len(self) * self.batch_size) if self.share.ids is None else len(self.share.ids)
+            kept = min(size, len(self) * self.batch_size) if share.ids is None else len(share.ids)
         return kept * self._rows.views
 
     def load(self, seen: torch.Tensor) -> None:

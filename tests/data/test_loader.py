@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator
@@ -357,12 +359,12 @@ def test_undrop_in_an_epoch_that_reads_some_samples_gives_whole_batches_of_image
     labels(drop.loader, drop)
     # Of each batch two samples have rows and two have not, and the second is planned before undrop().
     order[:] = [0, 10, 1, 11, 2, 12, 3, 13]
-    batches = drop.loader.batches
+    planner = drop.loader.batches.planner
     drop.loader.batches.seen[:] = True
     images = data().tensors[0]
     loader = iter(drop.loader)
     next(loader)
-    plan = next(batches.draw(iter([[2, 12, 3, 13]])))
+    plan = next(planner.draw(iter([[2, 12, 3, 13]])))
     assert plan.read.tolist() == [12, 13]
     drop.undrop()
     read = drop.rows.read(plan.read, 0)
@@ -405,3 +407,17 @@ def test_time_spent_on_a_batch_is_counted() -> None:
     samples, seconds = drop.loader.ledger
     assert samples == 22
     assert seconds >= 0.05
+
+
+def test_workers_end_with_the_scheduler() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        drop = scheduler(DataLoader(data(), batch_size=5, num_workers=1, persistent_workers=True), policy=Fixed({}))
+        labels(drop.loader)
+        workers = multiprocessing.active_children()
+        assert workers
+        del drop.loader, drop
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()
