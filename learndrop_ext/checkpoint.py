@@ -34,6 +34,7 @@ def state_of(drop: DropScheduler) -> dict[str, Any]:
         "generator": drop.rows.generator.get_state(),
         "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
         "example_ids": drop.rows.example_ids,
+        "ids": drop.rows.source.state(),
         "weights": weights_digest(drop.chain, drop.prefix),
         "deltas": drop._deltas.state_dict(),
         "history": [dataclasses.asdict(record) for record in drop.history],
@@ -51,10 +52,10 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
     history = [record_of(values) for values in state["history"]]
     if drop.prefix:
         drop._release()
-    seen = state["seen"]
     drop.loader.epochs = state["epochs_begun"]
-    drop.loader.batches.seen[: len(seen)] = seen
-    drop.rows.slots.view_offset[: len(seen)] = state["view_offset"]
+    drop.rows.source.load(state.get("ids"))
+    drop.rows.renumber(state["view_offset"])
+    drop.loader.batches.load(state["seen"])
     drop.rows.generator.set_state(state["generator"])
     drop.model.autocast = None if state["autocast"] is None else getattr(torch, state["autocast"])
     drop.rows.set_autocast(drop.model.autocast)
@@ -76,8 +77,9 @@ def _check(drop: DropScheduler, state: dict[str, Any]) -> None:
             f"{name}: state must be of a model with the layers {', '.join(drop.chain.names)}; "
             f"got {', '.join(state['layers'])}"
         )
+    drop.rows.source.check_state(state.get("ids"))
     size = len(drop.rows.slots)
-    if len(state["seen"]) > size:
+    if drop.rows.source.readable and len(state["seen"]) > size:
         raise ValueError(f"{name}: state must be of a dataset with {size} samples or fewer, got {len(state['seen'])}")
     if drop.prefix and drop.loader.epochs:
         raise RuntimeError(f"{name}: wanted a scheduler that has not trained with dropped layers, call undrop()")

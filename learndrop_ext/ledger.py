@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from learndrop_ext.data.extras import input_of
+from learndrop_ext.data.extras import input_of, to_device
 from learndrop_ext.data.loader import DropLoader
-from learndrop_ext.data.reading import first_ids, seconds_to_read
 from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.costbook import CostBook
@@ -52,12 +51,12 @@ class Ledger:
         self.setup_seconds = 0.0  # spent constructing the scheduler
         self.prefix_before = 0  # layers dropped before the last drop, whose rows the present ones are made of
         assert chain.call is not None
-        image, others = chain.call.first(max(2, min(len(rows.example), loader.batch_size, TIMED_SAMPLES)))
+        image, others = chain.call.first(max(2, min(len(rows.example), loader.batches.batch_size, TIMED_SAMPLES)))
         self.costs = CostBook(
             costs.measure_layers(chain, image, others=others),
             rows.config if keeps_rows else None,
             rows.device,
-            samples=len(rows.slots),
+            samples=rows.source.expected(),
         )
         self._optimizer = optimizer
         self._inputs = inputs
@@ -66,7 +65,8 @@ class Ledger:
 
     def run_costs(self) -> tuple[RunCosts, list[costs.CutChoice]]:
         """Return the costs as policies see them, and for each prefix length where its rows would be kept."""
-        count = self._loader.expected_rows()
+        count = self._loader.batches.expected_rows()
+        self.costs.samples = self._rows.source.expected()
         choices = self.costs.choices(self._rows.cut, count)
         return self.costs.run_costs(choices, count, views=self._rows.views), choices
 
@@ -74,13 +74,11 @@ class Ledger:
         """Time training steps on a copy of the model, and reading a batch. Only the first call measures."""
         if self.costs.probed:
             return
-        user = self._loader.user
-        ids = first_ids(user, self._loader.batch_size)
-        batch = self._rows.read(torch.as_tensor(ids), 0)
-        image = input_of(batch, self._loader.key)
-        step = probe_training_step(model, self._optimizer, image, inputs=arguments_of(self._inputs, batch))
-        read_seconds = seconds_to_read(user, ids)
-        self.costs.probe(step, batch=len(ids), read_seconds=read_seconds, workers=user.num_workers)
+        batch, read_seconds, workers = self._rows.source.timed(self._loader.batches.batch_size)
+        batch = to_device(batch, self._rows.device)
+        x = input_of(batch, self._loader.key)
+        step = probe_training_step(model, self._optimizer, x, inputs=arguments_of(self._inputs, batch))
+        self.costs.probe(step, batch=len(x), read_seconds=read_seconds, workers=workers)
 
     def elapsed(self, history: Sequence[Record]) -> float:
         """Return the seconds of the run so far, the construction of the scheduler included."""

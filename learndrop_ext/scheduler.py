@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from learndrop_ext import checkpoint
 from learndrop_ext.cache.config import CacheConfig, cache_config
@@ -27,9 +26,10 @@ from learndrop_ext.checks import (
 )
 from learndrop_ext.data.drift import follow_model
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
+from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.loader import DropLoader
-from learndrop_ext.data.reading import check_loader, first_ids, is_function_of_id, read_batch
 from learndrop_ext.data.rowset import RowSet
+from learndrop_ext.data.source import source_of
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.deltas import Deltas
 from learndrop_ext.decide.forecast import Forecast, forecast
@@ -42,7 +42,6 @@ from learndrop_ext.graph.freeze import FrozenPrefix, check_optimizer, device_of
 from learndrop_ext.graph.live import LiveModel, Wrap, live_body
 from learndrop_ext.history import Record
 from learndrop_ext.ledger import Ledger
-from learndrop_ext.rng import fork_rng
 
 
 class DropScheduler:
@@ -56,7 +55,8 @@ class DropScheduler:
         model: any module that `split_layers` can split, with one tensor as its input. It stays whole, for evaluation and
             saving, and stays the caller's.
         optimizer: holds the model's parameters. It is never changed, and the learning rate stays the caller's.
-        loader: a DataLoader over a dataset with ids.
+        loader: a DataLoader over a dataset with ids, or, with `ids`, anything that gives batches each time it is iterated
+            over.
         policy: scores -> Decision; `StoppedLearning()` by default. It is asked once before training too.
         epochs: number of `step()` calls in the run, if known; a drop that cannot pay for itself in what is left is not made.
         cache: a `CacheConfig`, a codec's name, or None for no rows at all (the frozen layers are then run at each step).
@@ -66,8 +66,12 @@ class DropScheduler:
         inputs: batch -> (args, kwargs), how the loop calls the model, where it does so with more than the input:
             `inputs=lambda batch: ((batch[0],), {"labels": batch[1]})`. There are no cuts after the first use of another
             tensor. It is called on some batches with images only; the loop then calls `drop.model(rows, labels=labels)`.
+        ids: place of the samples' ids in a batch: a key, an index or a tuple of these. There are integers or strings, one
+            a sample. One batch is drawn from `loader` here. It is iterated over in each epoch until all ids are known
+            and have their rows; from then on batches are drawn from the ids. Its images are compared with their rows
+            only while they come by: a change after that goes unseen.
         layers: module names to split at, see `split_layers`.
-        seed: seed for the views, flips and shifts.
+        seed: seed for the views, flips and shifts, and of the order of `ids`.
         check_input: raise if the loop changes the input between `loader` and `model`.
 
     Raises:
@@ -81,7 +85,7 @@ class DropScheduler:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loader: DataLoader[Any],
+        loader: Iterable[Any],
         *,
         policy: Policy | None = None,
         epochs: int | None = None,
@@ -90,13 +94,14 @@ class DropScheduler:
         wrap: Wrap | None = None,
         input: InputKey = 0,
         inputs: Inputs | None = None,
+        ids: IdKey | None = None,
         layers: Sequence[str] | None = None,
         seed: int = 0,
         check_input: bool = True,
     ) -> None:
         begin = time.perf_counter()
-        check_loader(loader)
         config = cache_config(cache, views)
+        source = source_of(loader, ids, key=input, seed=seed, config=config)
         device = device_of(model)
         check_folder(config)
         check_optimizer(optimizer, model)
@@ -105,18 +110,13 @@ class DropScheduler:
             raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
         if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
             raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
-        ids = first_ids(loader, 32)
-        with fork_rng(seed):
-            batch = to_device(read_batch(loader, ids), device)
+        numbers, batch = source.first()
+        batch = to_device(batch, device)
         example = input_of(batch, input)
         if cache is not None:
             BatchExtras(key=input, device=device).check(batch)
-            if (config.views == 1 or config.mirror) and not is_function_of_id(loader, input, ids[:16]):
-                raise ValueError(
-                    "DropScheduler: loader must give the same sample for the same id at each reading and beside any "
-                    "others, got another one, and a cached row would freeze it; give views=V to keep V random views of "
-                    "each sample, or a dataset and a collate_fn without randomness"
-                )
+            if config.views == 1 or config.mirror:
+                source.check_repeats()
         given = arguments_of(inputs, batch)
         self.chain: Chain = split_layers(model, example, layers=layers, inputs=given)
         self.base_model = model
@@ -135,13 +135,13 @@ class DropScheduler:
         self._undropped: int | None = None
         self._forecast_seconds: float | None = None
         self._said_saturated = False
-        self.rows = RowSet(self.chain, model, loader, config=config, key=input, ids=ids, batch=batch, seed=seed)
+        self.rows = RowSet(self.chain, model, source, config=config, key=input, ids=numbers, batch=batch, seed=seed)
         self.model = LiveModel(
             live_body(model, self.chain, 0, 0, wrap), model, input_name(model), call=given and self.chain.call
         )
         self.model.check_input = check_input
         self.model.set_mode(model.training, but=model)
-        self.loader = DropLoader(loader, self.rows, self.model, key=input)
+        self.loader = DropLoader(self.rows, self.model, key=input)
         self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None, inputs=inputs)
         self._deltas = self._deltas_from(0)
         check = getattr(self.policy, "check", None)  # Budget refuses a speedup that cannot be reached
@@ -316,7 +316,7 @@ class DropScheduler:
         body = live_body(self.base_model, self.chain, cut, prefix, self.wrap)
         if cut > self.cut:
             left = None if self.epochs is None else self.epochs - situation.epoch
-            rows = self.loader.expected_rows()
+            rows = self.loader.batches.expected_rows()
             self.rows.advance(cut, rows=rows, stores=left is None or left > self.rows.views)
         self._deltas.drop_first(prefix - self.prefix)
         self._freeze(prefix, body)

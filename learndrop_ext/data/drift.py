@@ -1,12 +1,14 @@
-"""Whether rows are still what the model and the dataset would give, checked at the start of each epoch."""
+"""Whether rows are still what the model and the data would give, checked at each epoch."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from learndrop_ext.data.extras import input_of
+from learndrop_ext.data.extras import input_of, some_of
 from learndrop_ext.data.fill import frozen_pass, rows_agree
 from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.data.slots import filled_at
@@ -51,16 +53,69 @@ def follow_model(rows: RowSet) -> None:
 def follow_data(rows: RowSet, epoch: int) -> None:
     """Have the rows made anew, with a RuntimeWarning, where a few samples are no longer what the dataset gives.
 
+    Nothing is done where samples cannot be read by number: see `follow_batch`.
+
     Raises:
         RuntimeError: images have another shape than those that the model was split for.
     """
-    if changed := _first_difference(rows, epoch):
-        _make_anew(rows, f"{changed} of some samples are no longer what the dataset gave when their rows were made")
+    if not rows.source.readable or not rows.stores:
+        return
+    kept = rows.slots.drawn()
+    kept = kept[filled_at(rows.cache, rows.slots.places(kept, epoch))]
+    if not len(kept):
+        return
+    chosen = torch.randint(len(kept), (PROBES,), generator=torch.Generator().manual_seed(rows.seed + epoch))
+    ids = kept[chosen].unique()
+    batch = rows.read(ids, epoch)
+    _check_shape(rows, batch)
+    others: list[Any] = []
+    if _has_random_views(rows):
+        others = [rows.read(ids, epoch + i) for i in range(1, READINGS)]
+    if changed := _first_difference(rows, batch, ids, epoch, others):
+        _make_anew(rows, changed)
 
 
-def _make_anew(rows: RowSet, reason: str) -> None:
+def follow_batch(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int, again: torch.Tensor | None = None) -> bool:
+    """Do what `follow_data` does, with a batch of images that comes by; random views are not compared.
+
+    Args:
+        rows: of the run.
+        batch: of the samples `ids` [B], on the device.
+        ids: [B].
+        epoch: for which the samples' rows are asked.
+        again: [n] positions in the batch of ids that came before in this epoch; some of these are compared first.
+
+    Returns:
+        Whether samples with rows were among them, so that a change would have been seen.
+
+    Raises:
+        RuntimeError: images have another shape than those that the model was split for.
+        ValueError: an id stands for two samples in one epoch.
+    """
+    _check_shape(rows, batch)
+    there = torch.nonzero(filled_at(rows.cache, rows.slots.places(ids, epoch))).flatten()
+    if not len(there):
+        return False
+    if _has_random_views(rows):
+        return True
+    repeated = there if again is None else there[torch.isin(there, again)]
+    among = repeated if again is not None and len(repeated) else there
+    generator = torch.Generator().manual_seed(rows.seed + epoch)
+    take = among[torch.randperm(len(among), generator=generator)[:PROBES]]
+    part = some_of(batch, take, key=rows.key, like=rows.like)
+    if changed := _first_difference(rows, part, ids[take], epoch, ()):
+        if again is not None and len(repeated):
+            raise ValueError(
+                "drop.loader: an id must stand for one sample, got two samples with the same id in one iteration over "
+                "loader; give each sample an id of its own, and views=V where it is another image each time"
+            )
+        _make_anew(rows, changed, stacklevel=6)
+    return True
+
+
+def _make_anew(rows: RowSet, reason: str, *, stacklevel: int = 5) -> None:
     if rows.cache is not None and bool(rows.cache.filled.any()):
-        warnings.warn(f"drop.loader: the rows are made anew: {reason}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"drop.loader: the rows are made anew: {reason}", RuntimeWarning, stacklevel=stacklevel)
     rows.forget()
 
 
@@ -74,34 +129,33 @@ def _attributes_do_not_matter(rows: RowSet, frozen: FrozenPrefix) -> bool:
             return possible and torch.equal(segment(rows.example), now)
 
 
-def _first_difference(rows: RowSet, epoch: int) -> str | None:
-    """What of a few samples is no longer what the dataset gives, None where nothing is.
+def _has_random_views(rows: RowSet) -> bool:
+    return rows.views > 1 and not rows.config.mirror
 
-    Labels and all else in a batch are compared to the bit, rows (of a dataset without randomness) with what the frozen
-    layers make of the images now.
-    """
-    if rows.cache is None or not rows.stores:
-        return None
-    kept = rows.slots.drawn()
-    kept = kept[filled_at(rows.cache, rows.slots.places(kept, epoch))]
-    if not len(kept):
-        return None
-    chosen = torch.randint(len(kept), (PROBES,), generator=torch.Generator().manual_seed(rows.seed + epoch))
-    ids = kept[chosen].unique()
-    at = rows.slots.places(ids, epoch)
-    batch = rows.read(ids, epoch)
+
+def _check_shape(rows: RowSet, batch: Any) -> None:
     shape, wanted = list(input_of(batch, rows.key).shape[1:]), list(rows.example.shape[1:])
     if shape != wanted:
         raise RuntimeError(
             f"drop.loader: images must keep their shape {wanted} while layers are dropped, got {shape}; call "
             "drop.undrop() and make a new DropScheduler for images of another size"
         )
-    if rows.views > 1 and not rows.config.mirror:
-        others = [rows.read(ids, epoch + i) for i in range(1, READINGS)]
-        return rows.extras.first_difference(batch, at, others)
-    made, stored = rows.made_of(batch, ids, epoch), rows.cache.gather(at)
-    if rows.config.codec == "fp16":
-        made = made.clamp(-65504, 65504)
-    if not rows_agree(made, stored, rows.autocast, error=CODEC_ERROR[rows.config.codec]):
-        return "the images"
-    return rows.extras.first_difference(batch, at)
+
+
+def _first_difference(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int, others: Sequence[Any]) -> str | None:
+    """What of some samples that have rows is no longer what it was, in words; None where nothing is.
+
+    Labels and all else in a batch are compared to the bit, rows (of samples without randomness) with what the frozen
+    layers make of the images now. others: further readings of random samples.
+    """
+    assert rows.cache is not None
+    at = rows.slots.places(ids, epoch)
+    changed = None
+    if not _has_random_views(rows):
+        made, stored = rows.made_of(batch, ids, epoch), rows.cache.gather(at)
+        if rows.config.codec == "fp16":
+            made = made.clamp(-65504, 65504)
+        if not rows_agree(made, stored, rows.autocast, error=CODEC_ERROR[rows.config.codec]):
+            changed = "the images"
+    changed = changed or rows.extras.first_difference(batch, at, others)
+    return changed and f"{changed} of some samples are no longer what the dataset gave when their rows were made"

@@ -54,6 +54,15 @@ def with_input(batch: Any, key: InputKey, model_input: torch.Tensor) -> Any:
     return pytree.tree_unflatten([*leaves[:place], model_input, *leaves[place + 1 :]], spec)
 
 
+def some_of(batch: Any, take: torch.Tensor, *, key: InputKey, like: Any) -> Any:
+    """Return the batch of the samples `take` [n] int64 (CPU) of a batch only; `like`: a batch of the same structure."""
+    x = input_of(batch, key)
+    part = BatchExtras(key=key, device=x.device, like=like)
+    at = torch.arange(len(take))
+    part.put(batch, at, take)
+    return part.get(at, x[take.to(x.device)])
+
+
 @dataclass(frozen=True)
 class _Entry:
     """One leaf of a batch. kind: "input", "tensor", "array" or "list" (a value a sample), or "constant"."""

@@ -22,7 +22,10 @@ SEEDS = 8
 def check_loader(loader: DataLoader[Any]) -> None:
     """Raise TypeError or ValueError for a loader whose samples cannot be told apart by id."""
     if not isinstance(loader, DataLoader):
-        raise TypeError(f"DropScheduler: loader must be a torch DataLoader, got {type(loader).__name__}")
+        raise TypeError(
+            f"DropScheduler: loader must be a torch DataLoader, got {type(loader).__name__}; where its batches carry their "
+            "samples' ids, give their place in a batch as ids="
+        )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
             f"DropScheduler: loader must iterate as a torch DataLoader does, got {type(loader).__name__} "
@@ -31,7 +34,8 @@ def check_loader(loader: DataLoader[Any]) -> None:
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError(
             "DropScheduler: loader must be over a dataset with ids (__getitem__ and __len__), got an IterableDataset, "
-            f"{type(loader.dataset).__name__}, whose samples have none to keep rows by"
+            f"{type(loader.dataset).__name__}, whose samples have none to keep rows by; where its batches carry ids, give "
+            "their place in a batch as ids="
         )
     if not hasattr(loader.dataset, "__len__"):
         raise TypeError(

@@ -11,18 +11,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.file import CacheFileError, Sidecar, remove_abandoned
-from learndrop_ext.cache.fingerprint import Fingerprint, describe, weights_digest
+from learndrop_ext.cache.fingerprint import Fingerprint, weights_digest
 from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.cache.shared import FillLock, find_or_lock
 from learndrop_ext.data.extras import BatchExtras, InputKey
+from learndrop_ext.data.source import Source
 from learndrop_ext.distributed import several_processes
 from learndrop_ext.graph.chain import Chain
 
@@ -41,15 +40,15 @@ def fingerprint(
     cuts: Sequence[int],
     config: CacheConfig,
     *,
-    loader: DataLoader[Any],
+    source: Source,
     images: str,
     autocast: torch.dtype | None,
     seed: int,
 ) -> Fingerprint:
     """Return all that the rows after the last of `cuts` depend on; those of earlier drops were stored between.
 
-    images is the digest of some images, "" for rows that several runs share: which samples a run looks at first differs
-    between them, and a few are compared with their rows at each epoch.
+    images is the digest of some images, "" for rows that several runs share and for those of a loader with ids: which
+    samples a run looks at first differs between them, and a few are compared with their rows.
     """
     cut = cuts[-1]
     # Strip addresses: they differ between processes.
@@ -59,8 +58,8 @@ def fingerprint(
         cut=cut,
         codec=config.codec,
         views=2 if config.mirror else config.views,
-        samples=len(loader.dataset),  # type: ignore[arg-type]
-        dataset=describe(loader.dataset),
+        samples=len(source),
+        dataset=source.describe(),
         autocast="" if autocast is None else str(autocast).removeprefix("torch."),
         seed=seed if config.views > 1 else 0,
         augmented=config.augmented,

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
@@ -22,12 +21,11 @@ from learndrop_ext.data import rowfile
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
 from learndrop_ext.data.fill import Stages, check_purity
 from learndrop_ext.data.moves import Moves, mirrored
-from learndrop_ext.data.reading import read_batch
 from learndrop_ext.data.slots import SlotTable, filled_at, first_of_each
+from learndrop_ext.data.source import Source
 from learndrop_ext.data.stopwatch import Stopwatch
 from learndrop_ext.graph.chain import Chain
 from learndrop_ext.graph.freeze import FrozenPrefix
-from learndrop_ext.rng import fork_rng
 
 
 class RowSet:
@@ -39,10 +37,10 @@ class RowSet:
     Args:
         chain: the model's layers.
         model: whose modules are named where a row is no function of its sample.
-        loader: the user's, for samples that have to be read again.
+        source: of the images.
         config: codec, views, budgets, folder.
         key: place of the model's input in a batch.
-        ids, batch: some samples and what the loader makes of them, on the model's device, read from the random state `seed`.
+        ids, batch: some samples and what the source gives of them, on the model's device, read from the random state `seed`.
         seed: of the views drawn, and of the random state in which samples are read again.
     """
 
@@ -50,7 +48,7 @@ class RowSet:
         self,
         chain: Chain,
         model: nn.Module,
-        loader: DataLoader[Any],
+        source: Source,
         *,
         config: CacheConfig,
         key: InputKey,
@@ -60,7 +58,7 @@ class RowSet:
     ) -> None:
         self.chain = chain
         self.model = model
-        self.loader = loader
+        self.source = source
         self.config = config
         self.key = key
         self.example = input_of(batch, key)
@@ -68,11 +66,11 @@ class RowSet:
         self.device = self.example.device
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
-        self.slots = SlotTable(len(loader.dataset), self.views, self.generator)  # type: ignore[arg-type]
+        self.slots = SlotTable(len(source), self.views, self.generator)
         self.cuts: list[int] = []  # the cut of every drop that has rows, oldest first
         self.file = rowfile.RowFileKeeper(config)
         self.frozen: FrozenPrefix | None = None  # what the rows are made by
-        self._like = batch
+        self.like = batch  # a batch whose structure all have
         self.extras = BatchExtras(key=key, device=self.device, like=batch)
         self._stages = Stages(config, self.device)
         self._moves = Moves(config, self.generator)
@@ -92,11 +90,6 @@ class RowSet:
     def views(self) -> int:
         """V: how many rows a sample has."""
         return 2 if self.config.mirror else self.config.views
-
-    def expected_rows(self, seen: torch.Tensor) -> int:
-        """Return how many rows a drop will keep: of all samples, or of those drawn so far where they are less than half."""
-        drawn = int(seen.sum())
-        return (drawn if 0 < 2 * drawn < len(self.slots) else len(self.slots)) * self.views
 
     def advance(self, cut: int, *, rows: int, stores: bool) -> None:
         """Keep rows after `cut` layers from now on; nothing is run yet.
@@ -191,12 +184,12 @@ class RowSet:
         return with_input(batch, self.key, mirrored(input_of(batch, self.key), self.slots.view(ids, epoch).bool()))
 
     def follow_size(self) -> int:
-        """Make room for samples that the dataset has got since; return how many.
+        """Make room for samples that the source has got since; return how many.
 
         Raises:
             RuntimeError: the dataset has become smaller.
         """
-        size = len(self.loader.dataset)  # type: ignore[arg-type]
+        size = len(self.source)
         more = size - len(self.slots)
         if more < 0:
             raise RuntimeError(
@@ -204,6 +197,13 @@ class RowSet:
             )
         self.slots.extend(more)
         return more
+
+    def renumber(self, offsets: torch.Tensor) -> None:
+        """Take the samples' numbers anew from the source, while there are no rows, and the views [n] that the first of
+        them begin with."""
+        if len(self.source) != len(self.slots):
+            self.slots = SlotTable(len(self.source), self.views, self.generator)
+        self.slots.view_offset[: len(offsets)] = offsets
 
     @property
     def stores(self) -> bool:
@@ -221,8 +221,7 @@ class RowSet:
 
     def read(self, ids: torch.Tensor, epoch: int) -> Any:
         """Return the batch of images of samples `ids` [B], read in this process from a random state of its own."""
-        with fork_rng(self.seed + epoch):
-            return to_device(read_batch(self.loader, ids.tolist()), self.device)
+        return to_device(self.source.read(ids.tolist(), self.seed + epoch), self.device)
 
     def forget(self) -> None:
         """Have all rows made anew, of images, as their samples are drawn."""
@@ -281,7 +280,7 @@ class RowSet:
         """Go on with rows after the last of `cuts`, in place of those that are there: those of the file that `save`
         wrote, or, with a RuntimeWarning, anew where it is not there or is not to be used. ids: the `example_ids` of
         the run that wrote it."""
-        if name is not None and ids is not None and list(ids) != self.example_ids:
+        if name is not None and ids is not None and self.source.readable and list(ids) != self.example_ids:
             self.example_ids = list(ids)
             self._digest = rowfile.digest(input_of(self.read(torch.as_tensor(self.example_ids), 0), self.key))
         self._reset()
@@ -307,7 +306,7 @@ class RowSet:
             self.cache.close()
         self.cache, self._full = None, False
         self.slots.clear()
-        self.extras = BatchExtras(key=self.key, device=self.device, like=self._like)
+        self.extras = BatchExtras(key=self.key, device=self.device, like=self.like)
 
     def _drop_older(self) -> None:
         if self._older is not None:
@@ -393,8 +392,8 @@ class RowSet:
             self.chain,
             cuts,
             self.config,
-            loader=self.loader,
-            images="" if self.config.shared else self._digest,
+            source=self.source,
+            images="" if self.config.shared or not self.source.readable else self._digest,
             autocast=self._stages.autocast,
             seed=self.seed,
         )

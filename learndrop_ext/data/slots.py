@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from learndrop_ext.cache.cache import ActivationCache
+from learndrop_ext.cache.plan import lengthened
 
 
 class SlotTable:
@@ -22,18 +23,21 @@ class SlotTable:
         self.views = views
         self.used = 0
         self._generator = generator
-        self.table = torch.empty(0, dtype=torch.int64)  # [N] slots, -1 for none
-        self.view_offset = torch.empty(0, dtype=torch.int64)  # [N]
+        self.table = self._table_room = torch.empty(0, dtype=torch.int64)  # [N] slots, -1 for none
+        self.view_offset = self._offset_room = torch.empty(0, dtype=torch.int64)  # [N]
         self.extend(size)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def extend(self, more: int) -> None:
-        """Add samples at the end."""
-        self.table = torch.cat([self.table, torch.full((more,), -1, dtype=torch.int64)])
-        offsets = torch.randint(1 << 30, (more,), generator=self._generator)
-        self.view_offset = torch.cat([self.view_offset, offsets])
+        """Add samples at the end. Cheap when called often: memory grows in steps."""
+        begin, end = len(self.table), len(self.table) + more
+        self._table_room = lengthened(self._table_room, end)
+        self._offset_room = lengthened(self._offset_room, end)
+        self._table_room[begin:end] = -1
+        self._offset_room[begin:end] = torch.randint(1 << 30, (more,), generator=self._generator)
+        self.table, self.view_offset = self._table_room[:end], self._offset_room[:end]
 
     def clear(self) -> None:
         """Release all slots."""
@@ -42,7 +46,7 @@ class SlotTable:
 
     def load(self, table: torch.Tensor) -> None:
         """Take the slots [N] of an earlier run."""
-        self.table = table.clone()
+        self.table = self._table_room = table.clone()
         self.used = int(table.max()) + 1 if len(table) else 0
 
     def view(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -162,3 +164,17 @@ def test_rows_are_made_under_the_autocast_of_training(epoch: int, first: int) ->
                 wanted = drop.chain.prefix(1).eval()(images[y])
             assert i < first or torch.equal(x.float(), wanted.float())
     assert drop.prefix == 1
+
+
+def test_workers_end_with_the_scheduler() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        drop = scheduler(DataLoader(data(), batch_size=5, num_workers=1, persistent_workers=True), policy=Fixed({}))
+        labels(drop.loader)
+        workers = multiprocessing.active_children()
+        assert workers
+        del drop.loader, drop
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()

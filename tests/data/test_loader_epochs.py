@@ -157,12 +157,12 @@ def test_undrop_in_an_epoch_that_reads_some_samples_gives_whole_batches_of_image
     labels(drop.loader, drop)
     # Of each batch two samples have rows and two have not, and the second is planned before undrop().
     order[:] = [0, 10, 1, 11, 2, 12, 3, 13]
-    batches = drop.loader.batches
+    planner = drop.loader.batches.planner
     drop.loader.batches.seen[:] = True
     images = data().tensors[0]
     loader = iter(drop.loader)
     next(loader)
-    plan = next(batches.draw(iter([[2, 12, 3, 13]])))
+    plan = next(planner.draw(iter([[2, 12, 3, 13]])))
     assert plan.read.tolist() == [12, 13]
     drop.undrop()
     read = drop.rows.read(plan.read, 0)

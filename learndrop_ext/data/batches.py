@@ -1,0 +1,345 @@
+"""Which batches an epoch gives: those of a DataLoader's sampler, or those of a loader with ids as they come by."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from learndrop_ext.cache.plan import lengthened
+from learndrop_ext.data.drift import follow_batch
+from learndrop_ext.data.extras import to_device
+from learndrop_ext.data.id_source import IdSource, length_of
+from learndrop_ext.data.reading import rebuilt
+from learndrop_ext.data.rowset import RowSet
+from learndrop_ext.data.share import Share
+from learndrop_ext.distributed import process_rank, several_processes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch of samples `ids` [B], of which `read` [n] are read as images."""
+
+    ids: torch.Tensor
+    read: torch.Tensor
+
+
+class Batches(Protocol):
+    """The batches of an epoch, and the samples that have been drawn."""
+
+    @property
+    def epoch(self) -> int:
+        """Counts the epochs begun."""
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """The samples drawn so far: [N] bool."""
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch."""
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+
+    def begin(self, epoch: int) -> None:
+        """Follow a dataset that has grown, and begin an epoch."""
+
+    def needed(self) -> torch.Tensor:
+        """Return the samples that the epochs to come draw from, as far as is known: [N] bool."""
+
+    def reads_images(self) -> bool:
+        """Whether the epoch that begins reads images."""
+
+    def images(self) -> Iterator[tuple[Plan, Any]]:
+        """Return the epoch's plans, each with the batch that was read for it, None where none had to be."""
+
+    def rows(self) -> Iterator[Plan]:
+        """Return the epoch's plans where every sample has its row."""
+
+    def rest(self, plan: Plan, given: int) -> Iterator[tuple[Plan, Any]] | None:
+        """Return the rest of an epoch of rows from `plan` on, after `given` batches, where it has to be read after all."""
+
+    def expected_rows(self) -> int:
+        """Return how many rows a drop will keep."""
+
+    def load(self, seen: torch.Tensor) -> None:
+        """Take the samples that an earlier process has seen."""
+
+
+class Planner:
+    """The user's batch sampler as the image loader sees it: only the samples of each batch that have no row yet.
+
+    It checks each id and notes which were drawn. The whole batches wait in `plans`, in order.
+    """
+
+    def __init__(self, batch_sampler: Any, rows: RowSet) -> None:
+        self.batch_sampler = batch_sampler
+        self.rows = rows
+        self.seen = torch.zeros(len(rows.slots), dtype=torch.bool)
+        self.plans: deque[Plan] = deque()
+        self.epoch = 0
+        self.share: Share | None = None  # of one of several processes
+        if several_processes() and rows.config.partition == "share":
+            self.share = Share(seed=rows.seed, rank=process_rank())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for plan in self.draw(self.order()):
+            self.plans.append(plan)
+            if len(plan.read):
+                yield plan.read.tolist()
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def draw(self, batches: Iterator[Any]) -> Iterator[Plan]:
+        """Plan batches as they come."""
+        size = len(self.seen)
+        for batch in batches:
+            ids = [int(i) for i in batch]
+            if ids and (min(ids) < 0 or max(ids) >= size):
+                outside = next(i for i in ids if not 0 <= i < size)
+                raise IndexError(
+                    f"drop.loader: the sampler must name samples of the dataset, within 0..{size - 1}, got {outside}"
+                )
+            index = torch.tensor(ids, dtype=torch.int64)
+            self.seen[index] = True
+            yield Plan(index, self.rows.missing(index, self.epoch))
+
+    def order(self) -> Iterator[Any]:
+        """Return the batches of an epoch: the user's, or of a rank's share."""
+        if self.share is None or not self.rows.cut:
+            return iter(self.batch_sampler)
+        if self.share.ids is not None:
+            return self.share.batches(self.epoch)
+        return self.share.note(self.batch_sampler, len(self) if hasattr(self.batch_sampler, "__len__") else None)
+
+    def begin(self, epoch: int) -> None:
+        """Make room for what the dataset has got, and forget plans of an epoch that was broken off."""
+        more = self.rows.follow_size()
+        if more:
+            self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
+        if self.share is not None and (more or not self.rows.cut):
+            self.share.forget()
+        self.epoch = epoch
+        self.plans.clear()
+
+
+class PlannedBatches:
+    """The batches of a DataLoader: its sampler's, of which only the samples without a row are read."""
+
+    def __init__(self, loader: DataLoader[Any], rows: RowSet) -> None:
+        self.planner = Planner(loader.batch_sampler, rows)
+        self._rows = rows
+        self._generator = loader.generator
+        # Nothing that the loader holds holds it: its workers then end with it.
+        self._images: DataLoader[Any] = rebuilt(loader, self.planner)
+        self._persistent = False  # whether workers that outlive an epoch have been given their seed
+
+    def __len__(self) -> int:
+        return len(self.planner)
+
+    @property
+    def epoch(self) -> int:
+        """Counts the epochs begun."""
+        return self.planner.epoch
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """The samples drawn so far: [N] bool."""
+        return self.planner.seen
+
+    @property
+    def batch_size(self) -> int:
+        """The user's batch size; 32 where a batch sampler names none."""
+        size = getattr(self.planner.batch_sampler, "batch_size", None)
+        return size if isinstance(size, int) else 32
+
+    def begin(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.planner.begin(epoch)
+
+    def needed(self) -> torch.Tensor:
+        """Return the samples drawn so far, or those of a rank's share: [N] bool."""
+        share = self.planner.share
+        if share is None or share.ids is None:
+            return self.seen
+        return torch.zeros_like(self.seen).index_fill_(0, share.ids, True)
+
+    def reads_images(self) -> bool:
+        """Whether a sample was drawn that has no row, or nothing was drawn yet."""
+        needed = self.needed()
+        return not (bool(needed.any()) and self._rows.complete(needed, self.epoch))
+
+    def images(self) -> Iterator[tuple[Plan, Any]]:
+        """Return the plans in the sampler's order, each with a batch of those samples that had no row."""
+        self._start_workers()
+        read = iter(self._images)
+        plans = self.planner.plans
+        ended = False
+        while plans or not ended:
+            # The reading loader asks for batches some steps ahead; each asked adds its plans.
+            if not plans or len(plans[0].read):
+                batch = next(read, None)
+                ended = batch is None
+                if ended and not plans:
+                    return
+            else:
+                batch = None
+            while plans and not len(plans[0].read):
+                yield plans.popleft(), None
+            if batch is not None:
+                yield plans.popleft(), batch
+
+    def rows(self) -> Iterator[Plan]:
+        """Return the plans in the sampler's order."""
+        if not self._persistent:
+            # A DataLoader draws its workers' seed before the sampler draws the order: draw it too, so that the order is
+            # the one that training on images would have had. Persistent workers drew their seed in the first epoch.
+            torch.empty((), dtype=torch.int64).random_(generator=self._generator)
+        self._start_workers()
+        yield from self.planner.draw(self.planner.order())
+
+    def rest(self, plan: Plan, given: int) -> None:
+        """Return None: samples without a row are read by id."""
+
+    def expected_rows(self) -> int:
+        """Return how many rows a drop will keep: of all samples, of those drawn so far where they are less than half, or
+        of one rank's share of them."""
+        share, size, drawn = self.planner.share, len(self.seen), int(self.seen.sum())
+        if share is None:
+            kept = drawn if 0 < 2 * drawn < size else size
+        else:
+            kept = min(size, len(self) * self.batch_size) if share.ids is None else len(share.ids)
+        return kept * self._rows.views
+
+    def load(self, seen: torch.Tensor) -> None:
+        """Take the samples that an earlier process has seen."""
+        self.seen[: len(seen)] = seen
+
+    def _start_workers(self) -> None:
+        self._persistent = self._images.num_workers > 0 and self._images.persistent_workers
+
+
+class PassingBatches:
+    """The batches of a loader with ids: as they come by, and once all ids are known and have rows, in an order of our own.
+
+    While images come by they are compared with their rows: a few samples in the first batch of an epoch, in each batch
+    after twice as many, and wherever an id comes again in one epoch.
+    """
+
+    def __init__(self, source: IdSource, rows: RowSet) -> None:
+        self.epoch = 0
+        self._source = source
+        self._rows = rows
+        self._seen = torch.zeros(0, dtype=torch.bool)  # with room for more samples
+        self._follow_size()
+        self._said_repeats = False
+
+    def __len__(self) -> int:
+        if self._source.whole and self._has_rows():
+            return self._source.batches(int(self.seen.sum()))
+        length = length_of(self._source.loader)
+        if length is None:
+            raise TypeError(f"object of type {type(self._source.loader).__name__!r} has no len()")
+        return length
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """The samples that came by so far: [N] bool."""
+        return self._seen[: len(self._rows.slots)]
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in the first batch."""
+        return self._source.batch_size
+
+    def begin(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.epoch = epoch
+        self._source.follow_length()
+        first = self._source.first_numbers()
+        self._follow_size()
+        unchecked, self._source.unchecked = self._source.unchecked, False
+        if unchecked and self._rows.stores:
+            batch = to_device(self._source.first_batch, self._rows.device)
+            if not follow_batch(self._rows, batch, first, epoch):
+                self._source.whole = False
+
+    def needed(self) -> torch.Tensor:
+        """Return `seen`."""
+        return self.seen
+
+    def reads_images(self) -> bool:
+        """Whether the loader is iterated over: until every id is known and has its row."""
+        if not self._has_rows():
+            return True
+        if self._source.repeats and not self._said_repeats:
+            self._said_repeats = True
+            warnings.warn(
+                "drop.loader: an id came twice in one iteration over loader, so that its order is no plain shuffle: loader "
+                "is iterated over in each epoch, though all rows are there",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return not self._source.whole
+
+    def images(self) -> Iterator[tuple[Plan, Any]]:
+        """Return the batches of the loader as they come by."""
+        for i, (ids, read) in enumerate(self._source.iterate()):
+            self._follow_size()
+            self._seen[ids] = True
+            batch = to_device(read, self._rows.device)
+            again = self._source.again
+            if self._rows.stores and (i & (i + 1) == 0 or len(again)):  # 0, 1, 3, 7, ...
+                follow_batch(self._rows, batch, ids, self.epoch, again)
+            yield Plan(ids, ids), batch
+
+    def rows(self) -> Iterator[Plan]:
+        """Return an epoch of all samples that came by, shuffled."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        for ids in self._source.order(torch.nonzero(self.seen).flatten(), self.epoch):
+            yield Plan(ids, nothing)
+
+    def rest(self, plan: Plan, given: int) -> Iterator[tuple[Plan, Any]] | None:
+        """Return as many of the loader's batches as are left, where rows have gone since the epoch began."""
+        if self._rows.cache is not None and not len(self._rows.missing(plan.ids, self.epoch)):
+            return None
+        warnings.warn(
+            "drop.loader: the rest of the epoch comes from loader, in its order: rows that were there have gone, and "
+            "samples of a loader with ids= cannot be read by id",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        left = self._source.batches(int(self.seen.sum())) - given
+        return itertools.islice(self.images(), left)
+
+    def expected_rows(self) -> int:
+        """Return how many rows a drop will keep: of all samples that are known or expected."""
+        return max(len(self._rows.slots), self._source.expected()) * self._rows.views
+
+    def load(self, seen: torch.Tensor) -> None:
+        """Take the samples that an earlier process has seen, by the numbers that it gave them."""
+        self._seen = seen.clone()
+        self._follow_size()
+
+    def _has_rows(self) -> bool:
+        """Whether every sample that came by has its row for the epoch."""
+        return bool(self.seen.any()) and self._rows.complete(self.seen, self.epoch)
+
+    def _follow_size(self) -> None:
+        self._rows.follow_size()
+        self._seen = lengthened(self._seen, len(self._rows.slots))
+
+
+def batches_of(rows: RowSet) -> Batches:
+    """Return the batches that the rows' source gives."""
+    if isinstance(rows.source, IdSource):
+        return PassingBatches(rows.source, rows)
+    return PlannedBatches(rows.source.loader, rows)

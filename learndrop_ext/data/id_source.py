@@ -1,0 +1,314 @@
+"""Samples that come by in the batches of any loader, told apart by the ids that the batches carry."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+
+from learndrop_ext.cache.plan import lengthened
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, some_of
+from learndrop_ext.data.ids import IdKey, IdTable, check_key, ids_of
+from learndrop_ext.rng import fork_rng
+
+#: Batches of which the median is the time to read one.
+TIMED_BATCHES = 32
+#: Batches that are read for it where none has come by.
+PROBED_BATCHES = 3
+
+_END = object()
+
+
+class IdSource:
+    """The samples of a loader whose batches carry ids. A sample is at hand while its batch comes by, never again.
+
+    One batch is drawn from the loader when this is made. A loader that is its own iterator gives it again as the first
+    of its first iteration.
+
+    Args:
+        loader: anything that gives batches each time it is iterated over.
+        ids: place of the samples' ids in a batch.
+        key: place of the model's input in a batch.
+        seed: of the random state in which that first batch is drawn.
+    """
+
+    readable = False
+
+    def __init__(self, loader: Any, ids: IdKey, *, key: InputKey, seed: int) -> None:
+        check_key(ids)
+        if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+            raise TypeError(f"DropScheduler: loader must be iterated over for batches, got {type(loader).__name__}")
+        if isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools"):
+            raise TypeError(
+                "DropScheduler: loader must give batches each time it is iterated over, got a "
+                f"{type(loader).__name__}, which ends for good; give an object whose __iter__ begins anew"
+            )
+        self.loader = loader
+        self.whole = False  # whether an iteration was seen that every id of the first batch came in, each id once
+        self.repeats = False  # whether an id came twice in the newest iteration
+        self.unchecked = False  # whether rows of an earlier process have not been compared with the first batch
+        self.again = torch.empty(
+            0, dtype=torch.int64
+        )  # positions in the newest batch of ids that its iteration had before
+        self.batch_size = 0  # of the first batch
+        self._place = ids
+        self._key = key
+        self._seed = seed
+        self._table = IdTable()
+        self._first: Any = None
+        self._first_ids: list[int] | list[str] = []
+        self._is_iterator = False  # whether the loader is its own iterator
+        self._begun: Any = None  # the first batch of such a loader, until its first iteration
+        self._kept: BatchExtras | None = None  # the first batch, to compare what comes by with
+        self._unmatched: dict[int | str, int] = {}  # its ids that no iteration has had yet, with their position in it
+        self._waits: deque[float] = deque(maxlen=TIMED_BATCHES)
+        self._first_wait = 0.0
+        self._keeps_last = True  # whether an iteration may end with a smaller batch
+        self._samples = 0  # of the newest whole iteration
+        self._length: int | None = None  # in batches, as the loader told it at that time
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def expected(self) -> int:
+        """Return the samples of a whole iteration; before one was seen, of as many batches as the loader says it has."""
+        return self._samples if self.whole else max(len(self), (length_of(self.loader) or 0) * self.batch_size)
+
+    def describe(self) -> str:
+        """Return the kind of loader, and the digest of all ids in their order."""
+        digest = hashlib.sha256()
+        for value in self._table.ids:
+            digest.update(f"{value!r},".encode())
+        return f"{type(self.loader).__qualname__} with ids {digest.hexdigest()}"
+
+    def first(self) -> tuple[list[int], Any]:
+        """Draw the first batch.
+
+        Raises:
+            ValueError: the loader has none, or it is not built as `input` and `ids` say.
+        """
+        with _left_alone(self.loader, self._seed):
+            begin = time.perf_counter()
+            iterator = iter(self.loader)
+            batch = next(iterator, _END)
+            self._first_wait = time.perf_counter() - begin
+        if batch is _END:
+            raise ValueError("DropScheduler: loader must give batches, got none")
+        count = len(input_of(batch, self._key))
+        if not count:
+            raise ValueError("DropScheduler: loader must give batches of one sample or more, got an empty one")
+        self._first_ids = ids_of(batch, self._place, count)
+        if iterator is self.loader:
+            self._begun, self._is_iterator = batch, True
+        # Loaders may write the next batch to the same memory.
+        self._first = _copied(batch)
+        self.batch_size = count
+        return self._table.numbers(self._first_ids).tolist(), self._first
+
+    def first_numbers(self) -> torch.Tensor:
+        """Return the numbers of the first batch's samples."""
+        return self._table.numbers(self._first_ids)
+
+    @property
+    def first_batch(self) -> Any:
+        """The first batch, as it came."""
+        return self._first
+
+    def check_repeats(self) -> None:
+        """Compare the samples of the first batch with what the loader gives of them later: ValueError where one differs.
+
+        Raises:
+            ValueError: an id stands for different samples in the first batch.
+        """
+        x = input_of(self._first, self._key)
+        self._kept = BatchExtras(key=self._key, device=x.device, like=self._first)
+        self._kept.put(self._first, torch.arange(len(x)))
+        self._unmatched = {self._first_ids[i]: i for i in range(len(self._first_ids))}
+        again = [i for i in range(len(x)) if self._unmatched[self._first_ids[i]] != i]
+        self._check_same(self._first, self._first_ids, again)
+
+    def read(self, ids: Sequence[int], seed: int) -> Any:
+        """Raise RuntimeError: samples are at hand only while their batch comes by."""
+        raise RuntimeError(
+            f"drop.loader: samples of a loader with ids= can be read only as they come by, got {len(ids)} asked for by id"
+        )
+
+    def iterate(self) -> Iterator[tuple[torch.Tensor, Any]]:
+        """Return the batches of one iteration over the loader, each with the numbers [B] of its samples.
+
+        Raises:
+            RuntimeError: there are none.
+            ValueError: a sample of the first batch is another one now, see `check_repeats`.
+        """
+        batch, self._begun = self._begun, None
+        is_first = batch is not None  # the first batch, which is this iteration's first one too
+        samples = given = last = 0
+        met = torch.empty(0, dtype=torch.bool)
+        unmet: set[int | str] = set(self._first_ids)
+        repeats = False
+        iterator = iter(self.loader)
+        length = length_of(self.loader)
+        while True:
+            if given or not is_first:
+                begin = time.perf_counter()
+                batch = next(iterator, _END)
+                if batch is _END:
+                    break
+                if given:  # the wait for the first batch is for workers too
+                    self._waits.append(time.perf_counter() - begin)
+            last = len(input_of(batch, self._key))
+            ids = ids_of(batch, self._place, last)
+            numbers = self._table.numbers(ids)
+            if given or not is_first:
+                self._compare(batch, ids)
+            met = lengthened(met, len(self))
+            self.again = torch.nonzero(met[numbers]).flatten()
+            repeats = repeats or len(self.again) > 0 or len(set(ids)) < len(ids)
+            met[numbers] = True
+            unmet.difference_update(ids)
+            given, samples = given + 1, samples + last
+            if given == length:  # the loop may not ask for one more
+                self._end(length, samples, last, unmet=None if is_first else unmet, repeats=repeats)
+            yield numbers, batch
+        if not given:
+            raise RuntimeError(
+                f"drop.loader: loader must give batches each time it is iterated over, got none from a "
+                f"{type(self.loader).__name__}"
+            )
+        self._end(length, samples, last, unmet=None if is_first else unmet, repeats=repeats)
+
+    def follow_length(self) -> None:
+        """Have the loader iterated again where it says that it has more or fewer batches than it had."""
+        if self.whole and length_of(self.loader) != self._length:
+            self.whole = False
+
+    def batches(self, count: int) -> int:
+        """Return how many batches `count` samples make."""
+        return -(-count // self.batch_size) if self._keeps_last else count // self.batch_size
+
+    def order(self, numbers: torch.Tensor, epoch: int) -> Iterator[torch.Tensor]:
+        """Return an epoch of batches [B] of all samples `numbers` [n], in the order that seed and epoch give."""
+        generator = torch.Generator().manual_seed(self._seed + epoch)
+        shuffled = numbers[torch.randperm(len(numbers), generator=generator)]
+        yield from shuffled.split(self.batch_size)[: self.batches(len(numbers))]
+
+    def timed(self, size: int) -> tuple[Any, float, int]:
+        """Return the first batch, the seconds that the loop waits for one, and 0.
+
+        Where none has come by yet a few are drawn from the loader, with the number of its workers in place of the 0. A
+        loader that is its own iterator is asked for none.
+        """
+        if self._waits:
+            return self._first, statistics.median(self._waits), 0
+        workers = self.loader.num_workers if isinstance(self.loader, DataLoader) else 0
+        seconds = self._first_wait if self._is_iterator else self._probe()
+        return self._first, seconds * max(1, workers), workers
+
+    def state(self) -> dict[str, Any]:
+        """Return the ids in the order of their numbers, and what is known of an iteration."""
+        return {
+            "values": list(self._table.ids),
+            "whole": self.whole,
+            "repeats": self.repeats,
+            "keeps_last": self._keeps_last,
+            "samples": self._samples,
+            "length": self._length,
+        }
+
+    def check_state(self, state: dict[str, Any] | None) -> None:
+        """Raise ValueError for the state of a run without ids, or with ids of another type."""
+        if state is None:
+            raise ValueError("DropScheduler.load_state_dict: state must be of a run with ids=, got one without")
+        wanted, got = type(self._first_ids[0]).__name__, {type(value).__name__ for value in state["values"]}
+        if got != {wanted}:
+            raise ValueError(
+                f"DropScheduler.load_state_dict: state must be of a run whose ids are {wanted}, got {', '.join(got)}"
+            )
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Take the numbers of another run; `first_numbers` then adds what is new in the first batch."""
+        assert state is not None
+        self._table = IdTable(state["values"])
+        self.whole, self.repeats, self._keeps_last = state["whole"], state["repeats"], state["keeps_last"]
+        self._samples, self._length = state["samples"], state["length"]
+        self.unchecked = True
+
+    def _end(self, length: int | None, samples: int, last: int, *, unmet: set[int | str] | None, repeats: bool) -> None:
+        """Note what an iteration has told; `unmet`: ids of the first batch that it did not have, None for the iteration
+        that the first batch is of."""
+        self.whole, self.repeats = unmet is not None and not unmet and not repeats, repeats
+        self._keeps_last = last < self.batch_size
+        self._samples, self._length = samples, length
+        if unmet is not None:
+            self._unmatched = {value: i for value, i in self._unmatched.items() if value in unmet}
+
+    def _compare(self, batch: Any, ids: Sequence[int | str]) -> None:
+        """Compare a batch with the first one, where they have samples in common that no iteration before had."""
+        if self._kept is None or self._unmatched.keys().isdisjoint(ids):
+            return
+        self._check_same(batch, ids, [i for i in range(len(ids)) if ids[i] in self._unmatched])
+
+    def _check_same(self, batch: Any, ids: Sequence[int | str], take: list[int]) -> None:
+        """Raise ValueError unless the samples at the positions `take` of a batch are those of the first batch."""
+        if self._kept is None or not take:
+            return
+        part = some_of(batch, torch.tensor(take), key=self._key, like=self._first)
+        at = torch.tensor([self._unmatched[ids[i]] for i in take])
+        x, before = input_of(part, self._key), input_of(self._first, self._key)
+        same = x.shape[1:] == before.shape[1:]
+        same = same and bool(((x == before[at]) | ((x != x) & (before[at] != before[at]))).all())
+        if not same or self._kept.first_difference(part, at) is not None:
+            raise ValueError(
+                "DropScheduler: loader with ids must give the same sample for the same id each time, got another one for "
+                f"one of {', '.join(repr(ids[i]) for i in take[:4])}, and a cached row would freeze it; give each sample "
+                "an id of its own, and views=V to keep V random views of each sample, or a loader without randomness"
+            )
+
+    def _probe(self) -> float:
+        """The median seconds of some batches after the first one."""
+        waits = []
+        with _left_alone(self.loader, self._seed):
+            iterator = iter(self.loader)
+            next(iterator, None)  # starts workers
+            for _ in range(PROBED_BATCHES):
+                begin = time.perf_counter()
+                if next(iterator, _END) is _END:
+                    break
+                waits.append(time.perf_counter() - begin)
+        return statistics.median(waits) if waits else self._first_wait
+
+
+def length_of(loader: Any) -> int | None:
+    """Return how many batches a loader says it has, None where it does not say."""
+    try:
+        return len(loader)
+    except (TypeError, AttributeError, NotImplementedError):
+        return None
+
+
+@contextlib.contextmanager
+def _left_alone(loader: Any, seed: int) -> Iterator[None]:
+    """Draw from the random state `seed`, and put back the run's and that of a DataLoader's generator."""
+    generator = loader.generator if isinstance(loader, DataLoader) else None
+    state = None if generator is None else generator.get_state()
+    with fork_rng(seed):
+        try:
+            yield
+        finally:
+            if generator is not None and state is not None:
+                generator.set_state(state)
+
+
+def _copied(batch: Any) -> Any:
+    """The batch with its tensors and arrays copied."""
+    batch = pytree.tree_map_only(torch.Tensor, torch.clone, batch)
+    return pytree.tree_map_only(np.ndarray, np.copy, batch)
