@@ -29,10 +29,17 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Stage:
-    """Some epochs with one prefix: the epochs done before it, and how many it has."""
+    """Some epochs with one prefix.
+
+    Args:
+        epoch: Epochs done before it.
+        length: How many it has.
+        weight: How many stages it counts as in what a schedule gives up.
+    """
 
     epoch: int
     length: int
+    weight: int = 1
 
 
 def best_prefixes(
@@ -95,7 +102,7 @@ class _Search:
     """The table of least seconds, filled from the last stage to the first."""
 
     def __init__(self, costs: RunCosts, epochs: int, stages: Sequence[Stage], given_up: Sequence[int]) -> None:
-        L, V, D = len(costs.layers), costs.views, len(stages) * given_up[-1]
+        L, V, D = len(costs.layers), costs.views, sum(stage.weight for stage in stages) * given_up[-1]
         self.views = V
         self.epochs = epochs
         self.stages = stages
@@ -131,7 +138,7 @@ class _Search:
             extra = self._conversions(stage, since)[prefix]
             for k in range(prefix, len(self.steady)):
                 seconds = self._stage_seconds(stage, since, k) + float(extra[k])
-                later, then = self._later(stage, since, k), amount - self.given_up[k]
+                later, then = self._later(stage, since, k), amount - stage.weight * self.given_up[k]
                 if then >= 0 and taken + seconds + behind[later, k, then] <= left:
                     break
             else:
@@ -142,7 +149,7 @@ class _Search:
 
     def _behind(self, stage: Stage, since: int, prefix: int) -> Table:
         """Seconds of a stage with this prefix and of all stages after it, by amount."""
-        shift = self.given_up[prefix]
+        shift = stage.weight * self.given_up[prefix]
         rest = self.rest[0][self._later(stage, since, prefix), prefix]
         moved: Table = np.full_like(rest, np.inf)
         moved[shift:] = rest[: len(rest) - shift]
@@ -177,13 +184,14 @@ class _Search:
 
 def _stages(epoch: int, left: int, layers: int, views: int, given_up: int, *, hold: int = 1) -> list[Stage]:
     """The epochs left, in as many stages as TABLE allows, those of one epoch first; before them one of `hold` epochs."""
-    stages = [Stage(epoch, hold)] if hold > 1 else []
-    epoch, left = epoch + hold * len(stages), left - hold * len(stages)
-    if not left:
-        return stages
-    most = max(1, int((TABLE / ((views + 1) * layers * max(1, given_up))) ** 0.5) - len(stages))
-    count = min(left, most)
-    length, longer = divmod(left, count)
+    held = hold if hold > 1 else 0
+    if held == left:
+        return [Stage(epoch, held)]
+    most = max(1, int((TABLE / ((views + 1) * layers * max(1, given_up))) ** 0.5) - (held > 0))
+    count = min(left - held, most)
+    length, longer = divmod(left - held, count)
+    stages = [Stage(epoch, held, max(1, round(held / length)))] if held else []
+    epoch += held
     for i in range(count):
         stages.append(Stage(epoch, length + (i >= count - longer)))
         epoch += stages[-1].length
