@@ -56,9 +56,8 @@ class IdSource:
         self.whole = False  # whether an iteration was seen that every id of the first batch came in, each id once
         self.repeats = False  # whether an id came twice in the newest iteration
         self.unchecked = False  # whether rows of an earlier process have not been compared with the first batch
-        self.again = torch.empty(
-            0, dtype=torch.int64
-        )  # positions in the newest batch of ids that its iteration had before
+        # Positions in the newest batch of ids that its iteration had before.
+        self.again = torch.empty(0, dtype=torch.int64)
         self.batch_size = 0  # of the first batch
         self._place = ids
         self._key = key
