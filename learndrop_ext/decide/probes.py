@@ -116,7 +116,7 @@ def probe_training_step(
         optimizer: Holds the model's parameters.
         batch_input: [B, ...], the input of one batch on the model's device.
         inputs: Positional and keyword arguments that the model is called with; by default `batch_input` alone.
-        repeats: Timed steps; the median counts.
+        repeats: Timed steps after one to warm up; the median counts.
         autocast: Dtype of the training step's autocast, None without.
 
     Returns:
@@ -157,8 +157,7 @@ def probe_training_step(
         if not loss(outputs).requires_grad:
             return None
         leaves = [y.detach().requires_grad_() for y in outputs]
-        # Of three the median leaves out the first, which may have to warm up.
-        whole = median_seconds(step, device, repeats=repeats, warmup=0)
+        whole = median_seconds(step, device, repeats=repeats)
         # The last step's gradients are still there.
         optimizer_seconds = median_seconds(steps.step, device, repeats=repeats, warmup=0)
         return StepSeconds(whole, optimizer_seconds, median_seconds(lambda: around(leaves), device, repeats=repeats))
