@@ -66,6 +66,8 @@ Policy = Callable[[Situation], Decision]
 
 #: Share of the time asked for that a plan has to use, with room for what its epochs take shorter.
 USED = 0.96
+#: Of the weights of all layers. The time and the memory of planning grow with it: k^2 is kept as it is up to 63 layers.
+LARGEST_SUM = 4000
 #: How far epochs may be from their forecast, either way, before one with dropped layers was measured.
 UNCONFIRMED = 1.1
 
@@ -179,17 +181,16 @@ class Budget:
     From the first step on a plan grows only in the second half of the run, unless it would come too late otherwise: a
     layer that has been trained for a while is best frozen when the learning rate has fallen.
 
-    Every plan is a forecast, so the next one makes up for what an epoch took longer or
-    shorter. Layers that are dropped stay dropped: the first drop is therefore no larger than it would be if epochs
-    were 10 % shorter than forecast, as long as the drops after it can make up for epochs that are as forecast or 10 %
-    longer.
+    Every plan is a forecast, so the next one makes up for what an epoch took longer or shorter. Layers that are dropped
+    stay dropped: the first drop is therefore no larger than it would be if epochs were 10 % shorter than forecast, as
+    long as the drops after it can make up for epochs that are as forecast or 10 % longer.
 
     Args:
         speedup: The time of the run without drops over the time asked for, at least 1.
         start: Epochs in which nothing is dropped. From a start later than 0 the layers that learn least go first, as
             far as a prefix allows: one epoch of a layer counts from 1 (score 0) to 4 (the highest score), by its scores
-            smoothed with weight 1/2. So a plan stops growing before a layer with a high score, and
-            passes one with a low score early.
+            smoothed with weight 1/2. So a plan stops growing before a layer with a high score, and passes one with a
+            low score early.
 
     Raises:
         ValueError: speedup is below 1 or not finite, or start is not a whole number >= 0. When called: the length of
@@ -243,7 +244,6 @@ class Budget:
     ) -> tuple[int, ...]:
         """The prefix of each epoch left, within `seconds`."""
         past = situation.past
-
         first_half = 0 if self.start else -(-epochs // 2) - situation.epoch  # epochs of it left
         hold = max(1, first_half)
 
@@ -292,7 +292,9 @@ class Budget:
         """What one epoch of each layer is worth: 1, 3, 5, ... by depth, and, where no such plan uses the time, 1 each; or
         from a later start 1 to 4 by its score."""
         if not self.start:
-            return tuple(range(1, 2 * len(situation.layers), 2)), (1,) * len(situation.layers)
+            L = len(situation.layers)
+            coarser = max(1.0, L * L / LARGEST_SUM)
+            return tuple(max(1, round(w / coarser)) for w in range(1, 2 * L, 2)), (1,) * L
         smoothed = [
             smoothed_scores(situation, i, first=situation.undropped or 0, smoothing=0.5)
             for i in range(len(situation.layers))
