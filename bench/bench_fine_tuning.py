@@ -165,7 +165,7 @@ def run_one(name: str, dataset: str, split: Split, recipe: Recipe) -> dict[str, 
         "run": name,
         "model": recipe.model,
         "dataset": dataset,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": described(recipe),
         "policy": None if policy is None else repr(policy),
         "cache": None if policy is None or not method.caches else recipe.codec,
         "seed": recipe.seed,
@@ -179,9 +179,13 @@ def run_one(name: str, dataset: str, split: Split, recipe: Recipe) -> dict[str, 
 
 
 def is_same_run(record: Mapping[str, Any], name: str, dataset: str, split: Split, recipe: Recipe) -> bool:
-    return (record["run"], record["dataset"], record["images"]) == (name, dataset, len(split.train)) and record[
-        "recipe"
-    ] == dataclasses.asdict(recipe)
+    said = (record["run"], record["dataset"], record["images"], record["recipe"])
+    return said == (name, dataset, len(split.train), described(recipe))
+
+
+def described(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain values, with the name of its file of weights in place of where that lies."""
+    return dataclasses.asdict(recipe) | {"weights": None if recipe.weights is None else Path(recipe.weights).name}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -98,7 +98,7 @@ case $stage in
     if [ -n "$toy" ]; then
       step tests 120 "${tests[@]}" -n 1 tests/ops/test_rows_refusals.py
     else
-      step tests 400 "${tests[@]}" -n auto -m "not cuda and not slow"
+      step tests 400 "${tests[@]}" -n auto -m "not cuda and not slow and not timing"
     fi
     ;;
   kernels)

@@ -15,6 +15,8 @@ from typing import Any
 
 import fine_tuning_table
 
+from learndrop_ext.app.report import COLUMNS, table_row
+
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ("baseline", "learndrop", "freeze-only", "short")
 
@@ -115,8 +117,22 @@ def aims_tables(_: list[dict[str, Any]]) -> str:
     return "\n\n".join(fine_tuning_table.aims(json.loads(file.read_text())) for file in files) or "not measured yet"
 
 
+def compare_tables(_: list[dict[str, Any]]) -> str:
+    """What `learndrop compare` said of one comparison on each machine."""
+    tables = []
+    for file in sorted((ROOT / "bench" / "results" / "compare").glob("*.json")):
+        kept = json.loads(file.read_text())
+        machine, result = kept["machine"], kept["result"]
+        rows = [COLUMNS, ("---",) * len(COLUMNS), *(table_row(result, run) for run in RUNS if run in result)]
+        lines = [
+            f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}"
+        ]
+        tables.append("\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in rows)]))
+    return "\n\n".join(tables) or "not measured yet"
+
+
 TABLES = {
-    "README.md": {"training": training_table, "fine-tuning": fine_tuning_tables},
+    "README.md": {"training": training_table, "compare": compare_tables, "fine-tuning": fine_tuning_tables},
     "docs/results.md": {"kernels": kernel_table, "overhead": overhead_table},
     "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables, "aims": aims_tables},
 }

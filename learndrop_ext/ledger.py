@@ -110,7 +110,11 @@ class Ledger:
         seconds += [newest] if newest is not None else []
         if seconds:
             return statistics.median(seconds)
-        return dataclasses.replace(self.run_costs()[0], scale=1.0).epoch_seconds(0)
+        # A training step is timed for a second or two before the run. By as many seconds as epochs with dropped layers
+        # then go slower than forecast, one without drops would too, at least.
+        run = self.run_costs()[0]
+        plain, prefix = dataclasses.replace(run, scale=1.0), history[-1].prefix if history else 0
+        return plain.epoch_seconds(0) + run.epoch_seconds(prefix) - plain.epoch_seconds(prefix)
 
     def expect(self, prefix: int) -> float:
         """Return the seconds that the next epoch is expected to take."""

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from learndrop_ext import Budget, DropScheduler, Fixed
 from learndrop_ext.history import Record
 
+pytestmark = pytest.mark.timing
+
 EPOCHS, BATCHES, BATCH = 8, 10, 8
 #: Of a layer's forward pass, and of its backward pass.
 FORWARD, BACKWARD = 0.005, 0.010
@@ -87,8 +89,8 @@ def dropped_seconds(policy: Any) -> float:
 
 def test_budget_ends_within_five_percent_of_the_time_asked_for() -> None:
     full = plain_seconds()
-    taken = [dropped_seconds(Budget(2.0)) for _ in range(3)]
-    assert statistics.median(taken) == pytest.approx(full / 2, rel=0.05)
+    taken = [dropped_seconds(Budget(1.5)) for _ in range(3)]
+    assert statistics.median(taken) == pytest.approx(full / 1.5, rel=0.05)
 
 
 @pytest.mark.parametrize(("start", "prefix"), [(0, 3), (2, 5)])

@@ -101,7 +101,7 @@ def _finite(value: Any) -> Any:
 
 def format_table(result: Mapping[str, Any]) -> str:
     """Format a result as a table for a terminal, one line a run, with a summary as the last line."""
-    rows = [COLUMNS, *(_row(result, run) for run in RUNS if run in result)]
+    rows = [COLUMNS, *(table_row(result, run) for run in RUNS if run in result)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -126,7 +126,7 @@ def summarize(result: Mapping[str, Any]) -> str:
     )
 
 
-def _row(result: Mapping[str, Any], run: str) -> tuple[str, ...]:
+def table_row(result: Mapping[str, Any], run: str) -> tuple[str, ...]:
     numbers, baseline = result[run], result.get("baseline")
     seconds, flops, accuracy = (
         _seconds(numbers["seconds"]),
@@ -227,7 +227,7 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
         BODY,
         summary=summarize(result),
         columns=COLUMNS,
-        rows=[_row(result, run) for run in ended],
+        rows=[table_row(result, run) for run in ended],
         memory=[(run, _bytes(result[run]["peak_memory_bytes"])) for run in ended],
         unfinished=[(run, epoch) for run, epoch in epochs.items() if run not in ended],
         figures=figures,
