@@ -219,7 +219,8 @@ class DropScheduler:
         epochs = self.epochs if epochs is None else epochs
         if epochs is None:
             raise ValueError("drop.forecast: epochs must be known, give forecast(epochs) or DropScheduler(epochs=...)")
-        self.ledger.probe(self.base_model)
+        if not self.prefix:  # a step with frozen layers is shorter than the layers' sum
+            self.ledger.probe(self.base_model)
         run, choices = self.ledger.run_costs()
         tiers = self.ledger.costs.tiers() if self._keeps_rows else ()
         return forecast(run, epochs, row_bytes=[choice.row_bytes for choice in choices], tiers=tiers)
