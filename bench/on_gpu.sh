@@ -9,6 +9,7 @@
 #   ... --no-build            with the package as it is installed
 #
 # Results go to $OUT (bench/results/gpu-STAGE): a log for each step, JSON, and steps.jsonl with exit codes and seconds.
+# $TESTS_PASSED says how many tests passed before `kernels`, $LEARNDROP_COMMIT the commit where the tree has no history.
 # $PYTHON names the interpreter, whose environment has torch, pytest and what pyproject.toml's build requires.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -45,12 +46,13 @@ skip() { # step, reason
 step() { # step, most seconds, command
   local name=$1 most=$2 begin=$SECONDS left=$((limit - SECONDS)) code=0
   shift 2
-  if [ "$left" -lt 5 ]; then skip "$name" "the stage's $limit seconds are over"; failed=1; return; fi
+  if [ "$left" -lt 5 ]; then skip "$name" "the stage's $limit seconds are over"; failed=1; return 1; fi
   echo "== $name ($SECONDS s)"
   timeout -k 5 $((most < left ? most : left)) "$@" > "$OUT/$name.log" 2>&1 || code=$?
   note "$name" "$code" $((SECONDS - begin))
   tail -n 3 "$OUT/$name.log" | sed 's/^/   /'
   if [ "$code" -ne 0 ]; then echo "   FAILED with $code: $OUT/$name.log"; failed=1; fi
+  return "$code"
 }
 gpu() { # as step, where there is a GPU
   if [ "$device" = cpu ]; then skip "$1" "it needs a GPU"; else step "$@"; fi
@@ -77,9 +79,14 @@ fi
 
 case $stage in
   check)
-    gpu launches 120 "${tests[@]}" -n 0 -m cuda tests/kernels tests/ops -k "launch or graph or wait"
-    gpu large 120 "${tests[@]}" -n 0 -m cuda tests/kernels tests/ops -k "beyond or 2_to_the_31"
-    gpu cuda-tests 240 "${tests[@]}" -n 2 -m cuda
+    gpu cuda-tests 240 "${tests[@]}" -v -n 4 -m cuda --junitxml "$OUT/cuda_tests.xml"
+    # On other cores than the sanitizers, which take one each.
+    if [ -n "$toy" ]; then
+      step tests 120 "${tests[@]}" -n 1 tests/ops/test_rows_refusals.py &
+    else
+      step tests 400 "${tests[@]}" -n "$(($(nproc) - 3))" -m "not cuda and not timing" --junitxml "$OUT/tests.xml" &
+    fi
+    others=$!
     if command -v compute-sanitizer > /dev/null; then
       for tool in memcheck racecheck; do
         gpu "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "${tests[@]}" -n 0 -m cuda \
@@ -94,12 +101,8 @@ case $stage in
     else
       skip registers "there is no nvcc"
     fi
+    wait "$others" || failed=1
     step host-time 60 "$python" bench/host_time.py --device "$device" --out "$OUT/host_time.json"
-    if [ -n "$toy" ]; then
-      step tests 120 "${tests[@]}" -n 1 tests/ops/test_rows_refusals.py
-    else
-      step tests 400 "${tests[@]}" -n auto -m "not cuda and not slow and not timing"
-    fi
     ;;
   kernels)
     suites=("$python" -m pytest -q -p no:cacheprovider -n 0 --benchmark-only --benchmark-save-data)
@@ -109,15 +112,15 @@ case $stage in
       step delta-norms 120 "${suites[@]}" bench/bench_delta_norms.py -k "ResNet-18 and norms" \
         "--benchmark-json=$OUT/delta_norms.json"
     else
-      step delta-norms 150 "${suites[@]}" bench/bench_delta_norms.py "--benchmark-json=$OUT/delta_norms.json"
+      step delta-norms 150 "${suites[@]}" bench/bench_delta_norms.py -k "not compile" \
+        "--benchmark-json=$OUT/delta_norms.json"
       step row-ops 200 "${suites[@]}" bench/bench_row_ops.py "--benchmark-json=$OUT/row_ops.json"
     fi
-    step copy-limit 60 "$python" -c "import json, pathlib, torch
-from learndrop_ext.decide.probes import copy_bytes_per_second
-rate = copy_bytes_per_second(torch.device('$device'), size=1 << $([ -n "$toy" ] && echo 22 || echo 28))
-print(json.dumps({'copy_gb_s': rate / 1e9}))
-pathlib.Path('$OUT/copy_limit.json').write_text(json.dumps({'copy_gb_s': rate / 1e9}))"
     gpu host-rows 100 "${suites[@]}" bench/bench_host_rows.py "--benchmark-json=$OUT/host_rows.json"
+    step records 60 "$python" bench/run.py --suites kernels --tests-passed "${TESTS_PASSED:-0}" --out "$OUT" \
+      --name kernels --benchmarks "$OUT"/{delta_norms,row_ops}.json $([ "$device" = cpu ] || echo "$OUT/host_rows.json")
+    [ -n "$toy" ] || gpu compiled-recipe 100 "${suites[@]}" bench/bench_delta_norms.py -k compile \
+      "--benchmark-json=$OUT/compiled_recipe.json"
     if command -v ncu > /dev/null; then
       gpu ncu 120 ncu --csv --log-file "$OUT/ncu.csv" --kernel-name regex:"gather|append" --launch-count 40 \
         --metrics gpu__time_duration.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,dram__bytes.sum.per_second \

@@ -2,6 +2,7 @@
 
     python bench/run.py [--suites kernels training overhead] [--data-root DIR] [--out bench/results] [--name NAME]
 
+With --benchmarks the kernels' times are those of files that pytest-benchmark wrote, as bench/on_gpu.sh makes them.
 A red test gives no number. The form of the file is that of `docs/results.md`; `bench/table.py` makes the tables from it.
 """
 
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ def main() -> int:
     parser.add_argument("--data-root", type=Path, help="folder with the original files of the image sets")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--name", help="name of the file (default: GPU or CPU)")
+    parser.add_argument("--benchmarks", nargs="+", type=Path, help="files of pytest-benchmark to read, none is run")
+    parser.add_argument("--tests-passed", type=int, help="how many tests passed before; without it they are run first")
     args = parser.parse_args()
-    passed = run_tests()
+    passed = run_tests() if args.tests_passed is None else args.tests_passed
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = describe_machine(passed)
     result: dict[str, Any] = {
@@ -67,7 +70,8 @@ def main() -> int:
             print(f"{record['run']:<12} {record['dataset']} {record['model']} {record['seconds']:.1f} s", flush=True)
         write(path, result)
     if "kernels" in args.suites:
-        result["records"] += kernel_records(device, result["limits"]["copy_gb_s"])
+        benchmarks = run_benchmarks() if args.benchmarks is None else read_benchmarks(args.benchmarks)
+        result["records"] += kernel_records(benchmarks, device, result["limits"]["copy_gb_s"])
         write(path, result)
     if "overhead" in args.suites:
         result["records"] += overhead_records()
@@ -115,27 +119,39 @@ def describe_machine(passed: int) -> dict[str, Any]:
         "triton": info.triton,
         "cuda": torch.version.cuda,
         "driver": info.driver,
-        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+        # A copy of the tree without its history is told its commit.
+        "commit": os.environ.get("LEARNDROP_COMMIT")
+        or commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "tests_passed": passed,
     }
 
 
-def kernel_records(device: str, copy_gb_s: float) -> Iterator[dict[str, Any]]:
+def run_benchmarks() -> list[dict[str, Any]]:
+    """Run all suites of pytest-benchmark and return what they measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "benchmarks.json"
+        suites = sorted((ROOT / "bench").glob("bench_*.py"))
+        options = ["-q", "--numprocesses=0", "--benchmark-only", "--benchmark-save-data", f"--benchmark-json={file}"]
+        subprocess.run([sys.executable, "-m", "pytest", *options, *map(str, suites)], cwd=folder, check=True)
+        return read_benchmarks([file])
+
+
+def read_benchmarks(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Return the benchmarks of files that pytest-benchmark wrote; a file that it left empty has none."""
+    texts = [file.read_text() for file in files]
+    return [benchmark for text in texts if text for benchmark in json.loads(text)["benchmarks"]]
+
+
+def kernel_records(benchmarks: Iterable[Mapping[str, Any]], device: str, copy_gb_s: float) -> Iterator[dict[str, Any]]:
     """One record for each of our benchmarks and peer of it; without a peer one with peer None.
 
     A benchmark says in `extra_info` what it is: suite, case, contender ("learndrop" or the peer's name), bytes (moved at
     least, read plus written), launches (counted by the profiler, or None), and in_turn, the times of peers that were
     measured in turn with it.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "benchmarks.json"
-        suites = sorted((ROOT / "bench").glob("bench_*.py"))
-        options = ["-q", "--numprocesses=0", "--benchmark-only", "--benchmark-save-data", f"--benchmark-json={file}"]
-        subprocess.run([sys.executable, "-m", "pytest", *options, *map(str, suites)], cwd=folder, check=True)
-        found = json.loads(file.read_text())["benchmarks"]
-    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
-    for benchmark in found:
+    cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    for benchmark in benchmarks:
         info = benchmark["extra_info"]
         cases.setdefault((info["suite"], info["case"]), {})[info["contender"]] = benchmark
     for (suite, case), contenders in sorted(cases.items()):

@@ -13,7 +13,7 @@ import pytest
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "on_gpu.sh"
 WRITTEN = {
     "check": {"host_time.json"},
-    "kernels": {"row_ops.json", "delta_norms.json", "copy_limit.json"},
+    "kernels": {"row_ops.json", "delta_norms.json", "kernels.json"},
     "training": {"training.json"},
 }
 
@@ -38,6 +38,9 @@ def test_on_gpu_is_rehearsed_on_a_cpu(stage: str, tmp_path: Path) -> None:
         assert json.loads((tmp_path / name).read_text())
     if stage == "check":
         assert outcomes["cuda-tests"] == "skipped: it needs a GPU"
+    if stage == "kernels":
+        records = json.loads((tmp_path / "kernels.json").read_text())["records"]
+        assert {record["suite"] for record in records} == {"append_rows", "delta_norms", "gather_rows"}
     if stage == "training":
         found = json.loads((tmp_path / "training.json").read_text())["cases"]
         assert set(found["cifar10-resnet18"]["runs"]) == {"baseline", "learndrop", "short"}
