@@ -57,8 +57,9 @@ step() { # step, most seconds, command
 gpu() { # as step, where there is a GPU
   if [ "$device" = cpu ]; then skip "$1" "it needs a GPU"; else step "$@"; fi
 }
-tests=("$python" -m pytest -q -p no:cacheprovider --durations=10)
-profile=("$python" -m pytest -q -p no:cacheprovider -n 0 bench/bench_row_ops.py --benchmark-disable -k "learndrop and 2048")
+# Older versions of pytest-benchmark warn of workers, and of benchmarks that were skipped.
+tests=("$python" -m pytest -q -p no:cacheprovider --durations=10 --benchmark-disable)
+profile=("$python" -m pytest -q -p no:cacheprovider -n 0 -W default bench/bench_row_ops.py --benchmark-disable -k "learndrop and 2048")
 
 if [ -z "$build" ]; then
   skip build "--no-build"
@@ -105,7 +106,7 @@ case $stage in
     step host-time 60 "$python" bench/host_time.py --device "$device" --out "$OUT/host_time.json"
     ;;
   kernels)
-    suites=("$python" -m pytest -q -p no:cacheprovider -n 0 --benchmark-only --benchmark-save-data)
+    suites=("$python" -m pytest -q -p no:cacheprovider -n 0 -W default --benchmark-only --benchmark-save-data)
     if [ -n "$toy" ]; then
       export LEARNDROP_BENCH_ROUNDS=2 LEARNDROP_BENCH_FILE_MB=4
       step row-ops 120 "${suites[@]}" bench/bench_row_ops.py -k "1024" "--benchmark-json=$OUT/row_ops.json"

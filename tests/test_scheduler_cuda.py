@@ -136,6 +136,7 @@ def test_rows_are_made_under_the_autocast_of_the_step() -> None:
         assert_all_among(torch.cat([x for x, _ in drop.loader]).flatten(1), wanted.flatten(1), 2e-2)
 
 
+@pytest.mark.filterwarnings("default")  # those of torch.compile itself
 def test_a_compiled_model_trains_on_rows() -> None:
     eager = losses_of()
     compiled = losses_of(wrap=torch.compile)

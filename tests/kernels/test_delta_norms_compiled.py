@@ -111,7 +111,7 @@ def test_delta_norms_are_one_launch() -> None:
     table = build_table(cuda_layers(), persistence=True)
     out = torch.empty(4, 8, dtype=torch.float64, device="cuda")
     ops.delta_norms(table, refresh=True, out=out)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         ops.delta_norms(table, refresh=True, out=out)
         torch.cuda.synchronize()
     assert [event.name for event in profile.events() if event.device_type.name == "CUDA"] == ["delta_norms_kernel"]
