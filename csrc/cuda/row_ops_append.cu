@@ -1,4 +1,4 @@
-// append_rows on CUDA: dense rows by vectors, strided images by tiles through shared memory, uint8 by
+// append_rows on CUDA: dense rows by vectors, strided images by tiles through shared memory, dense uint8 by
 // channels or, for rows of one channel, by vectors.
 #include <math_constants.h>
 
@@ -37,19 +37,87 @@ __global__ void __launch_bounds__(kThreads) append_dense_kernel(const __grid_con
       });
 }
 
-// A tile is 32 channels by 32 pixels; with fewer channels, the next power of two by as many more pixels.
+// A tile is 32 channels by 32 pixels; with fewer channels, the next power of two by as many more pixels. It
+// is read along the pixels, each thread from one pixel, and written along the channels, each thread to one
+// channel, so that a thread computes one address for its values. (With an address for each value the kernel
+// issued about 100 instructions a value, and its time was theirs.)
 constexpr int kLogTile = 10;
 constexpr int kTile = 1 << kLogTile;
+constexpr int kOfThread = kTile / kThreads;
+constexpr int kFewestLogChannels =
+    2;  // at most 256 pixels: a thread's values then differ in the channel alone
+
+struct TileShape {
+  int log_channels;
+
+  explicit TileShape(int64_t channels) : log_channels(kFewestLogChannels) {
+    while ((1 << log_channels) < channels && (1 << log_channels) < kWarp) ++log_channels;
+  }
+  LEARNDROP_HOST_DEVICE uint32_t channels() const { return 1u << log_channels; }
+  LEARNDROP_HOST_DEVICE uint32_t pixels() const { return static_cast<uint32_t>(kTile) >> log_channels; }
+  // From one channel to the next, 32 / channels() values more than its pixels: the threads that read down a
+  // column are then in 32 banks.
+  __device__ uint32_t apart() const { return pixels() + (kWarp >> log_channels); }
+};
+
+// Where a tile begins in its row.
+struct TileOrigin {
+  uint32_t channel, pixel;
+};
+
+template <class In>
+__device__ inline void read_tile(const Append& a, const Divider& width, const In* row, const TileShape& shape,
+                                 const TileOrigin& origin, In* tile) {
+  const int log_pixels = kLogTile - shape.log_channels;
+  const uint32_t column = threadIdx.x & (shape.pixels() - 1), first = threadIdx.x >> log_pixels;
+  const uint32_t step = static_cast<uint32_t>(kThreads) >> log_pixels;
+  const uint32_t pixel = origin.pixel + column;
+  if (pixel >= a.shape.pixels()) return;
+  const int64_t line = width.divide(pixel);
+  const In* from = row + line * a.stride_h + (pixel - line * a.shape.width) * a.stride_w +
+                   (int64_t{origin.channel} + first) * a.stride_c;
+  const int64_t apart = step * a.stride_c;
+  In loaded[kOfThread];
+#pragma unroll
+  for (int u = 0; u < kOfThread; ++u)
+    if (origin.channel + first + u * step < a.shape.channels) loaded[u] = from[u * apart];
+#pragma unroll
+  for (int u = 0; u < kOfThread; ++u) tile[(first + u * step) * shape.apart() + column] = loaded[u];
+}
+
+// Calls write(offset in the row, value) for each value of a tile.
+template <class In, class Write>
+__device__ inline void write_tile(const Append& a, const TileShape& shape, const TileOrigin& origin,
+                                  const In* tile, const Write& write) {
+  const uint32_t row = threadIdx.x & (shape.channels() - 1), first = threadIdx.x >> shape.log_channels;
+  const uint32_t step = static_cast<uint32_t>(kThreads) >> shape.log_channels;
+  const auto channels = static_cast<uint32_t>(a.shape.channels);
+  if (origin.channel + row >= channels) return;
+  const uint32_t begin = (origin.pixel + first) * channels + origin.channel + row;
+#pragma unroll
+  for (int u = 0; u < kOfThread; ++u) {
+    const uint32_t column = first + u * step;
+    if (origin.pixel + column < a.shape.pixels())
+      write(begin + u * step * channels, tile[row * shape.apart() + column]);
+  }
+}
 
 struct TileLaunch {
   Append a;
   Divider width;
-  int log_channels;  // of a tile
+  TileShape shape;
   uint32_t pixel_tiles, channel_tiles;
+
+  explicit TileLaunch(const Append& append)
+      : a(append),
+        width(append.shape.width),
+        shape(append.shape.channels),
+        pixel_tiles(static_cast<uint32_t>(ceil_div<int64_t>(append.shape.pixels(), shape.pixels()))),
+        channel_tiles(static_cast<uint32_t>(ceil_div<int64_t>(append.shape.channels, shape.channels()))) {}
 };
 
-// One block writes one tile of one row: read along the pixels, written along the channels. Three channels
-// fill three quarters of a tile of 4 x 256; of one of 32 x 32 they would fill a tenth.
+// One block writes one tile of one row. Three channels fill three quarters of a tile of 4 x 256; of one of
+// 32 x 32 they would fill a tenth.
 //
 // Moves as many bytes as append_dense_kernel. Loads and stores of 2 or 4 bytes: held to 60 % of a device
 // copy.
@@ -57,41 +125,19 @@ template <Dtype dtype, Codec codec>
 __global__ void __launch_bounds__(kThreads) append_tile_kernel(const __grid_constant__ TileLaunch launch) {
   using In = ValueOf<dtype>;
   using Out = CodeOf<codec>;
-  // Channels lie 32 / tile_channels values further apart than their pixels take: the threads that read down a
-  // column are then in 32 banks.
   __shared__ In tile[kTile + kWarp];
   const Append& a = launch.a;
-  const int log_pixels = kLogTile - launch.log_channels;
-  const uint32_t tile_pixels = 1u << log_pixels, tile_channels = 1u << launch.log_channels;
-  const uint32_t apart = tile_pixels + (kWarp >> launch.log_channels);
   const uint32_t tiles = launch.pixel_tiles * launch.channel_tiles;
   const int64_t b = blockIdx.x / tiles;
   const uint32_t of_row = blockIdx.x % tiles;
-  const uint32_t pixel_0 = of_row / launch.channel_tiles * tile_pixels,
-                 channel_0 = of_row % launch.channel_tiles * tile_channels;
-  const auto pixels = static_cast<uint32_t>(a.shape.pixels()),
-             channels = static_cast<uint32_t>(a.shape.channels);
-  const In* in = static_cast<const In*>(a.rows) + b * a.stride_b;
-#pragma unroll
-  for (uint32_t t = threadIdx.x; t < kTile; t += kThreads) {
-    const uint32_t column = t & (tile_pixels - 1), row = t >> log_pixels;
-    const uint32_t pixel = pixel_0 + column, c = channel_0 + row;
-    if (pixel >= pixels || c >= channels) continue;
-    const int64_t line = launch.width.divide(pixel);
-    tile[row * apart + column] =
-        in[line * a.stride_h + (pixel - line * a.shape.width) * a.stride_w + c * a.stride_c];
-  }
+  const TileOrigin origin{.channel = of_row % launch.channel_tiles * launch.shape.channels(),
+                          .pixel = of_row / launch.channel_tiles * launch.shape.pixels()};
+  read_tile(a, launch.width, static_cast<const In*>(a.rows) + b * a.stride_b, launch.shape, origin, tile);
   __syncthreads();
   Out* out = reinterpret_cast<Out*>(static_cast<unsigned char*>(a.cache) +
                                     checked_row(a.index, b, a.cache_rows) * a.cache_stride_bytes);
-#pragma unroll
-  for (uint32_t t = threadIdx.x; t < kTile; t += kThreads) {
-    const uint32_t row = t & (tile_channels - 1), column = t >> launch.log_channels;
-    const uint32_t pixel = pixel_0 + column, c = channel_0 + row;
-    if (pixel >= pixels || c >= channels) continue;
-    out[static_cast<int64_t>(pixel) * channels + c] =
-        convert<Out, codec == Codec::fp16>(tile[row * apart + column]);
-  }
+  write_tile(a, launch.shape, origin, tile,
+             [&](uint32_t at, In value) { out[at] = convert<Out, codec == Codec::fp16>(value); });
 }
 
 // The extent of n channels.
@@ -163,40 +209,40 @@ __device__ inline Fit fit(const Extent<n>& extent, int i) {
 
 struct ByteLaunch {
   Append a;
-  Divider width;
   int log_lanes;           // 2^log_lanes threads lie along the channels, the others along the pixels
   uint32_t channel_tiles;  // blocks to a row
 };
 
-// One block finds the extent of some channels of one row, then reads them again and writes their bytes.
+// Writes scale and zero of a channel, and the padding of the header with those of the last one, so that a row
+// is the same bytes whatever lay there.
+__device__ inline void write_fit(unsigned char* row, uint32_t channels, uint32_t c, const Fit& of) {
+  float* table = reinterpret_cast<float*>(row);
+  table[c] = of.scale;
+  table[channels + c] = of.zero;
+  if (c == channels - 1 && channels % 2 == 1) table[2 * channels] = table[2 * channels + 1] = 0.0f;
+}
+
+// One block finds the extent of some channels of one dense row, then reads them again and writes their bytes.
 //
 // Moves H*W*C * value_bytes(dtype) + row_bytes for each row from and to memory, and reads the values once
-// more from L2: 25 KB a block for 32 channels of 14 x 14 fp32. Held to 70 % of a device copy.
-template <Dtype dtype, int n, bool dense>
+// more from L2: 25 KB a block for 128 channels of 7 x 7 fp32. Held to 70 % of a device copy.
+template <Dtype dtype, int n>
 __global__ void __launch_bounds__(kThreads) append_uint8_kernel(const __grid_constant__ ByteLaunch launch) {
   using In = ValueOf<dtype>;
   using Part = Extent<n>;
   constexpr int kWarps = kThreads / kWarp;
-  constexpr int kLanes = dense ? kWarp / n : 1;
-  __shared__ Part parts[kWarps][kLanes];
+  __shared__ Part parts[kWarps][kWarp];
   const Append& a = launch.a;
   const int64_t b = blockIdx.x / launch.channel_tiles;
   const uint32_t lanes = 1u << launch.log_lanes, pixel_lanes = kThreads >> launch.log_lanes;
-  // Neighbouring threads read neighbouring channels of a dense row, neighbouring pixels of a strided one.
-  const uint32_t lane = dense ? threadIdx.x & (lanes - 1) : threadIdx.x / pixel_lanes;
-  const uint32_t pixel_lane = dense ? threadIdx.x >> launch.log_lanes : threadIdx.x % pixel_lanes;
+  const uint32_t lane = threadIdx.x & (lanes - 1), pixel_lane = threadIdx.x >> launch.log_lanes;
   const auto pixels = static_cast<uint32_t>(a.shape.pixels()),
              channels = static_cast<uint32_t>(a.shape.channels);
   const uint32_t c = (blockIdx.x % launch.channel_tiles * lanes + lane) * n;
   const bool inside = c < channels;
   const In* in = static_cast<const In*>(a.rows) + b * a.stride_b;
   const auto load = [&](uint32_t p) {
-    if constexpr (dense) {
-      return *reinterpret_cast<const Pack<In, n>*>(in + static_cast<int64_t>(p) * channels + c);
-    } else {
-      const int64_t line = launch.width.divide(p);
-      return Pack<In, 1>{in[line * a.stride_h + (p - line * a.shape.width) * a.stride_w + c * a.stride_c]};
-    }
+    return *reinterpret_cast<const Pack<In, n>*>(in + static_cast<int64_t>(p) * channels + c);
   };
   const Share share{.b = b, .first = inside ? pixel_lane : pixels, .last = pixels, .step = pixel_lanes};
   Part extent = Part::of_nothing();
@@ -204,36 +250,78 @@ __global__ void __launch_bounds__(kThreads) append_uint8_kernel(const __grid_con
 #pragma unroll
     for (int i = 0; i < n; ++i) extent.include(i, widen(values.v[i]));
   });
-  // A warp holds all channels of a dense block and one channel of a strided one.
-  extent.join_warp(dense ? lanes : 1);
-  const uint32_t warp = threadIdx.x / kWarp, of_warp = threadIdx.x % kWarp;
-  if (of_warp < (dense ? lanes : 1)) parts[warp][of_warp] = extent;
+  // Each warp holds all channels of the block.
+  extent.join_warp(lanes);
+  if (threadIdx.x % kWarp < lanes) parts[threadIdx.x / kWarp][threadIdx.x % kWarp] = extent;
   __syncthreads();
   if (!inside) return;
-  const uint32_t warps = dense ? kWarps : pixel_lanes / kWarp;
-  const uint32_t first_warp = dense ? 0 : lane * warps;
-  for (uint32_t w = 0; w < warps; ++w) extent.include(parts[first_warp + w][dense ? lane : 0]);
+  for (int warp = 0; warp < kWarps; ++warp) extent.include(parts[warp][lane]);
   auto* row =
       static_cast<unsigned char*>(a.cache) + checked_row(a.index, b, a.cache_rows) * a.cache_stride_bytes;
-  float* table = reinterpret_cast<float*>(row);
   uint8_t* payload = row + header_bytes(Codec::uint8, a.shape);
   Fit fits[n];
 #pragma unroll
   for (int i = 0; i < n; ++i) {
     fits[i] = fit(extent, i);
-    if (pixel_lane == 0) {
-      table[c + i] = fits[i].scale;
-      table[channels + c + i] = fits[i].zero;
-    }
+    if (pixel_lane == 0) write_fit(row, channels, c + i, fits[i]);
   }
-  // The header's padding is written too, so that a row is the same bytes whatever lay there.
-  if (pixel_lane == 0 && c == 0 && channels % 2 == 1) table[2 * channels] = table[2 * channels + 1] = 0.0f;
   for_each_vector(share, load, [&](uint32_t p, const Pack<In, n>& values) {
     Pack<uint8_t, n> codes;
 #pragma unroll
     for (int i = 0; i < n; ++i) codes.v[i] = fits[i].code(widen(values.v[i]));
     *reinterpret_cast<Pack<uint8_t, n>*>(payload + static_cast<int64_t>(p) * channels + c) = codes;
   });
+}
+
+// One block finds the extents of a tile's channels of one strided row, a warp a channel at a time along its
+// pixels, then brings the row tile by tile through shared memory: a pixel's bytes lie side by side, a
+// channel's far apart.
+//
+// Moves as many bytes as append_uint8_kernel. Held to 40 % of a device copy.
+template <Dtype dtype>
+__global__ void __launch_bounds__(kThreads)
+    append_uint8_tile_kernel(const __grid_constant__ TileLaunch launch) {
+  using In = ValueOf<dtype>;
+  __shared__ In tile[kTile + kWarp];
+  __shared__ Fit fits[kWarp];
+  const Append& a = launch.a;
+  const int64_t b = blockIdx.x / launch.channel_tiles;
+  const uint32_t channel_0 = blockIdx.x % launch.channel_tiles * launch.shape.channels();
+  const auto pixels = static_cast<uint32_t>(a.shape.pixels()),
+             channels = static_cast<uint32_t>(a.shape.channels);
+  const In* in = static_cast<const In*>(a.rows) + b * a.stride_b;
+  auto* row =
+      static_cast<unsigned char*>(a.cache) + checked_row(a.index, b, a.cache_rows) * a.cache_stride_bytes;
+  const Share share{.b = b, .first = threadIdx.x % kWarp, .last = pixels, .step = kWarp};
+  for (uint32_t of_tile = threadIdx.x / kWarp; of_tile < launch.shape.channels();
+       of_tile += kThreads / kWarp) {
+    const uint32_t c = channel_0 + of_tile;
+    if (c >= channels) break;
+    const In* from = in + c * a.stride_c;
+    Extent<1> extent = Extent<1>::of_nothing();
+    for_each_vector(
+        share,
+        [&](uint32_t p) {
+          const int64_t line = launch.width.divide(p);
+          return from[line * a.stride_h + (p - line * a.shape.width) * a.stride_w];
+        },
+        [&](uint32_t, In value) { extent.include(0, widen(value)); });
+    extent.join_warp(1);
+    if (threadIdx.x % kWarp == 0) {
+      fits[of_tile] = fit(extent, 0);
+      write_fit(row, channels, c, fits[of_tile]);
+    }
+  }
+  uint8_t* payload = row + header_bytes(Codec::uint8, a.shape);
+  for (uint32_t pixel_0 = 0; pixel_0 < pixels; pixel_0 += launch.shape.pixels()) {
+    const TileOrigin origin{.channel = channel_0, .pixel = pixel_0};
+    __syncthreads();  // the fits are there, and the tile before was written
+    read_tile(a, launch.width, in, launch.shape, origin, tile);
+    __syncthreads();
+    const Fit of = fits[threadIdx.x & (launch.shape.channels() - 1)];
+    write_tile(a, launch.shape, origin, tile,
+               [&](uint32_t at, In value) { payload[at] = of.code(widen(value)); });
+  }
 }
 
 // A row of one channel takes one block of up to 1,024 threads: with four loads of 16 bytes they have 64 KB in
@@ -299,32 +387,29 @@ void launch_dense(const Append& a, const DeviceGuard& guard, cudaStream_t stream
 
 template <Dtype dtype, Codec codec>
 void launch_tiles(const Append& a, const DeviceGuard& guard, cudaStream_t stream) {
-  int log_channels = 0;
-  while ((1 << log_channels) < a.shape.channels && (1 << log_channels) < kWarp) ++log_channels;
-  const int64_t tile_channels = int64_t{1} << log_channels;
-  const TileLaunch launch{
-      .a = a,
-      .width = Divider(a.shape.width),
-      .log_channels = log_channels,
-      .pixel_tiles = static_cast<uint32_t>(ceil_div(a.shape.pixels(), kTile / tile_channels)),
-      .channel_tiles = static_cast<uint32_t>(ceil_div(a.shape.channels, tile_channels))};
-  const int64_t blocks = a.batch * launch.pixel_tiles * launch.channel_tiles;
-  append_tile_kernel<dtype, codec><<<guard.grid(blocks), kThreads, 0, stream>>>(launch);
+  const TileLaunch launch(a);
+  if constexpr (codec == Codec::uint8) {
+    const unsigned int blocks = guard.grid(a.batch * launch.channel_tiles);
+    append_uint8_tile_kernel<dtype><<<blocks, kThreads, 0, stream>>>(launch);
+  } else {
+    const unsigned int blocks = guard.grid(a.batch * launch.pixel_tiles * launch.channel_tiles);
+    append_tile_kernel<dtype, codec><<<blocks, kThreads, 0, stream>>>(launch);
+  }
 }
 
-template <Dtype dtype, int n, bool dense>
+template <Dtype dtype, int n>
 void launch_uint8(const Append& a, const DeviceGuard& guard, cudaStream_t stream) {
-  // 32 channels to a block: 128 bytes of a dense fp32 pixel. A strided row is read along its pixels by whole
-  // warps.
-  const int most = dense ? kWarp / n : kThreads / kWarp;
+  const auto kernel = append_uint8_kernel<dtype, n>;
+  // A warp across the channels, 512 bytes of a pixel for n = 4 and fp32; fewer channels to a block, down to 8
+  // vectors, while there are not as many blocks as run at once.
+  const int64_t resident = guard.resident_blocks(kernel);
+  const auto tiles = [&](int log_lanes) { return ceil_div(a.shape.channels, int64_t{n} << log_lanes); };
   int log_lanes = 0;
-  while ((1 << log_lanes) < most && (int64_t{n} << log_lanes) < a.shape.channels) ++log_lanes;
-  const int64_t tiles = ceil_div(a.shape.channels, int64_t{n} << log_lanes);
-  const ByteLaunch launch{.a = a,
-                          .width = Divider(a.shape.width),
-                          .log_lanes = log_lanes,
-                          .channel_tiles = static_cast<uint32_t>(tiles)};
-  append_uint8_kernel<dtype, n, dense><<<guard.grid(a.batch * tiles), kThreads, 0, stream>>>(launch);
+  while ((1 << log_lanes) < kWarp && tiles(log_lanes) > 1) ++log_lanes;
+  while (log_lanes > 3 && a.batch * tiles(log_lanes) < resident) --log_lanes;
+  const ByteLaunch launch{
+      .a = a, .log_lanes = log_lanes, .channel_tiles = static_cast<uint32_t>(tiles(log_lanes))};
+  append_uint8_kernel<dtype, n><<<guard.grid(a.batch * launch.channel_tiles), kThreads, 0, stream>>>(launch);
 }
 
 template <Dtype dtype, int n>
@@ -354,11 +439,11 @@ void append_rows(const Append& a, int device, void* stream) {
       constexpr int n = kVector<In, CodeOf<codec()>>;
       if constexpr (bytes) {
         constexpr int across = 4;
-        if (!is_dense(a)) return launch_uint8<dtype(), 1, false>(a, guard, to);
+        if (!is_dense(a)) return launch_tiles<dtype(), codec()>(a, guard, to);
         if (flat && admits(n, a.shape.values())) return launch_uint8_flat<dtype(), n>(a, guard, to);
         if (flat) return launch_uint8_flat<dtype(), 1>(a, guard, to);
-        if (admits(across, a.shape.channels)) return launch_uint8<dtype(), across, true>(a, guard, to);
-        launch_uint8<dtype(), 1, true>(a, guard, to);
+        if (admits(across, a.shape.channels)) return launch_uint8<dtype(), across>(a, guard, to);
+        launch_uint8<dtype(), 1>(a, guard, to);
       } else {
         if (!is_dense(a)) return launch_tiles<dtype(), codec()>(a, guard, to);
         if (admits(n, a.shape.values())) return launch_dense<dtype(), codec(), n>(a, guard, to);

@@ -96,8 +96,8 @@ def test_delta_norms_kernel_adds_no_floats_atomically(compiled: tuple[bool, bool
 
 
 def test_delta_norms_kernel_exchanges_only_scalars_between_threads(compiled: tuple[bool, bool, str, int]) -> None:
-    # The sums of a group, 8 columns of 8 bytes from each of 4 warps: a tile's rows never pass through shared memory.
-    assert compiled[3] <= 4 * 8 * 8
+    # The sums of a group, 8 columns of 8 bytes from each of 8 warps: a tile's rows never pass through shared memory.
+    assert compiled[3] <= 8 * 8 * 8
 
 
 def cuda_layers() -> list[list[torch.Tensor]]:
@@ -153,12 +153,13 @@ def test_delta_norms_of_more_than_2_to_the_31_elements() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_delta_norms_do_not_wait_for_the_device() -> None:
     table = build_table(cuda_layers())
     ops.delta_norms(table, refresh=True)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         ops.delta_norms(table, refresh=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
