@@ -80,14 +80,15 @@ fi
 
 case $stage in
   check)
-    gpu cuda-tests 240 "${tests[@]}" -v -n 4 -m cuda --junitxml "$OUT/cuda_tests.xml"
-    # On other cores than the sanitizers, which take one each.
+    # The tests that need no GPU run beside those that do, and beside the sanitizers, on the other cores.
     if [ -n "$toy" ]; then
       step tests 120 "${tests[@]}" -n 1 tests/ops/test_rows_refusals.py &
     else
-      step tests 400 "${tests[@]}" -n "$(($(nproc) - 3))" -m "not cuda and not timing" --junitxml "$OUT/tests.xml" &
+      others=$(($(nproc) > 5 ? $(nproc) - 4 : 1))
+      step tests 400 "${tests[@]}" -n "$others" -m "not cuda and not timing" --junitxml "$OUT/tests.xml" &
     fi
-    others=$!
+    tests_process=$!
+    gpu cuda-tests 240 "${tests[@]}" -v -n 4 -m cuda --junitxml "$OUT/cuda_tests.xml"
     if command -v compute-sanitizer > /dev/null; then
       for tool in memcheck racecheck; do
         gpu "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "${tests[@]}" -n 0 -m cuda \
@@ -102,7 +103,7 @@ case $stage in
     else
       skip registers "there is no nvcc"
     fi
-    wait "$others" || failed=1
+    wait "$tests_process" || failed=1
     step host-time 60 "$python" bench/host_time.py --device "$device" --out "$OUT/host_time.json"
     ;;
   kernels)
