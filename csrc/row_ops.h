@@ -1,5 +1,5 @@
-// append_rows and gather_rows: the contract of both backends. cpu/row_ops.cpp, cuda/row_ops_append.cu and
-// cuda/row_ops_gather.cu give the same bits.
+// append_rows and gather_rows: the contract of both backends. cpu/row_ops.cpp and cuda/row_ops_*.cu give the
+// same bits.
 //
 // B rows in the batch, R rows in the cache, S bytes from one cache row to the next, [H, W, C] the values of
 // one row, channels last. A row that is no image is [1, D, 1]. Offsets and strides are values; names that end

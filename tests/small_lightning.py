@@ -19,6 +19,7 @@ IGNORED = (
     r"ignore:.*(does not have many workers|logging interval|no `val_dataloader`|in eval mode at the start):",
     "ignore:You're resuming from a checkpoint that ended before the epoch",
     r"ignore:Checkpoint directory .* exists and is not empty",
+    "ignore:GPU available but not used",
     r"ignore:.*callbacks used to create the checkpoint need to be provided",
 )
 

@@ -42,6 +42,15 @@ def test_fit_equals_a_loop_by_hand(pl: Any) -> None:
     assert max(reads[2:]) <= PROBES
 
 
+@pytest.mark.cuda
+def test_fit_on_a_gpu_follows_the_loop_by_hand(pl: Any) -> None:
+    module, learn_drop = classifier(pl), callback()
+    trainer(pl, learn_drop, accelerator="gpu", devices=1).fit(module, loader())
+    wanted, _ = by_hand(4)
+    torch.testing.assert_close(module.losses, wanted, rtol=1e-2, atol=1e-3)
+    assert [record.prefix for record in learn_drop.drop.history] == [2, 3, 3, 3]
+
+
 def test_the_model_is_given_back_as_it_was(pl: Any) -> None:
     module, learn_drop = classifier(pl), callback()
     before = {name: sorted(child.__dict__) for name, child in module.named_modules()}

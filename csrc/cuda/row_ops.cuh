@@ -248,4 +248,15 @@ void for_codec(Codec codec, const Call& call) {
   call(std::integral_constant<Codec, Codec::uint8>());
 }
 
+// Whether vectors of n values of a dense row, of which `divided` lie side by side, lie at multiples of their
+// size.
+template <class In>
+bool admits_vectors(const Append& a, int n, int64_t divided) {
+  return divided % n == 0 && a.stride_b % n == 0 && a.cache_stride_bytes % 16 == 0 && aligned(a.cache, 16) &&
+         aligned(a.rows, static_cast<int64_t>(sizeof(In)) * n);
+}
+
+// append_rows for the codec uint8; the caller checks the launch.
+void append_uint8_rows(const Append& append, const DeviceGuard& guard, cudaStream_t stream);
+
 }  // namespace learndrop::cuda
