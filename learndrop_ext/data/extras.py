@@ -5,6 +5,7 @@ B samples in a batch, R places.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,7 +142,7 @@ class BatchExtras:
             elif entry.kind == "array":
                 leaves.append(stack[at.numpy()])
             elif entry.kind == "list":
-                values = [stack[place] for place in at.tolist()]
+                values = [_own(stack[place]) for place in at.tolist()]
                 leaves.append(tuple(values) if entry.form.startswith("a tuple") else values)
             else:
                 leaves.append(stack)
@@ -284,6 +285,11 @@ def _put_rows(stack: Any, at: torch.Tensor, rows: Any) -> Any:
     else:
         stack[at.numpy()] = rows
     return stack
+
+
+def _own(value: Any) -> Any:
+    """A value that the loop may write to: boxes that are scaled in place must not change what is kept."""
+    return value if isinstance(value, str | bytes | int | float | None) else copy.deepcopy(value)
 
 
 def _equal(one: Any, other: Any) -> bool:
