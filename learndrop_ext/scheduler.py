@@ -55,7 +55,7 @@ class DropScheduler:
     Args:
         model: any module that `split_layers` can split, with one tensor as its input. It stays whole, for evaluation and
             saving, and stays the caller's.
-        optimizer: holds the model's parameters. It is never changed, and the learning rate stays the caller's.
+        optimizer: holds the model's parameters. It is never changed; a loop that makes another one sets `drop.optimizer`.
         loader: a DataLoader over a dataset with ids, or, with `ids`, anything that gives batches each time it is iterated
             over.
         policy: scores -> Decision; `StoppedLearning()` by default. It is asked once before training too.
@@ -171,7 +171,7 @@ class DropScheduler:
         samples, epoch_seconds = self.loader.ledger
         check_trained(self.model, samples)
         follow_model(self.rows)
-        self._follow_code("drop.step", run=False)
+        self._follow_code("step", run=False)
         changes = self._deltas.measure(refresh=False)
         check_finite(self.chain.names[self.prefix :], changes)
         gone: tuple[None, ...] = (None,) * self.prefix
@@ -314,7 +314,7 @@ class DropScheduler:
         """
         check_free(self.base_model, self)
         if situation.epoch and not self.prefix:
-            self._follow_code("drop.step", run=True)
+            self._follow_code("step", run=True)
         share_buffers(self.chain.prefix(prefix).buffers())
         body = live_body(self.base_model, self.chain, cut, prefix, self.wrap)
         if cut > self.cut:
@@ -361,11 +361,11 @@ class DropScheduler:
         self.model.stale = self.chain.stale if self.prefix else None
 
     def _begin_epoch(self) -> None:
-        if self.prefix:
-            self._follow_code("drop.loader", run=True)
+        if self.rows.frozen is not None:
+            self.rows.frozen.optimizer = self.optimizer
+            self._follow_code("loader", run=True)
 
     def _follow_code(self, where: str, *, run: bool) -> None:
-        """Split the model again if its forward has changed."""
         if follow_code(self.rows, where, run=run, layers=self._layer_names, inputs=self._arguments):
             self.chain = self.rows.chain
             if self.prefix:

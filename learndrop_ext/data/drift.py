@@ -39,8 +39,8 @@ def follow_model(rows: RowSet) -> None:
     frozen.hold_eval()
     if woken := frozen.first_woken():
         raise RuntimeError(
-            f"drop.loader: the parameters of {woken} are to train (requires_grad, and in the optimizer), and the layer "
-            "is dropped: call drop.undrop() to train all layers, or leave them as they were"
+            f"drop.loader: the parameters of {woken} are to train (requires_grad, or a place in the optimizer), and the "
+            "layer is dropped: call drop.undrop() to train all layers, or leave them as they were"
         )
     if changed := frozen.first_changed_value():
         frozen.accept()
@@ -65,7 +65,7 @@ def follow_code(
 
     Args:
         rows: of the run; its chain is replaced.
-        where: what was called, for messages.
+        where: "loader" or "step", for messages.
         run: whether model and chain are run, beside what forward reads from its modules being compared.
         layers, inputs: of the scheduler, see `split_layers`.
 
@@ -80,11 +80,11 @@ def follow_code(
         return False
     chain = split_layers(rows.model, rows.example, layers=layers, inputs=inputs)
     if chain.names != rows.chain.names:
-        raise RuntimeError(f"{where}: the model must keep its layers, got others since {changed}")
+        raise RuntimeError(f"drop.{where}: the model must keep its layers, got others since {changed}")
     same = same_layers(rows.chain, chain, rows.cut)
     rows.chain = chain
     if rows.cuts and not same:
-        warnings.warn(f"{where}: the rows are made anew: {changed}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"drop.{where}: the rows are made anew: {changed}", RuntimeWarning, stacklevel=5)
         rows.find(None, rows.cuts)
     return True
 

@@ -42,7 +42,7 @@ class FrozenPrefix:
     ) -> None:
         self.k = k
         self._model = model
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         modules = prefix_modules(model, chain, k)
         self._modes: dict[nn.Module, bool] = {module: module.training for module in modules}
         self._modules = tuple(modules)
@@ -111,7 +111,7 @@ class FrozenPrefix:
     def first_woken(self) -> str | None:
         """Return the name of the first layer with a parameter that did not train when it was dropped and is asked to
         now: by `requires_grad_(True)`, whatever optimizer holds it, or by a place in this one."""
-        held = _held(self._optimizer)
+        held = _held(self.optimizer)
         for layer, owner, name, asked in self._asleep:
             parameter = owner.get(name)
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad and (not asked or id(parameter) in held):
