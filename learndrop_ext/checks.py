@@ -15,17 +15,18 @@ from torch import nn
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.decide.deltas import LayerChange
 from learndrop_ext.decide.policy import Decision
+from learndrop_ext.graph.chain import Chain, user_hooks
 from learndrop_ext.graph.live import LiveModel
 
 #: The scheduler that has dropped layers of a model, by model.
 HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
-def check_free(model: nn.Module) -> None:
-    """Raise ValueError for a model that another scheduler has dropped layers of."""
+def check_free(model: nn.Module, but: object = None) -> None:
+    """Raise ValueError for a model that another scheduler than `but` has dropped layers of."""
     holder = HOLDERS.get(model)
     other = holder() if holder is not None else None
-    if other is not None:
+    if other is not None and other is not but:
         raise ValueError(
             f"DropScheduler: model must have no dropped layers, got one of which another DropScheduler has dropped "
             f"{other.prefix}: close() that one first"
@@ -39,6 +40,14 @@ def check_folder(config: CacheConfig) -> None:
         raise ValueError(
             f"DropScheduler: cache must have a disk_dir that is a folder to write to, got CacheConfig(disk_dir={folder!r})"
         )
+
+
+def check_policy(policy: Any, epochs: Any) -> None:
+    """Raise TypeError or ValueError for what is no policy, or no number of epochs."""
+    if isinstance(policy, type) or (policy is not None and not callable(policy)):
+        raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
+    if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
+        raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
 
 
 def input_name(model: nn.Module) -> str:
@@ -79,6 +88,24 @@ def check_finite(names: Sequence[str], changes: Sequence[LayerChange]) -> None:
     for name, change in zip(names, changes, strict=True):
         if change.nonfinite:
             raise ValueError(f"drop.step: weights must be finite, got {change.nonfinite} NaN or inf in layer {name}")
+
+
+def warn_unseen(model: nn.Module, chain: Chain, first: int, prefix: int) -> None:
+    """Warn of hooks in the layers first..prefix-1, and of tensors that their forward keeps for its caller."""
+    inside = set(chain.segment(first, prefix).modules())
+    found = []
+    for name, module in model.named_modules():
+        if module in inside:
+            if any(user_hooks(module).values()):
+                found.append(f"the hooks of {name}")
+            found += [f"{name}.{attribute}" for key, attribute in sorted(chain.stored) if key == id(module)]
+    if found:
+        warnings.warn(
+            f"drop.step: dropped layers run only where rows are made, so that a loss must not use {', '.join(found)}: "
+            "what is found there is of another batch",
+            RuntimeWarning,
+            stacklevel=6,
+        )
 
 
 def warn_saturated(layer: str) -> None:

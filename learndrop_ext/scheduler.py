@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -19,12 +18,14 @@ from learndrop_ext.checks import (
     check_finite,
     check_folder,
     check_free,
+    check_policy,
     check_trained,
     checked_decision,
     input_name,
     warn_saturated,
+    warn_unseen,
 )
-from learndrop_ext.data.drift import follow_model
+from learndrop_ext.data.drift import follow_code, follow_model
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.loader import DropLoader
@@ -54,7 +55,7 @@ class DropScheduler:
     Args:
         model: any module that `split_layers` can split, with one tensor as its input. It stays whole, for evaluation and
             saving, and stays the caller's.
-        optimizer: holds the model's parameters. It is never changed, and the learning rate stays the caller's.
+        optimizer: holds the model's parameters. It is never changed; a loop that makes another one sets `drop.optimizer`.
         loader: a DataLoader over a dataset with ids, or, with `ids`, anything that gives batches each time it is iterated
             over.
         policy: scores -> Decision; `StoppedLearning()` by default. It is asked once before training too.
@@ -106,10 +107,7 @@ class DropScheduler:
         check_folder(config)
         check_optimizer(optimizer, model)
         check_free(model)
-        if isinstance(policy, type) or (policy is not None and not callable(policy)):
-            raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
-        if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
-            raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
+        check_policy(policy, epochs)
         numbers, batch = source.first()
         batch = to_device(batch, device)
         example = input_of(batch, input)
@@ -141,7 +139,8 @@ class DropScheduler:
         )
         self.model.check_input = check_input
         self.model.set_mode(model.training, but=model)
-        self.loader = DropLoader(self.rows, self.model, key=input)
+        self.model.image_shape = tuple(example.shape[1:])
+        self.loader = DropLoader(self.rows, self.model, key=input, follow_code=weakref.WeakMethod(self._begin_epoch))
         self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None, inputs=inputs)
         self._deltas = self._deltas_from(0)
         check = getattr(self.policy, "check", None)  # Budget refuses a speedup that cannot be reached
@@ -172,7 +171,7 @@ class DropScheduler:
         samples, epoch_seconds = self.loader.ledger
         check_trained(self.model, samples)
         follow_model(self.rows)
-        self._follow_code()
+        self._follow_code("step", run=False)
         changes = self._deltas.measure(refresh=False)
         check_finite(self.chain.names[self.prefix :], changes)
         gone: tuple[None, ...] = (None,) * self.prefix
@@ -313,9 +312,13 @@ class DropScheduler:
 
         Everything that can fail comes before the first change that the user sees.
         """
+        check_free(self.base_model, self)
+        if situation.epoch and not self.prefix:
+            self._follow_code("step", run=True)
         share_buffers(self.chain.prefix(prefix).buffers())
         body = live_body(self.base_model, self.chain, cut, prefix, self.wrap)
         if cut > self.cut:
+            warn_unseen(self.base_model, self.chain, self.cut, cut)
             left = None if self.epochs is None else self.epochs - situation.epoch
             rows = self.loader.batches.expected_rows()
             self.rows.advance(cut, rows=rows, stores=left is None or left > self.rows.views)
@@ -355,21 +358,18 @@ class DropScheduler:
         if self.rows.frozen is not None:
             self.rows.frozen.hold_eval()
         self.model.row_shape = self.chain.layer(self.cut - 1).shape if self.cut else None
+        self.model.stale = self.chain.stale if self.prefix else None
 
-    def _follow_code(self) -> None:
-        """Split the model again if what its forward reads from its modules has changed."""
-        stale = self.chain.stale()
-        if stale is None:
-            return
-        chain = split_layers(self.base_model, self.rows.example, layers=self._layer_names, inputs=self._arguments)
-        if chain.names != self.chain.names:
-            raise RuntimeError(f"drop.step: the model must keep its layers, got others since {stale}")
-        self.chain = self.rows.chain = chain
-        if self.prefix:
-            warnings.warn(f"drop.step: the rows are made anew: {stale}", RuntimeWarning, stacklevel=3)
-            if self.rows.cuts:
-                self.rows.find(None, self.rows.cuts)
-            self._freeze(self.prefix, live_body(self.base_model, chain, self.cut, self.prefix, self.wrap))
+    def _begin_epoch(self) -> None:
+        if self.rows.frozen is not None:
+            self.rows.frozen.optimizer = self.optimizer
+            self._follow_code("loader", run=True)
+
+    def _follow_code(self, where: str, *, run: bool) -> None:
+        if follow_code(self.rows, where, run=run, layers=self._layer_names, inputs=self._arguments):
+            self.chain = self.rows.chain
+            if self.prefix:
+                self._freeze(self.prefix, live_body(self.base_model, self.chain, self.cut, self.prefix, self.wrap))
 
     def _record(self, reason: str, **values: Any) -> Record:
         cache = self.rows.cache

@@ -16,7 +16,7 @@ from learndrop_ext.cache.plan import lengthened
 from learndrop_ext.data.drift import follow_batch
 from learndrop_ext.data.extras import to_device
 from learndrop_ext.data.id_source import IdSource, length_of
-from learndrop_ext.data.reading import rebuilt
+from learndrop_ext.data.reading import id_of, rebuilt
 from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.data.share import Share
 from learndrop_ext.distributed import process_rank, several_processes
@@ -102,7 +102,7 @@ class Planner:
         """Plan batches as they come."""
         size = len(self.seen)
         for batch in batches:
-            ids = [int(i) for i in batch]
+            ids = [id_of(i) for i in batch]
             if ids and (min(ids) < 0 or max(ids) >= size):
                 outside = next(i for i in ids if not 0 <= i < size)
                 raise IndexError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from learndrop_ext.data.extras import input_of, some_of
 from learndrop_ext.data.fill import frozen_pass, rows_agree
 from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.data.slots import filled_at
+from learndrop_ext.graph.chain import difference_now, split_layers
 from learndrop_ext.graph.freeze import FrozenPrefix
+from learndrop_ext.graph.layers import same_layers
 from learndrop_ext.rng import fork_rng
 
 #: Samples that are read again at each epoch.
@@ -37,8 +39,8 @@ def follow_model(rows: RowSet) -> None:
     frozen.hold_eval()
     if woken := frozen.first_woken():
         raise RuntimeError(
-            f"drop.loader: the parameters of {woken} are to train (requires_grad, and in the optimizer), and the layer "
-            "is dropped: call drop.undrop() to train all layers, or leave them as they were"
+            f"drop.loader: the parameters of {woken} are to train (requires_grad, or a place in the optimizer), and the "
+            "layer is dropped: call drop.undrop() to train all layers, or leave them as they were"
         )
     if changed := frozen.first_changed_value():
         frozen.accept()
@@ -48,6 +50,43 @@ def follow_model(rows: RowSet) -> None:
         frozen.accept()
         if not same:
             _make_anew(rows, moved)
+
+
+def follow_code(
+    rows: RowSet,
+    where: str,
+    *,
+    run: bool,
+    layers: Sequence[str] | None,
+    inputs: tuple[Sequence[Any], Mapping[str, Any]] | None,
+) -> bool:
+    """Split the model again where its forward is no longer what it was, and have the rows made anew, with a
+    RuntimeWarning, where that is so of the dropped layers.
+
+    Args:
+        rows: of the run; its chain is replaced.
+        where: "loader" or "step", for messages.
+        run: whether model and chain are run, beside what forward reads from its modules being compared.
+        layers, inputs: of the scheduler, see `split_layers`.
+
+    Returns:
+        Whether the model was split again.
+
+    Raises:
+        RuntimeError: the model has other layers now.
+    """
+    changed = rows.chain.stale() or (difference_now(rows.chain, rows.model) if run else None)
+    if changed is None:
+        return False
+    chain = split_layers(rows.model, rows.example, layers=layers, inputs=inputs)
+    if chain.names != rows.chain.names:
+        raise RuntimeError(f"drop.{where}: the model must keep its layers, got others since {changed}")
+    same = same_layers(rows.chain, chain, rows.cut)
+    rows.chain = chain
+    if rows.cuts and not same:
+        warnings.warn(f"drop.{where}: the rows are made anew: {changed}", RuntimeWarning, stacklevel=5)
+        rows.find(None, rows.cuts)
+    return True
 
 
 def follow_data(rows: RowSet, epoch: int) -> None:

@@ -5,6 +5,7 @@ B samples in a batch, R places.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,9 +49,9 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
 
 def with_input(batch: Any, key: InputKey, model_input: torch.Tensor) -> Any:
     """Return the batch with another tensor in the place of the model's input."""
-    before = input_of(batch, key)
-    leaves, spec = pytree.tree_flatten(batch)
-    place = next(i for i, leaf in enumerate(leaves) if leaf is before)
+    pairs, spec = pytree.tree_flatten_with_path(batch)
+    leaves = [leaf for _, leaf in pairs]
+    place = _input_place(pairs, input_of(batch, key), key)
     return pytree.tree_unflatten([*leaves[:place], model_input, *leaves[place + 1 :]], spec)
 
 
@@ -141,7 +142,7 @@ class BatchExtras:
             elif entry.kind == "array":
                 leaves.append(stack[at.numpy()])
             elif entry.kind == "list":
-                values = [stack[place] for place in at.tolist()]
+                values = [_own(stack[place]) for place in at.tolist()]
                 leaves.append(tuple(values) if entry.form.startswith("a tuple") else values)
             else:
                 leaves.append(stack)
@@ -220,12 +221,10 @@ class BatchExtras:
         pairs, spec = pytree.tree_flatten_with_path(batch, is_leaf=is_leaf)
         if self._spec is not None and spec != self._spec:
             raise ValueError(f"DropScheduler: all batches must have one structure, got {spec} after {self._spec}")
-        seen = False
+        place = _input_place(pairs, model_input, self.key)
         entries = []
         for i, (path, leaf) in enumerate(pairs):
-            is_input = leaf is model_input and not seen
-            seen = seen or is_input
-            entry = _entry(path, leaf, count, is_input=is_input)
+            entry = _entry(path, leaf, count, is_input=i == place)
             if self._entries and entry.form != self._entries[i].form:
                 raise ValueError(
                     f"DropScheduler: entries of all batches must be alike, wanted {self._entries[i].form} as in the "
@@ -245,6 +244,13 @@ class BatchExtras:
         if entry.kind == "array":
             return np.empty((0, *leaf.shape[1:]), dtype=leaf.dtype)
         return [] if entry.kind == "list" else leaf if entry.kind == "constant" else None
+
+
+def _input_place(pairs: Sequence[tuple[Any, Any]], model_input: torch.Tensor, key: InputKey) -> int:
+    """Return which leaf is the model's input: where a batch holds that tensor twice, the one at `key`; -1 for none."""
+    places = [i for i, (_, leaf) in enumerate(pairs) if leaf is model_input]
+    named = [i for i in places if [getattr(step, "key", getattr(step, "idx", None)) for step in pairs[i][0]] == [key]]
+    return (named or places or [-1])[0]
 
 
 def _entry(path: tuple[Any, ...], leaf: Any, count: int, *, is_input: bool) -> _Entry:
@@ -284,6 +290,11 @@ def _put_rows(stack: Any, at: torch.Tensor, rows: Any) -> Any:
     else:
         stack[at.numpy()] = rows
     return stack
+
+
+def _own(value: Any) -> Any:
+    """A value that the loop may write to: boxes that are scaled in place must not change what is kept."""
+    return value if isinstance(value, str | bytes | int | float | None) else copy.deepcopy(value)
 
 
 def _equal(one: Any, other: Any) -> bool:

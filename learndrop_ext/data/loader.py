@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ class DropLoader:
     are read, see `PassingBatches`. Made by DropScheduler.
     """
 
-    def __init__(self, rows: RowSet, live: LiveModel, *, key: InputKey) -> None:
+    def __init__(
+        self, rows: RowSet, live: LiveModel, *, key: InputKey, follow_code: Callable[[], Any] | None = None
+    ) -> None:
         self.user: Any = rows.source.loader
         self.rows = rows
         self.key = key
@@ -31,6 +33,7 @@ class DropLoader:
         self.epochs = 0  # begun
         self.closed = False
         self._live = live
+        self._follow_code = follow_code  # gives what is called at the begin of each epoch
         self._position = 0  # batches given in this epoch
         self._iteration = object()  # stands for the iteration that was begun last
         self._given = [0, 0.0]  # samples and seconds since `forget_ledger`
@@ -82,6 +85,9 @@ class DropLoader:
         self.rows.end_epoch()  # the epoch before may have been broken off
         self.rows.set_autocast(self._live.autocast)
         follow_model(self.rows)
+        follow_code = self._follow_code() if self._follow_code is not None else None
+        if follow_code is not None:
+            follow_code()
         self.batches.begin(self.epochs)
         follow_data(self.rows, self.epochs)
         self.epochs += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import statistics
 import time
 from collections.abc import Sequence
@@ -55,6 +56,17 @@ def read_batch(loader: DataLoader[Any], ids: Sequence[int]) -> Any:
     return loader.collate_fn(samples)
 
 
+def id_of(value: Any) -> int:
+    """Return a sampler's index as an int. Raises TypeError for anything but a whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"DropScheduler: loader must have a sampler that names samples by whole numbers, got {value!r}; where batches "
+            "carry their samples' ids, give their place in a batch as ids="
+        ) from None
+
+
 def first_ids(loader: DataLoader[Any], count: int) -> list[int]:
     """Return up to `count` different ids of the dataset that the loader's sampler draws.
 
@@ -72,7 +84,7 @@ def first_ids(loader: DataLoader[Any], count: int) -> list[int]:
     with fork_rng(0):
         # Some batches more than needed: a sampler with replacement repeats itself.
         for ids, _ in zip(sampler, range(4 * count), strict=False):
-            found |= dict.fromkeys(i for i in map(int, ids) if 0 <= i < size)
+            found |= dict.fromkeys(i for i in map(id_of, ids) if 0 <= i < size)
             if len(found) >= count:
                 break
     return list(found)[:count] or every

@@ -15,9 +15,9 @@ from torch import nn
 from learndrop_ext.graph.call import CalledWith, ModelCall
 from learndrop_ext.graph.cuts import Splitter, Subgraph, layer_name, merge_subgraphs, random_modules
 from learndrop_ext.graph.layers import Chain, Layer, Segment
-from learndrop_ext.graph.proof import deterministic_algorithms, difference
+from learndrop_ext.graph.proof import AS_IT_IS, deterministic_algorithms, difference
 from learndrop_ext.graph.state import ModelState
-from learndrop_ext.graph.trace import Trace, UntraceableError, ValueTracer
+from learndrop_ext.graph.trace import HOOKS, Trace, UntraceableError, ValueTracer
 from learndrop_ext.graph.watch import Watch, is_lazy
 from learndrop_ext.rng import fork_rng
 
@@ -69,11 +69,25 @@ def split_layers(
             found = split.difference(chain)
         if found:
             raise RuntimeError(split.not_equal(found))
-        chain.moving = state.moving()
+        chain.moving, chain.stored = state.moving(), state.stored()
     for module in chain.modules():
         if isinstance(module, Chain | Layer) or module in split.graphs:
             module.training = model.training
     return chain
+
+
+def difference_now(chain: Chain, model: nn.Module) -> str | None:
+    """Say what the chain computes otherwise than the model as both are now, None where nothing is.
+
+    Both are run on two samples, in both modes, for what `Chain.stale` cannot see: a global variable, a closure. The
+    model is left as it was found, and the user's hooks are not called.
+    """
+    if chain.call is None:
+        return None
+    image, others = chain.call.first(2)
+    with _without_hooks(model), _preserved(model) as state:
+        found = difference(CalledWith(model, chain.call), chain, (image, *others), state, situations=AS_IT_IS)
+    return found and f"the model computes something else than when it was split, in {found}"
 
 
 @dataclass
@@ -269,12 +283,41 @@ def _check_arguments(model: nn.Module, example: torch.Tensor, layers: Sequence[s
             f"split_layers: model must have one input, got {len(required)}: {', '.join(required) or 'none'}; say with "
             "inputs= what it is called with, or wrap it in a module that takes the image alone"
         )
+    if any(vars(model)[hooks] for hooks in HOOKS):
+        raise ValueError(
+            f"split_layers: model must have no hooks of its own, which would not run after a drop, got some on "
+            f"{type(model).__name__}; put them on its submodules, or remove them"
+        )
     if is_lazy(model):
         raise ValueError("split_layers: model must have its parameters, got lazy ones; call it once on a batch before")
     known = dict(model.named_modules())
     for name in layers or ():
         if name not in known:
             raise ValueError(f"split_layers: layers must name modules of the model, got {name!r}")
+
+
+def user_hooks(module: nn.Module) -> dict[str, list[int]]:
+    """The keys of a module's hooks by kind, without those of torch itself (weight_norm)."""
+    return {
+        kind: [key for key, hook in vars(module)[kind].items() if not type(hook).__module__.startswith("torch.")]
+        for kind in HOOKS
+    }
+
+
+@contextlib.contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the user's hooks off: what they would see is no training step."""
+    held = [(vars(m)[kind], keys, dict(vars(m)[kind])) for m in model.modules() for kind, keys in user_hooks(m).items()]
+    try:
+        for table, keys, _ in held:
+            for key in keys:
+                del table[key]
+        yield
+    finally:
+        for table, keys, hooks in held:
+            if keys:
+                table.clear()
+                table.update(hooks)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class FrozenPrefix:
     ) -> None:
         self.k = k
         self._model = model
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         modules = prefix_modules(model, chain, k)
         self._modes: dict[nn.Module, bool] = {module: module.training for module in modules}
         self._modules = tuple(modules)
@@ -53,8 +53,8 @@ class FrozenPrefix:
         self._chain = chain
         self._slots = tuple(_slots(model, chain, k))  # (layer, dictionary that holds it, name) of each tensor
         held = _held(optimizer)
-        self._asleep = tuple(  # parameters that did not train, and should go on so
-            (layer, owner, name)
+        self._asleep = tuple(  # parameters that did not train, and should go on so: whether one asked for gradients
+            (layer, owner, name, owner[name].requires_grad)
             for layer, owner, name in self._slots
             if isinstance(owner[name], nn.Parameter) and not (owner[name].requires_grad and id(owner[name]) in held)
         )
@@ -110,11 +110,11 @@ class FrozenPrefix:
 
     def first_woken(self) -> str | None:
         """Return the name of the first layer with a parameter that did not train when it was dropped and is asked to
-        now, by `requires_grad_(True)` and a place in the optimizer."""
-        held = _held(self._optimizer)
-        for layer, owner, name in self._asleep:
+        now: by `requires_grad_(True)`, whatever optimizer holds it, or by a place in this one."""
+        held = _held(self.optimizer)
+        for layer, owner, name, asked in self._asleep:
             parameter = owner.get(name)
-            if isinstance(parameter, nn.Parameter) and parameter.requires_grad and id(parameter) in held:
+            if isinstance(parameter, nn.Parameter) and parameter.requires_grad and (not asked or id(parameter) in held):
                 return layer
         return None
 
@@ -169,12 +169,12 @@ def _held(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def _slots(model: nn.Module, chain: Chain, k: int) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """(layer, dictionary of the owning module, name) of each parameter and buffer of the first k layers."""
+    """(layer, dictionary of the owning module, name) of each tensor that the first k layers hold."""
     owners: dict[int, tuple[Mapping[str, Any], str]] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        for held in (module._parameters, module._buffers, vars(module)):  # a graph may hold a plain tensor too
             for name, tensor in held.items():
-                if tensor is not None:
+                if isinstance(tensor, torch.Tensor):
                     owners.setdefault(id(tensor), (held, name))
     done: set[int] = set()
     for i in range(k):

@@ -130,6 +130,7 @@ class Chain(nn.Module):
         kept_whole: modules that the graphs call as they are because torch.fx cannot hold them, and the reason.
         call: how the model is called, with an example; None in a copy.
         moving: (id of a module, name) of each attribute that the model's forward itself changes; empty in a copy.
+        stored: those in which it keeps a tensor for its caller.
     """
 
     def __init__(
@@ -146,10 +147,11 @@ class Chain(nn.Module):
         self.kept_whole = dict(kept_whole or {})
         self.call = call
         self.moving = moving
+        self.stored: frozenset[tuple[int, str]] = frozenset()
         self._watch = watch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watch": None, "call": None, "moving": frozenset()}
+        return {**self.__dict__, "_watch": None, "call": None, "moving": frozenset(), "stored": frozenset()}
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -205,6 +207,19 @@ def _run(layers: nn.ModuleList, x: torch.Tensor, others: tuple[torch.Tensor, ...
         assert isinstance(layer, Layer)
         x = layer(x, *others) if layer.others else layer(x)
     return x
+
+
+def same_layers(one: Chain, other: Chain, k: int) -> bool:
+    """Whether the first k layers of two chains of one model compute the same, by the same modules and tensors."""
+    pairs = [(one.layer(i), other.layer(i)) for i in range(k)]
+    return all(built_of(a) == built_of(b) and _held(a) == _held(b) for a, b in pairs)
+
+
+def _held(layer: Layer) -> set[int]:
+    """Identities of the modules that a layer calls and of its tensors."""
+    nodes = [(g, n) for g in (layer.train_graph, layer.eval_graph) for n in g.graph.nodes if n.op == "call_module"]
+    modules = (graph.get_submodule(str(node.target)) for graph, node in nodes)
+    return {id(held) for held in (*modules, *layer.parameters(), *layer.buffers())}
 
 
 def built_of(layer: Layer) -> tuple[Any, ...]:

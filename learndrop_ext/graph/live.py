@@ -62,7 +62,9 @@ class LiveModel(nn.Module):
         self.input_name = input_name
         self.call = call
         self.row_shape: tuple[int, ...] | None = None
+        self.image_shape: tuple[int, ...] | None = None
         self.frozen: FrozenPrefix | None = None
+        self.stale: Callable[[], str | None] | None = None  # of the chain, while layers are dropped
         self.check_input = True
         self.calls = 0
         self.eval_calls = 0
@@ -93,9 +95,16 @@ class LiveModel(nn.Module):
             self._note(x)
         else:
             self.eval_calls += 1
+            self._check_rows(x)
         if self.call is not None and self.frozen is None:
             return self.body(*args, **kwargs)
         return self.body(x, *others)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "drop.model: copies and averages must be of the whole model, which keeps its parameters through a drop; got a "
+            "copy of drop.model, which changes with each drop"
+        )
 
     def set_mode(self, training: bool, *, but: nn.Module) -> None:
         """Put all into a mode but the modules of the whole model `but`: their modes are the caller's."""
@@ -128,6 +137,26 @@ class LiveModel(nn.Module):
                 "checkpoint, a second optimizer) from the dropped layers"
             )
 
+    def _check_rows(self, x: torch.Tensor) -> None:
+        """Raise ValueError in eval mode for what may be images: their shape does not tell them from rows."""
+        if self.row_shape is None or self.row_shape != self.image_shape or not self.check_input:
+            return
+        if self._expected is not None and (x is self._expected[0] or _is_slice(x, self._expected[0])):
+            return
+        raise ValueError(
+            f"drop.model: in eval mode x must be the batch of cached rows that drop.loader gave last, got {list(x.shape)} "
+            "of another origin, which may be images; to evaluate on images, call the whole model"
+        )
+
+    def _check_code(self) -> None:
+        """Raise RuntimeError where the live layers read something from their modules that has changed in this epoch."""
+        moved = self.stale() if self.stale is not None else None
+        if moved is not None:
+            raise RuntimeError(
+                f"drop.model: what forward reads from its modules must stay within an epoch while layers are dropped, and "
+                f"{moved}; set it between two epochs, or keep a number that changes from step to step in a buffer"
+            )
+
     def _follow_mode(self) -> None:
         """Take the mode that `model.train()` or `model.eval()` was last called with: layers of a chain, and what wraps
         them, are no part of the user's model."""
@@ -156,6 +185,8 @@ class LiveModel(nn.Module):
         kind = self.device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.check_frozen()
+        if self.calls & (self.calls - 1) == 0:  # 1, 2, 4, 8, ...: it is read from all modules
+            self._check_code()
         if self._expected is None or not self.check_input:
             return
         wanted, version = self._expected
@@ -173,8 +204,8 @@ class LiveModel(nn.Module):
             i = self._compared % len(x)
             one, other = one[i : i + 1], other[i : i + 1]
         self._compared += 1
-        # Wide enough for a cast to 16 bits.
-        differ = ~torch.isclose(one.float(), other.float(), rtol=1e-2, atol=1e-2, equal_nan=True).all()
+        bound = 0.0 if one.dtype == other.dtype else 1e-2  # wide enough for a cast to 16 bits
+        differ = ~torch.isclose(one.float(), other.float(), rtol=bound, atol=bound, equal_nan=True).all()
         if self.device.type == "cuda":
             self._other = differ if self._other is None else self._other | differ
         elif bool(differ):

@@ -17,7 +17,7 @@ from learndrop_ext.rng import fork_rng
 
 @dataclass(frozen=True)
 class _Situation:
-    """A mode, a random state, and whether all weights are moved first.
+    """A mode, a random state, whether all weights are moved first, and whether gradients are compared.
 
     What was computed from a weight while tracing is a constant of the trace, which no longer fits moved weights.
     """
@@ -25,9 +25,13 @@ class _Situation:
     training: bool
     seed: int
     moved: bool
+    gradients: bool = True
 
 
-_SITUATIONS = (_Situation(False, 0, True), _Situation(True, 1, False), _Situation(True, 2, True))
+SITUATIONS = (_Situation(False, 0, True), _Situation(True, 1, False), _Situation(True, 2, True))
+
+#: Quick, and without a write to a parameter.
+AS_IT_IS = (_Situation(False, 0, False, gradients=False), _Situation(True, 1, False, gradients=False))
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,14 @@ def deterministic_algorithms(x: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def difference(model: CalledWith, twin: nn.Module, inputs: Sequence[torch.Tensor], state: ModelState) -> str | None:
+def difference(
+    model: CalledWith,
+    twin: nn.Module,
+    inputs: Sequence[torch.Tensor],
+    state: ModelState,
+    *,
+    situations: Sequence[_Situation] = SITUATIONS,
+) -> str | None:
     """Compare a module that shares a model's weights with the model, in both modes and several random states.
 
     Args:
@@ -57,13 +68,14 @@ def difference(model: CalledWith, twin: nn.Module, inputs: Sequence[torch.Tensor
         twin: a module that should compute the same of them, from the same parameters and buffers.
         inputs: a batch of the model's tensors, the image [B, ...] first.
         state: of the model as it is now.
+        situations: in which they are compared.
 
     Returns:
         What differs first ("train mode: the gradient of fc.weight"), or None. The model is left as it was found.
     """
     flags = [(m, m.training) for m in twin.modules()]
     try:
-        for situation in _SITUATIONS:
+        for situation in situations:
             found = _difference(model, twin, inputs, state, situation)
             if found:
                 return f"{'train' if situation.training else 'eval'} mode: {found}"
@@ -112,7 +124,7 @@ def _run(
                     weights[name] = x.requires_grad_()
             with torch.enable_grad():
                 outputs = tuple(flatten(module(*(x.clone() for x in entering))))
-                gradients = _gradients(outputs, weights)
+                gradients = _gradients(outputs, weights) if situation.gradients else None
         values = [(path, v.detach().clone() if isinstance(v, torch.Tensor) else v) for path, v in outputs]
         values += [(f"{path}.requires_grad", v.requires_grad) for path, v in outputs if isinstance(v, torch.Tensor)]
         return _Run(tuple(values), gradients, state.changes(parameters=not situation.moved))

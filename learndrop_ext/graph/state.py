@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from torch import nn
 
 #: What torch.nn.Module itself keeps in a module: parameters, submodules, hooks, the mode.
 MODULE_NAMES = frozenset(vars(nn.Module()))
+
+_PLAIN = (int, float, complex, str, bytes, tuple, list, dict, set, frozenset, deque)
+_NO_FIELDS = (*_PLAIN, type, nn.Module, torch.Tensor, FunctionType, MethodType, ModuleType)
 
 
 def version(tensor: torch.Tensor) -> int:
@@ -36,7 +40,17 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
 
 def is_mutable(value: Any) -> bool:
     """Whether a module that holds the value can change it in place without setting an attribute."""
-    return isinstance(value, list | dict | set | deque) or _generator(value) is not None
+    return isinstance(value, list | dict | set | deque) or _generator(value) is not None or _fields(value) is not None
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object that holds values, as a configuration does; None for code, modules and tensors."""
+    if isinstance(value, _NO_FIELDS):
+        return None
+    if type(value).__module__.partition(".")[0] in ("torch", "numpy", "builtins", "random"):
+        return None
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, dict) else None
 
 
 class ModelState:
@@ -49,6 +63,7 @@ class ModelState:
     def __init__(self, model: nn.Module) -> None:
         self._attributes = [(m, dict(m.__dict__)) for m in model.modules()]
         self._moved: set[int | tuple[int, str]] = set()  # ids of values, and of modules with names of attributes
+        self._stored: set[tuple[int, str]] = set()
         self._contents: list[tuple[Any, Any]] = []
         self._tensors: dict[int, tuple[str, torch.Tensor, torch.Tensor, bool]] = {}
         self._versions: dict[int, int] = {}
@@ -64,6 +79,9 @@ class ModelState:
         if isinstance(value, torch.Tensor):
             self._tensors[id(value)] = (name, value, value.detach().clone(), value.requires_grad)
             self._versions[id(value)] = version(value)
+        elif (fields := _fields(value)) is not None:
+            seen.add(id(value))
+            self._contents.append((value, dict(fields)))
         elif isinstance(value, list | dict | set | deque):
             seen.add(id(value))
             self._contents.append((value, value.copy()))
@@ -101,6 +119,11 @@ class ModelState:
         values |= {key for key in self._moved if isinstance(key, tuple)}
         return frozenset((module, name) for module, name in values if name not in MODULE_NAMES)
 
+    def stored(self) -> frozenset[tuple[int, str]]:
+        """Return (id of a module, name) of each attribute that held another tensor, of one dimension or more, when the
+        state was put back: what a forward keeps for its caller."""
+        return frozenset(self._stored)
+
     def restore(self, *, noting: bool = True) -> None:
         """Put everything back. Tensors that were not written to are not touched.
 
@@ -108,6 +131,9 @@ class ModelState:
         """
         for module, before in self._attributes:
             now = module.__dict__
+            for name, value in now.items():
+                if isinstance(value, torch.Tensor) and value.dim() and before.get(name) is not value:
+                    self._stored.add((id(module), name))
             for name in [name for name in now if name not in before]:
                 del now[name]
                 self._moved.add((id(module), name))
@@ -116,7 +142,7 @@ class ModelState:
                     now[name] = value
                     self._moved.add((id(module), name))
         for content, copy in self._contents:
-            if (content or copy) and refill(content, copy):
+            if refill(content, copy):
                 self._moved.add(id(content))
         for put, state in self._generators:
             put(state)
@@ -132,12 +158,15 @@ class ModelState:
 
 
 def contents_of(value: Any) -> Any:
-    """A copy of a list, dict, set or deque, for `refill`; None for anything else."""
+    """A copy of a list, dict, set, deque or an object's attributes, for `refill`; None for anything else."""
+    if (fields := _fields(value)) is not None:
+        return dict(fields)
     return value.copy() if isinstance(value, list | dict | set | deque) else None
 
 
 def refill(content: Any, copy: Any) -> bool:
-    """Put the content of a list, dict, set or deque back where it has changed; return whether it had."""
+    """Put the content of a list, dict, set, deque or object back where it has changed; return whether it had."""
+    content = content if (fields := _fields(content)) is None else fields
     if isinstance(content, dict):
         same = content.keys() == copy.keys() and all(content[key] is copy[key] for key in copy)
     elif isinstance(content, set):
@@ -178,29 +207,32 @@ class Mark:
         value: of the attribute.
         since: what the moment was, in words.
         writes: whether a floating-point tensor that is written to counts as another value.
+        depth: how many objects within objects are looked into; one may hold itself.
     """
 
-    def __init__(self, value: Any, *, since: str = "the model was split", writes: bool = False) -> None:
+    def __init__(self, value: Any, *, since: str = "the model was split", writes: bool = False, depth: int = 2) -> None:
         self.value = value
         self.since = since
         self.version: int | None = None
         self.items: tuple[Mark, ...] = ()
         self.constant: bool
         self.keys: tuple[Any, ...] = ()
+        self.fields: Mark | None = None  # the attributes of an object
         if isinstance(value, torch.Tensor) and (writes or not value.is_floating_point()):
             self.version = version(value)
         elif isinstance(value, dict):
             self.keys = tuple(value)
-            self.items = tuple(Mark(item, writes=writes) for item in value.values())
+            self.items = tuple(Mark(item, writes=writes, depth=depth) for item in value.values())
         elif isinstance(value, list | tuple | deque):
-            self.items = tuple(Mark(item, writes=writes) for item in value)
+            self.items = tuple(Mark(item, writes=writes, depth=depth) for item in value)
         elif isinstance(value, np.ndarray | set):
             self.value = value.copy()
+        elif depth and (fields := _fields(value)) is not None:
+            self.fields = Mark(fields, writes=writes, depth=depth - 1)
         self.state = repr(access[0]()) if (access := _generator(value)) is not None else None
         #: Whether the same object is always the same value.
-        self.constant = not isinstance(value, torch.Tensor | np.ndarray | dict | list | set | deque) and all(
-            item.constant for item in self.items
-        )
+        self.constant = not is_mutable(value) and not isinstance(value, torch.Tensor | np.ndarray)
+        self.constant = self.constant and all(item.constant for item in self.items)
         self.text = _text(value)
 
     def holds(self, now: Any) -> bool:
@@ -219,6 +251,8 @@ class Mark:
             return tuple(now) == self.keys and all(m.holds(v) for m, v in zip(self.items, now.values(), strict=True))
         if isinstance(was, list | tuple | deque):
             return len(now) == len(self.items) and all(m.holds(v) for m, v in zip(self.items, now, strict=True))
+        if self.fields is not None:
+            return now is was and self.fields.holds(vars(now))
         return now is was or (isinstance(was, int | float | complex | str | bytes | set) and bool(now == was))
 
     def told(self, now: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,9 +74,9 @@ class Watch:
 
 
 class Attributes:
-    """The attributes of modules that a graph calls as they are, at one moment.
+    """The attributes and forward hooks of modules that a graph calls as they are, at one moment.
 
-    What torch.nn.Module itself keeps (parameters, submodules, hooks, the mode) is not among them.
+    What torch.nn.Module itself keeps beside (parameters, submodules, the mode) is not among them.
 
     Args:
         modules: path and module.
@@ -85,7 +85,7 @@ class Attributes:
     """
 
     def __init__(
-        self, modules: Iterable[tuple[str, nn.Module]], moving: Collection[tuple[int, str]], *, since: str
+        self, modules: Sequence[tuple[str, nn.Module]], moving: Collection[tuple[int, str]], *, since: str
     ) -> None:
         self._modules = [(path, m, {name for name in vars(m) if name not in MODULE_NAMES}) for path, m in modules]
         self._moving = moving
@@ -95,6 +95,7 @@ class Attributes:
             for name in sorted(names)
             if (id(m), name) not in moving
         ]
+        self._hooks = [(path, vars(m)[hooks], dict(vars(m)[hooks])) for path, m in modules for hooks in HOOKS[:2]]
         self._since = since
 
     def moved(self) -> str | None:
@@ -109,13 +110,17 @@ class Attributes:
             for name in vars(module):
                 if name not in names and name not in MODULE_NAMES and (id(module), name) not in self._moving:
                     return f"{name} of {path} was added after {self._since}"
+        for path, hooks, before in self._hooks:
+            if hooks != before:
+                return f"a forward hook of {path} was added or removed after {self._since}"
         return None
 
     @contextlib.contextmanager
     def put_back(self) -> Iterator[bool]:
-        """Have the attributes as they were inside; gives whether that can be: not of a value that was written to."""
+        """Have the attributes as they were inside; gives whether that can be: not of a value that was written to, and
+        not of hooks."""
         now = [(vars(module), dict(vars(module))) for _, module, _ in self._modules]
-        possible = True
+        possible = all(hooks == before for _, hooks, before in self._hooks)
         try:
             for _, module, name, mark in self._marks:
                 if not mark.holds(vars(module).get(name, _MISSING)):

@@ -41,6 +41,7 @@ BATCHES: list[tuple[str, Any, int | str, Any]] = [
     ("a tensor", IMAGES, 0, ROWS),
     ("a tuple", (IMAGES, LABELS), 0, (ROWS, torch.tensor([9, 7]))),
     ("a list", [IMAGES, LABELS], 0, [ROWS, torch.tensor([9, 7])]),
+    ("the input twice", {"copy": IMAGES, "x": IMAGES}, "x", {"copy": IMAGES[[2, 0]], "x": ROWS}),
     ("the input last", [LABELS, IMAGES], 1, [torch.tensor([9, 7]), ROWS]),
     ("counted from the end", [LABELS, IMAGES], -1, [torch.tensor([9, 7]), ROWS]),
     ("a dict", {"x": IMAGES, "y": LABELS}, "x", {"x": ROWS, "y": torch.tensor([9, 7])}),

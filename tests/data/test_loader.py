@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -80,6 +81,13 @@ def test_a_sampler_that_names_an_id_outside_the_dataset_is_refused(outside: int)
     drop = scheduler(DataLoader(data(), batch_size=3, sampler=Bad()))
     with pytest.raises(IndexError, match=rf"samples of the dataset, within 0..21, got {outside}"):
         next(iter(drop.loader))
+
+
+@pytest.mark.parametrize("name", ["photo 1", (1, 224), 1.5, None])
+def test_a_sampler_that_names_samples_by_anything_but_whole_numbers_is_refused(name: Any) -> None:
+    loader = DataLoader(data(), batch_sampler=[[name]])
+    with pytest.raises(TypeError, match=rf"sampler that names samples by whole numbers, got {re.escape(repr(name))}"):
+        scheduler(loader)
 
 
 def test_loaders_without_ids_are_refused() -> None:

@@ -177,14 +177,19 @@ def test_a_layer_that_is_asked_to_train_is_named() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     held = frozen(model, 2, optimizer)
     assert held.first_woken() is None
-    # Not in the optimizer yet.
-    model[0].requires_grad_(True)
-    assert held.first_woken() is None
-    model[3].weight.requires_grad_(True)
-    optimizer.add_param_group({"params": [model[3].weight]})
+    model[3].weight.requires_grad_(True)  # whatever optimizer it is for
     assert held.first_woken() == "3"
-    optimizer.add_param_group({"params": list(model[0].parameters())})
+    model[0].requires_grad_(True)
     assert held.first_woken() == "0"
+
+
+def test_a_layer_that_is_given_to_the_optimizer_is_named() -> None:
+    model = network()
+    optimizer = torch.optim.SGD([*model[0].parameters(), *model[6].parameters()], lr=0.1)
+    held = frozen(model, 2, optimizer)
+    assert held.first_woken() is None
+    optimizer.add_param_group({"params": list(model[3].parameters())})
+    assert held.first_woken() == "3"
 
 
 def test_prefix_modules_holds_nothing_that_the_suffix_uses() -> None:

@@ -87,6 +87,17 @@ def test_a_second_scheduler_is_refused_by_name_while_layers_are_dropped_and_work
     assert run.drop.prefix == 1
 
 
+def test_of_two_schedulers_made_before_a_drop_only_one_drops() -> None:
+    run = Run()
+    other = run.scheduler({1: 1})
+    run.epochs(3)
+    for x, y in other.loader:
+        nn.functional.cross_entropy(other.model(x), y)
+    with pytest.raises(ValueError, match=r"another DropScheduler has dropped 2: close\(\) that one first"):
+        other.step()
+    assert other.prefix == 0
+
+
 def test_a_scheduler_that_is_gone_does_not_stand_in_the_way() -> None:
     run = Run().epochs(3)
     run.drop = None  # type: ignore[assignment]
@@ -107,7 +118,8 @@ def test_undrop_stays_undone_under_a_fixed_policy() -> None:
     assert accuracy(run.epochs(2).model) > 0.95
 
 
-def test_the_head_first_and_then_the_backbone() -> None:
+@pytest.mark.parametrize("how", ["add_param_group", "a new optimizer"])
+def test_the_head_first_and_then_the_backbone(how: str) -> None:
     run = Run(drops={})
     for parameter in run.model[:6].parameters():
         parameter.requires_grad_(False)
@@ -116,7 +128,10 @@ def test_the_head_first_and_then_the_backbone() -> None:
     run.epochs(2)
     for parameter in run.model[:6].parameters():
         parameter.requires_grad_(True)
-    run.optimizer.add_param_group({"params": list(run.model[:6].parameters()), "lr": 0.01})
+    if how == "add_param_group":
+        run.optimizer.add_param_group({"params": list(run.model[:6].parameters()), "lr": 0.01})
+    else:
+        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
     with pytest.raises(RuntimeError, match=r"parameters of 0 are to train .* call drop.undrop\(\)"):
         run.epochs(1)
     run.drop.undrop()
@@ -124,6 +139,20 @@ def test_the_head_first_and_then_the_backbone() -> None:
     run.epochs(3)
     assert not torch.equal(run.model[0].weight, before)
     assert accuracy(run.model) > 0.9
+
+
+def test_an_optimizer_made_anew_is_followed_once_it_is_said() -> None:
+    run = Run(drops={0: 2})
+    run.optimizer = run.drop.optimizer = torch.optim.SGD(run.model[6].parameters(), lr=0.5)
+    assert run.epochs(1).drop.history[-1].learning_rate == 0.5
+    run.drop.undrop()
+    run.drop.close()
+    for parameter in run.model[:6].parameters():
+        parameter.requires_grad_(True)
+    run.drop = run.scheduler({0: 2})  # its optimizer holds the head alone
+    run.optimizer = run.drop.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="parameters of 0 are to train"):
+        run.epochs(1)
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -61,3 +61,20 @@ def test_labels_of_any_kind_are_carried() -> None:
             assert [len(box) - 1 for box in batch["boxes"]] == y.tolist()
         run.drop.step()
     assert run.drop.prefix == 2
+
+
+def test_boxes_that_the_loop_scales_in_place_come_back_as_they_were() -> None:
+    def with_boxes(samples: list[Any]) -> Any:
+        x, y = default_collate(samples)
+        return x, y, [{"box": torch.ones(i + 1, 4)} for i in y.tolist()]
+
+    run = Run(drops={})
+    run.user = Run.make_loader(collate_fn=with_boxes)
+    run.drop = run.scheduler({0: 1})
+    for _ in range(3):
+        for x, y, boxes in run.drop.loader:
+            assert all(bool((box["box"] == 1).all()) for box in boxes)
+            for box in boxes:
+                box["box"].mul_(0.5)
+            run.train_step(x, y)
+        run.drop.step()
