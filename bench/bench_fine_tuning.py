@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,9 +179,30 @@ def run_one(name: str, dataset: str, split: Split, recipe: Recipe) -> dict[str, 
     }
 
 
-def is_same_run(record: Mapping[str, Any], name: str, dataset: str, split: Split, recipe: Recipe) -> bool:
-    said = (record["run"], record["dataset"], record["images"], record["recipe"])
-    return said == (name, dataset, len(split.train), described(recipe))
+#: What a method may change of the recipe.
+METHOD_KEYS = {"seed", "steps", *itertools.chain.from_iterable(method.recipe for method in METHODS.values())}
+
+
+def setting_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What all runs on a set have in common in a study: the images and the plain recipe."""
+    setting = {key: value for key, value in record["recipe"].items() if key not in METHOD_KEYS}
+    if METHODS[record["run"]].epochs is not None:
+        setting.pop("epochs")
+    return {"images": record["images"]} | setting
+
+
+def check_setting(records: Iterable[Mapping[str, Any]], planned: Mapping[str, Any]) -> None:
+    """Raise ValueError for a run that would be averaged or compared with runs of another recipe or on other images."""
+    new = setting_of(planned)
+    for record in records:
+        if record["dataset"] != planned["dataset"] or record["run"] not in METHODS:
+            continue
+        old = setting_of(record)
+        for key in new:
+            if key in old and old[key] != new[key]:
+                raise ValueError(
+                    f"the runs on {planned['dataset']} in this file have {key} = {old[key]!r}, got {new[key]!r}: give --name"
+                )
 
 
 def described(recipe: Recipe) -> dict[str, Any]:
@@ -220,23 +242,27 @@ def main(argv: list[str] | None = None) -> int:
         batch_size = min(PRESETS["folder"]["batch_size"], len(split.train))
         warm = False
         # One seed of every method before the next: what is broken off early still compares them all.
-        for seed in range(args.seeds):
-            for name in args.methods:
-                recipe = recipe_for(args, METHODS[name], seed, batch_size=batch_size)
-                if any(is_same_run(record, name, dataset, split, recipe) for record in study["records"]):
-                    continue
-                if not warm:
-                    runs.warm_up(split, recipe)
-                    warm = True
-                study["records"].append(run_one(name, dataset, split, recipe) | {"commit": machine["commit"]})
-                args.out.mkdir(parents=True, exist_ok=True)
-                write(path, study)
-                last = study["records"][-1]
-                print(
-                    f"{dataset:<9} seed {seed} {name:<17} {last['seconds']:7.1f} s  test {last['accuracy']:.2f} %  "
-                    f"validation {last['validation_accuracy']:.2f} %",
-                    flush=True,
-                )
+        for seed, name in itertools.product(range(args.seeds), args.methods):
+            recipe = recipe_for(args, METHODS[name], seed, batch_size=batch_size)
+            planned = {"run": name, "dataset": dataset, "images": len(split.train), "recipe": described(recipe)}
+            try:
+                check_setting(study["records"], planned)
+            except ValueError as error:
+                sys.exit(f"bench_fine_tuning: {path.name}: {error}")
+            if (dataset, seed, name) in {(r["dataset"], r["seed"], r["run"]) for r in study["records"]}:
+                continue
+            if not warm:
+                runs.warm_up(split, recipe)
+                warm = True
+            study["records"].append(run_one(name, dataset, split, recipe) | {"commit": machine["commit"]})
+            args.out.mkdir(parents=True, exist_ok=True)
+            write(path, study)
+            last = study["records"][-1]
+            print(
+                f"{dataset:<9} seed {seed} {name:<17} {last['seconds']:7.1f} s  test {last['accuracy']:.2f} %  "
+                f"validation {last['validation_accuracy']:.2f} %",
+                flush=True,
+            )
     print(path)
     return 0
 

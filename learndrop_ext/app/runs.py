@@ -17,7 +17,7 @@ from learndrop_ext.app.memory import peak_bytes, reset_peak
 from learndrop_ext.app.recipe import Recipe, make_scheduler, policy_of, set_up
 from learndrop_ext.app.report import MEASURED
 from learndrop_ext.decide import costs
-from learndrop_ext.decide.policy import Fixed, Policy
+from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation
 from learndrop_ext.graph.chain import split_layers
 from learndrop_ext.history import Record
 from learndrop_ext.scheduler import DropScheduler
@@ -215,13 +215,20 @@ def slowest_tier(drop: DropScheduler) -> str:
 
 
 def warm_up(split: Split, recipe: Recipe) -> None:
-    """Train a model for two steps and discard it, so that one-time costs of a process (imports, compiled kernels,
-    memory) count for no run."""
+    """Train a model for a few steps, plainly and with half of its layers dropped, and discard it, so that one-time costs
+    of a process (imports, compiled kernels, memory) count for no run."""
     batch = 2 * recipe.batch_size
     few = dataclasses.replace(
         split, train=split.train.subset(range(min(batch, len(split.train)))), test=split.test.subset(range(1))
     )
-    train("warm-up", few, dataclasses.replace(recipe, epochs=1))
+    short = dataclasses.replace(recipe, epochs=1, steps=None, augment=None, views=1, mirror=False)
+    train("warm-up", few, short)
+    # An epoch without a drop, one that makes rows and one that reads them.
+    train("warm-up", few, dataclasses.replace(short, epochs=3), policy=_half_after_the_first_epoch)
+
+
+def _half_after_the_first_epoch(situation: Situation) -> Decision:
+    return Decision(min(situation.epoch, 1) * (len(situation.layers) // 2), "warm-up")
 
 
 def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | None) -> float:

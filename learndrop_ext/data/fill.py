@@ -102,8 +102,11 @@ def rows_agree(wanted: torch.Tensor, got: torch.Tensor, autocast: torch.dtype | 
     16-bit arithmetic is used) and a further share `error` of it."""
     if wanted.shape != got.shape:
         return False
+    # Most are the same to the bit, and this is a tenth of the work.
+    if torch.equal(wanted, got):
+        return True
     if not wanted.is_floating_point():
-        return torch.equal(wanted, got)
+        return False
     relative = 2e-2 if autocast is not None or wanted.dtype.itemsize == 2 else 1e-3
     finite = wanted[wanted.isfinite()]
     bound = (relative + error) * float(finite.abs().max()) if finite.numel() else 0.0

@@ -42,6 +42,8 @@ class CostBook:
         self._device = device
         self._speeds: tuple[float, float, float] | None = None
         self._observed = False
+        self._asked: tuple[object, ...] | None = None
+        self._choices: tuple[costs.CutChoice, ...] = ()
 
     def choices(self, cut: int, rows: int) -> list[costs.CutChoice]:
         """Return for each prefix length where its rows would be kept; rows: how many, cut: of those there are."""
@@ -49,6 +51,10 @@ class CostBook:
         if config is None:
             return [costs.CutChoice(0, 0, "frozen, no rows kept")] * len(self.layers)
         tiers = self.tiers()
+        # Asked several times a step, with the same answer as long as no tier's budget has changed.
+        asked = (self.layers, cut, rows, tuple(tiers))
+        if self._asked == asked:
+            return list(self._choices)
         found: list[costs.CutChoice] = []
         for k in range(len(self.layers)):
             choice = costs.choose_cut(
@@ -62,11 +68,14 @@ class CostBook:
             )
             # A longer prefix keeps its rows no earlier than a shorter one.
             found.append(found[-1] if found and found[-1].cut > choice.cut else choice)
+        self._asked, self._choices = asked, tuple(found)
         return found
 
     def run_costs(self, choices: Sequence[costs.CutChoice], rows: int, *, views: int) -> RunCosts:
         """Return the costs of this run as policies see them."""
-        seconds = tuple(self._row_seconds(choice.cut, rows) for choice in choices)
+        tiers = self.tiers() if self._config is not None else []
+        of_cut = {cut: self._row_seconds(cut, rows, tiers) for cut in {choice.cut for choice in choices}}
+        seconds = tuple(of_cut[choice.cut] for choice in choices)
         return RunCosts(
             layers=self.layers,
             cuts=tuple(choice.cut for choice in choices),
@@ -109,8 +118,8 @@ class CostBook:
             self._speeds = tier_speeds(budgets, self._config, self._device)
         return tier_costs(budgets, self._speeds)
 
-    def _row_seconds(self, cut: int, rows: int) -> float:
+    def _row_seconds(self, cut: int, rows: int, tiers: Sequence[costs.TierCost]) -> float:
         shape = self.layers[cut - 1].shape if cut else None
         if shape is None or self._config is None or not rows:
             return 0.0
-        return costs.row_seconds(shape, rows, self._config.codec, self.tiers()) or 0.0
+        return costs.row_seconds(shape, rows, self._config.codec, tiers) or 0.0

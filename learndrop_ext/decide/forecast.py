@@ -65,7 +65,7 @@ class RunCosts:
     def epoch_seconds(self, prefix: int) -> float:
         """Seconds of an epoch with `prefix` layers dropped whose rows, where it keeps any, are all there."""
         frozen = self._frozen_seconds(self.cuts[prefix], prefix)
-        return self._seconds(self._source_seconds(prefix) + frozen + self._live_seconds(prefix))
+        return self._seconds(self.source_seconds(prefix) + frozen + self.live_seconds(prefix))
 
     def filling_seconds(self, before: int, after: int, *, stored: bool = True) -> float:
         """Seconds of an epoch that reads what prefix `before` reads and trains behind prefix `after`.
@@ -76,7 +76,7 @@ class RunCosts:
         frozen = self._frozen_seconds(self.cuts[before], after)
         made = self.cuts[after] > self.cuts[before] and stored
         written = self.write_seconds[after] if made else 0.0
-        return self._seconds(self._source_seconds(before) + frozen + written + self._live_seconds(after))
+        return self._seconds(self.source_seconds(before) + frozen + written + self.live_seconds(after))
 
     def fill_seconds(self, before: int, after: int) -> float:
         """What an epoch that makes the rows of `after` takes longer than those that read them; at least 0."""
@@ -100,13 +100,15 @@ class RunCosts:
             (*none, *(now - self.epoch_seconds(k) for k in later)),
         )
 
-    def _source_seconds(self, prefix: int) -> float:
+    def source_seconds(self, prefix: int) -> float:
+        """Seconds of bringing to the step what it reads of one sample: a row, or the image where there are none."""
         return self.row_seconds[prefix] if self.cuts[prefix] else self.image_seconds
 
     def _frozen_seconds(self, start: int, stop: int) -> float:
         return sum(layer.seconds for layer in self.layers[start:stop])
 
-    def _live_seconds(self, prefix: int) -> float:
+    def live_seconds(self, prefix: int) -> float:
+        """Seconds of training the layers behind a prefix on one sample, the optimizer and the loss included."""
         parameters = sum(layer.parameters for layer in self.layers)
         live = sum(layer.parameters for layer in self.layers[prefix:])
         optimizer = self.optimizer_seconds * (live / parameters if parameters else 1.0)

@@ -109,11 +109,7 @@ class _Search:
         self.given_up = given_up
         self.steady = np.array([costs.epoch_seconds(k) for k in range(L)])
         # filling[stored][before, after], for before <= after
-        self.filling = np.zeros((2, L, L))
-        for stored in (False, True):
-            for before in range(L):
-                for after in range(before, L):
-                    self.filling[int(stored), before, after] = costs.filling_seconds(before, after, stored=stored)
+        self.filling = np.stack([_filling(costs, stored=stored) for stored in (False, True)])
         # rest[stage][since, prefix of the stage before, amount]
         end = np.full((V + 1, L, D + 1), np.inf)
         end[:, :, 0] = 0.0
@@ -180,6 +176,21 @@ class _Search:
     def _stored(self, epoch: int) -> int:
         """1 where rows made in this epoch are read again, else 0."""
         return int(self.epochs - epoch > self.views)
+
+
+def _filling(costs: RunCosts, *, stored: bool) -> Table:
+    """`costs.filling_seconds(before, after)` as an array [before, after], 0 where after < before.
+
+    In a network of 30 layers as many calls as it has entries take longer than all the rest of a plan.
+    """
+    cuts = np.array(costs.cuts)
+    live = np.array([costs.live_seconds(k) for k in range(len(cuts))])
+    source = np.array([costs.source_seconds(k) for k in range(len(cuts))])
+    frozen = np.cumsum([0.0, *(layer.seconds for layer in costs.layers)])
+    made = (cuts[None, :] > cuts[:, None]) & stored
+    per_sample = source[:, None] + frozen[:-1] - frozen[cuts][:, None] + np.where(made, costs.write_seconds, 0.0) + live
+    table: Table = np.triu(per_sample) * (costs.samples * costs.scale)
+    return table
 
 
 def _stages(epoch: int, left: int, layers: int, views: int, given_up: int, *, hold: int = 1) -> list[Stage]:

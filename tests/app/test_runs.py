@@ -115,3 +115,20 @@ def test_save_model_leaves_no_part(digits: Split, tmp_path: Any) -> None:
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     for name, value in model.state_dict().items():
         assert torch.equal(saved[name], value)
+
+
+def test_warm_up_measures_makes_rows_and_reads_them(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[runs.Result] = []
+    train = runs.train
+
+    def remember(*args: Any, **options: Any) -> tuple[runs.Result, Any]:
+        results.append((ended := train(*args, **options))[0])
+        return ended
+
+    monkeypatch.setattr(runs, "train", remember)
+    runs.warm_up(digits, dataclasses.replace(RECIPE, augment="flip", views=4, steps=7))
+    plain, dropping = results
+    assert plain.drops == []
+    assert [(drop.epoch, drop.prefix) for drop in dropping.drops] == [(1, 3)]
+    assert dropping.fill_seconds > 0
+    assert dropping.measure_seconds > 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
@@ -133,3 +134,22 @@ def test_best_prefixes_of_a_long_run_end_in_time(monkeypatch: pytest.MonkeyPatch
     assert len(found) == 90
     assert list(found) == sorted(found)
     assert 0.97 * full / 2 < total_seconds(plan_prefixes(costs, found, 90)) <= full / 2
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_the_search_takes_the_seconds_of_a_forecast(views: int) -> None:
+    costs = random_costs(random.Random(views), 6, views)
+    for stored in (False, True):
+        table = schedules._filling(costs, stored=stored)
+        for before, after in itertools.product(range(6), repeat=2):
+            wanted = costs.filling_seconds(before, after, stored=stored) if before <= after else 0.0
+            assert table[before, after] == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_plan_asks_for_the_seconds_of_each_prefix_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    live = RunCosts.live_seconds
+    monkeypatch.setattr(RunCosts, "live_seconds", lambda self, prefix: calls.append(prefix) or live(self, prefix))
+    costs = random_costs(random.Random(0), 32, 1)
+    best_prefixes(costs, 5, epoch=0, prefix=0, seconds=0.5 * 5 * costs.epoch_seconds(0))
+    assert len(calls) < 4 * 32
