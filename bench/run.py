@@ -52,8 +52,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--name", help="name of the file (default: GPU or CPU)")
     parser.add_argument("--benchmarks", nargs="+", type=Path, help="files of pytest-benchmark to read, none is run")
+    parser.add_argument("--machine", type=Path, help="file with the machine and limits that --benchmarks came with")
     parser.add_argument("--tests-passed", type=int, help="how many tests passed before; without it they are run first")
     args = parser.parse_args()
+    if args.machine is not None:
+        if args.benchmarks is None:
+            parser.error("--machine needs --benchmarks, the files that were written on it")
+        return convert(args)
     passed = run_tests() if args.tests_passed is None else args.tests_passed
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = describe_machine(passed)
@@ -76,6 +81,18 @@ def main() -> int:
     if "overhead" in args.suites:
         result["records"] += overhead_records()
         write(path, result)
+    print(path)
+    return 0
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Write the records of benchmarks that another machine ran, with what a file of its own says of it."""
+    came = json.loads(args.machine.read_text())
+    result = {"machine": came["machine"], "limits": came["limits"]}
+    device = "cuda" if came["machine"]["gpu"] else "cpu"
+    records = kernel_records(read_benchmarks(args.benchmarks), device, came["limits"]["copy_gb_s"])
+    path = args.out / f"{args.name or file_name(came['machine'])}.json"
+    write(path, result | {"records": list(records)})
     print(path)
     return 0
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.data.fill import Stages, check_purity, frozen_pass, rows_agree
+from learndrop_ext.data.fill import Stages, check_purity, frozen_pass, rounding, rows_agree
 from learndrop_ext.graph.chain import Chain, split_layers
 
 CPU = torch.device("cpu")
@@ -223,3 +223,17 @@ AGREE = [
 @pytest.mark.parametrize(("wanted", "got", "autocast", "error", "agree"), AGREE)
 def test_rows_agree(wanted: Tensor, got: Tensor, autocast: torch.dtype | None, error: float, agree: bool) -> None:
     assert rows_agree(wanted, got, autocast, error=error) is agree
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device_type", "autocast", "share"),
+    [
+        (torch.float32, "cpu", None, 1e-3),
+        (torch.float32, "cuda", None, 2e-2),
+        (torch.float64, "cuda", None, 1e-3),
+        (torch.float32, "cpu", torch.bfloat16, 2e-2),
+        (torch.float16, "cpu", None, 2e-2),
+    ],
+)
+def test_rounding(dtype: torch.dtype, device_type: str, autocast: torch.dtype | None, share: float) -> None:
+    assert rounding(dtype, device_type, autocast) == share
