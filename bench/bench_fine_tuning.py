@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import describe_machine, file_name, run_tests, write
+from run import copy_limit, describe_machine, file_name, run_tests, write
 
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
@@ -31,7 +31,6 @@ from learndrop_ext.app.networks import pixel_statistics
 from learndrop_ext.app.options import PRESETS
 from learndrop_ext.app.recipe import Recipe
 from learndrop_ext.decide.policy import Budget, Decision, Policy, Situation
-from learndrop_ext.decide.probes import copy_bytes_per_second
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 96
@@ -233,8 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         study = json.loads(path.read_text())
         study["machine"] = machine
     else:
-        speed = copy_bytes_per_second(torch.device(args.device), size=1 << 28)
-        study = {"machine": machine, "limits": {"copy_gb_s": speed / 1e9}, "records": []}
+        study = {"machine": machine, "limits": {"copy_gb_s": copy_limit(args.device)}, "records": []}
     for dataset in args.sets:
         split = load_set(dataset, args.data_root, limit=args.limit)
         if statistics := pixel_statistics(args.model):

@@ -108,7 +108,8 @@ def rows_agree(wanted: torch.Tensor, got: torch.Tensor, autocast: torch.dtype | 
     if not wanted.is_floating_point():
         return False
     finite = wanted[wanted.isfinite()]
-    bound = (rounding(wanted.dtype, wanted.device.type, autocast) + error) * float(finite.abs().max()) if finite.numel() else 0.0
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    bound = (rounding(wanted.dtype, wanted.device.type, autocast) + error) * largest
     return bool((((wanted - got).abs() <= bound) | (wanted == got) | (wanted.isnan() & got.isnan())).all())
 
 

@@ -163,11 +163,19 @@ def probe_training_step(
         return StepSeconds(whole, optimizer_seconds, median_seconds(lambda: around(leaves), device, repeats=repeats))
 
 
-def copy_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float:
-    """Bytes read plus bytes written per second by a copy of `size` bytes on the device: the limit of a gather."""
+def copy_bytes_per_second(device: torch.device, *, size: int = 1 << 26, copies: int = 1) -> float:
+    """Bytes read plus bytes written per second by a copy of `size` bytes on the device: the limit of a gather.
+
+    copies: how many are made in a row; of one, a GPU's seconds hold the launch and the wait.
+    """
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    return 2 * size / median_seconds(lambda: target.copy_(source), device, repeats=3)
+
+    def copy_all() -> None:
+        for _ in range(copies):
+            target.copy_(source)
+
+    return 2 * size * copies / median_seconds(copy_all, device, repeats=3)
 
 
 def host_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float:
