@@ -4,7 +4,7 @@
 
 The baseline is what an expert would run: bf16 autocast, channels_last, images and augmentation on the GPU, a fused
 optimizer, and torch.compile where compiled steps are faster. Dropping trains the same way with DropScheduler. `short` is
-the baseline with as many epochs as fit into the seconds that dropping took. Seconds are those of training, with what
+the baseline with as many steps as fit into the seconds that dropping took. Seconds are those of training, with what
 compiling, measuring and filling take, and without evaluation.
 
 LEARNDROP_DATA names the folder with MNIST/raw, cifar-10-batches-py and clothing-160; LEARNDROP_WEIGHTS the file of
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from learndrop_ext import CacheConfig, DropScheduler, Fixed, Policy, StoppedLearning, backend_info
+from learndrop_ext import Budget, CacheConfig, DropScheduler, Fixed, Policy, StoppedLearning, backend_info
 from learndrop_ext.app.datasets import ImageSet, load_dataset, make_loader
 from learndrop_ext.app.models import build_model
 
@@ -131,7 +131,7 @@ def load_photos(case: Case, setting: Setting) -> Work:
     def make_model() -> nn.Module:
         return build_network(case.model, num_classes=len(split.classes), weights=str(setting.weights)).model
 
-    return Work(case, train, test, make_model, setting.device)
+    return Work(case, train, test, make_model, setting.device, policy=Budget(2.0))
 
 
 def optimizer_of(work: Work, model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
@@ -186,14 +186,23 @@ def compile_if_faster(work: Work) -> tuple[Work, dict[str, Any]]:
     return dataclasses.replace(work, compiled=faster), found
 
 
-def fit(work: Work, model: nn.Module, *, epochs: int, drops: bool, train: ImageSet | None = None) -> dict[str, Any]:
-    """Train `model` for some epochs and return what it took and reached, as plain values."""
+def fit(
+    work: Work,
+    model: nn.Module,
+    *,
+    epochs: int,
+    drops: bool,
+    train: ImageSet | None = None,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Train `model` for some epochs, or some steps of them, and return what it took and reached, as plain values."""
     case, device = work.case, work.device
     torch.manual_seed(0)
     images = work.train if train is None else train
     loader = make_loader(images, case.batch_size, shuffle=True, seed=0, num_workers=case.workers or 0)
     model = on_device(model, device)
-    optimizer, after_step = optimizer_of(work, model, epochs * len(loader))
+    steps = steps or epochs * len(loader)
+    optimizer, after_step = optimizer_of(work, model, steps)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     wrap = torch.compile if work.compiled else None
@@ -206,11 +215,15 @@ def fit(work: Work, model: nn.Module, *, epochs: int, drops: bool, train: ImageS
             model, optimizer, loader, policy=work.policy, epochs=epochs, cache=config, wrap=wrap, seed=0
         )
     live = model if wrap is None else wrap(model)
+    done = 0
     for _ in range(epochs):
         model.train()
         for batch in loader if scheduler is None else scheduler.loader:
             train_step(live if scheduler is None else scheduler.model, optimizer, batch, device)  # type: ignore[arg-type]
             after_step()
+            done += 1
+            if done == steps:
+                break
         if scheduler is not None:
             record = scheduler.step()
             fill_seconds += record.fill_seconds
@@ -218,7 +231,7 @@ def fit(work: Work, model: nn.Module, *, epochs: int, drops: bool, train: ImageS
     seconds += synchronized(device) - begin
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
-        "epochs": epochs,
+        "epochs": done / len(loader),
         "seconds": seconds,
         "fill_seconds": fill_seconds,
         "accuracy": accuracy(model, work.test),
@@ -245,8 +258,9 @@ def compare(work: Work, add: Callable[[str, dict[str, Any]], None]) -> None:
     add("baseline", plain)
     dropping = fit(work, work.make_model(), epochs=work.case.epochs, drops=True)
     add("learndrop", dropping | {"speedup": plain["seconds"] / dropping["seconds"]})
-    fitting = max(1, int(min(1.0, dropping["seconds"] / plain["seconds"]) * work.case.epochs))
-    add("short", fit(work, work.make_model(), epochs=fitting, drops=False))
+    batches = -(-len(work.train) // work.case.batch_size)
+    steps = max(1, int(min(1.0, dropping["seconds"] / plain["seconds"]) * work.case.epochs * batches))
+    add("short", fit(work, work.make_model(), epochs=-(-steps // batches), steps=steps, drops=False))
 
 
 def warm_start(work: Work, add: Callable[[str, dict[str, Any]], None]) -> None:

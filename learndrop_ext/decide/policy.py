@@ -6,6 +6,7 @@ A policy is any callable `policy(situation) -> Decision`. It never changes anyth
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -66,6 +67,8 @@ Policy = Callable[[Situation], Decision]
 
 #: Share of the time asked for that a plan has to use, with room for what its epochs take shorter.
 USED = 0.96
+#: A plan from the first step on that takes more than so many times the time asked for is said to be late.
+LATE = 1.1
 #: Of the weights of all layers. The time and the memory of planning grow with it: k^2 is kept as it is up to 63 layers.
 LARGEST_SUM = 4000
 #: How far epochs may be from their forecast, either way, before one with dropped layers was measured.
@@ -233,6 +236,14 @@ class Budget:
             rest = total_seconds(plan_prefixes(costs, prefixes, epochs, past=situation.past))
             if situation.elapsed_seconds + rest > USED * wanted:
                 break
+        if not situation.epoch and situation.elapsed_seconds and situation.elapsed_seconds + rest > LATE * wanted:
+            warnings.warn(
+                f"{name}: the run is asked to take {wanted:.1f} s, and takes {situation.elapsed_seconds + rest:.1f} s at "
+                f"least: making the DropScheduler took {situation.elapsed_seconds:.1f} s of them. {prefixes[0]} of "
+                f"{len(situation.layers)} layers are dropped; ask for a smaller speedup, or train for more epochs",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return Decision(
             prefixes[0],
             f"{name}: {prefixes[0]} of {len(situation.layers)} layers, "

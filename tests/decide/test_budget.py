@@ -174,6 +174,16 @@ def test_budget_check_refuses_what_cannot_be_reached(policy: Budget, epochs: int
         policy.check(COSTS, epochs)
 
 
+def test_budget_says_that_making_the_scheduler_leaves_too_little() -> None:
+    # 39.9 s are asked for. With three layers the run takes 29.4 s.
+    with pytest.warns(
+        RuntimeWarning, match=r"asked to take 39\.9 s, and takes 49\.4 s at least: .* took 20\.0 s of them"
+    ):
+        decision = Budget(2.0)(situation(0, elapsed_seconds=20.0))
+    assert decision.prefix == 3
+    assert Budget(2.0)(situation(0, elapsed_seconds=10.5)).prefix == 3
+
+
 @pytest.mark.parametrize(("policy", "epochs"), [(Budget(2.71), 3), (Budget(1.63, 1), 3), (Budget(1.0, 9), 3)])
 def test_budget_check_admits_what_can_be_reached(policy: Budget, epochs: int) -> None:
     policy.check(COSTS, epochs)
