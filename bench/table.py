@@ -99,7 +99,7 @@ def overhead_table(results: list[dict[str, Any]]) -> str:
                 what = (
                     f"the loader, batches of {record['batch']} {record['codec']} rows of {record['row_bytes']:,} bytes"
                 )
-                time = f"{record['us_per_batch']:.0f} us a batch"
+                time = f"{record['us_per_batch']:.0f} us a batch, {record['epoch_begin_ms']:.0f} ms to begin an epoch"
                 beside = f"a DataLoader over a TensorDataset: {record['tensor_dataset_us_per_batch']:.0f} us a batch"
             lines.append(f"| {machine} | {what} | {time} | {beside} |")
     return "\n".join(lines if len(lines) > 2 else [*lines, "| all | not measured | | |"])

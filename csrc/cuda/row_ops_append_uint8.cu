@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) append_uint8_kernel(const __grid_con
 // pixels, then brings the row tile by tile through shared memory: a pixel's bytes lie side by side, a
 // channel's far apart.
 //
-// Moves as many bytes as append_uint8_kernel. Held to 40 % of a device copy.
+// Moves as many bytes as append_uint8_kernel.
 template <Dtype dtype>
 __global__ void __launch_bounds__(kThreads)
     append_uint8_tile_kernel(const __grid_constant__ TileLaunch launch) {
