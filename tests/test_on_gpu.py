@@ -41,6 +41,11 @@ def test_on_gpu_is_rehearsed_on_a_cpu(stage: str, tmp_path: Path) -> None:
     if stage == "kernels":
         records = json.loads((tmp_path / "kernels.json").read_text())["records"]
         assert {record["suite"] for record in records} == {"append_rows", "delta_norms", "gather_rows"}
+        # What was brought from that machine gives the same records on another one.
+        convert = [SCRIPT.with_name("run.py"), "--benchmarks", tmp_path / "row_ops.json", tmp_path / "delta_norms.json"]
+        convert += ["--machine", tmp_path / "kernels.json", "--out", tmp_path, "--name", "again"]
+        subprocess.run([sys.executable, *convert], check=True, stdout=subprocess.DEVNULL)
+        assert json.loads((tmp_path / "again.json").read_text()) == json.loads((tmp_path / "kernels.json").read_text())
     if stage == "training":
         found = json.loads((tmp_path / "training.json").read_text())["cases"]
         assert set(found["cifar10-resnet18"]["runs"]) == {"baseline", "learndrop", "short"}

@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kThreads) append_dense_kernel(const __grid_con
 // One block writes one tile of one row. Three channels fill three quarters of a tile of 4 x 256; of one of
 // 32 x 32 they would fill a tenth.
 //
-// Moves as many bytes as append_dense_kernel, by loads and stores of 2 or 4 bytes: 56 % of a device copy on an
-// H100 for 512 rows of 2048 x 7 x 7.
+// Moves as many bytes as append_dense_kernel, by loads and stores of 2 or 4 bytes: 56 % of a device copy on
+// an H100 for 512 rows of 2048 x 7 x 7.
 template <Dtype dtype, Codec codec>
 __global__ void __launch_bounds__(kThreads) append_tile_kernel(const __grid_constant__ TileLaunch launch) {
   using In = ValueOf<dtype>;
