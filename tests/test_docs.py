@@ -125,7 +125,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.filterwarnings("ignore:budget .* the run is asked to take")  # a toy run takes less than its scheduler
 @pytest.mark.parametrize(
     "page",
     [

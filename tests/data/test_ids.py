@@ -104,7 +104,6 @@ def test_dropping_more_layers_makes_rows_of_rows() -> None:
         assert torch.allclose(x, prefix_rows(drop, 3)[ids], atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:budget .* the run is asked to take")  # less than making the scheduler takes
 @pytest.mark.parametrize("policy", [Fixed({0: 2}), Budget(speedup=1.05)])
 def test_layers_dropped_before_the_first_step(policy: Any) -> None:
     stream = Stream()
