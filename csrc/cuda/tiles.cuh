@@ -12,8 +12,8 @@ namespace learndrop::cuda {
 constexpr int kLogTile = 10;
 constexpr int kTile = 1 << kLogTile;
 constexpr int kOfThread = kTile / kThreads;
-constexpr int kFewestLogChannels =
-    2;  // at most 256 pixels: a thread's values then differ in the channel alone
+// At most 256 pixels: a thread's values then differ in the channel alone.
+constexpr int kFewestLogChannels = 2;
 
 struct TileShape {
   int log_channels;
