@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 STATE = {
     *("layers", "prefix", "cuts", "rows_file", "epochs_begun", "seen", "view_offset", "generator", "autocast"),
-    *("example_ids", "weights", "deltas", "history", "epoch", "undropped", "scale"),
+    *("example_ids", "weights", "deltas", "history", "epoch", "undropped", "scale", "views"),
 }
 
 
 def state_of(drop: DropScheduler) -> dict[str, Any]:
-    """Return all but the model, the optimizer and the rows; see `DropScheduler.state_dict`."""
+    """Return the state without model, optimizer and rows; see `DropScheduler.state_dict`."""
     autocast = drop.model.autocast
     return {
         "layers": list(drop.chain.names),
@@ -41,11 +41,12 @@ def state_of(drop: DropScheduler) -> dict[str, Any]:
         "epoch": drop.epoch,
         "undropped": drop._undropped,
         "scale": drop.ledger.costs.scale,
+        "views": drop.config.views,
     }
 
 
 def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
-    """Go on from a state; see `DropScheduler.load_state_dict`."""
+    """Resume from a state; see `DropScheduler.load_state_dict`."""
     _check(drop, state)
     deltas = drop._deltas_from(state["prefix"])
     deltas.load_state_dict(state["deltas"])
@@ -54,7 +55,7 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
         drop._release()
     drop.loader.epochs = state["epochs_begun"]
     drop.rows.source.load(state.get("ids"))
-    drop.rows.renumber(state["view_offset"])
+    drop.rows.renumber(state["view_offset"], state["views"] if drop._chooses_views else drop.config.views)
     drop.loader.batches.load(state["seen"])
     drop.rows.generator.set_state(state["generator"])
     drop.model.autocast = None if state["autocast"] is None else getattr(torch, state["autocast"])

@@ -1,4 +1,4 @@
-"""What DropScheduler refuses or warns of."""
+"""What DropScheduler refuses, and what it warns about."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from typing import Any
 from torch import nn
 
 from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.decide.deltas import LayerChange
 from learndrop_ext.decide.policy import Decision
 from learndrop_ext.graph.chain import Chain, user_hooks
 from learndrop_ext.graph.live import LiveModel
 
-#: The scheduler that has dropped layers of a model, by model.
+#: Model -> the scheduler that has dropped layers of it.
 HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 def check_free(model: nn.Module, but: object = None) -> None:
-    """Raise ValueError for a model that another scheduler than `but` has dropped layers of."""
+    """Raise ValueError if a scheduler other than `but` has dropped layers of the model."""
     holder = HOLDERS.get(model)
     other = holder() if holder is not None else None
     if other is not None and other is not but:
@@ -34,7 +35,7 @@ def check_free(model: nn.Module, but: object = None) -> None:
 
 
 def check_folder(config: CacheConfig) -> None:
-    """Raise ValueError for a folder that cannot be written to."""
+    """Raise ValueError for a `disk_dir` that cannot be written to."""
     folder = config.disk_dir
     if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
         raise ValueError(
@@ -43,7 +44,7 @@ def check_folder(config: CacheConfig) -> None:
 
 
 def check_policy(policy: Any, epochs: Any) -> None:
-    """Raise TypeError or ValueError for what is no policy, or no number of epochs."""
+    """Raise TypeError or ValueError for a policy that is not callable, or a bad number of epochs."""
     if isinstance(policy, type) or (policy is not None and not callable(policy)):
         raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
@@ -56,7 +57,7 @@ def input_name(model: nn.Module) -> str:
 
 
 def checked_decision(decision: Any, prefix: int, last: int) -> Decision:
-    """Return a policy's decision with a plain int in it. Raises TypeError or ValueError for what cannot be followed."""
+    """Return a policy's decision with a plain int. Raises TypeError or ValueError for one that cannot be followed."""
     if not isinstance(decision, Decision):
         raise TypeError(f"drop.step: policy must return a Decision, got {type(decision).__name__}")
     try:
@@ -69,7 +70,7 @@ def checked_decision(decision: Any, prefix: int, last: int) -> Decision:
 
 
 def check_trained(model: LiveModel, samples: int) -> None:
-    """Raise RuntimeError where nothing was trained, or something else than the loader's batches."""
+    """Raise RuntimeError if nothing was trained, or the model was not called on the loader's batches."""
     if not samples:
         raise RuntimeError("drop.step: wanted batches of drop.loader since the last step, got none")
     if model.calls == 0:
@@ -84,14 +85,14 @@ def check_trained(model: LiveModel, samples: int) -> None:
 
 
 def check_finite(names: Sequence[str], changes: Sequence[LayerChange]) -> None:
-    """Raise ValueError for weights that are not finite, naming the layer."""
+    """Raise ValueError for weights that are not finite, naming their layer."""
     for name, change in zip(names, changes, strict=True):
         if change.nonfinite:
             raise ValueError(f"drop.step: weights must be finite, got {change.nonfinite} NaN or inf in layer {name}")
 
 
 def warn_unseen(model: nn.Module, chain: Chain, first: int, prefix: int) -> None:
-    """Warn of hooks in the layers first..prefix-1, and of tensors that their forward keeps for its caller."""
+    """Warn about hooks in layers first..prefix-1, and about tensors that their forward stores in attributes."""
     inside = set(chain.segment(first, prefix).modules())
     found = []
     for name, module in model.named_modules():
@@ -108,11 +109,14 @@ def warn_unseen(model: nn.Module, chain: Chain, first: int, prefix: int) -> None
         )
 
 
-def warn_saturated(layer: str) -> None:
-    """Warn that rows after a layer were cut off at the largest number of their codec."""
+def warn_saturated(rows: RowSet, chain: Chain) -> bool:
+    """Warn if rows were clamped to the largest fp16 number, and return whether they were."""
+    if rows.cache is None or not rows.cache.saturated:
+        return False
     warnings.warn(
-        f"drop.step: activations after {layer} are larger than 65504 and were stored as that by the codec fp16; take "
-        "cache='bf16' or 'fp32'",
+        f"drop.step: activations after {chain.names[rows.cut - 1]} are larger than 65504 and were stored as that by the "
+        "codec fp16; take cache='bf16' or 'fp32'",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
+    return True

@@ -1,4 +1,4 @@
-"""What several processes have to agree on before a drop: the decision, and the statistics of what is frozen."""
+"""What several processes must agree on before a drop: the decision, and the buffers of the frozen layers."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ T = TypeVar("T")
 
 
 def several_processes() -> bool:
-    """Whether this process is one of a group."""
+    """Return whether this process is one of several in a group."""
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 def process_rank() -> int:
-    """Return the rank of this process, 0 where there is one process."""
+    """Return the rank of this process; 0 for a single process."""
     return distributed.get_rank() if several_processes() else 0
 
 
 def from_rank_zero(value: T) -> T:
-    """Rank 0's value on every rank, and the value itself where there is one process. It must be picklable.
+    """Return rank 0's value on every rank; the value itself for a single process. It must be picklable.
 
-    Decisions depend on timings and free memory, which differ between processes; all ranks must drop the same layers.
+    Decisions depend on timings and free memory, which differ between processes, and all ranks must drop the same layers.
 
     Raises:
-        RuntimeError: another process has ended, or did not come to this point within the process group's timeout.
+        RuntimeError: another process has ended, or did not get here within the process group's timeout.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
     box = [value]
     try:
-        # A broadcast alone would let rank 0 pass without the others.
+        # In a broadcast alone, rank 0 would not wait for the others.
         distributed.barrier()
         distributed.broadcast_object_list(box, src=0)
     except RuntimeError as error:
@@ -46,10 +46,10 @@ def from_rank_zero(value: T) -> T:
 
 
 def share_buffers(buffers: Iterable[torch.Tensor]) -> None:
-    """Give every rank rank 0's buffers, in place.
+    """Copy rank 0's buffers to all ranks, in place.
 
-    DistributedDataParallel shares them before a forward pass, so after the last one of an epoch each rank's running
-    statistics hold a batch of its own; frozen like that, the ranks' rows would differ.
+    DistributedDataParallel broadcasts buffers before each forward pass, so after the last one of an epoch each rank's
+    running statistics include a batch of its own. Frozen like that, they would give different rows on each rank.
     """
     if distributed.is_available() and distributed.is_initialized():
         for buffer in buffers:

@@ -1,4 +1,4 @@
-"""What the scheduler remembers: one record a step."""
+"""The scheduler's history: one record per step."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from learndrop_ext.decide.deltas import LayerChange
 
 @dataclass(frozen=True)
 class Record:
-    """What one `step()` saw and did. Tuples have one entry for each of the L layers, None where a layer was dropped.
+    """What one `step()` measured and decided. Tuples have one entry for each of the L layers, None for dropped layers.
 
     Args:
         epoch: number of `step()` calls so far; 0 for layers dropped before the first step.
-        prefix: layers dropped from here on.
-        cut: after how many of them rows are kept.
-        reason: of the decision.
-        learning_rate: of the optimizer's first group.
-        changes: what was measured of each layer.
-        scores: computed from `changes`, see `decide.scores`.
-        epoch_seconds: of the loop since the step before, rows made in it included.
+        prefix: number of layers dropped from here on.
+        cut: number of layers after which rows are kept.
+        reason: the policy's reason.
+        learning_rate: learning rate of the optimizer's first group.
+        changes: the measured change of each layer.
+        scores: each layer's score, computed from `changes`; see `decide.scores`.
+        epoch_seconds: time spent in the loop since the last step, computing rows included.
         fill_seconds: part of `epoch_seconds` spent computing and storing rows.
-        measure_seconds: of this step: measuring, deciding and, after a drop, freezing.
-        forecast_seconds: what `epoch_seconds` was expected to be, None where nothing was known.
-        samples: trained since the step before.
-        forward_flops: of the training steps.
-        fill_flops: of making rows.
-        row_bytes, cache_bytes: of one row and of all rows after this step.
+        measure_seconds: time spent in this step: measuring, deciding and, after a drop, freezing.
+        forecast_seconds: the forecast of `epoch_seconds`, or None if there was none.
+        samples: number of samples trained since the last step.
+        forward_flops: forward FLOPs of the training steps.
+        fill_flops: FLOPs spent computing rows.
+        row_bytes, cache_bytes: bytes of one row and of all rows after this step.
     """
 
     epoch: int
@@ -54,12 +54,12 @@ class Record:
 
     @property
     def cosine(self) -> tuple[float | None, ...]:
-        """The cosine between each layer's change and the one before."""
+        """The cosine between each layer's change and its previous one."""
         return tuple(None if change is None else change.cosine for change in self.changes)
 
 
 def record_of(values: dict[str, Any]) -> Record:
-    """Return the record of what `dataclasses.asdict` gave for it."""
+    """Return the record that `dataclasses.asdict` turned into `values`."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     fields["changes"] = tuple(None if change is None else LayerChange(**change) for change in fields["changes"])
     return Record(**fields)

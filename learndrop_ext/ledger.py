@@ -1,4 +1,4 @@
-"""The costs of a run: measured so far, and expected."""
+"""The costs of a run, measured and expected."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ from learndrop_ext.graph.call import Inputs, arguments_of
 from learndrop_ext.graph.chain import Chain
 from learndrop_ext.history import Record
 
-#: The most samples on which the layers are timed. A whole batch where it has no more, since a small one tells another
-#: story: of EfficientNet-Lite0 at 96 px on a CPU the first half of the layers takes 29 % of a step's time with 8 samples
-#: and 50 % with 32, for the late layers' time goes into reading weights.
+#: The most samples on which layers are timed. A small batch does not represent a large one: with 8 samples the first half
+#: of EfficientNet-Lite0 (96 px, CPU) takes 29 % of a step, with 32 samples 50 %, because late layers mostly read weights.
 TIMED_SAMPLES = 32
 
 
@@ -31,11 +30,11 @@ class Ledger:
 
     Args:
         chain: the model's layers.
-        optimizer: the user's.
-        rows: of the run.
-        loader: of the run.
+        optimizer: the user's optimizer.
+        rows: the run's rows.
+        loader: the run's loader.
         keeps_rows: whether rows are cached.
-        inputs: batch -> the arguments that the model is called with; None for its input alone.
+        inputs: batch -> the model's arguments; None for its input alone.
     """
 
     def __init__(
@@ -48,8 +47,8 @@ class Ledger:
         keeps_rows: bool,
         inputs: Inputs | None,
     ) -> None:
-        self.setup_seconds = 0.0  # spent constructing the scheduler
-        self.prefix_before = 0  # layers dropped before the last drop, whose rows the present ones are made of
+        self.setup_seconds = 0.0  # time spent constructing the scheduler
+        self.prefix_before = 0  # layers that were dropped before the last drop
         assert chain.call is not None
         image, others = chain.call.first(max(2, min(len(rows.example), loader.batches.batch_size, TIMED_SAMPLES)))
         self.costs = CostBook(
@@ -64,14 +63,14 @@ class Ledger:
         self._loader = loader
 
     def run_costs(self) -> tuple[RunCosts, list[costs.CutChoice]]:
-        """Return the costs as policies see them, and for each prefix length where its rows would be kept."""
+        """Return the costs that policies see, and for each prefix length where its rows would be kept."""
         count = self._loader.batches.expected_rows()
         self.costs.samples = self._rows.source.expected()
         choices = self.costs.choices(self._rows.cut, count)
         return self.costs.run_costs(choices, count, views=self._rows.views), choices
 
     def probe(self, model: nn.Module) -> None:
-        """Time training steps on a copy of the model, and reading a batch. Only the first call measures."""
+        """Time training steps on a copy of the model, and reading a batch, once."""
         if self.costs.probed:
             return
         batch, read_seconds, workers = self._rows.source.timed(self._loader.batches.batch_size)
@@ -88,21 +87,29 @@ class Ledger:
         """Calibrate the cost model with one measured epoch.
 
         Args:
-            prefix: layers that were dropped in it.
-            samples: that were trained.
-            made: rows that were made in it.
-            seconds: that it took.
+            prefix: number of layers that were dropped in it.
+            samples: number of samples trained.
+            made: number of rows computed in it.
+            seconds: its time.
         """
         run = dataclasses.replace(self.run_costs()[0], scale=1.0)
         filling = run.fill_seconds(self.prefix_before, prefix) if made else 0.0
         modelled = run.epoch_seconds(prefix) * samples + filling * made
         self.costs.observe(modelled / max(1, self.costs.samples), seconds)
 
+    def flops(self, samples: int, images: int, older: int) -> tuple[int, int]:
+        """Return the FLOPs of training `samples` (forward), and of computing rows from `images` and from `older` rows."""
+        layers, cut = self.costs.layers, self._rows.cut
+        fill = images * costs.forward_flops(layers[:cut]) + older * costs.forward_flops(
+            layers[self._rows.older_cut : cut]
+        )
+        return samples * costs.forward_flops(layers[cut:]), fill
+
     def full_epoch_seconds(self, history: Sequence[Record], newest: float | None) -> float:
-        """Return the seconds of an epoch without drops: the median of those in the run, else an estimate.
+        """Return the seconds of an epoch without drops: the median of those in the run, or an estimate.
 
         Args:
-            history: of the run.
+            history: the run's records.
             newest: seconds of the epoch that has just ended, if nothing was dropped in it.
         """
         before = [0, *(record.prefix for record in history)]
@@ -110,14 +117,14 @@ class Ledger:
         seconds += [newest] if newest is not None else []
         if seconds:
             return statistics.median(seconds)
-        # A training step is timed for a second or two before the run. By as many seconds as epochs with dropped layers
-        # then go slower than forecast, one without drops would too, at least.
+        # Training steps are timed for only a second or two before the run. If epochs with dropped layers then take longer
+        # than forecast, an epoch without drops would take at least as many seconds longer.
         run = self.run_costs()[0]
         plain, prefix = dataclasses.replace(run, scale=1.0), history[-1].prefix if history else 0
         return plain.epoch_seconds(0) + run.epoch_seconds(prefix) - plain.epoch_seconds(prefix)
 
     def expect(self, prefix: int) -> float:
-        """Return the seconds that the next epoch is expected to take."""
+        """Return the expected seconds of the next epoch."""
         run = self.run_costs()[0]
         if prefix and not self._rows.complete(self._loader.batches.needed(), self._loader.epochs):
             return run.filling_seconds(self.prefix_before, prefix)

@@ -1,4 +1,4 @@
-"""Random state for fills and probes that leaves the run's own untouched."""
+"""A random state for fills and probes, separate from the run's own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextlib.contextmanager
 def fork_rng(seed: int) -> Iterator[None]:
-    """Seed torch, numpy and random inside, and put their states back on leaving."""
+    """Seed torch, numpy and random inside; restore their states on leaving."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     python_state = random.getstate()
     numpy_state = np.random.get_state()

@@ -1,11 +1,10 @@
-"""DropScheduler: measures, scores, decides and drops layers, once an epoch like a learning-rate scheduler."""
+"""DropScheduler: measures, scores, decides and drops layers once per epoch, like a learning-rate scheduler."""
 
 from __future__ import annotations
 
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,11 +29,11 @@ from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.loader import DropLoader
 from learndrop_ext.data.rowset import RowSet
-from learndrop_ext.data.source import source_of
+from learndrop_ext.data.source import settle_views, source_of
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.deltas import Deltas
 from learndrop_ext.decide.forecast import Forecast, forecast
-from learndrop_ext.decide.policy import Policy, Situation, StoppedLearning
+from learndrop_ext.decide.policy import Budget, Policy, Situation, StoppedLearning
 from learndrop_ext.decide.scores import scores
 from learndrop_ext.distributed import from_rank_zero, share_buffers
 from learndrop_ext.graph.call import Inputs, arguments_of
@@ -46,40 +45,42 @@ from learndrop_ext.ledger import Ledger
 
 
 class DropScheduler:
-    """Drops the layers that have stopped learning from the training step, forward and backward.
+    """Drops layers that have stopped learning from the training step, forward and backward.
 
-    Use `loader` and `model` of this object in the training loop and call `step()` after each epoch, or every so many
-    batches. `history` holds one `Record` per step. As a context manager, or by `close()`, the run gives the model back
-    as it was found and frees the rows.
+    Use `loader` and `model` of this object in the training loop, and call `step()` after each epoch or every so many
+    batches. `history` holds one `Record` per step. `close()`, or leaving the context, restores the model as it was and
+    frees the rows.
 
     Args:
-        model: any module that `split_layers` can split, with one tensor as its input. It stays whole, for evaluation and
-            saving, and stays the caller's.
-        optimizer: holds the model's parameters. It is never changed; a loop that makes another one sets `drop.optimizer`.
-        loader: a DataLoader over a dataset with ids, or, with `ids`, anything that gives batches each time it is iterated
-            over.
-        policy: scores -> Decision; `StoppedLearning()` by default. It is asked once before training too.
-        epochs: number of `step()` calls in the run, if known; a drop that cannot pay for itself in what is left is not made.
-        cache: a `CacheConfig`, a codec's name, or None for no rows at all (the frozen layers are then run at each step).
-        views: random augmentations kept of each sample, for a dataset with randomness.
-        wrap: applied to the live model now and after every drop: `torch.compile`, DistributedDataParallel.
-        input: place of the model's input in a batch that is no tensor.
-        inputs: batch -> (args, kwargs), how the loop calls the model, where it does so with more than the input:
+        model (nn.Module): any model that `split_layers` can split, with one tensor as its input. It stays whole, for
+            evaluation and saving.
+        optimizer (Optimizer): the optimizer of the model's parameters. It is never changed. A loop that makes a new one
+            must set `drop.optimizer`.
+        loader (Iterable): a DataLoader over a dataset with ids or, with `ids`, any object that gives batches each time it
+            is iterated over.
+        policy (Policy, optional): Situation -> Decision. It is also asked once before training. Default:
+            `StoppedLearning()`
+        epochs (int, optional): number of `step()` calls in the run. If given, no drop is made that cannot pay for itself
+            in the epochs left. Default: None
+        cache (CacheConfig, str or None, optional): a configuration, the name of a codec, or None to keep no rows and run
+            the frozen layers at each step. Default: "fp16"
+        views (int, optional): random augmentations kept of each sample, for a random dataset. Default: as in `CacheConfig`
+        wrap (Callable, optional): applied to the live model now and after every drop, such as `torch.compile`.
+        input (int or str, optional): key of the model's input in a batch that is not a tensor. Default: 0
+        inputs (Callable, optional): batch -> (args, kwargs), how the loop calls the model, if with more than its input:
             `inputs=lambda batch: ((batch[0],), {"labels": batch[1]})`. There are no cuts after the first use of another
-            tensor. It is called on some batches with images only; the loop then calls `drop.model(rows, labels=labels)`.
-        ids: place of the samples' ids in a batch: a key, an index or a tuple of these. There are integers or strings, one
-            a sample. One batch is drawn from `loader` here. It is iterated over in each epoch until all ids are known
-            and have their rows; from then on batches are drawn from the ids. Its images are compared with their rows
-            only while they come by: a change after that goes unseen.
-        layers: module names to split at, see `split_layers`.
-        seed: seed for the views, flips and shifts, and of the order of `ids`.
-        check_input: raise if the loop changes the input between `loader` and `model`.
+            tensor. It is called with batches of images only.
+        ids (int, str or tuple, optional): position in a batch of the samples' ids, one int or str per sample: a key, an
+            index or a tuple of these. `loader` is iterated over until all ids are known and have rows; then batches are
+            drawn from the ids. Images are compared with their rows only while they are read.
+        layers (Sequence[str], optional): names of modules to split at; see `split_layers`.
+        seed (int, optional): random seed of views, flips, shifts, and the order of `ids`. Default: 0
+        check_input (bool, optional): raise if the loop changes the input between `loader` and `model`. Default: True
 
     Raises:
-        TypeError, ValueError: before anything is changed, for a loader without ids, a dataset that gives another image
-            for the same id while views is 1, a batch that cannot be kept, an optimizer that holds none of the model's
-            parameters, a model that cannot be split or whose layers another scheduler has dropped, a policy whose
-            target cannot be met.
+        TypeError, ValueError: before anything is changed, for a loader without ids, a random dataset with one view, a
+            batch that cannot be stored, an optimizer with none of the model's parameters, a model that cannot be split
+            or has layers dropped by another scheduler, a policy whose target cannot be met.
     """
 
     def __init__(
@@ -113,15 +114,17 @@ class DropScheduler:
         example = input_of(batch, input)
         if cache is not None:
             BatchExtras(key=input, device=device).check(batch)
-            if config.views == 1 or config.mirror:
-                source.check_repeats()
         given = arguments_of(inputs, batch)
         self.chain: Chain = split_layers(model, example, layers=layers, inputs=given)
+        self._chooses_views = config.views == "auto"
+        if cache is not None:
+            speedup = policy.speedup if isinstance(policy, Budget) else Budget.speedup
+            row = costs.smallest_row(self.chain, config)
+            config = settle_views(config, source, epochs=epochs, speedup=speedup, row_bytes=row, device=device)
         self.base_model = model
         self.optimizer = optimizer
         self.policy: Policy = StoppedLearning() if policy is None else policy
         self.epochs = epochs
-        self.config = config
         self.wrap = wrap
         self.device = device
         self.history: list[Record] = []
@@ -152,19 +155,24 @@ class DropScheduler:
         self.ledger.setup_seconds = time.perf_counter() - begin
 
     @property
+    def config(self) -> CacheConfig:
+        """How rows are kept, with the number of views that was given or chosen."""
+        return self.rows.config
+
+    @property
     def cut(self) -> int:
-        """After how many layers the rows are kept; 0 while images are read."""
+        """The number of layers after which rows are kept; 0 while the model trains on images."""
         return self.rows.cut
 
     def step(self) -> Record:
-        """Measure what was trained since the last step, ask the policy, and drop the layers that it says.
+        """Measure how the layers have changed since the last step, ask the policy, and drop layers as it decides.
 
-        Rows are made when their samples are next drawn. A step that raises can be called again.
+        Rows are computed when their samples are next drawn. A step that raises can be called again.
 
         Raises:
-            RuntimeError: nothing was trained since the last step, or not `drop.model` on `drop.loader`'s batches.
-            ValueError: weights that are not finite (the layer is named), or a decision that cannot be followed. The
-                model, the optimizer and the rows are then as before.
+            RuntimeError: `drop.model` was not trained on batches of `drop.loader` since the last step.
+            ValueError: weights are not finite (the layer is named), or the decision cannot be followed. The model, the
+                optimizer and the rows are not changed.
         """
         begin = time.perf_counter()
         self._check_open("step")
@@ -177,9 +185,7 @@ class DropScheduler:
         gone: tuple[None, ...] = (None,) * self.prefix
         measured = (*gone, *scores(changes))
         images, older, fill_seconds = self.rows.ledger
-        forward_flops = samples * costs.forward_flops(self.ledger.costs.layers[self.cut :])
-        fill_flops = images * costs.forward_flops(self.ledger.costs.layers[: self.cut])
-        fill_flops += older * costs.forward_flops(self.ledger.costs.layers[self.rows.older_cut : self.cut])
+        forward_flops, fill_flops = self.ledger.flops(samples, images, older)
         self.ledger.observe(self.prefix, samples=samples, made=images + older, seconds=epoch_seconds)
         situation, choices = self._situation(self.epoch + 1, measured, epoch_seconds)
         reason = self._follow(situation, choices)
@@ -188,7 +194,7 @@ class DropScheduler:
         self.loader.forget_ledger()
         self.rows.forget_ledger()
         self.model.calls = self.model.eval_calls = 0
-        self._say_saturated()
+        self._said_saturated = self._said_saturated or warn_saturated(self.rows, self.chain)
         record = self._record(
             reason,
             changes=(*gone, *changes),
@@ -205,69 +211,68 @@ class DropScheduler:
         return record
 
     def forecast(self, epochs: int | None = None) -> Forecast:
-        """Return what a run takes without drops, and with one drop, for each number of layers and each epoch.
+        """Forecast the run without drops, and with one drop of each number of layers after each epoch.
 
-        For this some training steps are timed on a copy of the model and the optimizer.
+        Times some training steps on a copy of the model and the optimizer.
 
         Args:
-            epochs: length of the run. Default: `epochs` of the constructor
+            epochs (int, optional): length of the run. Default: `epochs` of the constructor
 
         Raises:
-            ValueError: neither is given.
+            ValueError: the length is not known.
         """
         epochs = self.epochs if epochs is None else epochs
         if epochs is None:
             raise ValueError("drop.forecast: epochs must be known, give forecast(epochs) or DropScheduler(epochs=...)")
-        if not self.prefix:  # a step with frozen layers is shorter than the layers' sum
+        if not self.prefix:  # with frozen layers the timed step would be too short
             self.ledger.probe(self.base_model)
         run, choices = self.ledger.run_costs()
         tiers = self.ledger.costs.tiers() if self._keeps_rows else ()
         return forecast(run, epochs, row_bytes=[choice.row_bytes for choice in choices], tiers=tiers)
 
     def undrop(self) -> None:
-        """Train the whole model again, from images: the dropped layers are live and the rows are freed."""
+        """Train the whole model on images again: dropped layers become live and the rows are freed."""
         self._check_open("undrop")
         self._undropped = self.epoch
         self._release()
 
     def close(self) -> None:
-        """End the run: the model is as it was found, `drop.model` runs all of it, rows and their files are freed."""
+        """End the run: restore the model as it was, free the rows and delete their files."""
         self._close(keep_files=False)
 
     def __enter__(self) -> DropScheduler:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an error the file stays for a run that resumes from the checkpoint.
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error, keep the file for a run that resumes from the checkpoint.
         self._close(keep_files=kind is not None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all but the model, the optimizer and the rows, as plain values and tensors, for `torch.save`.
+        """Return the scheduler's state as plain values and tensors, for `torch.save`.
 
-        With `CacheConfig(disk_dir=...)` the rows are written to a file there, if they changed since the last call and
-        disk_bytes holds them all; the state has its name. The file it replaces is deleted.
+        Model, optimizer and rows are not in it. With `CacheConfig(disk_dir=...)`, rows that changed since the last call
+        are written to a file there if `disk_bytes` holds them all, and the state names it. The file it replaces is
+        deleted.
         """
         self._check_open("state_dict")
         return checkpoint.state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from a `state_dict()`; load the model's own state first.
+        """Resume from a `state_dict()`. Load the model's own state first.
 
-        Dropped layers are dropped again. Their rows are those of the file that the state names, if it is there and its
-        fingerprint is the one of this run, else (RuntimeWarning) they are made anew as their samples are drawn.
+        Dropped layers are dropped again. Rows are read from the file that the state names. If it is missing or has
+        another fingerprint (RuntimeWarning), they are computed again when their samples are drawn.
 
         Raises:
-            ValueError: the state is of another model or dataset, or the dropped layers' weights are not those that it
-                was saved with. Nothing is changed then.
-            RuntimeError: this scheduler has trained with dropped layers already.
+            ValueError: the state is of another model or dataset, or the dropped layers have other weights than when it
+                was saved. Nothing is changed then.
+            RuntimeError: this scheduler has already trained with dropped layers.
         """
         self._check_open("load_state_dict")
         checkpoint.load_state(self, state)
 
     def _decide_before_training(self) -> None:
-        """Ask the policy as epoch 0, before any score."""
+        """Ask the policy before training, as epoch 0 without scores."""
         situation, choices = self._situation(0, None, 0.0)
         reason = self._follow(situation, choices)
         if self.prefix:
@@ -298,7 +303,7 @@ class DropScheduler:
         return situation, choices
 
     def _follow(self, situation: Situation, choices: list[costs.CutChoice]) -> str:
-        """Ask the policy, do what it decides, and return the reason in words."""
+        """Ask the policy, carry out its decision, and return the reason."""
         decision = checked_decision(self.policy(situation), self.prefix, len(self.chain) - 1)
         decision, choices = from_rank_zero((decision, choices))
         if decision.prefix <= self.prefix:
@@ -310,7 +315,7 @@ class DropScheduler:
     def _drop(self, prefix: int, cut: int, situation: Situation) -> None:
         """Freeze `prefix` layers, keep rows after `cut` of them, and train the rest.
 
-        Everything that can fail comes before the first change that the user sees.
+        Everything that can fail comes before the first visible change.
         """
         check_free(self.base_model, self)
         if situation.epoch and not self.prefix:
@@ -392,9 +397,3 @@ class DropScheduler:
     def _check_open(self, name: str) -> None:
         if self.loader.closed:
             raise RuntimeError(f"drop.{name}: the DropScheduler must be open, and it was closed")
-
-    def _say_saturated(self) -> None:
-        cache = self.rows.cache
-        if cache is not None and not self._said_saturated and cache.saturated:
-            self._said_saturated = True
-            warn_saturated(self.chain.names[self.cut - 1])

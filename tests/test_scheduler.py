@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation
 from learndrop_ext.data.drift import PROBES
-from small_training import Jittered, Net, data, epoch, parts, prefix_rows
+from small_training import Net, data, epoch, parts, prefix_rows
 
 
 def test_the_eight_line_loop_works_with_all_defaults() -> None:
@@ -123,22 +123,6 @@ def test_the_model_stays_whole() -> None:
     assert list(copy.deepcopy(model).state_dict()) == keys
     buffer = io.BytesIO()
     torch.save(model, buffer)
-
-
-def test_views_keep_several_readings_of_each_sample() -> None:
-    model, optimizer, loader = parts(Jittered())
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}), views=4, cache="fp32")
-    epoch(drop, optimizer)
-    record = drop.step()
-    assert record.cache_bytes == 24 * 4 * record.row_bytes
-    seen = [{float(row.sum()) for x, _ in drop.loader for row in x} for _ in range(8)]
-    assert all(len(one) == 24 for one in seen)
-    assert len(set.union(*seen[:4])) == 96  # fresh images in the first four epochs
-    assert seen[4:] == seen[:4]  # and then their rows, view by view
-    cache = drop.rows.cache
-    assert cache is not None
-    views = cache.gather(torch.arange(4))
-    assert len({float(view.sum()) for view in views}) == 4
 
 
 def test_labels_and_the_rest_of_the_batch_stay_with_their_rows() -> None:

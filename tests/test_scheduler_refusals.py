@@ -24,8 +24,10 @@ class Stream(IterableDataset[Any]):
 def test_a_random_dataset_is_refused_and_the_ways_out_are_named() -> None:
     model, optimizer, loader = parts(Jittered())
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match=r"same sample for the same id .* views=V .* without randomness"):
-        DropScheduler(model, optimizer, loader)
+    options: list[dict[str, Any]] = [{}, {"views": 1, "epochs": 8}, {"cache": CacheConfig(mirror=True), "epochs": 8}]
+    for given in options:
+        with pytest.raises(ValueError, match=r"same sample for the same id .* views=V .* without randomness"):
+            DropScheduler(model, optimizer, loader, **given)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -196,7 +198,7 @@ def test_bad_arguments_are_refused_before_anything_is_changed() -> None:
         ({"cache": 3}, TypeError, r"cache must be a CacheConfig, a codec or None, got int"),
         ({"cache": "fp8"}, ValueError, r"codec must be one of fp32, bf16, fp16, uint8, got 'fp8'"),
         ({"cache": CacheConfig(disk_dir="/none")}, ValueError, r"disk_dir that is a folder to write to, got .*'/none'"),
-        ({"views": 0}, ValueError, r"views must be a whole number >= 1, got 0"),
+        ({"views": 0}, ValueError, r"views must be a whole number >= 1 or 'auto', got 0"),
         ({"policy": Fixed}, TypeError, r"policy must be a function of a Situation, got <class"),
         ({"policy": 3}, TypeError, r"policy must be a function of a Situation, got 3"),
         ({"epochs": True}, ValueError, r"epochs must be a whole number >= 1 or None, got True"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from learndrop_ext.ops import CODECS
 
@@ -17,8 +18,9 @@ class CacheConfig:
     Args:
         codec (str, optional): "fp16" (clamped to +-65504), "bf16", "fp32" (exact for fp32 training) or "uint8" (one
             scale and zero point per sample and channel; half the bytes of fp16). Default: "fp16"
-        views (int, optional): random augmentations kept of each sample; 1 needs a dataset without randomness.
-            Default: 1
+        views (int or "auto", optional): random augmentations kept of each sample; 1 needs a dataset without randomness.
+            "auto" is 1 for such a dataset; for one whose samples are random each by itself, as many as leave half of the
+            run's shortened time to epochs that read rows, see `data.source.settle_views`. Default: "auto"
         budget_bytes (int or "auto", optional): the most bytes of rows on the model's device; "auto" is half of what is
             free when a drop is decided. Default: "auto"
         host_bytes (int or "auto", optional): the most bytes of further rows in the host's memory, for a model on a GPU.
@@ -42,7 +44,7 @@ class CacheConfig:
     """
 
     codec: str = "fp16"
-    views: int = 1
+    views: int | str = "auto"
     budget_bytes: int | str = "auto"
     host_bytes: int | str = 0
     disk_bytes: int | str = 0
@@ -54,6 +56,11 @@ class CacheConfig:
     partition: str = "share"
 
     @property
+    def rows_per_sample(self) -> int:
+        """V, the rows kept of each sample; 1 while `views` is "auto"."""
+        return 2 if self.mirror else self.views if isinstance(self.views, int) else 1
+
+    @property
     def augmented(self) -> bool:
         """Whether rows are flipped or shifted when they are read."""
         return self.flip or self.shift > 0
@@ -61,8 +68,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ValueError(f"CacheConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
-        if not _is_whole(self.views) or self.views < 1:
-            raise ValueError(f"CacheConfig: views must be a whole number >= 1, got {self.views!r}")
+        if self.views != "auto" and not (_is_whole(self.views) and self.views >= 1):
+            raise ValueError(f"CacheConfig: views must be a whole number >= 1 or 'auto', got {self.views!r}")
         if self.partition not in PARTITIONS:
             raise ValueError(f"CacheConfig: partition must be 'share' or 'all', got {self.partition!r}")
         for name in ("budget_bytes", "host_bytes", "disk_bytes"):
@@ -79,13 +86,13 @@ class CacheConfig:
                 )
         if not _is_whole(self.shift) or self.shift < 0:
             raise ValueError(f"CacheConfig: shift must be pixels >= 0, got {self.shift!r}")
-        if self.mirror and self.views > 1:
+        if self.mirror and self.views not in (1, "auto"):
             raise ValueError(f"CacheConfig: views must be 1 where mirror is True, got {self.views}")
         if self.mirror and self.flip:
             raise ValueError("CacheConfig: flip must be False where mirror is True, got True")
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

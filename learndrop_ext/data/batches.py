@@ -1,4 +1,4 @@
-"""Which batches an epoch gives: those of a DataLoader's sampler, or those of a loader with ids as they come by."""
+"""The batches of an epoch: those of a DataLoader's sampler, or those of a loader with ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from learndrop_ext.distributed import process_rank, several_processes
 
 @dataclass(frozen=True)
 class Plan:
-    """A batch of samples `ids` [B], of which `read` [n] are read as images."""
+    """A batch of samples `ids` [B]; the images of `read` [n] are read."""
 
     ids: torch.Tensor
     read: torch.Tensor
@@ -35,7 +35,7 @@ class Batches(Protocol):
 
     @property
     def epoch(self) -> int:
-        """Counts the epochs begun."""
+        """Number of epochs begun."""
 
     @property
     def seen(self) -> torch.Tensor:
@@ -49,34 +49,34 @@ class Batches(Protocol):
         """Batches in an epoch."""
 
     def begin(self, epoch: int) -> None:
-        """Follow a dataset that has grown, and begin an epoch."""
+        """Begin an epoch; the dataset may have grown."""
 
     def needed(self) -> torch.Tensor:
-        """Return the samples that the epochs to come draw from, as far as is known: [N] bool."""
+        """Return the samples that later epochs may draw, as far as they are known: [N] bool."""
 
     def reads_images(self) -> bool:
-        """Whether the epoch that begins reads images."""
+        """Return whether the epoch that begins reads images."""
 
     def images(self) -> Iterator[tuple[Plan, Any]]:
-        """Return the epoch's plans, each with the batch that was read for it, None where none had to be."""
+        """Yield the epoch's plans, each with the batch read for it, or None if nothing had to be read."""
 
     def rows(self) -> Iterator[Plan]:
-        """Return the epoch's plans where every sample has its row."""
+        """Yield the epoch's plans if every sample has its row."""
 
     def rest(self, plan: Plan, given: int) -> Iterator[tuple[Plan, Any]] | None:
-        """Return the rest of an epoch of rows from `plan` on, after `given` batches, where it has to be read after all."""
+        """Return the rest of an epoch from `plan` on, after `given` batches, if its rows have gone and images are read."""
 
     def expected_rows(self) -> int:
-        """Return how many rows a drop will keep."""
+        """Return the number of rows that a drop will keep."""
 
     def load(self, seen: torch.Tensor) -> None:
-        """Take the samples that an earlier process has seen."""
+        """Mark the samples that an earlier process has seen."""
 
 
 class Planner:
-    """The user's batch sampler as the image loader sees it: only the samples of each batch that have no row yet.
+    """The batch sampler of the image loader: of each of the user's batches, the samples that have no row yet.
 
-    It checks each id and notes which were drawn. The whole batches wait in `plans`, in order.
+    It checks ids and records which were drawn. The plans of whole batches wait in `plans`, in order.
     """
 
     def __init__(self, batch_sampler: Any, rows: RowSet) -> None:
@@ -85,7 +85,7 @@ class Planner:
         self.seen = torch.zeros(len(rows.slots), dtype=torch.bool)
         self.plans: deque[Plan] = deque()
         self.epoch = 0
-        self.share: Share | None = None  # of one of several processes
+        self.share: Share | None = None  # this rank's, with several processes
         if several_processes() and rows.config.partition == "share":
             self.share = Share(seed=rows.seed, rank=process_rank())
 
@@ -99,7 +99,7 @@ class Planner:
         return len(self.batch_sampler)
 
     def draw(self, batches: Iterator[Any]) -> Iterator[Plan]:
-        """Plan batches as they come."""
+        """Yield a plan for each batch."""
         size = len(self.seen)
         for batch in batches:
             ids = [id_of(i) for i in batch]
@@ -113,7 +113,7 @@ class Planner:
             yield Plan(index, self.rows.missing(index, self.epoch))
 
     def order(self) -> Iterator[Any]:
-        """Return the batches of an epoch: the user's, or of a rank's share."""
+        """Return the batches of an epoch: the user's, or those of this rank's share."""
         if self.share is None or not self.rows.cut:
             return iter(self.batch_sampler)
         if self.share.ids is not None:
@@ -121,7 +121,7 @@ class Planner:
         return self.share.note(self.batch_sampler, len(self) if hasattr(self.batch_sampler, "__len__") else None)
 
     def begin(self, epoch: int) -> None:
-        """Make room for what the dataset has got, and forget plans of an epoch that was broken off."""
+        """Begin an epoch: follow the size of the dataset, and discard plans of an epoch that was broken off."""
         more = self.rows.follow_size()
         if more:
             self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
@@ -132,22 +132,22 @@ class Planner:
 
 
 class PlannedBatches:
-    """The batches of a DataLoader: its sampler's, of which only the samples without a row are read."""
+    """The batches of a DataLoader's sampler. Only samples without a row are read."""
 
     def __init__(self, loader: DataLoader[Any], rows: RowSet) -> None:
         self.planner = Planner(loader.batch_sampler, rows)
         self._rows = rows
         self._generator = loader.generator
-        # Nothing that the loader holds holds it: its workers then end with it.
+        # The planner does not refer to this loader: without a reference cycle its workers end with it.
         self._images: DataLoader[Any] = rebuilt(loader, self.planner)
-        self._persistent = False  # whether workers that outlive an epoch have been given their seed
+        self._persistent = False  # whether persistent workers have been given their seed
 
     def __len__(self) -> int:
         return len(self.planner)
 
     @property
     def epoch(self) -> int:
-        """Counts the epochs begun."""
+        """Number of epochs begun."""
         return self.planner.epoch
 
     @property
@@ -157,7 +157,7 @@ class PlannedBatches:
 
     @property
     def batch_size(self) -> int:
-        """The user's batch size; 32 where a batch sampler names none."""
+        """The user's batch size, or 32 if a batch sampler has none."""
         size = getattr(self.planner.batch_sampler, "batch_size", None)
         return size if isinstance(size, int) else 32
 
@@ -166,25 +166,25 @@ class PlannedBatches:
         self.planner.begin(epoch)
 
     def needed(self) -> torch.Tensor:
-        """Return the samples drawn so far, or those of a rank's share: [N] bool."""
+        """Return the samples drawn so far, or those of this rank's share: [N] bool."""
         share = self.planner.share
         if share is None or share.ids is None:
             return self.seen
         return torch.zeros_like(self.seen).index_fill_(0, share.ids, True)
 
     def reads_images(self) -> bool:
-        """Whether a sample was drawn that has no row, or nothing was drawn yet."""
+        """Return whether a sample drawn so far has no row, or none was drawn yet."""
         needed = self.needed()
         return not (bool(needed.any()) and self._rows.complete(needed, self.epoch))
 
     def images(self) -> Iterator[tuple[Plan, Any]]:
-        """Return the plans in the sampler's order, each with a batch of those samples that had no row."""
+        """Yield the plans in the sampler's order, each with the batch of its samples without a row."""
         self._start_workers()
         read = iter(self._images)
         plans = self.planner.plans
         ended = False
         while plans or not ended:
-            # The reading loader asks for batches some steps ahead; each asked adds its plans.
+            # The image loader asks for batches some steps ahead, which adds their plans.
             if not plans or len(plans[0].read):
                 batch = next(read, None)
                 ended = batch is None
@@ -198,20 +198,20 @@ class PlannedBatches:
                 yield plans.popleft(), batch
 
     def rows(self) -> Iterator[Plan]:
-        """Return the plans in the sampler's order."""
+        """Yield the plans in the sampler's order."""
         if not self._persistent:
-            # A DataLoader draws its workers' seed before the sampler draws the order: draw it too, so that the order is
-            # the one that training on images would have had. Persistent workers drew their seed in the first epoch.
+            # A DataLoader draws its workers' seed before the sampler draws the order. Draw it too, so that the order is the
+            # one of training on images. Persistent workers get their seed in the first epoch only.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         self._start_workers()
         yield from self.planner.draw(self.planner.order())
 
     def rest(self, plan: Plan, given: int) -> None:
-        """Return None: samples without a row are read by id."""
+        """Return None: samples without a row are read by index."""
 
     def expected_rows(self) -> int:
-        """Return how many rows a drop will keep: of all samples, of those drawn so far where they are less than half, or
-        of one rank's share of them."""
+        """Return the number of rows a drop will keep: of all samples, of those drawn so far if they are less than half, or
+        of one rank's share."""
         share, size, drawn = self.planner.share, len(self.seen), int(self.seen.sum())
         if share is None:
             kept = drawn if 0 < 2 * drawn < size else size
@@ -220,7 +220,7 @@ class PlannedBatches:
         return kept * self._rows.views
 
     def load(self, seen: torch.Tensor) -> None:
-        """Take the samples that an earlier process has seen."""
+        """Mark the samples that an earlier process has seen."""
         self.seen[: len(seen)] = seen
 
     def _start_workers(self) -> None:
@@ -228,17 +228,17 @@ class PlannedBatches:
 
 
 class PassingBatches:
-    """The batches of a loader with ids: as they come by, and once all ids are known and have rows, in an order of our own.
+    """The batches of a loader with ids. Once all ids are known and have rows, batches are drawn from the ids.
 
-    While images come by they are compared with their rows: a few samples in the first batch of an epoch, in each batch
-    after twice as many, and wherever an id comes again in one epoch.
+    While images are read, some are compared with their rows: in batches 1, 2, 4, 8, ... of an epoch, and wherever an id
+    comes twice in one epoch.
     """
 
     def __init__(self, source: IdSource, rows: RowSet) -> None:
         self.epoch = 0
         self._source = source
         self._rows = rows
-        self._seen = torch.zeros(0, dtype=torch.bool)  # with room for more samples
+        self._seen = torch.zeros(0, dtype=torch.bool)  # grows in steps
         self._follow_size()
         self._said_repeats = False
 
@@ -252,7 +252,7 @@ class PassingBatches:
 
     @property
     def seen(self) -> torch.Tensor:
-        """The samples that came by so far: [N] bool."""
+        """The samples read so far: [N] bool."""
         return self._seen[: len(self._rows.slots)]
 
     @property
@@ -277,7 +277,7 @@ class PassingBatches:
         return self.seen
 
     def reads_images(self) -> bool:
-        """Whether the loader is iterated over: until every id is known and has its row."""
+        """Return whether the loader is iterated over: until every id is known and has its row."""
         if not self._has_rows():
             return True
         if self._source.repeats and not self._said_repeats:
@@ -291,7 +291,7 @@ class PassingBatches:
         return not self._source.whole
 
     def images(self) -> Iterator[tuple[Plan, Any]]:
-        """Return the batches of the loader as they come by."""
+        """Yield the batches of the loader."""
         for i, (ids, read) in enumerate(self._source.iterate()):
             self._follow_size()
             self._seen[ids] = True
@@ -302,13 +302,13 @@ class PassingBatches:
             yield Plan(ids, ids), batch
 
     def rows(self) -> Iterator[Plan]:
-        """Return an epoch of all samples that came by, shuffled."""
+        """Yield the plans of an epoch of all known samples, shuffled."""
         nothing = torch.empty(0, dtype=torch.int64)
         for ids in self._source.order(torch.nonzero(self.seen).flatten(), self.epoch):
             yield Plan(ids, nothing)
 
     def rest(self, plan: Plan, given: int) -> Iterator[tuple[Plan, Any]] | None:
-        """Return as many of the loader's batches as are left, where rows have gone since the epoch began."""
+        """Return the remaining number of batches from the loader, if rows have gone since the epoch began."""
         if self._rows.cache is not None and not len(self._rows.missing(plan.ids, self.epoch)):
             return None
         warnings.warn(
@@ -321,16 +321,16 @@ class PassingBatches:
         return itertools.islice(self.images(), left)
 
     def expected_rows(self) -> int:
-        """Return how many rows a drop will keep: of all samples that are known or expected."""
+        """Return the number of rows a drop will keep: of all samples that are known or expected."""
         return max(len(self._rows.slots), self._source.expected()) * self._rows.views
 
     def load(self, seen: torch.Tensor) -> None:
-        """Take the samples that an earlier process has seen, by the numbers that it gave them."""
+        """Mark the samples that an earlier process has seen, by the numbers it gave them."""
         self._seen = seen.clone()
         self._follow_size()
 
     def _has_rows(self) -> bool:
-        """Whether every sample that came by has its row for the epoch."""
+        """Whether every known sample has its row for the epoch."""
         return bool(self.seen.any()) and self._rows.complete(self.seen, self.epoch)
 
     def _follow_size(self) -> None:
@@ -339,7 +339,7 @@ class PassingBatches:
 
 
 def batches_of(rows: RowSet) -> Batches:
-    """Return the batches that the rows' source gives."""
+    """Return the batches of the rows' source."""
     if isinstance(rows.source, IdSource):
         return PassingBatches(rows.source, rows)
     return PlannedBatches(rows.source.loader, rows)

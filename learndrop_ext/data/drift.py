@@ -1,4 +1,4 @@
-"""Whether rows are still what the model and the data would give, checked at each epoch."""
+"""Check at each epoch that rows are still what the model computes from the data."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ from learndrop_ext.rng import fork_rng
 
 #: Samples that are read again at each epoch.
 PROBES = 4
-#: How often they are read where the dataset is random: an entry that changes with p = 0.5 is known as random by 4
-#: samples in all but one of 2^12 cases.
+#: How often they are read if the dataset is random. An entry that changes with p = 0.5 passes for constant if 3 further
+#: readings of 4 samples do not change it: once in 2^12 times.
 READINGS = 4
-#: What a codec may change of a row, as a share of its largest value.
+#: The largest error of a codec, as a share of a row's largest value.
 CODEC_ERROR = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "uint8": 1e-2}
 
 
 def follow_model(rows: RowSet) -> None:
-    """Have the rows made anew, with a RuntimeWarning, where a dropped layer's weights, buffers or attributes have
-    changed.
+    """Discard the rows, with a RuntimeWarning, if a dropped layer's weights, buffers or attributes have changed.
 
     Raises:
-        RuntimeError: a dropped layer that did not train is asked to now.
+        RuntimeError: a parameter of a dropped layer has been set to train.
     """
     frozen = rows.frozen
     if frozen is None:
@@ -60,20 +59,19 @@ def follow_code(
     layers: Sequence[str] | None,
     inputs: tuple[Sequence[Any], Mapping[str, Any]] | None,
 ) -> bool:
-    """Split the model again where its forward is no longer what it was, and have the rows made anew, with a
-    RuntimeWarning, where that is so of the dropped layers.
+    """Split the model again if its forward has changed. Discard the rows, with a RuntimeWarning, if the dropped layers did.
 
     Args:
-        rows: of the run; its chain is replaced.
+        rows: the run's rows; their chain is replaced.
         where: "loader" or "step", for messages.
-        run: whether model and chain are run, beside what forward reads from its modules being compared.
-        layers, inputs: of the scheduler, see `split_layers`.
+        run: also run the model and the chain and compare their outputs, not only what forward reads from its modules.
+        layers, inputs: the arguments of `split_layers`.
 
     Returns:
         Whether the model was split again.
 
     Raises:
-        RuntimeError: the model has other layers now.
+        RuntimeError: the model now has other layers.
     """
     changed = rows.chain.stale() or (difference_now(rows.chain, rows.model) if run else None)
     if changed is None:
@@ -90,12 +88,12 @@ def follow_code(
 
 
 def follow_data(rows: RowSet, epoch: int) -> None:
-    """Have the rows made anew, with a RuntimeWarning, where a few samples are no longer what the dataset gives.
+    """Read a few samples again. Discard the rows, with a RuntimeWarning, if one has changed.
 
-    Nothing is done where samples cannot be read by number: see `follow_batch`.
+    Does nothing if samples cannot be read by number; see `follow_batch`.
 
     Raises:
-        RuntimeError: images have another shape than those that the model was split for.
+        RuntimeError: the shape of the images has changed.
     """
     if not rows.source.readable or not rows.stores:
         return
@@ -115,20 +113,20 @@ def follow_data(rows: RowSet, epoch: int) -> None:
 
 
 def follow_batch(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int, again: torch.Tensor | None = None) -> bool:
-    """Do what `follow_data` does, with a batch of images that comes by; random views are not compared.
+    """Compare a few samples of a batch of images with their rows, as `follow_data` does. Random views are not compared.
 
     Args:
-        rows: of the run.
-        batch: of the samples `ids` [B], on the device.
+        rows: the run's rows.
+        batch: the images of samples `ids`, on the device.
         ids: [B].
-        epoch: for which the samples' rows are asked.
-        again: [n] positions in the batch of ids that came before in this epoch; some of these are compared first.
+        epoch: number of epochs begun.
+        again: [n] positions in the batch of ids that came before in this epoch; these are compared first.
 
     Returns:
-        Whether samples with rows were among them, so that a change would have been seen.
+        Whether any sample of the batch has a row, so that a change could be seen.
 
     Raises:
-        RuntimeError: images have another shape than those that the model was split for.
+        RuntimeError: the shape of the images has changed.
         ValueError: an id stands for two samples in one epoch.
     """
     _check_shape(rows, batch)
@@ -159,8 +157,8 @@ def _make_anew(rows: RowSet, reason: str, *, stacklevel: int = 5) -> None:
 
 
 def _attributes_do_not_matter(rows: RowSet, frozen: FrozenPrefix) -> bool:
-    """Whether the frozen layers make the same rows of the example, to the bit, with their attributes as they are and as
-    they were: a dropout rate or a momentum says nothing in eval mode."""
+    """Whether the frozen layers compute the same rows, to the bit, with their attributes as they are and as they were. In
+    eval mode a dropout rate or a momentum makes no difference."""
     segment = rows.chain.prefix(rows.cut)
     with fork_rng(0), frozen_pass(segment, rows.autocast, rows.device):
         now = segment(rows.example)
@@ -182,10 +180,10 @@ def _check_shape(rows: RowSet, batch: Any) -> None:
 
 
 def _first_difference(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int, others: Sequence[Any]) -> str | None:
-    """What of some samples that have rows is no longer what it was, in words; None where nothing is.
+    """Say what has changed of some samples with rows, or return None.
 
-    Labels and all else in a batch are compared to the bit, rows (of samples without randomness) with what the frozen
-    layers make of the images now. others: further readings of random samples.
+    Labels and all else in a batch are compared to the bit; rows, unless samples are random, with what the frozen layers
+    compute from the images now. others: further readings of random samples.
     """
     assert rows.cache is not None
     at = rows.slots.places(ids, epoch)

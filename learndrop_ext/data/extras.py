@@ -1,4 +1,4 @@
-"""What a batch holds beside the model's input: labels, masks, ids, kept by sample and given back by batch.
+"""The rest of a batch beside the model's input: labels, masks, ids. It is stored by sample and returned by batch.
 
 B samples in a batch, R places.
 """
@@ -18,17 +18,17 @@ InputKey = int | str
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Return the batch with every tensor on the device; the copies do not block the host."""
+    """Return the batch with every tensor on the device. The copies do not block the host."""
     if device.type == "cpu":
-        return batch  # as loaders give it
+        return batch
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
 def input_of(batch: Any, key: InputKey) -> torch.Tensor:
-    """Return the model's input of a batch: the batch itself if it is a tensor, else the entry at `key`.
+    """Return the model's input: the batch itself if it is a tensor, else the entry at `key`.
 
     Raises:
-        ValueError: there is no such entry, or it is no tensor with one row per sample.
+        ValueError: there is no such entry, or it is not a tensor.
     """
     if isinstance(batch, torch.Tensor):
         return batch
@@ -48,7 +48,7 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
 
 
 def with_input(batch: Any, key: InputKey, model_input: torch.Tensor) -> Any:
-    """Return the batch with another tensor in the place of the model's input."""
+    """Return the batch with another tensor in place of the model's input."""
     pairs, spec = pytree.tree_flatten_with_path(batch)
     leaves = [leaf for _, leaf in pairs]
     place = _input_place(pairs, input_of(batch, key), key)
@@ -56,7 +56,7 @@ def with_input(batch: Any, key: InputKey, model_input: torch.Tensor) -> Any:
 
 
 def some_of(batch: Any, take: torch.Tensor, *, key: InputKey, like: Any) -> Any:
-    """Return the batch of the samples `take` [n] int64 (CPU) of a batch only; `like`: a batch of the same structure."""
+    """Return the batch of only the samples `take` [n] int64 (CPU). like: a batch of the same structure."""
     x = input_of(batch, key)
     part = BatchExtras(key=key, device=x.device, like=like)
     at = torch.arange(len(take))
@@ -66,11 +66,11 @@ def some_of(batch: Any, take: torch.Tensor, *, key: InputKey, like: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Entry:
-    """One leaf of a batch. kind: "input", "tensor", "array" or "list" (a value a sample), or "constant"."""
+    """One leaf of a batch. kind: "input", "tensor", "array" or "list" (a value per sample), or "constant"."""
 
     path: tuple[Any, ...]
     kind: str
-    form: str  # what all batches have in common, in words
+    form: str  # a description that must be the same in all batches
 
     @property
     def name(self) -> str:
@@ -78,17 +78,17 @@ class _Entry:
 
 
 class BatchExtras:
-    """All of a batch but the model's input, kept by place as `collate_fn` made it.
+    """Everything in a batch but the model's input, stored by place, as `collate_fn` made it.
 
-    Tensors and numpy arrays of B rows are stacked (tensors on the device), lists and tuples of B values are kept value
-    by value, whatever the values are: strings, None, boxes of different counts. A value that is the same in every
-    batch (None, a number, a name) is stored once.
+    Tensors and numpy arrays of B rows are stacked (tensors on the device). Lists and tuples of B values are stored value by
+    value, whatever the values are: strings, None, different numbers of boxes. A value that is the same in every batch
+    (None, a number, a name) is stored once.
 
     Args:
-        key: place of the model's input in a batch.
-        device: of the tensors that are kept.
-        like: a batch whose structure all have; that of the first by default. In a batch of few samples a list of as many
-            values cannot be told from a list with a value a sample.
+        key: position of the model's input in a batch.
+        device: device of the stored tensors.
+        like: a batch with the structure of all batches. Default: the first one stored. In a batch of two samples, a list
+            of two values could also be part of the structure.
     """
 
     def __init__(self, *, key: InputKey, device: torch.device, like: Any = None) -> None:
@@ -100,19 +100,20 @@ class BatchExtras:
         self._stacks: list[Any] = []
 
     def check(self, batch: Any) -> None:
-        """Raise ValueError for a batch that could not be kept, naming the entry."""
+        """Raise ValueError for a batch that cannot be stored, naming the entry."""
         self._read(batch)
 
     def put(self, batch: Any, at: torch.Tensor, take: torch.Tensor | None = None) -> None:
-        """Keep the extras of a batch.
+        """Store the extras of a batch.
 
         Args:
-            batch: of B samples.
-            at: [B] int64 on the CPU, the places; with `take` [n].
-            take: [n] int64 on the CPU, which samples of the batch are kept; all by default.
+            batch: a batch of B samples.
+            at: [B] int64 on the CPU, their places; [n] with `take`.
+            take: [n] int64 on the CPU, the samples of the batch to store. Default: all
 
         Raises:
-            ValueError: an entry is not per sample, or the batch is not built as the first one was. Nothing is kept.
+            ValueError: an entry is neither per sample nor constant, or the structure is not that of the first batch.
+                Nothing is stored.
         """
         if self._spec is None:
             entries, leaves, spec = self._read(batch if self._like is None else self._like)
@@ -131,7 +132,7 @@ class BatchExtras:
                     stack[place] = leaf[sample]
 
     def get(self, at: torch.Tensor, model_input: torch.Tensor) -> Any:
-        """Return the batch at places [B] int64 (CPU) with `model_input` in the place of the images."""
+        """Return the batch at places [B] int64 (CPU), with `model_input` in place of the images."""
         leaves: list[Any] = []
         where = at if self.device.type == "cpu" else at.to(self.device, non_blocking=True)
         for entry, stack in zip(self._entries, self._stacks, strict=True):
@@ -149,10 +150,10 @@ class BatchExtras:
         return pytree.tree_unflatten(leaves, self._spec)
 
     def first_difference(self, batch: Any, at: torch.Tensor, others: Sequence[Any] = ()) -> str | None:
-        """Return the name of the first entry of a batch that is not what is kept at places [B], None if all are.
+        """Return the name of the first entry of a batch that differs from what is stored at places [B], or None.
 
-        Entries that differ between the batch and `others`, further readings of the same samples, are random: these are
-        passed by.
+        Entries that differ between the batch and `others`, further readings of the same samples, are random and not
+        compared.
         """
         wanted = self._leaves(self.get(at, input_of(batch, self.key)))
         again = [self._leaves(other) for other in others]
@@ -163,10 +164,10 @@ class BatchExtras:
         return None
 
     def state(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """Return all that is kept, as plain values and tensors on the CPU.
+        """Return everything stored, as plain values and tensors on the CPU.
 
         Raises:
-            TypeError: a batch's structure or a value has no such form.
+            TypeError: the structure or a value of the batches cannot be expressed that way.
         """
         try:
             spec = pytree.treespec_dumps(self._spec)
@@ -185,7 +186,7 @@ class BatchExtras:
     def from_state(
         cls, values: dict[str, Any], tensors: Sequence[torch.Tensor], *, key: InputKey, device: torch.device
     ) -> BatchExtras:
-        """Return what `state` was taken of, on a device."""
+        """Restore from `state`, on a device."""
         extras = cls(key=key, device=device)
         extras._spec = pytree.treespec_loads(values["spec"])
         extras._entries = [_Entry(_path_of(path), kind, form) for path, kind, form in values["entries"]]
@@ -199,13 +200,13 @@ class BatchExtras:
         return extras
 
     def _leaves(self, batch: Any) -> list[Any]:
-        """The leaves of a batch that is built as the first one was."""
+        """The leaves of a batch with the structure of the first one."""
         lists = {id(_entry_at(batch, entry.path)) for entry in self._entries if entry.kind == "list"}
         leaves: list[Any] = pytree.tree_leaves(batch, is_leaf=lambda value: id(value) in lists or value is None)
         return leaves
 
     def _read(self, batch: Any) -> tuple[list[_Entry], list[Any], Any]:
-        """The entries of a batch with their leaves, checked against those of the first batch."""
+        """The entries of a batch, their leaves and its structure, checked against the first batch."""
         model_input = input_of(batch, self.key)
         count = len(model_input)
         if self._spec is None:
@@ -247,7 +248,7 @@ class BatchExtras:
 
 
 def _input_place(pairs: Sequence[tuple[Any, Any]], model_input: torch.Tensor, key: InputKey) -> int:
-    """Return which leaf is the model's input: where a batch holds that tensor twice, the one at `key`; -1 for none."""
+    """Return which leaf is the model's input, -1 for none. If a batch holds the tensor twice, it is the one at `key`."""
     places = [i for i, (_, leaf) in enumerate(pairs) if leaf is model_input]
     named = [i for i in places if [getattr(step, "key", getattr(step, "idx", None)) for step in pairs[i][0]] == [key]]
     return (named or places or [-1])[0]
@@ -270,14 +271,14 @@ def _entry(path: tuple[Any, ...], leaf: Any, count: int, *, is_input: bool) -> _
 
 
 def _is_list_of_samples(value: Any, count: int) -> bool:
-    """Whether a container holds a value a sample, and is no part of the batch's structure."""
+    """Whether a container holds one value per sample and is not part of the batch's structure."""
     if not isinstance(value, list | tuple) or hasattr(value, "_fields") or len(value) != count or count == 0:
         return False
     return not all(isinstance(v, torch.Tensor | np.ndarray) and v.ndim > 0 and len(v) == count for v in value)
 
 
 def _put_rows(stack: Any, at: torch.Tensor, rows: Any) -> Any:
-    """The stack with rows [n, ...] at places [n]; its memory grows in steps."""
+    """The stack with rows [n, ...] at places [n]. Its memory grows in steps."""
     wanted = int(at.max()) + 1 if len(at) else 0
     if wanted > len(stack):
         size = max(wanted, len(stack) + len(stack) // 2)
@@ -293,7 +294,7 @@ def _put_rows(stack: Any, at: torch.Tensor, rows: Any) -> Any:
 
 
 def _own(value: Any) -> Any:
-    """A value that the loop may write to: boxes that are scaled in place must not change what is kept."""
+    """A copy that the training loop may change in place, as it may scale boxes."""
     return value if isinstance(value, str | bytes | int | float | None) else copy.deepcopy(value)
 
 
@@ -311,7 +312,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _entry_at(batch: Any, path: tuple[Any, ...]) -> Any:
-    """What stands at a path, None where the batch has no such place."""
+    """The value at a path, or None if the batch has no such path."""
     try:
         for step in path:
             batch = step.get(batch)
@@ -321,7 +322,7 @@ def _entry_at(batch: Any, path: tuple[Any, ...]) -> Any:
 
 
 def _plain_path(path: tuple[Any, ...]) -> list[Any]:
-    """A path as JSON has it: its keys, with what kind of step each is."""
+    """A path as plain values: the kind and key of each step."""
     steps = []
     for step in path:
         if isinstance(step, pytree.SequenceKey):

@@ -1,4 +1,4 @@
-"""The frozen pass that makes rows, and the check that a row is a function of its sample."""
+"""The frozen pass that computes rows, and the check that a row depends on its sample alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from learndrop_ext.rng import fork_rng
 
 @contextlib.contextmanager
 def frozen_pass(segment: Segment, autocast: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    """Eval mode, no gradients, and the autocast of the training step; the training flags come back on leaving."""
+    """Eval mode, no gradients, and the autocast of the training step. Restores the training flags on leaving."""
     flags = [m for m in segment.modules() if m.training]
     for module in flags:
         module.training = False
@@ -32,8 +32,8 @@ def frozen_pass(segment: Segment, autocast: torch.dtype | None, device: torch.de
 class Stages:
     """The frozen segments of successive drops, run in order up to the last cut.
 
-    Between two segments rows are encoded and decoded here too, so that rows computed from images equal rows computed
-    from cached rows.
+    Rows are encoded and decoded between two segments, so that rows computed from images equal rows computed from cached
+    rows.
     """
 
     def __init__(self, config: CacheConfig, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class Stages:
         self._device = device
 
     def run(self, x: torch.Tensor, start: int) -> torch.Tensor:
-        """Run inputs [B, ...] of the `start`-th segment through it and all that follow."""
+        """Run inputs [B, ...] of segment `start` through it and all later ones."""
         for i, segment in enumerate(self.segments[start:], start):
             with frozen_pass(segment, self.autocast, self._device):
                 x = segment(x)
@@ -63,20 +63,20 @@ class Stages:
 
 
 def check_purity(segment: Segment, x: torch.Tensor, model: nn.Module, autocast: torch.dtype | None) -> None:
-    """Check that the rows of a segment are functions of their samples.
+    """Check that the rows of a segment depend on their samples alone.
 
-    The first half of a batch is run twice: beside the other half and beside itself, from two random states. Equal means
-    within `rounding` of the largest value.
+    The first half of a batch is run twice, together with the other half and together with itself, with two random seeds.
+    The results must agree within `rounding` of the largest value.
 
     Args:
         segment: the frozen layers.
         x: [B, ...], a batch of the segment's inputs, B >= 1.
-        model: whose modules are named in the error.
+        model: the user's model; errors name its modules.
         autocast: dtype of the pass.
 
     Raises:
-        ValueError: rows depend on the other samples of a batch or on the random state. It names the innermost module
-            that makes different rows of equal ones.
+        ValueError: rows depend on the other samples of a batch or on the random state. Names the innermost module whose
+            outputs differ for equal inputs.
     """
     if len(x) == 1:
         x = torch.cat([x, torch.zeros_like(x)])
@@ -98,11 +98,10 @@ def check_purity(segment: Segment, x: torch.Tensor, model: nn.Module, autocast: 
 
 
 def rows_agree(wanted: torch.Tensor, got: torch.Tensor, autocast: torch.dtype | None, *, error: float = 0.0) -> bool:
-    """Return whether two batches of rows are the same but for rounding: within `rounding` of the largest value and a
-    further share `error` of it."""
+    """Return whether two batches of rows agree within rounding: `rounding` plus `error`, as shares of the largest value."""
     if wanted.shape != got.shape:
         return False
-    # Most are the same to the bit, and this is a tenth of the work.
+    # Rows are usually equal to the bit, and this comparison is a tenth of the work.
     if torch.equal(wanted, got):
         return True
     if not wanted.is_floating_point():
@@ -114,10 +113,10 @@ def rows_agree(wanted: torch.Tensor, got: torch.Tensor, autocast: torch.dtype | 
 
 
 def rounding(dtype: torch.dtype, device_type: str, autocast: torch.dtype | None) -> float:
-    """Return how far rows of batches of different sizes may be apart, as a share of the largest value.
+    """Return how much rows may differ between batches of different sizes, as a share of the largest value.
 
-    On a GPU a batch's size decides which algorithm computes it, and some multiply fp32 in TF32, with the 10 bits of
-    fp16: cuDNN's convolutions do by default.
+    On a GPU the algorithm depends on the batch size, and some algorithms multiply fp32 in TF32, with the 10 bits of fp16;
+    cuDNN's convolutions do so by default.
     """
     coarse = autocast is not None or dtype.itemsize == 2 or (device_type == "cuda" and dtype == torch.float32)
     return 2e-2 if coarse else 1e-3
@@ -126,7 +125,7 @@ def rounding(dtype: torch.dtype, device_type: str, autocast: torch.dtype | None)
 def _seen_rows(
     segment: Segment, batch: torch.Tensor, half: int, seed: int
 ) -> dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
-    """What enters and what leaves each module for the first half of a batch, the innermost modules first."""
+    """The input and output of each module for the first half of a batch, innermost modules first."""
     came: dict[nn.Module, torch.Tensor] = {}
     seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 

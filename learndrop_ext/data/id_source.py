@@ -1,4 +1,4 @@
-"""Samples that come by in the batches of any loader, told apart by the ids that the batches carry."""
+"""Samples from the batches of any loader, identified by the ids that the batches carry."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, some_of
 from learndrop_ext.data.ids import IdKey, IdTable, check_key, ids_of
 from learndrop_ext.rng import fork_rng
 
-#: Batches of which the median is the time to read one.
+#: The time to read a batch is the median over this many.
 TIMED_BATCHES = 32
-#: Batches that are read for it where none has come by.
+#: Batches read to measure that time before the first epoch.
 PROBED_BATCHES = 3
 
 _END = object()
 
 
 class IdSource:
-    """The samples of a loader whose batches carry ids. A sample is at hand while its batch comes by, never again.
+    """The samples of a loader whose batches carry ids. A sample is available only while its batch is.
 
-    One batch is drawn from the loader when this is made. A loader that is its own iterator gives it again as the first
-    of its first iteration.
+    `first` draws one batch from the loader. If the loader is its own iterator, that batch is used as the first one of the
+    first epoch.
 
     Args:
-        loader: anything that gives batches each time it is iterated over.
-        ids: place of the samples' ids in a batch.
-        key: place of the model's input in a batch.
-        seed: of the random state in which that first batch is drawn.
+        loader: any object that gives batches each time it is iterated over.
+        ids: position of the samples' ids in a batch.
+        key: position of the model's input in a batch.
+        seed: random seed with which the first batch is drawn.
     """
 
     readable = False
@@ -53,12 +53,12 @@ class IdSource:
                 f"{type(loader).__name__}, which ends for good; give an object whose __iter__ begins anew"
             )
         self.loader = loader
-        self.whole = False  # whether an iteration was seen that every id of the first batch came in, each id once
-        self.repeats = False  # whether an id came twice in the newest iteration
-        self.unchecked = False  # whether rows of an earlier process have not been compared with the first batch
-        # Positions in the newest batch of ids that its iteration had before.
+        self.whole = False  # whether the last iteration had every id of the first batch, and no id twice
+        self.repeats = False  # whether the last iteration had an id twice
+        self.unchecked = False  # whether the rows of a checkpoint are still to be compared with the first batch
+        # Positions in the current batch of ids that its iteration has had before.
         self.again = torch.empty(0, dtype=torch.int64)
-        self.batch_size = 0  # of the first batch
+        self.batch_size = 0  # samples in the first batch
         self._place = ids
         self._key = key
         self._seed = seed
@@ -67,23 +67,23 @@ class IdSource:
         self._first_ids: list[int] | list[str] = []
         self._is_iterator = False  # whether the loader is its own iterator
         self._begun: Any = None  # the first batch of such a loader, until its first iteration
-        self._kept: BatchExtras | None = None  # the first batch, to compare what comes by with
-        self._unmatched: dict[int | str, int] = {}  # its ids that no iteration has had yet, with their position in it
+        self._kept: BatchExtras | None = None  # the first batch, with which later ones are compared
+        self._unmatched: dict[int | str, int] = {}  # id -> position of its samples that were not compared yet
         self._waits: deque[float] = deque(maxlen=TIMED_BATCHES)
         self._first_wait = 0.0
-        self._keeps_last = True  # whether an iteration may end with a smaller batch
-        self._samples = 0  # of the newest whole iteration
-        self._length: int | None = None  # in batches, as the loader told it at that time
+        self._keeps_last = True  # whether the last batch of an iteration may be smaller
+        self._samples = 0  # samples of the last whole iteration
+        self._length: int | None = None  # len(loader) at that time
 
     def __len__(self) -> int:
         return len(self._table)
 
     def expected(self) -> int:
-        """Return the samples of a whole iteration; before one was seen, of as many batches as the loader says it has."""
+        """Return the number of samples of a whole iteration; before the first one, as many as `len(loader)` implies."""
         return self._samples if self.whole else max(len(self), (length_of(self.loader) or 0) * self.batch_size)
 
     def describe(self) -> str:
-        """Return the kind of loader, and the digest of all ids in their order."""
+        """Return the loader's type and the digest of all ids in order."""
         digest = hashlib.sha256()
         for value in self._table.ids:
             digest.update(f"{value!r},".encode())
@@ -93,7 +93,7 @@ class IdSource:
         """Draw the first batch.
 
         Raises:
-            ValueError: the loader has none, or it is not built as `input` and `ids` say.
+            ValueError: the loader has no batch, or there is no input or no ids in it where `input` and `ids` say.
         """
         with _left_alone(self.loader, self._seed):
             begin = time.perf_counter()
@@ -108,7 +108,7 @@ class IdSource:
         self._first_ids = ids_of(batch, self._place, count)
         if iterator is self.loader:
             self._begun, self._is_iterator = batch, True
-        # Loaders may write the next batch to the same memory.
+        # A loader may write its next batch to the same memory.
         self._first = _copied(batch)
         self.batch_size = count
         return self._table.numbers(self._first_ids).tolist(), self._first
@@ -119,14 +119,16 @@ class IdSource:
 
     @property
     def first_batch(self) -> Any:
-        """The first batch, as it came."""
+        """The first batch, as the loader gave it."""
         return self._first
 
-    def check_repeats(self) -> None:
-        """Compare the samples of the first batch with what the loader gives of them later: ValueError where one differs.
+    def check_repeats(self, *, accept_random: bool = False) -> bool:
+        """Have the samples of the first batch compared with later readings of them: ValueError where one differs.
+
+        `accept_random` is ignored, since it is not known yet whether samples are random.
 
         Raises:
-            ValueError: an id stands for different samples in the first batch.
+            ValueError: an id stands for different samples within the first batch.
         """
         x = input_of(self._first, self._key)
         self._kept = BatchExtras(key=self._key, device=x.device, like=self._first)
@@ -134,9 +136,10 @@ class IdSource:
         self._unmatched = {self._first_ids[i]: i for i in range(len(self._first_ids))}
         again = [i for i in range(len(x)) if self._unmatched[self._first_ids[i]] != i]
         self._check_same(self._first, self._first_ids, again)
+        return True
 
     def read(self, ids: Sequence[int], seed: int) -> Any:
-        """Raise RuntimeError: samples are at hand only while their batch comes by."""
+        """Raise RuntimeError: samples are available only while their batch is."""
         raise RuntimeError(
             f"drop.loader: samples of a loader with ids= can be read only as they come by, got {len(ids)} asked for by id"
         )
@@ -145,11 +148,11 @@ class IdSource:
         """Return the batches of one iteration over the loader, each with the numbers [B] of its samples.
 
         Raises:
-            RuntimeError: there are none.
-            ValueError: a sample of the first batch is another one now, see `check_repeats`.
+            RuntimeError: the loader gives no batch.
+            ValueError: a sample of the first batch has changed, see `check_repeats`.
         """
         batch, self._begun = self._begun, None
-        is_first = batch is not None  # the first batch, which is this iteration's first one too
+        is_first = batch is not None  # this iteration begins with the batch that `first` drew
         samples = given = last = 0
         met = torch.empty(0, dtype=torch.bool)
         unmet: set[int | str] = set(self._first_ids)
@@ -162,7 +165,7 @@ class IdSource:
                 batch = next(iterator, _END)
                 if batch is _END:
                     break
-                if given:  # the wait for the first batch is for workers too
+                if given:  # the first batch also waits for the workers to start
                     self._waits.append(time.perf_counter() - begin)
             last = len(input_of(batch, self._key))
             ids = ids_of(batch, self._place, last)
@@ -175,7 +178,7 @@ class IdSource:
             met[numbers] = True
             unmet.difference_update(ids)
             given, samples = given + 1, samples + last
-            if given == length:  # the loop may not ask for one more
+            if given == length:  # the caller may stop here
                 self._end(length, samples, last, unmet=None if is_first else unmet, repeats=repeats)
             yield numbers, batch
         if not given:
@@ -186,7 +189,7 @@ class IdSource:
         self._end(length, samples, last, unmet=None if is_first else unmet, repeats=repeats)
 
     def follow_length(self) -> None:
-        """Have the loader iterated again where it says that it has more or fewer batches than it had."""
+        """Iterate over the loader again if its length has changed."""
         if self.whole and length_of(self.loader) != self._length:
             self.whole = False
 
@@ -195,16 +198,16 @@ class IdSource:
         return -(-count // self.batch_size) if self._keeps_last else count // self.batch_size
 
     def order(self, numbers: torch.Tensor, epoch: int) -> Iterator[torch.Tensor]:
-        """Return an epoch of batches [B] of all samples `numbers` [n], in the order that seed and epoch give."""
+        """Return an epoch of batches [B] of all samples `numbers` [n], shuffled by seed and epoch."""
         generator = torch.Generator().manual_seed(self._seed + epoch)
         shuffled = numbers[torch.randperm(len(numbers), generator=generator)]
         yield from shuffled.split(self.batch_size)[: self.batches(len(numbers))]
 
     def timed(self, size: int) -> tuple[Any, float, int]:
-        """Return the first batch, the seconds that the loop waits for one, and 0.
+        """Return the first batch, the seconds that training waits for a batch, and 0.
 
-        Where none has come by yet a few are drawn from the loader, with the number of its workers in place of the 0. A
-        loader that is its own iterator is asked for none.
+        Before the first epoch the loader is asked for a few batches, unless it is its own iterator; the time is then
+        that of one worker, and the 0 the number of workers.
         """
         if self._waits:
             return self._first, statistics.median(self._waits), 0
@@ -213,7 +216,7 @@ class IdSource:
         return self._first, seconds * max(1, workers), workers
 
     def state(self) -> dict[str, Any]:
-        """Return the ids in the order of their numbers, and what is known of an iteration."""
+        """Return the ids in the order of their numbers, and what the last iteration has shown."""
         return {
             "values": list(self._table.ids),
             "whole": self.whole,
@@ -234,7 +237,7 @@ class IdSource:
             )
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Take the numbers of another run; `first_numbers` then adds what is new in the first batch."""
+        """Number samples as another run did; `first_numbers` then adds new ids of the first batch."""
         assert state is not None
         self._table = IdTable(state["values"])
         self.whole, self.repeats, self._keeps_last = state["whole"], state["repeats"], state["keeps_last"]
@@ -242,8 +245,8 @@ class IdSource:
         self.unchecked = True
 
     def _end(self, length: int | None, samples: int, last: int, *, unmet: set[int | str] | None, repeats: bool) -> None:
-        """Note what an iteration has told; `unmet`: ids of the first batch that it did not have, None for the iteration
-        that the first batch is of."""
+        """Note what an iteration has shown. unmet: ids of the first batch that it did not have; None for the iteration
+        that the first batch belongs to."""
         self.whole, self.repeats = unmet is not None and not unmet and not repeats, repeats
         self._keeps_last = last < self.batch_size
         self._samples, self._length = samples, length
@@ -251,13 +254,13 @@ class IdSource:
             self._unmatched = {value: i for value, i in self._unmatched.items() if value in unmet}
 
     def _compare(self, batch: Any, ids: Sequence[int | str]) -> None:
-        """Compare a batch with the first one, where they have samples in common that no iteration before had."""
+        """Compare a batch with the first one where they share samples that were not compared yet."""
         if self._kept is None or self._unmatched.keys().isdisjoint(ids):
             return
         self._check_same(batch, ids, [i for i in range(len(ids)) if ids[i] in self._unmatched])
 
     def _check_same(self, batch: Any, ids: Sequence[int | str], take: list[int]) -> None:
-        """Raise ValueError unless the samples at the positions `take` of a batch are those of the first batch."""
+        """Raise ValueError unless the samples at positions `take` of a batch equal those of the first batch."""
         if self._kept is None or not take:
             return
         part = some_of(batch, torch.tensor(take), key=self._key, like=self._first)
@@ -273,7 +276,7 @@ class IdSource:
             )
 
     def _probe(self) -> float:
-        """The median seconds of some batches after the first one."""
+        """The median seconds of a few batches after the first one."""
         waits = []
         with _left_alone(self.loader, self._seed):
             iterator = iter(self.loader)
@@ -287,7 +290,7 @@ class IdSource:
 
 
 def length_of(loader: Any) -> int | None:
-    """Return how many batches a loader says it has, None where it does not say."""
+    """Return the length of a loader in batches, or None if it has none."""
     try:
         return len(loader)
     except (TypeError, AttributeError, NotImplementedError):
@@ -296,7 +299,7 @@ def length_of(loader: Any) -> int | None:
 
 @contextlib.contextmanager
 def _left_alone(loader: Any, seed: int) -> Iterator[None]:
-    """Draw from the random state `seed`, and put back the run's and that of a DataLoader's generator."""
+    """Seed the random state inside; restore the run's own and that of a DataLoader's generator on leaving."""
     generator = loader.generator if isinstance(loader, DataLoader) else None
     state = None if generator is None else generator.get_state()
     with fork_rng(seed):
@@ -308,6 +311,6 @@ def _left_alone(loader: Any, seed: int) -> Iterator[None]:
 
 
 def _copied(batch: Any) -> Any:
-    """The batch with its tensors and arrays copied."""
+    """A copy of the batch and its tensors and arrays."""
     batch = pytree.tree_map_only(torch.Tensor, torch.clone, batch)
     return pytree.tree_map_only(np.ndarray, np.copy, batch)

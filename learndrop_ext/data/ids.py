@@ -1,4 +1,4 @@
-"""The ids that batches carry, and the numbers that samples get by them. B samples in a batch, N ids."""
+"""The ids that batches carry, and the sample numbers that stand for them. B samples in a batch, N ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IdKey = Step | tuple[Step, ...]
 
 
 def check_key(ids: IdKey) -> None:
-    """Raise TypeError for what is no place in a batch."""
+    """Raise TypeError for anything but a position in a batch."""
     steps = ids if isinstance(ids, tuple) else (ids,)
     if not steps or not all(isinstance(step, int | str) and not isinstance(step, bool) for step in steps):
         raise TypeError(
@@ -27,14 +27,14 @@ def ids_of(batch: Any, place: IdKey, count: int) -> list[int] | list[str]:
     """Return the ids [B] of a batch.
 
     Args:
-        batch: of `count` samples.
-        place: of the ids in it: a key, an index, or a path of these. There is a list or tuple of int or str, a numpy array
-            or an integer tensor, [B] or [B, 1].
+        batch: a batch of `count` samples.
+        place: position of the ids in it: a key, an index, or a tuple of these. The ids are a list or tuple of int or str,
+            a numpy array or an integer tensor, of shape [B] or [B, 1].
         count: B.
 
     Raises:
-        ValueError: there is no such place, or not one id a sample.
-        TypeError: ids that are neither int nor str, or both.
+        ValueError: the batch has no such entry, or the entry does not hold one id per sample.
+        TypeError: an id is neither int nor str, or the ids are both.
     """
     found = batch
     for step in place if isinstance(place, tuple) else (place,):
@@ -63,7 +63,7 @@ def ids_of(batch: Any, place: IdKey, count: int) -> list[int] | list[str]:
 
 
 class IdTable:
-    """Gives ids the numbers 0.. in the order in which they are met."""
+    """Numbers ids from 0 in the order in which they are first seen."""
 
     def __init__(self, ids: Sequence[int | str] = ()) -> None:
         self.ids: list[int | str] = list(ids)
@@ -73,10 +73,10 @@ class IdTable:
         return len(self.ids)
 
     def numbers(self, ids: Sequence[int | str]) -> torch.Tensor:
-        """Return the numbers [B] int64 of ids; new ones get the next numbers.
+        """Return the numbers [B] int64 of ids; new ids get the next numbers.
 
         Raises:
-            TypeError: ids of another type than those before. None of them has a number then.
+            TypeError: the ids are of another type than those before. None of them gets a number.
         """
         if ids and self.ids and type(ids[0]) is not type(self.ids[0]):
             raise TypeError(

@@ -1,4 +1,4 @@
-"""The loader of the training loop: the user's batches, and after a drop the same batches as cached rows."""
+"""The loader of the training loop: the user's batches and, after a drop, the same batches as cached rows."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from learndrop_ext.graph.live import LiveModel
 
 
 class DropLoader:
-    """Iterates over the user's batches, on the model's device; after a drop the input of each is cached rows.
+    """Iterates over the user's batches on the model's device. After a drop, the input of each batch is cached rows.
 
-    Batch size, sampler, order, drop_last, collate_fn and the rest of the batch are the user's; the random numbers that
-    the order draws are the same before and after a drop. Of a loader with ids the order is the user's as long as images
-    are read, see `PassingBatches`. Made by DropScheduler.
+    Batch size, sampler, order, drop_last, collate_fn and the rest of the batch are the user's, and the order draws the same
+    random numbers before and after a drop. With `ids`, the order is the loader's own as long as images are read; see
+    `PassingBatches`. DropScheduler makes this object.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class DropLoader:
         self.epochs = 0  # begun
         self.closed = False
         self._live = live
-        self._follow_code = follow_code  # gives what is called at the begin of each epoch
+        self._follow_code = follow_code  # returns the function to call when an epoch begins
         self._position = 0  # batches given in this epoch
-        self._iteration = object()  # stands for the iteration that was begun last
+        self._iteration = object()  # identifies the latest iteration
         self._given = [0, 0.0]  # samples and seconds since `forget_ledger`
 
     def __len__(self) -> int:
@@ -61,7 +61,7 @@ class DropLoader:
                 self._given[1] += time.perf_counter() - begin
                 begin = time.perf_counter()
         finally:
-            # An epoch that is broken off ends here too, with the step of its last batch.
+            # An epoch that is broken off ends here too, after the step of its last batch.
             if self._iteration is this:
                 if self.rows.device.type == "cuda":
                     torch.cuda.synchronize(self.rows.device)
@@ -70,7 +70,7 @@ class DropLoader:
 
     @property
     def ledger(self) -> tuple[int, float]:
-        """The samples given and the seconds of the loop since `forget_ledger`."""
+        """Samples given and seconds spent in the loop since `forget_ledger`."""
         return int(self._given[0]), float(self._given[1])
 
     def forget_ledger(self) -> None:
@@ -78,7 +78,7 @@ class DropLoader:
         self._given = [0, 0.0]
 
     def exclude(self, seconds: float) -> None:
-        """Do not count seconds of the epoch that is running, in which something else than training was done."""
+        """Take seconds that were not spent on training out of the current epoch's time."""
         self._given[1] -= seconds
 
     def _begin_epoch(self) -> None:
@@ -97,12 +97,12 @@ class DropLoader:
         return self._from_images(self.batches.images()) if self.batches.reads_images() else self._from_rows()
 
     def _from_images(self, pairs: Iterator[tuple[Plan, Any]]) -> Iterator[Any]:
-        """Batches as the user's loader reads them, of images or, once there are rows, of rows made of them."""
+        """Batches as the user's loader reads them: images or, after a drop, the rows computed from them."""
         for plan, read in pairs:
             yield self._batch(plan, read)
 
     def _from_rows(self) -> Iterator[Any]:
-        """Batches of rows that are there; rows of slower tiers are read while the batch before them trains."""
+        """Batches of stored rows. Rows of slower tiers are read while the batch before them trains."""
         plans = self.batches.rows()
         ahead = next(plans, None)
         while ahead is not None:
@@ -120,7 +120,7 @@ class DropLoader:
                 ahead = next(plans, None)
 
     def _follow_autocast(self) -> None:
-        """Take the autocast of the training step, which is known only after the first call."""
+        """Adopt the autocast dtype of the training step, which is known after its first call."""
         if self._position == 1 and self.rows.cache is not None:
             self.rows.set_autocast(self._live.autocast)
 
@@ -129,7 +129,7 @@ class DropLoader:
         if read is not None:
             read = to_device(read, self.rows.device)
         if self.rows.cache is None:
-            if read is None or plan.read is not plan.ids:  # begun while there were rows, which undrop() has freed since
+            if read is None or plan.read is not plan.ids:  # undrop() has freed rows during this epoch
                 read = self.rows.read(plan.ids, epoch)
             return self.rows.images(read, plan.ids, epoch)
         self._follow_autocast()

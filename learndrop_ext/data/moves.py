@@ -1,4 +1,4 @@
-"""Rows that are flipped and shifted on their way out of a cache, another way at each step."""
+"""Random flips and shifts of rows on their way out of a cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Moves:
     """Draws a flip and a shift for each row that is read.
 
     Args:
-        config: which of them are wanted.
+        config: says which of them to draw.
         generator: draws them.
     """
 
@@ -31,7 +31,7 @@ class Moves:
         return cache.gather(at, flip=flip, shift=shift)
 
     def take(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Return the rows [n, ...] at `index` [B], moved as those of a cache are."""
+        """Return rows[index] of rows [n, ...] and index [B], flipped and shifted like those of a cache."""
         if not self._config.augmented:
             in_order = torch.equal(index, torch.arange(len(rows)))
             return rows if in_order else rows[index.to(rows.device)]
@@ -45,6 +45,6 @@ class Moves:
 
 
 def mirrored(x: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """Return images [B, C, H, W] of which those in `flip` [B] bool (CPU) are flipped horizontally."""
+    """Return images [B, C, H, W], those in `flip` [B] bool (CPU) flipped horizontally."""
     where = flip.to(x.device).view(-1, *[1] * (x.dim() - 1))
     return torch.where(where, x.flip(-1), x)

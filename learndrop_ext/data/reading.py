@@ -1,4 +1,4 @@
-"""Reading samples as the user's loader would, without moving the run's random state, and what is asked of a loader."""
+"""Read samples as the user's loader would, without advancing the run's random state; check what the loader gives."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import copy
 import operator
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of
 from learndrop_ext.rng import fork_rng
 
-#: Random states in which samples are read to see whether they are random. An augmentation with p = 0.5 is missed where
-#: all eight readings are alike, once in 2^7 times.
+#: Random seeds with which samples are read to find out whether they are random. An augmentation with p = 0.5 is missed if
+#: all eight readings of a sample are alike: once in 2^7 times.
 SEEDS = 8
 
 
 def check_loader(loader: DataLoader[Any]) -> None:
-    """Raise TypeError or ValueError for a loader whose samples cannot be told apart by id."""
+    """Raise TypeError or ValueError for a loader whose samples have no ids."""
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"DropScheduler: loader must be a torch DataLoader, got {type(loader).__name__}; where its batches carry their "
@@ -49,7 +49,7 @@ def check_loader(loader: DataLoader[Any]) -> None:
 
 
 def read_batch(loader: DataLoader[Any], ids: Sequence[int]) -> Any:
-    """Return the batch that the loader would make of these samples, read in this process."""
+    """Return the batch of these samples as the loader makes it, read in this process."""
     dataset: Any = loader.dataset
     many = getattr(dataset, "__getitems__", None)
     samples = many(list(ids)) if callable(many) else [dataset[i] for i in ids]
@@ -57,7 +57,7 @@ def read_batch(loader: DataLoader[Any], ids: Sequence[int]) -> Any:
 
 
 def id_of(value: Any) -> int:
-    """Return a sampler's index as an int. Raises TypeError for anything but a whole number."""
+    """Return a sampler's index as an int. Raises TypeError for any other type."""
     try:
         return operator.index(value)
     except TypeError:
@@ -68,21 +68,21 @@ def id_of(value: Any) -> int:
 
 
 def first_ids(loader: DataLoader[Any], count: int) -> list[int]:
-    """Return up to `count` different ids of the dataset that the loader's sampler draws.
+    """Return up to `count` different ids that the loader's sampler draws.
 
-    They are drawn from a copy of the sampler, so that the run's own order stays. A sampler that cannot be copied is
-    taken to draw every id.
+    They are drawn from a copy of the sampler, so the run's own order is not changed. A sampler that cannot be copied is
+    assumed to draw every id.
     """
     size = len(loader.dataset)  # type: ignore[arg-type]
     every = list(range(min(count, size)))
     try:
-        # The dataset that samplers hold is not copied with them.
+        # Do not copy a dataset that the sampler holds.
         sampler: Any = copy.deepcopy(loader.batch_sampler, {id(loader.dataset): loader.dataset})
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
         return every
     found: dict[int, None] = {}
     with fork_rng(0):
-        # Some batches more than needed: a sampler with replacement repeats itself.
+        # A sampler with replacement repeats ids, so more batches may be needed.
         for ids, _ in zip(sampler, range(4 * count), strict=False):
             found |= dict.fromkeys(i for i in map(id_of, ids) if 0 <= i < size)
             if len(found) >= count:
@@ -91,33 +91,37 @@ def first_ids(loader: DataLoader[Any], count: int) -> list[int]:
 
 
 def is_function_of_id(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]) -> bool:
-    """Return whether the batches of these samples are functions of the samples' ids.
+    """Return whether the batches of these samples depend on the samples' ids alone.
 
-    They are read in SEEDS random states, and once in two halves: what a `collate_fn` makes of a sample must not depend
-    on the other samples. Model inputs and all other entries are compared to the bit.
+    The samples are read with SEEDS random seeds, and once in two halves, because a `collate_fn` may make a sample depend
+    on the others in its batch. Model inputs and all other entries must be equal to the bit.
     """
-    extras = BatchExtras(key=key, device=torch.device("cpu"))
-    first = _read(loader, ids, 0)
-    images = input_of(first, key).clone()
-    places = torch.arange(len(images))
-    extras.put(first, places)
-    for seed in range(1, SEEDS):
-        again = _read(loader, ids, seed)
-        if not _same(input_of(again, key), images) or extras.first_difference(again, places) is not None:
-            return False
-    half = len(ids) // 2
-    for part in (range(half), range(half, len(ids))):
-        if not len(part):
-            continue
-        batch = _read(loader, [ids[i] for i in part], 0)
-        at = torch.as_tensor(part)
-        if not _same(input_of(batch, key), images[at]) or extras.first_difference(batch, at) is not None:
-            return False
-    return True
+    return _is_function(lambda part, seed: _read(loader, [ids[i] for i in part], seed), key, len(ids))
+
+
+def is_random_by_sample(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]) -> bool:
+    """Return whether each sample is drawn independently of the others, so that `collate_fn` adds no randomness.
+
+    The samples are read once, and collated with SEEDS random seeds and in two halves, compared as in `is_function_of_id`.
+    False for a dataset with `__getitems__`, which may draw the samples of a batch together.
+    """
+    inner = loader.dataset
+    while isinstance(inner, Subset):
+        inner = inner.dataset
+    if callable(getattr(inner, "__getitems__", None)):
+        return False
+    with fork_rng(0):
+        samples = [loader.dataset[i] for i in ids]
+
+    def collated(part: Sequence[int], seed: int) -> Any:
+        with fork_rng(seed):  # a collate_fn may change what it is given
+            return loader.collate_fn([copy.deepcopy(samples[i]) for i in part])
+
+    return _is_function(collated, key, len(samples))
 
 
 def seconds_to_read(loader: DataLoader[Any], ids: Sequence[int], *, repeats: int = 3) -> float:
-    """Return the median seconds in which a batch of these samples is read in this process."""
+    """Return the median seconds it takes to read a batch of these samples in this process."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -127,7 +131,7 @@ def seconds_to_read(loader: DataLoader[Any], ids: Sequence[int], *, repeats: int
 
 
 def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
-    """Return the user's loader with another batch sampler and everything else as it was."""
+    """Return a loader like the user's, with another batch sampler."""
     options: dict[str, Any] = {}
     if loader.num_workers > 0:
         options = {
@@ -146,6 +150,23 @@ def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
         generator=loader.generator,
         **options,
     )
+
+
+def _is_function(batch_of: Callable[[Sequence[int], int], Any], key: InputKey, count: int) -> bool:
+    """Whether `batch_of(positions, seed)` gives the same `count` samples with every seed and in smaller batches."""
+    extras = BatchExtras(key=key, device=torch.device("cpu"))
+    first = batch_of(range(count), 0)
+    images = input_of(first, key).clone()
+    extras.put(first, torch.arange(len(images)))
+    half = count // 2
+    again = [(range(count), seed) for seed in range(1, SEEDS)]
+    for part, seed in [*again, (range(half), 0), (range(half, count), 0)]:
+        if not len(part):
+            continue
+        batch, at = batch_of(part, seed), torch.as_tensor(part)
+        if not _same(input_of(batch, key), images[at]) or extras.first_difference(batch, at) is not None:
+            return False
+    return True
 
 
 def _read(loader: DataLoader[Any], ids: Sequence[int], seed: int) -> Any:

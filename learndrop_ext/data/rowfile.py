@@ -1,4 +1,4 @@
-"""The rows of a drop in a file: kept with a checkpoint, found by the run that goes on from it."""
+"""The rows of a drop in a file: written with a checkpoint, found by the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from learndrop_ext.graph.chain import Chain
 
 @dataclass(frozen=True)
 class FoundRows:
-    """What a file of rows holds. slots: [N] int64, -1 for samples without rows."""
+    """The contents of a file of rows. slots: [N] int64, -1 for samples without rows."""
 
     cache: ActivationCache
     slots: torch.Tensor
@@ -45,10 +45,10 @@ def fingerprint(
     autocast: torch.dtype | None,
     seed: int,
 ) -> Fingerprint:
-    """Return all that the rows after the last of `cuts` depend on; those of earlier drops were stored between.
+    """Return everything that the rows after the last of `cuts` depend on; earlier cuts matter, as rows were encoded there.
 
-    images is the digest of some images, "" for rows that several runs share and for those of a loader with ids: which
-    samples a run looks at first differs between them, and a few are compared with their rows.
+    images is the digest of some images. It is "" for rows that several runs share and for loaders with ids: there the
+    first samples differ from run to run, and a few are compared with their rows instead.
     """
     cut = cuts[-1]
     # Strip addresses: they differ between processes.
@@ -57,11 +57,11 @@ def fingerprint(
         weights=weights_digest(chain, cut),
         cut=cut,
         codec=config.codec,
-        views=2 if config.mirror else config.views,
+        views=config.rows_per_sample,
         samples=len(source),
         dataset=source.describe(),
         autocast="" if autocast is None else str(autocast).removeprefix("torch."),
-        seed=seed if config.views > 1 else 0,
+        seed=0 if config.mirror or config.rows_per_sample == 1 else seed,
         augmented=config.augmented,
         layers=hashlib.sha256(f"{list(cuts)}{config.mirror}{code}".encode()).hexdigest(),
         images=images,
@@ -75,19 +75,19 @@ def digest(images: torch.Tensor) -> str:
 
 
 class RowFileKeeper:
-    """Writes rows to files in the configured folder and finds them there.
+    """Writes rows to files in the configured folder, and finds them there.
 
     Args:
-        config: its `disk_dir` is the folder; without one no file is kept.
+        config: its `disk_dir` is the folder; without one there are no files.
     """
 
     def __init__(self, config: CacheConfig) -> None:
         self._config = config
-        self._name: str | None = None  # of the file last written or found
-        self._lock: FillLock | None = None  # the right to fill rows that are shared
+        self._name: str | None = None  # name of the file last written or found
+        self._lock: FillLock | None = None  # held while this run computes rows to share
 
     def new_path(self, cut: int) -> Path | None:
-        """Return a name that no other run has. What killed runs left unfinished in the folder is deleted."""
+        """Return a path that no other run uses. Deletes unfinished files of killed runs from the folder."""
         if self._config.disk_dir is None:
             return None
         if self._lock is not None:
@@ -99,11 +99,12 @@ class RowFileKeeper:
     def find_shared(
         self, made_of: Callable[[], Fingerprint], cut: int, *, device: torch.device, key: InputKey
     ) -> FoundRows | None:
-        """Return the rows that another run left in the common folder; where there are none, these rows will be left
-        there once they are complete, unless another run is just filling the same.
+        """Return the rows that another run left in the shared folder.
+
+        If there are none, this run leaves its own there once they are complete, unless another run is computing the same.
 
         Raises:
-            OSError: the folder cannot be read or written, or has no file locks.
+            OSError: the folder cannot be read or written, or its file system has no file locks.
         """
         self.release()
         if not self._config.shared or self._config.disk_dir is None or several_processes():
@@ -126,7 +127,7 @@ class RowFileKeeper:
     def share(
         self, cache: ActivationCache, slots: torch.Tensor, extras: BatchExtras, made_of: Callable[[], Fingerprint]
     ) -> None:
-        """Leave complete rows to other runs, if this run has the right to; a full disk is a RuntimeWarning."""
+        """Leave complete rows to other runs, if this run holds the lock. A full disk is a RuntimeWarning."""
         if self._lock is None:
             return
         try:
@@ -144,7 +145,7 @@ class RowFileKeeper:
             self.release()
 
     def release(self) -> None:
-        """Let other runs fill the rows that this one does not."""
+        """Let other runs compute the rows."""
         if self._lock is not None:
             self._lock.release()
         self._lock = None
@@ -156,11 +157,13 @@ class RowFileKeeper:
         extras: BatchExtras,
         made_of: Callable[[], Fingerprint],
     ) -> str | None:
-        """Return the name of the file that holds the rows of all tiers and the extras of their batches.
+        """Write the rows of all tiers and the extras of their batches to a file, if they have changed.
 
-        It is written now where they changed, and a file that these rows stand in for is deleted. None while there are no
-        rows, for one of several processes, where the budget for the disk does not hold all rows, and, with a
-        RuntimeWarning, where the file cannot be written.
+        The file they replace is deleted.
+
+        Returns:
+            The file's name. None without rows, with several processes, if the disk budget does not hold all rows, and,
+            with a RuntimeWarning, if the file cannot be written.
         """
         if self._config.disk_dir is None or several_processes():
             return None
@@ -173,13 +176,13 @@ class RowFileKeeper:
     def find(
         self, name: str | None, made_of: Callable[[], Fingerprint], *, device: torch.device, key: InputKey
     ) -> FoundRows | None:
-        """Return the rows that `save` wrote; None, with a RuntimeWarning, where they are not there or not to be used."""
+        """Return the rows that `save` wrote, or None, with a RuntimeWarning, if they are missing or do not fit this run."""
         if self._config.disk_dir is None or name is None or several_processes():
             return None
         path = Path(self._config.disk_dir) / name
         budgets = budgets_of(self._config, device)
         try:
-            # A file that is there may stay as large as it is.
+            # An existing file may stay as large as it is.
             budgets = dataclasses.replace(budgets, disk=max(budgets.disk, path.stat().st_size))
             cache = ActivationCache.open(path, made_of(), device=device, budgets=budgets)
         except (OSError, CacheFileError) as error:

@@ -1,10 +1,12 @@
-"""The one owner of the rows of a drop: which samples have rows, where they are, and how missing ones are made.
+"""The one owner of the cached rows: which samples have rows, where they are, and how missing ones are computed.
 
-B samples in a batch, N in the dataset, V views of each. A sample has a slot; a view's row is at place slot * V + view.
+B samples in a batch, N in the dataset, V views of each. A sample has a slot, and the row of a view is at place
+slot * V + view.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -29,19 +31,19 @@ from learndrop_ext.graph.freeze import FrozenPrefix
 
 
 class RowSet:
-    """Rows of the layers of a chain, made as their samples are first drawn.
+    """The rows of a chain's layers, computed when their samples are first drawn.
 
-    In the epoch after a drop each batch comes from its source (images, or the rows of an earlier drop), goes
-    through the newly frozen layers, is stored, and is returned as decoded. From then on it is gathered.
+    In the epoch after a drop each batch comes from its source (images, or the rows of an earlier drop), goes through the
+    newly frozen layers and is stored; the training step gets it as decoded from there. Later epochs gather the rows.
 
     Args:
         chain: the model's layers.
-        model: whose modules are named where a row is no function of its sample.
-        source: of the images.
-        config: codec, views, budgets, folder.
-        key: place of the model's input in a batch.
-        ids, batch: some samples and what the source gives of them, on the model's device, read from the random state `seed`.
-        seed: of the views drawn, and of the random state in which samples are read again.
+        model: the user's model; errors name its modules.
+        source: the source of the images.
+        config: codec, views, budgets and folder.
+        key: position of the model's input in a batch.
+        ids, batch: some samples and their batch, on the model's device, read with the random seed `seed`.
+        seed: random seed of the views, and of reading samples again.
     """
 
     def __init__(
@@ -67,45 +69,45 @@ class RowSet:
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
         self.slots = SlotTable(len(source), self.views, self.generator)
-        self.cuts: list[int] = []  # the cut of every drop that has rows, oldest first
+        self.cuts: list[int] = []  # the cut of every drop that keeps rows, oldest first
         self.file = rowfile.RowFileKeeper(config)
-        self.frozen: FrozenPrefix | None = None  # what the rows are made by
-        self.like = batch  # a batch whose structure all have
+        self.frozen: FrozenPrefix | None = None  # the layers that compute the rows
+        self.like = batch  # all batches have its structure
         self.extras = BatchExtras(key=key, device=self.device, like=batch)
         self._stages = Stages(config, self.device)
         self._moves = Moves(config, self.generator)
         self._watch = Stopwatch(self.device)
-        self._made = [0, 0]  # rows made of images and of older rows since `forget_ledger`
+        self._made = [0, 0]  # rows computed from images and from older rows since `forget_ledger`
         self._stores = True  # whether rows are stored at all
         self._full = False  # whether the budgets are exhausted
-        self.cache: ActivationCache | None = None  # the rows by place; None while images are given
-        self._older: ActivationCache | None = None
+        self.cache: ActivationCache | None = None  # the rows by place; None while the model trains on images
+        self._older: ActivationCache | None = None  # the rows of the drop before, while some are still needed
 
     @property
     def cut(self) -> int:
-        """After how many layers rows are kept; 0 while images are given."""
+        """The number of layers after which rows are kept; 0 while the model trains on images."""
         return self.cuts[-1] if self.cuts else 0
 
     @property
     def views(self) -> int:
-        """V: how many rows a sample has."""
-        return 2 if self.config.mirror else self.config.views
+        """V, the number of rows of each sample."""
+        return self.config.rows_per_sample
 
     def advance(self, cut: int, *, rows: int, stores: bool) -> None:
-        """Keep rows after `cut` layers from now on; nothing is run yet.
+        """Keep rows after `cut` layers from now on. They are computed later, in `batch`.
 
         Args:
-            cut: more than the present one.
-            rows: how many to make room for.
-            stores: whether rows are stored at all; they are not where none would be read again.
+            cut: a later cut than the current one.
+            rows: number of rows to make room for.
+            stores: whether to store rows; there is no need to if none would be read again.
 
         Raises:
-            ValueError: a row is no function of its sample (the module is named), or what ActivationCache raises. All
-                is then as it was.
+            ValueError: a row depends on more than its sample (the module is named), or what ActivationCache raises.
+                Nothing is changed then.
         """
         segment = self.chain.segment(self.cut, cut)
         check_purity(segment, self._probe(), self.model, self._stages.autocast)
-        # Rows to be flipped or shifted are moved on the way out of the cache.
+        # Rows are flipped and shifted only on their way out of a cache.
         stores = stores or self.config.augmented
         made_of = partial(self._fingerprint, [*self.cuts, cut])
         found = self.file.find_shared(made_of, cut, device=self.device, key=self.key) if stores else None
@@ -122,7 +124,7 @@ class RowSet:
         self._stores, self._full = stores, False
 
     def missing(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Return those of the samples `ids` [B] whose rows have to be made of images, each once."""
+        """Return those of the samples `ids` [B] whose rows have to be computed from images, each once."""
         if self.cache is None:
             return ids
         at = self.slots.places(ids, epoch)
@@ -133,17 +135,17 @@ class RowSet:
         return missing
 
     def complete(self, seen: torch.Tensor, epoch: int) -> bool:
-        """Return whether every sample seen so far ([N] bool) has its row for an epoch, so that no image is needed."""
+        """Return whether every sample in `seen` ([N] bool) has its row for an epoch, so that no image is needed."""
         return self.cache is not None and len(self.missing(torch.nonzero(seen).flatten(), epoch)) == 0
 
     def batch(self, ids: torch.Tensor, epoch: int, read: Any = None, read_ids: torch.Tensor | None = None) -> Any:
-        """Return the batch of samples `ids` [B] with their rows in the place of the model's input.
+        """Return the batch of samples `ids` [B] with their rows in place of the model's input.
 
         Args:
             ids: [B] int64 (CPU).
-            epoch: counts the epochs begun; the view drawn of a sample follows it.
-            read: the batch of images of the samples `read_ids` [n], on the device. Samples that have neither a row nor
-                an image are read here.
+            epoch: number of epochs begun; it decides which view of a sample is drawn.
+            read: the batch of images of the samples `read_ids` [n], on the device. Samples with neither a row nor an
+                image are read here.
 
         Raises:
             ValueError: what BatchExtras and ActivationCache raise for a batch unlike the first.
@@ -169,7 +171,7 @@ class RowSet:
         return self.extras.get(at, x)
 
     def prefetch(self, ids: torch.Tensor, epoch: int) -> None:
-        """Begin to read the rows of samples `ids` [B], which the next `batch` will ask for, from the slower tiers."""
+        """Start reading the rows of samples `ids` [B], which the next `batch` will ask for, from the slower tiers."""
         rows = self.cache
         if rows is None or not rows.plan.staging or not len(ids):
             return
@@ -178,13 +180,13 @@ class RowSet:
             rows.prefetch(at)
 
     def images(self, batch: Any, ids: torch.Tensor, epoch: int) -> Any:
-        """Return a batch of images as it is to be trained on: with `mirror`, every second view of a sample flipped."""
+        """Return a batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""
         if not self.config.mirror:
             return batch
         return with_input(batch, self.key, mirrored(input_of(batch, self.key), self.slots.view(ids, epoch).bool()))
 
     def follow_size(self) -> int:
-        """Make room for samples that the source has got since; return how many.
+        """Make room for new samples of the source, and return their number.
 
         Raises:
             RuntimeError: the dataset has become smaller.
@@ -198,33 +200,33 @@ class RowSet:
         self.slots.extend(more)
         return more
 
-    def renumber(self, offsets: torch.Tensor) -> None:
-        """Take the samples' numbers anew from the source, while there are no rows, and the views [n] that the first of
-        them begin with."""
-        if len(self.source) != len(self.slots):
+    def renumber(self, offsets: torch.Tensor, views: int | str) -> None:
+        """Before there are rows: follow the size of the source, set `views`, and the first view of n samples ([n])."""
+        if len(self.source) != len(self.slots) or views != self.config.views:
+            self.config = dataclasses.replace(self.config, views=views)
             self.slots = SlotTable(len(self.source), self.views, self.generator)
         self.slots.view_offset[: len(offsets)] = offsets
 
     @property
     def stores(self) -> bool:
-        """Whether rows are stored, and read again in a later epoch."""
+        """Whether rows are stored and read again in a later epoch."""
         return self.cache is not None and self._stores
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The autocast under which rows are made."""
+        """The autocast dtype under which rows are computed."""
         return self._stages.autocast
 
     def made_of(self, batch: Any, ids: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Return the rows that the dropped layers make of a batch of images now."""
+        """Return the rows that the dropped layers compute from a batch of images now."""
         return self._stages.run(input_of(self.images(batch, ids, epoch), self.key), 0)
 
     def read(self, ids: torch.Tensor, epoch: int) -> Any:
-        """Return the batch of images of samples `ids` [B], read in this process from a random state of its own."""
+        """Return the batch of images of samples `ids` [B], read in this process with a random seed of its own."""
         return to_device(self.source.read(ids.tolist(), self.seed + epoch), self.device)
 
     def forget(self) -> None:
-        """Have all rows made anew, of images, as their samples are drawn."""
+        """Discard all rows. They are computed again from images when their samples are drawn."""
         if self.cache is None:
             return
         count, cut = len(self.cache.filled), self.cut
@@ -233,7 +235,7 @@ class RowSet:
         self.cache = self._new_cache(cut, count)
 
     def set_autocast(self, autocast: torch.dtype | None) -> bool:
-        """Make rows under this autocast from now on, and anew those that were made under another; return whether
+        """Compute rows under this autocast dtype from now on. Discard those computed under another, and return whether
         there were any."""
         if autocast == self._stages.autocast:
             return False
@@ -244,7 +246,7 @@ class RowSet:
         return made
 
     def end_epoch(self) -> None:
-        """Free the rows of the drop before, once none of them is needed."""
+        """Free the rows of the drop before once none of them is needed, and share complete rows with other runs."""
         if self._older is not None and self.cache is not None:
             needed = self._older.filled.clone()
             both = min(len(needed), len(self.cache.filled))
@@ -257,8 +259,7 @@ class RowSet:
 
     @property
     def ledger(self) -> tuple[int, int, float]:
-        """Rows made of images and of older rows since `forget_ledger`, and the seconds that it took to make and store
-        them."""
+        """Rows computed from images and from older rows since `forget_ledger`, and the seconds spent on it."""
         return self._made[0], self._made[1], self._watch.seconds()
 
     def forget_ledger(self) -> None:
@@ -268,18 +269,18 @@ class RowSet:
 
     @property
     def older_cut(self) -> int:
-        """The cut of the rows that the present ones are made of; 0 for images."""
+        """The cut of the rows that the current ones are computed from; 0 for images."""
         return self.cuts[-2] if len(self.cuts) > 1 else 0
 
     def save(self) -> str | None:
-        """Return the name of the file that holds the rows of all tiers, written now where they changed; see
-        `RowFileKeeper.save`."""
+        """Write the rows of all tiers to their file if they have changed; return its name. See `RowFileKeeper.save`."""
         return self.file.save(self.cache, self.slots.table, self.extras, partial(self._fingerprint, self.cuts))
 
     def find(self, name: str | None, cuts: Sequence[int], ids: Sequence[int] | None = None) -> None:
-        """Go on with rows after the last of `cuts`, in place of those that are there: those of the file that `save`
-        wrote, or, with a RuntimeWarning, anew where it is not there or is not to be used. ids: the `example_ids` of
-        the run that wrote it."""
+        """Replace the rows by those after the last of `cuts` in the file that `save` wrote; ids: `example_ids` of that run.
+
+        Without a file, or one that does not fit (RuntimeWarning), the rows are computed again.
+        """
         if name is not None and ids is not None and self.source.readable and list(ids) != self.example_ids:
             self.example_ids = list(ids)
             self._digest = rowfile.digest(input_of(self.read(torch.as_tensor(self.example_ids), 0), self.key))
@@ -295,7 +296,7 @@ class RowSet:
         self.extras = found.extras
 
     def clear(self) -> None:
-        """Free the rows and go back to images."""
+        """Free the rows; the model trains on images again."""
         self.cuts, self._stages.segments = [], []
         self.file.release()
         self._reset()
@@ -327,14 +328,14 @@ class RowSet:
         )
 
     def _probe(self) -> torch.Tensor:
-        """Some inputs of the layers that come next."""
+        """Some inputs of the next layers."""
         x = self.example[:8]
         return self._stages.run(x, 0) if self.cuts else x
 
     def _make(
         self, ids: torch.Tensor, at: torch.Tensor, epoch: int, read: Any, read_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        """Rows [n, ...] of different places `at` [n], of samples `ids` [n]."""
+        """The rows [n, ...] at distinct places `at` [n], of samples `ids` [n]."""
         from_older = filled_at(self._older, at)
         if bool(from_older.all()):
             return self._of_older(at)
@@ -356,17 +357,17 @@ class RowSet:
         return self._stages.run(self._older.gather(at), len(self._stages.segments) - 1)
 
     def _of_images(self, read: Any, read_ids: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of a batch of images by ascending place, and their places; the rest of the batch is kept."""
+        """Rows of a batch of images in ascending order of place, and their places. Stores the rest of the batch."""
         places, order = first_of_each(self.slots.assign(read_ids, epoch))
         self.extras.put(read, places, order)
-        # The batch is run as it came: a row must not depend on the order of places.
+        # Run the batch in its own order, so that rows are the same to the bit wherever they are stored.
         made = self._stages.run(input_of(self.images(read, read_ids, epoch), self.key), 0)
         self._made[0] += len(order)
         in_order = torch.equal(order, torch.arange(len(read_ids)))
         return made if in_order else made[order.to(made.device)], places
 
     def _store(self, at: torch.Tensor, rows: torch.Tensor) -> bool:
-        """Store rows at different places; False where the budgets do not hold them."""
+        """Store rows at distinct places; return False if the budgets do not hold them."""
         cache = self.cache
         assert cache is not None
         wanted = int(at.max()) + 1

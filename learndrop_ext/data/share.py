@@ -1,4 +1,4 @@
-"""The share of the samples that one of several processes keeps rows of, and draws its batches from."""
+"""The share of the samples whose rows one of several processes keeps, and from which it draws its batches."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import torch
 
 
 class Share:
-    """The samples of one rank while layers are dropped: those that it drew in its first whole epoch after the drop.
+    """The samples of one rank while layers are dropped: those it drew in its first whole epoch after the drop.
 
-    A DistributedSampler deals each rank other samples in every epoch, so that every rank would end up making and keeping
-    the rows of all. With a share the rows of a sample are made and kept once, by one rank, and the rank goes on with
-    permutations of its own samples.
+    A DistributedSampler gives each rank other samples in every epoch, so every rank would end up computing and keeping the
+    rows of all samples. With a share, one rank computes and keeps the rows of a sample, and draws permutations of its own
+    samples from then on.
 
     Args:
-        seed: of the permutations.
-        rank: of this process.
+        seed: random seed of the permutations.
+        rank: rank of this process.
     """
 
     def __init__(self, *, seed: int, rank: int) -> None:
         self.seed = seed
         self.rank = rank
-        self.ids: torch.Tensor | None = None  # [n] int64, each once; None until a whole epoch was drawn
-        self._sizes: list[int] = []  # of that epoch's batches
+        self.ids: torch.Tensor | None = None  # [n] int64, each once; None until a whole epoch has been drawn
+        self._sizes: list[int] = []  # batch sizes of that epoch
 
     def forget(self) -> None:
-        """Follow the user's order again, until a whole epoch of it was drawn."""
+        """Follow the user's order again until a whole epoch of it has been drawn."""
         self.ids, self._sizes = None, []
 
     def note(self, batches: Iterable[Sequence[int]], count: int | None) -> Iterator[Sequence[int]]:
-        """Pass the batches of an epoch on; what they hold is the share once all have been drawn.
+        """Yield the batches of an epoch. Their samples become the share once all have been drawn.
 
         Args:
-            batches: in the user's order.
-            count: how many there are, None if that is not known before the last one.
+            batches: batches in the user's order.
+            count: number of batches, or None if it is not known before the last one.
         """
         drawn: list[list[int]] = []
         for ids in batches:
@@ -46,10 +46,10 @@ class Share:
         self._take(drawn)
 
     def batches(self, epoch: int) -> Iterator[list[int]]:
-        """Return an epoch of batches from the share, as many and as large as the user's were.
+        """Yield an epoch of batches from the share, of the number and sizes of the user's.
 
-        The order is a permutation that seed, epoch and rank give. Where the user's epoch drew samples several times, a
-        further permutation follows.
+        The order is a permutation given by seed, epoch and rank. If the user's epoch drew samples more than once, another
+        permutation follows.
         """
         assert self.ids is not None
         key = hashlib.sha256(f"{self.seed} {epoch} {self.rank}".encode()).digest()
@@ -62,7 +62,7 @@ class Share:
             left = left[size:]
 
     def __len__(self) -> int:
-        """How many batches an epoch of the share has."""
+        """Return the number of batches in an epoch."""
         return len(self._sizes)
 
     def _take(self, drawn: list[list[int]]) -> None:

@@ -1,4 +1,4 @@
-"""Where the rows of a sample are: sample and view -> place. N samples, V views, B samples in a batch."""
+"""Where the rows of a sample are: (sample, view) -> place. N samples, V views, B samples in a batch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from learndrop_ext.cache.plan import lengthened
 
 
 class SlotTable:
-    """Gives samples their slots in the order in which they are first drawn.
+    """Assigns slots to samples in the order in which they are first drawn.
 
-    The row of a view lies at place slot * V + view, so that the rows of few samples lie together.
+    The row of a view is at place slot * V + view, so the rows of the samples drawn so far are contiguous.
 
     Args:
         size: N.
         views: V.
-        generator: draws the view with which each sample begins.
+        generator: draws the first view of each sample.
     """
 
     def __init__(self, size: int, views: int, generator: torch.Generator) -> None:
@@ -31,7 +31,7 @@ class SlotTable:
         return len(self.table)
 
     def extend(self, more: int) -> None:
-        """Add samples at the end. Cheap when called often: memory grows in steps."""
+        """Add samples at the end. Memory grows in steps, so frequent calls are cheap."""
         begin, end = len(self.table), len(self.table) + more
         self._table_room = lengthened(self._table_room, end)
         self._offset_room = lengthened(self._offset_room, end)
@@ -45,12 +45,12 @@ class SlotTable:
         self.used = 0
 
     def load(self, table: torch.Tensor) -> None:
-        """Take the slots [N] of an earlier run."""
+        """Adopt the slots [N] of an earlier run."""
         self.table = self._table_room = table.clone()
         self.used = int(table.max()) + 1 if len(table) else 0
 
     def view(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Return the view [B] of each sample that an epoch draws: another one each time, until all have been drawn."""
+        """Return the view [B] of each sample in an epoch. All V views are drawn in V consecutive epochs."""
         if self.views == 1:
             return torch.zeros_like(ids)
         return (self.view_offset[ids] + epoch) % self.views
@@ -61,7 +61,7 @@ class SlotTable:
         return torch.where(slots < 0, -1, slots * self.views + self.view(ids, epoch))
 
     def assign(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Return `places`, with slots for the samples that had none."""
+        """Return `places`, after assigning slots to samples that have none."""
         new = ids[self.table[ids] < 0]
         if len(new):
             new = torch.as_tensor(list(dict.fromkeys(new.tolist())))
@@ -75,7 +75,7 @@ class SlotTable:
 
 
 def first_of_each(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the different places [n] of a batch in ascending order, and the position [n] of the first of each in it."""
+    """Return the distinct places [n] of a batch in ascending order, and the position [n] of the first of each."""
     ascending, order = places.sort(stable=True)
     keep = torch.ones(len(places), dtype=torch.bool)
     keep[1:] = ascending[1:] != ascending[:-1]
@@ -83,7 +83,7 @@ def first_of_each(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def filled_at(cache: ActivationCache | None, at: torch.Tensor) -> torch.Tensor:
-    """Return which places [B], -1 for none, have a row in a cache."""
+    """Return which places [B] (-1 for none) have a row in a cache."""
     if cache is None or not len(cache.filled):
         return torch.zeros(len(at), dtype=torch.bool)
     inside = (at >= 0) & (at < len(cache.filled))

@@ -1,27 +1,37 @@
-"""Where a run's images come from: a dataset that is read by number, or a loader whose batches carry ids."""
+"""Where the images of a run come from: a dataset that is read by index, or a loader whose batches carry ids."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import DataLoader
 
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.fingerprint import describe
+from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.data.extras import InputKey
 from learndrop_ext.data.id_source import IdSource
 from learndrop_ext.data.ids import IdKey
-from learndrop_ext.data.reading import check_loader, first_ids, is_function_of_id, read_batch, seconds_to_read
-from learndrop_ext.distributed import several_processes
+from learndrop_ext.data.reading import (
+    check_loader,
+    first_ids,
+    is_function_of_id,
+    is_random_by_sample,
+    read_batch,
+    seconds_to_read,
+)
+from learndrop_ext.distributed import from_rank_zero, several_processes
 from learndrop_ext.rng import fork_rng
 
-#: Samples that a run looks at when it is made.
+#: Samples read when a scheduler is constructed.
 FIRST = 32
 
 
 class Source(Protocol):
-    """The samples of a run, numbered 0..N-1. No method moves the run's random state."""
+    """The samples of a run, numbered 0..N-1. No method advances the run's random state."""
 
     @property
     def loader(self) -> Any:
@@ -29,34 +39,42 @@ class Source(Protocol):
 
     @property
     def readable(self) -> bool:
-        """Whether samples can be read by number at any time."""
+        """Whether any sample can be read by number at any time."""
 
     def __len__(self) -> int:
-        """N, as far as is known."""
+        """Return N, or the samples known so far."""
 
     def expected(self) -> int:
-        """Return how many samples an epoch has, as far as is known."""
+        """Return the number of samples in an epoch, or the best estimate so far."""
 
     def describe(self) -> str:
-        """Return what the samples are of, in words that are the same in the next run."""
+        """Return a description of the samples that is the same in the next run."""
 
     def first(self) -> tuple[list[int], Any]:
-        """Return some samples and what the loader makes of them, as it comes."""
+        """Return the numbers of some samples and their batch."""
 
-    def check_repeats(self) -> None:
-        """Raise ValueError, now or when it is seen, where a sample is another one at each reading."""
+    def check_repeats(self, *, accept_random: bool = False) -> bool:
+        """Return whether every sample is the same each time it is read.
+
+        Args:
+            accept_random: accept random samples, as long as each is drawn independently of the others.
+
+        Raises:
+            ValueError: a sample differs between two readings. A source that cannot read samples again raises it later,
+                when it meets one.
+        """
 
     def read(self, ids: Sequence[int], seed: int) -> Any:
-        """Return the batch of some samples, read in this process from the random state `seed`."""
+        """Return the batch of some samples, read in this process with the random seed `seed`."""
 
     def timed(self, size: int) -> tuple[Any, float, int]:
-        """Return a batch of up to `size` samples, the seconds in which it is read and by how many workers at once."""
+        """Return a batch of up to `size` samples, the seconds it takes to read, and the number of workers reading."""
 
     def state(self) -> dict[str, Any] | None:
-        """Return what a checkpoint has to know of the samples' numbers, None for nothing."""
+        """Return how samples are numbered, for a checkpoint; None if the dataset numbers them."""
 
     def check_state(self, state: dict[str, Any] | None) -> None:
-        """Raise ValueError for what `load` cannot take."""
+        """Raise ValueError for a state that `load` cannot take."""
 
     def load(self, state: dict[str, Any] | None) -> None:
         """Number the samples as in a checkpoint."""
@@ -66,9 +84,9 @@ class DatasetSource:
     """The samples of a DataLoader's dataset.
 
     Args:
-        loader: the user's.
-        key: place of the model's input in a batch.
-        seed: of the random state in which samples are read.
+        loader: the user's loader.
+        key: position of the model's input in a batch.
+        seed: random seed with which samples are read.
     """
 
     readable = True
@@ -87,22 +105,26 @@ class DatasetSource:
         return len(self)
 
     def describe(self) -> str:
-        """Return the dataset and its transforms in words."""
+        """Return a description of the dataset and its transforms."""
         return describe(self.loader.dataset)
 
     def first(self) -> tuple[list[int], Any]:
-        """Return samples that the sampler draws and their batch."""
+        """Return some samples that the sampler draws, and their batch."""
         ids = first_ids(self.loader, FIRST)
         return ids, self.read(ids, self._seed)
 
-    def check_repeats(self) -> None:
-        """Raise ValueError where samples read again are others."""
-        if not is_function_of_id(self.loader, self._key, first_ids(self.loader, FIRST)[:16]):
-            raise ValueError(
-                "DropScheduler: loader must give the same sample for the same id at each reading and beside any "
-                "others, got another one, and a cached row would freeze it; give views=V to keep V random views of "
-                "each sample, or a dataset and a collate_fn without randomness"
-            )
+    def check_repeats(self, *, accept_random: bool = False) -> bool:
+        """Read some samples again, with other random seeds and in other batches; see `Source.check_repeats`."""
+        ids = first_ids(self.loader, FIRST)[:16]
+        if is_function_of_id(self.loader, self._key, ids):
+            return True
+        if accept_random and is_random_by_sample(self.loader, self._key, ids):
+            return False
+        raise ValueError(
+            "DropScheduler: loader must give the same sample for the same id at each reading and beside any "
+            "others, got another one, and a cached row would freeze it; give views=V to keep V random views of "
+            "each sample, or a dataset and a collate_fn without randomness"
+        )
 
     def read(self, ids: Sequence[int], seed: int) -> Any:
         """Return the batch that the loader would make of some samples."""
@@ -110,12 +132,12 @@ class DatasetSource:
             return read_batch(self.loader, ids)
 
     def timed(self, size: int) -> tuple[Any, float, int]:
-        """Return a batch, the seconds in which this process reads it, and the loader's workers."""
+        """Return a batch, the seconds this process takes to read it, and the loader's number of workers."""
         ids = first_ids(self.loader, size)
         return self.read(ids, self._seed), seconds_to_read(self.loader, ids), self.loader.num_workers
 
     def state(self) -> None:
-        """Samples have the numbers that the dataset gives them."""
+        """Return None: the dataset numbers its samples."""
 
     def check_state(self, state: dict[str, Any] | None) -> None:
         """Raise ValueError for the state of a run with ids."""
@@ -125,24 +147,61 @@ class DatasetSource:
             )
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Nothing is to be done."""
+        """Do nothing."""
+
+
+def settle_views(
+    config: CacheConfig,
+    source: Source,
+    *,
+    epochs: int | None,
+    speedup: float,
+    row_bytes: int,
+    device: torch.device,
+) -> CacheConfig:
+    """Check that rows can be kept as configured, and return the configuration with a number for `views="auto"`.
+
+    A run keeping V views reads images in V epochs and rows in the epochs after them. A run of E epochs is to take the time
+    of E / speedup epochs. Half of that may go to epochs that read images: V = E / (2 speedup), or fewer where the budgets
+    do not hold V rows of each sample. Random samples get at least two views; one would freeze the augmentation.
+
+    Args:
+        config: the user's configuration.
+        source: the samples.
+        epochs: E, or None if it is not known.
+        speedup: time of the run without drops over the time wanted.
+        row_bytes: bytes of the smallest row that may be kept.
+        device: the model's device.
+
+    Raises:
+        ValueError: samples are random, and views is 1, or E is not known, or the samples of a batch are random together.
+    """
+    if config.views not in (1, "auto"):
+        return config
+    may_choose = config.views == "auto" and not config.mirror and epochs is not None
+    views = 1
+    if not source.check_repeats(accept_random=may_choose) and epochs is not None:
+        budgets = budgets_of(config, device)
+        held = (budgets.device or 0) + budgets.host + budgets.disk
+        views = max(2, min(int(epochs / (2 * speedup)), held // max(1, len(source) * row_bytes)))
+    return dataclasses.replace(config, views=from_rank_zero(views) if may_choose else views)
 
 
 def source_of(
     loader: Any, ids: IdKey | None, *, key: InputKey, seed: int, config: CacheConfig
 ) -> DatasetSource | IdSource:
-    """Return where the images of a loader come from.
+    """Return the source of a loader's images.
 
     Args:
-        loader: a DataLoader, or with `ids` anything that iterates over batches.
-        ids: place of the samples' ids in a batch, None where the loader's dataset numbers them.
-        key: place of the model's input in a batch.
-        seed: of the random state in which samples are read.
-        config: of the rows.
+        loader: a DataLoader or, with `ids`, any iterable of batches.
+        ids: position of the samples' ids in a batch; None if the loader's dataset numbers its samples.
+        key: position of the model's input in a batch.
+        seed: random seed with which samples are read.
+        config: how the rows are kept.
 
     Raises:
-        TypeError, ValueError: a loader or a place that cannot be followed, or rows that are kept by several processes or
-            shared by several runs, which number ids in different ways.
+        TypeError, ValueError: the loader or `ids` cannot be used, or `ids` is given with several processes or with rows
+            shared between runs, each of which would number the ids in its own way.
     """
     if ids is None:
         return DatasetSource(loader, key=key, seed=seed)

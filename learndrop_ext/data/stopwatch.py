@@ -1,4 +1,4 @@
-"""Time work on a device without synchronising after each part."""
+"""Time work on a device without synchronising after each interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds of some stretches of work; on a GPU by events on its current stream."""
+    """Adds up the seconds of some intervals; on a GPU it uses events on the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -32,11 +32,11 @@ class Stopwatch:
             self._seconds += time.perf_counter() - begin
 
     def seconds(self) -> float:
-        """Return the seconds since the last `reset`; waits for the work that is measured."""
+        """Return the seconds since the last `reset`. Waits for the measured work to finish."""
         for _, end in self._events[-1:]:
             end.synchronize()
         return self._seconds + sum(float(begin.elapsed_time(end)) / 1e3 for begin, end in self._events)
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Start again from zero."""
         self._seconds, self._events = 0.0, []

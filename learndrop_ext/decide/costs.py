@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from learndrop_ext import ops
+from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.decide.probes import StepSeconds, shortest_laps
 from learndrop_ext.decide.probes import TierCost as TierCost
 from learndrop_ext.graph.chain import Chain, Layer
@@ -187,6 +188,13 @@ def row_seconds(shape: Sequence[int], rows: int, codec: str, tiers: Sequence[Tie
     seconds = (stride + 4 * math.prod(shape)) / tiers[0].bytes_per_second
     slower = zip(counts[1:], tiers[1:], strict=True)
     return seconds + sum(count / rows * stride / tier.bytes_per_second for count, tier in slower if count)
+
+
+def smallest_row(chain: Chain, config: CacheConfig) -> int:
+    """Bytes of the smallest row that can be kept of a chain's layers as a configuration asks; 0 where there is none."""
+    shapes = [chain.layer(i).shape for i in range(len(chain) - 1)]
+    kept = [shape for shape in shapes if shape is not None and (not config.augmented or len(shape) == 3)]
+    return min((ops.row_stride(shape, config.codec) for shape in kept), default=0)
 
 
 def choose_cut(

@@ -9,7 +9,7 @@ from learndrop_ext.cache.config import CacheConfig, cache_config
 
 def test_cache_config_defaults() -> None:
     config = CacheConfig()
-    assert (config.codec, config.views, config.budget_bytes) == ("fp16", 1, "auto")
+    assert (config.codec, config.views, config.budget_bytes) == ("fp16", "auto", "auto")
     assert (config.flip, config.shift, config.shared, config.mirror) == (False, 0, False, False)
 
 
@@ -28,6 +28,7 @@ def test_cache_config_defaults() -> None:
         {"flip": True, "shift": 2},
         {"shared": True, "disk_dir": "rows"},
         {"mirror": True, "shift": 2},
+        {"mirror": True, "views": 1},
         {"partition": "all"},
     ],
 )
@@ -41,14 +42,14 @@ def test_cache_config_takes(arguments: dict[str, Any]) -> None:
     [
         ({"codec": "fp8"}, "CacheConfig: codec must be one of fp32, bf16, fp16, uint8, got 'fp8'"),
         ({"partition": "each"}, "CacheConfig: partition must be 'share' or 'all', got 'each'"),
-        ({"views": 0}, "CacheConfig: views must be a whole number >= 1, got 0"),
-        ({"views": 1.5}, r"CacheConfig: views must be a whole number >= 1, got 1\.5"),
+        ({"views": 0}, "CacheConfig: views must be a whole number >= 1 or 'auto', got 0"),
+        ({"views": 1.5}, r"CacheConfig: views must be a whole number >= 1 or 'auto', got 1\.5"),
         ({"budget_bytes": -1}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got -1"),
         ({"budget_bytes": "8GB"}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got '8GB'"),
         ({"host_bytes": -1}, "CacheConfig: host_bytes must be bytes >= 0 or 'auto', got -1"),
         ({"disk_bytes": 0.5}, r"CacheConfig: disk_bytes must be bytes >= 0 or 'auto', got 0\.5"),
         ({"disk_bytes": 1}, "CacheConfig: disk_dir must be a folder where disk_bytes is 1, got None"),
-        ({"views": True}, "CacheConfig: views must be a whole number >= 1, got True"),
+        ({"views": True}, "CacheConfig: views must be a whole number >= 1 or 'auto', got True"),
         ({"budget_bytes": True}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got True"),
         ({"shared": True}, "CacheConfig: disk_dir must be a folder where shared is True, got None"),
         ({"shared": 1, "disk_dir": "rows"}, "CacheConfig: shared must be True or False, got 1"),
@@ -93,7 +94,7 @@ def test_cache_config_of_other_arguments_is_refused() -> None:
         cache_config(5, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"CacheConfig: codec must be one of .*, got 'png'"):
         cache_config("png", None)
-    with pytest.raises(ValueError, match="CacheConfig: views must be a whole number >= 1, got 0"):
+    with pytest.raises(ValueError, match="CacheConfig: views must be a whole number >= 1 or 'auto', got 0"):
         cache_config(None, 0)
     with pytest.raises(ValueError, match="CacheConfig: views must be 1 where mirror is True, got 3"):
         cache_config(CacheConfig(mirror=True), 3)

@@ -26,6 +26,7 @@ from learndrop_ext.data.reading import (
     check_loader,
     first_ids,
     is_function_of_id,
+    is_random_by_sample,
     read_batch,
     rebuilt,
     seconds_to_read,
@@ -92,6 +93,42 @@ def test_is_function_of_id_sees_random_images(noise: Callable[[], float], same: 
     # Only these are read: in each random state, and once more in two halves.
     assert set(data.read) == set(range(16))
     assert len(data.read) == 16 * (SEEDS + 1) if same else len(data.read) >= 32
+
+
+def lit_in_place(samples: list[Any]) -> Any:
+    for x, _ in samples:
+        x += 1
+    return default_collate(samples)
+
+
+def lit_together(samples: list[Any]) -> Any:
+    x, y = default_collate(samples)
+    return x + torch.rand(()), y
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [random.random, lambda: float(np.random.rand()), lambda: torch.rand(()).item()],
+    ids=["random", "numpy", "torch"],
+)
+def test_samples_that_a_dataset_draws_alone_are_random_by_sample(noise: Callable[[], float]) -> None:
+    data = Images(100, noise)
+    for dataset in (data, Subset(data, list(range(50)))):
+        for collate in (None, lit_in_place):
+            loader = DataLoader(dataset, collate_fn=collate)
+            random.seed(5)
+            data.read.clear()
+            assert is_random_by_sample(loader, 0, list(range(16)))
+            assert data.read == list(range(16))  # each once
+            assert random.getstate() == random.Random(5).getstate()
+
+
+def test_batches_that_are_random_together_are_not_random_by_sample() -> None:
+    data = Images(100, random.random)
+    for collate in (mixed_with(1.0), mixed_with(0.5), standardised, noisy_labels, ranked, lit_together):
+        assert not is_random_by_sample(DataLoader(data, collate_fn=collate), 0, list(range(16))), collate
+    for dataset in (Many(100, random.random), Subset(Subset(Many(100), range(50)), range(40))):
+        assert not is_random_by_sample(DataLoader(dataset), 0, list(range(16)))
 
 
 @pytest.mark.parametrize("size", [1, 2, 15])
