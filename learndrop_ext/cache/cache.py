@@ -1,4 +1,4 @@
-"""The rows of the activations at a cut, stored compactly by slot."""
+"""The activations at a cut, stored compactly as rows by slot."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from learndrop_ext.cache.slots import check_filled, check_form, check_range, che
 from learndrop_ext.cache.tiered import TieredRows
 
 LARGEST_FP16 = torch.finfo(torch.float16).max
-#: Values that fp16 does not hold are looked for in so many batches: activations of the same layers have the same range.
+#: Batches in which to look for values out of fp16's range. Later batches of the same layers have the same range.
 SATURATION_BATCHES = 16
 
 
 class ActivationCache:
-    """R rows of one shape by slot. It never returns a row that was not written, or that is not what was written.
+    """R rows of one shape by slot. It never returns a row that was not written, or not as it was written.
 
-    Rows come back in the dtype and the memory format of the first rows put in; with the codec "uint8", and for rows to
-    be flipped or shifted, 4-D batches come back channels-last. Where the memory of a tier cannot be had, the next tier
-    takes its rows, with a RuntimeWarning. A forked process can read rows, but not those in pinned memory.
+    Rows are returned in the dtype and memory format of the first rows stored; with the codec "uint8", and with `augmented`,
+    4-D batches are channels-last. If a tier cannot allocate its memory, the next tier takes its rows, with a
+    RuntimeWarning. A forked process can read rows, except those in pinned memory.
 
     Args:
         slots (int): R.
-        shape (sequence of int): of one row, without the batch dimension.
+        shape (sequence of int): shape of a row, without the batch dimension.
         codec (str): how a row is stored: "fp32", "bf16", "fp16" or "uint8".
-        device (torch.device): of the rows put in and given out.
+        device (torch.device): device of the rows stored and returned.
         augmented (bool, optional): whether [C, H, W] rows can be flipped and shifted. Default: False
         budgets (Budgets, optional): bytes of rows in each tier, see `plan_tiers`. Default: all rows on the device
-        path (Path, optional): of the file of rows; one that was not saved goes with the cache. Default: None
+        path (Path, optional): the file of rows. It is deleted with the cache unless it was saved. Default: None
 
     Attributes:
         filled (Tensor): [R] bool, which slots were written.
-        dtype (torch.dtype or None): of the rows; None before the first.
+        dtype (torch.dtype or None): dtype of the rows; None before the first.
         saved (bool): whether the file at `path` holds exactly these rows.
-        sidecar (Sidecar): what an opened file held beside its rows.
+        sidecar (Sidecar): what an opened file holds beside its rows.
 
     Raises:
         ValueError: if the budgets are too small or need a path.
         OSError: if the disk is full.
-        torch.OutOfMemoryError: if memory cannot be had and the next tier may not take the rows.
+        torch.OutOfMemoryError: if a tier is out of memory and the next one may not take its rows.
     """
 
     def __init__(
@@ -100,18 +100,18 @@ class ActivationCache:
         budgets: Budgets | None = None,
         aside: Path | None = None,
     ) -> ActivationCache:
-        """Return the cache that `save` wrote. Rows that stay on disk are checked when they are gathered, others now.
+        """Return the cache that `save` wrote. Rows that stay on disk are verified when they are gathered, others now.
 
         Args:
-            path (Path): of the file.
+            path (Path): the file.
             fingerprint (Fingerprint): what the rows must depend on.
-            device (torch.device): of the rows put in and given out.
+            device (torch.device): device of the rows stored and returned.
             budgets (Budgets, optional): bytes of rows in each tier. Default: all rows on the device
-            aside (Path, optional): open a file that other runs read too, as `share` does. Default: None
+            aside (Path, optional): open a file that other runs read too, see `share`. Default: None
 
         Raises:
             FileNotFoundError: if there is no file.
-            CacheFileError: naming the first difference of a file that is damaged or of another cache.
+            CacheFileError: if the file is damaged or of another cache; it names the first difference.
             ValueError, OSError, torch.OutOfMemoryError: as the constructor.
         """
         saved = open_rows(path, fingerprint, aside=aside)
@@ -143,7 +143,7 @@ class ActivationCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, without the room that memory has for later ones."""
+        """Bytes of all rows, without memory reserved for later ones."""
         self._open("nbytes")
         return len(self.filled) * self.row_bytes
 
@@ -154,26 +154,26 @@ class ActivationCache:
 
     @property
     def fits_file(self) -> bool:
-        """Whether a file of all rows is within the budget for the disk."""
+        """Whether the disk budget holds a file of all rows."""
         tiers = self._open("fits_file")
         return tiers.layout.end(len(self.filled)) <= tiers.budgets.disk
 
     @property
     def saturated(self) -> bool:
-        """Whether the codec "fp16" clamped finite values beyond +-65504 in the first batches. Waits for the device."""
+        """Whether the codec "fp16" clamped finite values to +-65504 in the first batches. Waits for the device."""
         return self._saturated is not None and bool(self._saturated)
 
     def append(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Store rows.
 
         Args:
-            slots (Tensor): [B] int64 (CPU), where to; no slot twice.
+            slots (Tensor): [B] int64 (CPU), the slots to write, none twice.
             rows (Tensor): [B, *shape] on the cache's device, of the dtype of the first rows.
 
         Raises:
-            RuntimeError: on a closed cache, and in a forked process if rows are on disk.
-            TypeError, ValueError, IndexError: for rows or slots that are not as above; nothing is written then.
-            OSError: if the disk is full; the rows that were being written are then lost.
+            RuntimeError: if the cache is closed, or in a forked process if rows are on disk.
+            TypeError, ValueError, IndexError: if rows or slots are not as above; nothing is written then.
+            OSError: if the disk is full; the rows being written are lost.
         """
         tiers = self._open("append")
         if tuple(rows.shape[1:]) != self.shape:
@@ -188,7 +188,7 @@ class ActivationCache:
         if tiers.plan.staging:
             self._append_tiered(tiers, slots, batch, stored)
         else:
-            # It sees no more slots than there are, whatever the memory has room for, and checks them.
+            # Checks the slots against R, not against the memory reserved.
             ops.append_rows(tiers.data[: len(self.filled)], batch, slots, codec=self.codec)
             self._change(tiers)
             self.dtype, self._stored_shape = rows.dtype, stored
@@ -198,22 +198,22 @@ class ActivationCache:
     def gather(
         self, slots: torch.Tensor, *, flip: torch.Tensor | None = None, shift: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return rows as a batch, from all tiers in the order of the slots.
+        """Return a batch of rows from all tiers, in the order of the slots.
 
-        On a CPU the memory of a large batch that nothing holds any more is used for a later one.
+        On a CPU the memory of a large batch is reused once nothing refers to it.
 
         Args:
             slots (Tensor): [B] int64 (CPU).
-            flip (Tensor, optional): [B] bool, which [C, H, W] rows to mirror in x. Default: None
-            shift (Tensor, optional): [B, 2] integers (dy, dx), pixels to move each [C, H, W] row by. Default: None
+            flip (Tensor, optional): [B] bool, which [C, H, W] rows to flip horizontally. Default: None
+            shift (Tensor, optional): [B, 2] integers (dy, dx), the pixels to shift each [C, H, W] row by. Default: None
 
         Returns:
             Tensor: [B, *shape].
 
         Raises:
-            RuntimeError: on a closed cache.
-            TypeError, IndexError: for slots outside the cache, or never written.
-            CacheFileError: for a row on disk that is no longer what was written.
+            RuntimeError: if the cache is closed.
+            TypeError, IndexError: if a slot is outside the cache or was never written.
+            CacheFileError: if a row on disk has changed.
         """
         tiers = self._open("gather")
         check_filled("gather", slots, self.filled)
@@ -226,12 +226,12 @@ class ActivationCache:
         return out.view(len(slots), *self.shape) if form != self.shape else out
 
     def prefetch(self, slots: torch.Tensor) -> None:
-        """Begin to read the rows of the slower tiers that the next `gather` will ask for, while the caller goes on.
+        """Start reading rows of the slower tiers for the next `gather`, in the background.
 
-        A row that cannot be read is reported by that `gather`; if it asks for others, by a RuntimeWarning.
+        If a row cannot be read, the next `gather` raises the error, or gives a RuntimeWarning if it asks for other rows.
 
         Args:
-            slots (Tensor): [B] int64 (CPU), those of the next `gather`.
+            slots (Tensor): [B] int64 (CPU), the slots of the next `gather`.
 
         Raises:
             RuntimeError, TypeError, IndexError: as `gather`.
@@ -242,10 +242,10 @@ class ActivationCache:
             tiers.prefetch(slots)
 
     def grow(self, slots: int) -> None:
-        """Make room for more rows; those that there are stay. Cheap when called often: memory grows by a quarter at least.
+        """Make room for more rows, keeping the existing ones. Memory grows by at least a quarter, so calls can be frequent.
 
         Args:
-            slots (int): rows in all, not fewer than now.
+            slots (int): the new R, not smaller than the old one.
 
         Raises:
             ValueError: if the budgets are too small; nothing is changed then.
@@ -268,8 +268,8 @@ class ActivationCache:
             slots (Tensor, optional): [n] int64 (CPU); None for all. Default: None
 
         Raises:
-            RuntimeError: on a closed cache.
-            TypeError, ValueError, IndexError: for slots outside the cache; nothing is forgotten then.
+            RuntimeError: if the cache is closed.
+            TypeError, ValueError, IndexError: if a slot is outside the cache; nothing is changed then.
         """
         tiers = self._open("forget")
         if slots is None:
@@ -286,13 +286,13 @@ class ActivationCache:
         """Write all rows to the file at `path`, synced and then renamed.
 
         Args:
-            fingerprint (Fingerprint): what `open` must be given to find them.
-            sidecar (Sidecar, optional): what the opened cache's `sidecar` will be. Default: None
+            fingerprint (Fingerprint): what the rows depend on; `open` must be given the same.
+            sidecar (Sidecar, optional): other data to store; `sidecar` of the opened cache. Default: None
 
         Raises:
-            ValueError: for a cache without a path.
-            TypeError: for values in the sidecar that JSON does not have.
-            OSError: if the disk is full; what was at `path` then stays.
+            ValueError: if the cache has no path.
+            TypeError: if the sidecar holds values that JSON cannot.
+            OSError: if the disk is full; the old file at `path` stays.
         """
         tiers = self._open("save")
         if tiers.path is None:
@@ -312,8 +312,8 @@ class ActivationCache:
         self.path, self.saved = tiers.path, True
 
     def share(self, aside: Path) -> None:
-        """Leave the saved file to other runs: it is never changed from now on. The first change of a row makes `path` of
-        this cache the one given here, and copies the rows on disk there.
+        """Leave the saved file to other runs. From now on it is never changed: the first change of a row copies the rows on
+        disk to `aside`, which becomes the `path` of this cache.
 
         Raises:
             ValueError: if the rows are not saved.
@@ -324,7 +324,7 @@ class ActivationCache:
         tiers.share(aside)
 
     def close(self) -> None:
-        """Free the rows; any later use raises RuntimeError. A file that `save` made stays."""
+        """Free the rows; any later use raises RuntimeError. A saved file stays."""
         rows, self._rows = self._rows, None
         if rows is not None:
             rows.close()
@@ -368,7 +368,7 @@ class ActivationCache:
             )
 
     def _change(self, tiers: TieredRows) -> None:
-        """Note that the file at `path`, if there is one, does not hold these rows any more."""
+        """Note that the file at `path` no longer holds these rows."""
         self.saved = False
         self.path = tiers.path
 
@@ -376,7 +376,7 @@ class ActivationCache:
         if self.codec != "fp16" or rows.dtype == torch.float16 or self._saturation_batches >= SATURATION_BATCHES:
             return
         self._saturation_batches += 1
-        # As fp32: in bf16 the limit itself would round to 65536.
+        # In fp32, since bf16 would round the limit itself to 65536.
         size = rows.detach().float().abs()
         clamped = ((size > LARGEST_FP16) & size.isfinite()).any()
         self._saturated = clamped if self._saturated is None else self._saturated | clamped
@@ -387,8 +387,8 @@ class ActivationCache:
         return self._rows
 
     def _layout(self, rows: torch.Tensor) -> tuple[int, ...]:
-        """The shape of a row for the row operations. Flat keeps the memory format of contiguous rows, so that training
-        on the cache is bit-equal to training behind the live prefix; [C, H, W] means channels-last."""
+        """The shape of a row for the row operations. A flat shape keeps the memory format of contiguous rows, so that
+        training on rows is bit-equal to training behind the live prefix; [C, H, W] means channels-last."""
         if self.dtype is not None:
             return self._stored_shape
         plain = len(self.shape) != 3 or rows.is_contiguous()

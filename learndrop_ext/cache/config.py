@@ -1,4 +1,4 @@
-"""The values a user sets for the cache, with their checks."""
+"""The user's settings of the cache."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ class CacheConfig:
         codec (str, optional): "fp16" (clamped to +-65504), "bf16", "fp32" (exact for fp32 training) or "uint8" (one
             scale and zero point per sample and channel; half the bytes of fp16). Default: "fp16"
         views (int or "auto", optional): random augmentations kept of each sample; 1 needs a dataset without randomness.
-            "auto" is 1 for such a dataset; for one whose samples are random each by itself, as many as leave half of the
-            run's shortened time to epochs that read rows, see `data.source.settle_views`. Default: "auto"
-        budget_bytes (int or "auto", optional): the most bytes of rows on the model's device; "auto" is half of what is
-            free when a drop is decided. Default: "auto"
-        host_bytes (int or "auto", optional): the most bytes of further rows in the host's memory, for a model on a GPU.
+            "auto" is 1 for such a dataset. If samples are random independently of each other, "auto" is the largest
+            number with which epochs that read images take at most half of the shortened run, and at least 2; see
+            `data.source.settle_views`. Default: "auto"
+        budget_bytes (int or "auto", optional): limit on the bytes of rows on the model's device; "auto" is half of what
+            is free when a drop is decided. Default: "auto"
+        host_bytes (int or "auto", optional): limit on the bytes of further rows in host memory, for a model on a GPU.
             Default: 0
-        disk_bytes (int or "auto", optional): the most bytes of further rows in a file. Where it holds all rows, a run
+        disk_bytes (int or "auto", optional): limit on the bytes of further rows in a file. If it holds all rows, a run
             that resumes from a checkpoint finds them there. Default: 0
         disk_dir (str, optional): the folder of the file. Default: None
-        flip (bool, optional): mirror each cached [C, H, W] row with probability 1/2 when it is read. Default: False
-        shift (int, optional): move each cached [C, H, W] row by up to so many of its pixels in x and y when it is read,
-            filled with zeros. Default: 0
-        shared (bool, optional): look in `disk_dir` for rows that another run made of the same images with the same
-            layers, and leave this run's rows there for others; `disk_bytes=0` then means "auto". Default: False
-        mirror (bool, optional): keep two rows of each sample, of the image and of its horizontal flip, drawn in turn:
-            a sample is seen mirrored in every second epoch. Default: False
-        partition ("share" or "all", optional): of several processes, each keeps rows of the samples that it draws in
-            its first whole epoch after a drop, and draws its batches from these from then on ("share"); or each
-            follows its sampler and keeps rows of whatever it draws ("all"). Default: "share"
+        flip (bool, optional): flip each [C, H, W] row horizontally with probability 1/2 when it is read. Default: False
+        shift (int, optional): shift each [C, H, W] row by up to this many of its pixels in x and y when it is read,
+            filling with zeros. Default: 0
+        shared (bool, optional): look in `disk_dir` for rows that another run computed from the same images with the same
+            layers, and leave this run's rows there; `disk_bytes=0` then means "auto". Default: False
+        mirror (bool, optional): keep two rows of each sample, one of the image and one of its horizontal flip, and draw
+            them in turn. Default: False
+        partition ("share" or "all", optional): with several processes, each keeps the rows of the samples it draws in its
+            first whole epoch after a drop, and draws its batches from these from then on ("share"); or each follows its
+            sampler and keeps the rows of whatever it draws ("all"). Default: "share"
 
     Raises:
-        ValueError: for a value that is out of range, or two that exclude each other.
+        ValueError: if a value is out of range, or two exclude each other.
     """
 
     codec: str = "fp16"
@@ -97,11 +98,11 @@ def _is_whole(value: object) -> TypeGuard[int]:
 
 
 def cache_config(cache: CacheConfig | str | None, views: int | None) -> CacheConfig:
-    """Return the configuration that the arguments of DropScheduler mean.
+    """Return the configuration given by the arguments of DropScheduler.
 
     Raises:
-        TypeError: if `cache` is neither a CacheConfig, a codec's name nor None.
-        ValueError: for an unknown codec, or views that the configuration does not allow.
+        TypeError: if `cache` is neither a CacheConfig, the name of a codec nor None.
+        ValueError: if the codec is unknown, or the configuration does not allow these views.
     """
     if isinstance(cache, str):
         cache = CacheConfig(codec=cache)

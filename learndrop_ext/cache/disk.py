@@ -1,7 +1,7 @@
-"""Rows in one file that is written aside, synced and renamed: complete and right, or refused.
+"""Rows in one file, which is written under another name, synced and renamed: it is complete and correct, or refused.
 
-While a file is filled it is called `<name>.part`, has no header, and its tables are in memory. What a killed process
-left of it is written over.
+A file being filled is called `<name>.part`; it has no header, and its tables are in memory. A part left by a killed process
+is overwritten.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.cache.plan import lengthened
 from learndrop_ext.ops import free_bytes, transfer
 
-#: Eight reads at a time keep the queue of an NVMe disk filled; the threads sleep while it works.
+#: Eight reads at a time keep the queue of an NVMe disk filled; the threads sleep meanwhile.
 THREADS = 8
-#: Rows of less than half of this are read together with their neighbours, which the same epoch wants too. A disk that
-#: reads 1.0 to 1.7 GB/s from begin to end gave 0.23 GB/s in random reads of 4 KB (58,000 a second, whatever the number
-#: of threads), 0.74 of 32 KB and 0.9 of 128 KB; larger blocks were no faster.
+#: Rows smaller than half of this are read together with their neighbours, which the same epoch needs too. A disk that reads
+#: 1.0 to 1.7 GB/s sequentially reached 0.23 GB/s in random reads of 4 KB (58,000 a second with any number of threads), 0.74
+#: of 32 KB and 0.9 of 128 KB; larger blocks were no faster.
 BLOCK_BYTES = 128 << 10
 
 
 @dataclass(frozen=True)
 class SavedRows:
-    """What `open_rows` finds in a file.
+    """The contents of a file.
 
     Args:
         disk (DiskTier): the rows.
-        manifest (Manifest): what they are.
-        filled (Tensor): [R] bool, which of them were written.
-        sidecar (Sidecar): what the file keeps beside them.
+        manifest (Manifest): their description.
+        filled (Tensor): [R] bool, which rows were written.
+        sidecar (Sidecar): other data stored in the file.
     """
 
     disk: DiskTier
@@ -62,7 +62,7 @@ class SavedRows:
 
 @dataclass
 class _OpenFile:
-    """An open file; part: its name while it is unfinished, else None. A forked process does not own it."""
+    """An open file. part: its path while it is unfinished, else None. A forked process does not own it."""
 
     descriptor: int
     part: Path | None
@@ -74,7 +74,7 @@ class _OpenFile:
             return
         if self.part is not None:
             self.part.unlink(missing_ok=True)
-        # A forked process keeps the descriptor, and with it the lock, which another cache may want.
+        # A forked process keeps the descriptor, and would keep the lock with it.
         fcntl.flock(self.descriptor, fcntl.LOCK_UN)
         os.close(self.descriptor)
 
@@ -82,34 +82,34 @@ class _OpenFile:
 class DiskTier:
     """R rows by slot in one file, read and written by several threads without the GIL.
 
-    A new file is `<path>.part` until `commit`, and is deleted if it is closed before. A file from `open_rows` is at
+    A new file is `<path>.part` until `commit`, and is deleted if it is closed before that. A file from `open_rows` stays at
     `path` until a row is written, which makes it a part again: rows at `path` never change in place.
 
     Args:
-        path (Path): of the committed file.
-        layout (RowLayout): where the rows lie in it.
+        path (Path): path of the committed file.
+        layout (RowLayout): positions of the rows in it.
 
     Attributes:
-        aside (Path or None): while it is set, the file at `path` is one that other runs read too. It is not changed:
-            the first change of a row is made in a copy, which will be at this path.
+        aside (Path or None): if set, other runs read the file at `path` too. It is not changed: the first change of a row
+            is made in a copy at this path.
 
     Raises:
-        OSError: if the part cannot be made, or another cache writes it.
+        OSError: if the part cannot be created, or another cache is writing it.
     """
 
     def __init__(self, path: Path, layout: RowLayout, *, _descriptor: int | None = None) -> None:
         self.path = path
         self.layout = layout
         self.slots = 0
-        self.checksums = torch.zeros(0, dtype=torch.int32)  # by slot, with room for more slots than there are
+        self.checksums = torch.zeros(0, dtype=torch.int32)  # by slot; may be longer than R
         self.aside: Path | None = None
-        self._allocated = range(0)  # bytes of the file that have their disk space
-        self._free_bytes = -math.inf, 0  # when it was asked for, and how many there were
+        self._allocated = range(0)  # bytes of the file that have disk space
+        self._free_bytes = -math.inf, 0  # time of the last query and its result
         self._hold(_new_part(path) if _descriptor is None else _OpenFile(_descriptor, None))
 
     @property
     def part(self) -> Path:
-        """The file's name while it is filled."""
+        """The path of the file while it is unfinished."""
         return _part_of(self.path)
 
     @property
@@ -118,11 +118,11 @@ class DiskTier:
         return self._file.part is None
 
     def grow(self, slots: int, *, first: int) -> None:
-        """Make room for more rows, and take their disk space now: a full disk is met before the work is done.
+        """Make room for more rows. Their disk space is allocated now, so that a full disk is found before the work is done.
 
         Args:
-            slots (int): rows in all.
-            first (int): the first slot that needs disk space; those before it live in another tier.
+            slots (int): the new R.
+            first (int): the first slot that needs disk space; earlier ones are in another tier.
 
         Raises:
             OSError: if the disk is full.
@@ -138,7 +138,7 @@ class DiskTier:
     def read(self, slots: Tensor, into: Tensor) -> None:
         """Read rows.
 
-        Where the whole file fits into half of the free memory, small rows come in blocks and stay in the page cache: an
+        If the whole file fits into half of the free memory, small rows are read in blocks, which stay in the page cache. An
         epoch then reads the disk once, whatever the order of the rows.
 
         Args:
@@ -146,7 +146,7 @@ class DiskTier:
             into (Tensor): [n, S] uint8 (CPU), written.
 
         Raises:
-            CacheFileError: for a row that does not have its checksum.
+            CacheFileError: if a row does not match its checksum.
             OSError: if the file cannot be read.
         """
         with naming_file(self.path, f"must give {len(slots)} rows"):
@@ -172,7 +172,7 @@ class DiskTier:
             rows (Tensor): [n, S] uint8 (CPU).
 
         Raises:
-            OSError: if they cannot be written; these slots then hold no rows.
+            OSError: if the rows cannot be written; these slots then hold no rows.
             RuntimeError: in a forked process.
         """
         self._reopen_part()
@@ -180,16 +180,16 @@ class DiskTier:
             transfer.write_rows(self.layout.file(self._file.descriptor), slots, rows, self.checksums, threads=THREADS)
 
     def commit(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
-        """Make the rows a file at `path`, in place of what was there.
+        """Turn the part into the file at `path`, replacing an old one.
 
         Args:
-            manifest (Manifest): what the rows are.
-            filled (Tensor): [R] bool, which of them were written.
-            sidecar (Sidecar): what to keep beside them.
+            manifest (Manifest): description of the rows.
+            filled (Tensor): [R] bool, which rows were written.
+            sidecar (Sidecar): other data to store.
 
         Raises:
-            TypeError: for values that JSON does not have; nothing is changed then.
-            OSError: if the disk is full. `path` is then as it was, and the rows can be read and committed again.
+            TypeError: if the sidecar holds values that JSON cannot; nothing is changed then.
+            OSError: if the disk is full. The old file stays, and the rows can be read and committed again.
             RuntimeError: in a forked process.
         """
         tail_offset = self.layout.end(manifest.slots)
@@ -208,7 +208,7 @@ class DiskTier:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
 
     def check_owner(self) -> None:
-        """Raise RuntimeError in a forked process: what it wrote would change the rows of the process that it left."""
+        """Raise RuntimeError in a forked process, whose writes would change the rows of its parent."""
         if self._file.process != os.getpid():
             raise RuntimeError(
                 f"cache file {self.path}: its rows must be written by the process that opened it, {self._file.process}, "
@@ -216,7 +216,7 @@ class DiskTier:
             )
 
     def close(self) -> None:
-        """Close the file; one that was not committed is deleted."""
+        """Close the file, and delete it if it was not committed."""
         self._finalizer()
 
     def _hold(self, file: _OpenFile) -> None:
@@ -224,7 +224,7 @@ class DiskTier:
         self._finalizer = weakref.finalize(self, file.close)
 
     def _reads_blocks(self) -> bool:
-        """Whether rows are small, and the file fits into half of the memory that was free within the last second."""
+        """Whether rows are small and the file fits into half of the free memory, which is queried once per second."""
         if 2 * self.layout.row_bytes >= BLOCK_BYTES:
             return False
         now = time.monotonic()
@@ -233,7 +233,7 @@ class DiskTier:
         return 2 * self.layout.end(self.slots) <= self._free_bytes[1]
 
     def _allocate(self, slots: int, first: int) -> None:
-        """Take disk space for the slots from `first` on, except what has it already."""
+        """Allocate disk space for the slots from `first` on, except where it is allocated already."""
         begin, end = self.layout.begin(first), self.layout.end(slots)
         start, rows = begin, slots - first
         if self._allocated.start <= begin <= self._allocated.stop:
@@ -245,7 +245,7 @@ class DiskTier:
         self._allocated = range(start, end)
 
     def _reopen_part(self) -> None:
-        """Make a committed file a part again, before it changes."""
+        """Turn a committed file into a part again, before it changes."""
         self.check_owner()
         if not self.committed:
             return
@@ -258,7 +258,7 @@ class DiskTier:
             _sync_folder(self.path)
 
     def _copy_aside(self, path: Path) -> None:
-        """Go on in a copy of the file, which stays as it is for the other runs that read it."""
+        """Continue in a copy of the file. Other runs go on reading the original."""
         copy = _new_part(path)
         size = self.layout.end(self.slots)
         try:
@@ -279,19 +279,19 @@ class DiskTier:
 
 
 def open_rows(path: Path, fingerprint: Fingerprint, *, aside: Path | None = None) -> SavedRows:
-    """Open a committed file. Its rows are checked when they are read.
+    """Open a committed file. Its rows are verified when they are read.
 
     Args:
-        path (Path): of the file.
+        path (Path): the file.
         fingerprint (Fingerprint): what its rows must depend on.
-        aside (Path, optional): a file that other runs read too is opened for reading; where rows are to be written, a
-            copy of it is made, which will be at this path. Default: None
+        aside (Path, optional): open a file that other runs read too, for reading only. The first change of a row makes a
+            copy at this path. Default: None
 
     Raises:
         FileNotFoundError: if there is no file.
-        OSError: if it cannot be read, or another process writes it.
-        CacheFileError: naming what is wrong first: a damaged or cut header or tail, another version, or the first
-            difference of the fingerprint.
+        OSError: if it cannot be read, or another process is writing it.
+        CacheFileError: if the header or the tail is damaged or truncated, the version is another one, or the fingerprint
+            differs; it names the first difference.
     """
     descriptor = os.open(path, (os.O_RDWR if aside is None else os.O_RDONLY) | os.O_CLOEXEC)
     try:
@@ -312,7 +312,7 @@ def _part_of(path: Path) -> Path:
 
 
 def _new_part(path: Path) -> _OpenFile:
-    """An empty unfinished file, locked."""
+    """A new, empty part, locked."""
     part = _part_of(path)
     with naming_file(path, "must be written by one cache at a time, in a folder that is there"):
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)

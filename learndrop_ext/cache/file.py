@@ -1,7 +1,7 @@
-"""The format of a file of rows, and the locks on it.
+"""The format of a file of rows, and its locks.
 
-A file is a header page, the rows, and a tail: the manifest (JSON), one byte a slot that says whether it was written, one
-CRC-32C a slot, and the sidecar's tensors. The header holds the lengths, the tail's checksum and its own.
+A file is a header page, the rows, and a tail: the manifest (JSON), a byte per slot that says whether it was written, a
+CRC-32C per slot, and the sidecar's tensors. The header holds the lengths, the tail's checksum and its own.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from learndrop_ext.ops.transfer import PAGE_BYTES
 
 MAGIC = b"LDROWS\r\n"
 VERSION = 2
-#: The head of the header page. The page's last four bytes are its checksum.
+#: The beginning of the header page. The page's last four bytes are its checksum.
 HEADER = struct.Struct("<8sIQQQI")
 
 
 class CacheFileError(ValueError):
-    """A file whose rows must not be used: damaged, of another version, or of another cache."""
+    """A file whose rows must not be used: it is damaged, of another version, or of another cache."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the rows of a file are.
+    """A description of the rows in a file.
 
     Args:
         codec (str): how rows are stored.
-        shape (tuple of int): of a row.
-        stored_shape (tuple of int): of a row as the row operations see it: `shape`, or flat.
-        dtype (str): of the rows put in and given out; "" before the first.
+        shape (tuple of int): shape of a row.
+        stored_shape (tuple of int): shape of a row for the row operations: `shape`, or flat.
+        dtype (str): dtype of the rows stored and returned; "" before the first.
         augmented (bool): whether rows can be flipped and shifted.
-        slots (int): places for rows.
+        slots (int): R.
         row_bytes (int): bytes of a row without padding.
         stride_bytes (int): bytes from one row to the next.
         fingerprint (Fingerprint): what the rows depend on.
@@ -66,11 +66,11 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What a file keeps beside its rows.
+    """Other data stored in a file of rows.
 
     Args:
-        values (optional): anything that JSON can hold. Default: None
-        tensors (tuple of Tensor, optional): on the CPU. Default: none
+        values (optional): any value that JSON can hold. Default: None
+        tensors (tuple of Tensor, optional): tensors on the CPU. Default: ()
     """
 
     values: Any = None
@@ -78,7 +78,7 @@ class Sidecar:
 
 
 class Tables(NamedTuple):
-    """The tail of a file: filled [R] bool says which slots were written, checksums is [R] int32."""
+    """The tail of a file. filled: [R] bool, which slots were written; checksums: [R] int32."""
 
     manifest: Manifest
     filled: Tensor
@@ -99,7 +99,7 @@ def pack_tables(tables: Tables, tail_offset: int) -> tuple[bytes, bytes]:
     """Return the header page and the tail of a file.
 
     Raises:
-        TypeError: if the sidecar has values that JSON does not have.
+        TypeError: if the sidecar holds values that JSON cannot.
     """
     manifest, filled, checksums, sidecar = tables
     forms = [(str(t.dtype).removeprefix("torch."), list(t.shape)) for t in sidecar.tensors]
@@ -115,7 +115,7 @@ def read_tables(path: Path, descriptor: int) -> Tables:
     """Return the tail of an open file.
 
     Raises:
-        CacheFileError: if the header or the tail is damaged or cut, or of another version.
+        CacheFileError: if the header or the tail is damaged or truncated, or the version is another one.
     """
     header = _read_header(path, descriptor)
     tail = bytearray(os.pread(descriptor, header.tail_bytes, header.tail_offset))
@@ -133,7 +133,7 @@ def read_tables(path: Path, descriptor: int) -> Tables:
     for name, shape in [("bool", [manifest.slots]), ("int32", [manifest.slots]), *forms]:
         table = torch.empty(shape, dtype=getattr(torch, name))
         if table.nbytes:
-            # A copy: what comes before it in the file may have any length, so that it lies at an odd address.
+            # Copied, because its address in `tail` need not be aligned.
             read = torch.frombuffer(tail, dtype=torch.uint8, count=table.nbytes, offset=offset)
             table.view(-1).view(torch.uint8).copy_(read)
         tables.append(table)
@@ -143,11 +143,11 @@ def read_tables(path: Path, descriptor: int) -> Tables:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Return what the rows of a file are, without reading or checking the tables behind it.
+    """Return the manifest of a file, without reading or checking the other tables.
 
     Raises:
         OSError: if the file cannot be read.
-        CacheFileError: if its header or manifest is damaged, or of another version.
+        CacheFileError: if its header or manifest is damaged, or the version is another one.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -162,7 +162,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def check_fingerprint(path: Path, wanted: Fingerprint, got: Fingerprint) -> None:
-    """Raise CacheFileError naming the first difference of a file's fingerprint."""
+    """Raise CacheFileError if a file has another fingerprint, naming the first difference."""
     for field in dataclasses.fields(Fingerprint):
         ours, theirs = getattr(wanted, field.name), getattr(got, field.name)
         if ours != theirs:
@@ -172,7 +172,7 @@ def check_fingerprint(path: Path, wanted: Fingerprint, got: Fingerprint) -> None
 
 
 def lock(descriptor: int, kind: int) -> None:
-    """Take a lock (fcntl.LOCK_SH or LOCK_EX) on an open file, without waiting for it. Raises OSError."""
+    """Lock an open file (fcntl.LOCK_SH or LOCK_EX) without waiting. Raises OSError if it is locked."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -181,7 +181,7 @@ def lock(descriptor: int, kind: int) -> None:
 
 @contextlib.contextmanager
 def naming_file(path: Path, wanted: str) -> Iterator[None]:
-    """Make an OSError say what was wanted of which file; its type and number stay."""
+    """Add to an OSError the file and what was wanted of it, keeping its type and errno."""
     try:
         yield
     except OSError as error:
@@ -189,7 +189,7 @@ def naming_file(path: Path, wanted: str) -> Iterator[None]:
 
 
 def remove_abandoned(parts: Iterable[Path]) -> None:
-    """Delete unfinished files that no living process has open. One made in the last minute may not be locked yet."""
+    """Delete unfinished files that no process has open. One created in the last minute may not be locked yet, and stays."""
     for part in parts:
         with contextlib.suppress(OSError):
             if time.time() - part.stat().st_mtime >= 60:
@@ -197,7 +197,7 @@ def remove_abandoned(parts: Iterable[Path]) -> None:
 
 
 def remove_unused(path: Path) -> None:
-    """Delete a file that no living process has open. Raises OSError, with errno EBUSY where one has."""
+    """Delete a file that no process has open. Raises OSError, with errno EBUSY if one has."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         lock(descriptor, fcntl.LOCK_EX)
@@ -230,7 +230,7 @@ def _read_header(path: Path, descriptor: int) -> _Header:
 
 
 def _parse(text: bytes | bytearray) -> tuple[Manifest, Any, list[tuple[str, list[int]]]]:
-    """The manifest, the sidecar's values, and the dtypes and shapes of its tensors."""
+    """The manifest, the sidecar's values, and the dtype and shape of each of its tensors."""
     values = json.loads(text)
     sidecar, forms = values.pop("sidecar"), values.pop("tensors")
     values["fingerprint"] = Fingerprint(**values["fingerprint"])

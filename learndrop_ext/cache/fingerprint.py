@@ -1,4 +1,4 @@
-"""What the rows of a cache depend on, so that rows of another run are refused."""
+"""Everything that cached rows depend on, so that rows that do not fit a run are refused."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from learndrop_ext.graph.chain import Chain
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """All that the rows of a cache depend on. Rows are used only where every field is the same.
+    """Everything that cached rows depend on. Rows are used only if every field is equal.
 
     Args:
         weights (str): SHA-256 of the dropped layers' parameters and buffers, see `weights_digest`.
-        cut (int): layers before the rows.
+        cut (int): number of layers before the rows.
         codec (str): how rows are stored.
-        views (int): rows of each sample.
+        views (int): number of rows of each sample.
         samples (int): length of the dataset.
-        dataset (str): the dataset and its transforms in words, see `describe`.
-        autocast (str, optional): dtype of autocast while the rows were made; "" for none. Default: ""
-        seed (int, optional): of the random views. Default: 0
+        dataset (str): description of the dataset and its transforms, see `describe`.
+        autocast (str, optional): autocast dtype under which the rows were computed; "" for none. Default: ""
+        seed (int, optional): random seed of the views. Default: 0
         augmented (bool, optional): whether rows are stored as [C, H, W], to be flipped or shifted. Default: False
         layers (str, optional): SHA-256 of the dropped layers' code. Default: ""
         images (str, optional): SHA-256 of a few model inputs of the dataset. Default: ""
-        mirror (bool, optional): whether every second row is of the mirrored image. Default: False
+        mirror (bool, optional): whether every second row is of the flipped image. Default: False
     """
 
     weights: str
@@ -46,7 +46,7 @@ class Fingerprint:
 
 
 def describe(dataset: Any) -> str:
-    """Return a dataset's type, repr and transforms in words that are the same in the next run: without addresses."""
+    """Return a dataset's type, repr and transforms, without memory addresses, so that they are the same in the next run."""
     parts = [f"{type(dataset).__module__}.{type(dataset).__qualname__}", repr(dataset)]
     parts += [f"{name}={getattr(dataset, name)!r}" for name in ("transform", "transforms") if hasattr(dataset, name)]
     return re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(parts))

@@ -1,4 +1,4 @@
-"""Rows in the host's memory, and the stream that copies them to a GPU while it trains.
+"""Rows in host memory, and the stream that copies them to a GPU while it trains.
 
 R rows, S bytes from one row to the next, n rows in a call, T rows in a staging area.
 """
@@ -20,20 +20,20 @@ from torch import Tensor
 
 from learndrop_ext.ops import transfer
 
-#: Row bytes at which the two ways to a GPU are compared, 4 KiB to 256 KiB.
+#: Row bytes at which copy engines and kernel are compared, 4 KiB to 256 KiB.
 SWITCH_SIZES = tuple(4096 << k for k in range(7))
-#: Pinned memory for the comparison. At 55 GB/s it is 0.3 ms of copies, against 64 x 0.5 us to start them.
+#: Pinned memory for the comparison. At 55 GB/s it takes 0.3 ms to copy, against 64 x 0.5 us to launch the copies.
 MEASURED_BYTES = 16 << 20
-#: Row bytes from which the copy engines are used where they cannot be measured. A copy costs them about 0.5 us beside
-#: the transfer, in which a link of 55 GB/s brings 28 KB.
+#: Row bytes from which copy engines are used if they cannot be measured. A copy has an overhead of about 0.5 us, in which
+#: a link of 55 GB/s transfers 28 KB.
 COPY_ENGINE_BYTES = 32 << 10
 
 
 class PinnedRows:
-    """Host memory [R, S] uint8 that the copy engines and the kernels of a GPU read.
+    """Host memory [R, S] uint8 that the copy engines and kernels of a GPU can read.
 
-    It lies in pages of its own, which a forked process does not get (MADV_DONTFORK). Otherwise the kernel would copy a
-    page that either process writes after a fork, and this one might be left with a copy that the GPU does not see.
+    A forked process does not inherit its pages (MADV_DONTFORK). After a fork, the operating system copies a page that either
+    process writes, and this process might be left with the copy, which the GPU does not see.
 
     Args:
         count (int): R.
@@ -41,7 +41,7 @@ class PinnedRows:
         device (torch.device): the GPU.
 
     Raises:
-        torch.OutOfMemoryError: if the host does not have the memory, or it cannot be pinned.
+        torch.OutOfMemoryError: if the host is out of memory, or it cannot be pinned.
     """
 
     def __init__(self, count: int, stride_bytes: int, device: torch.device) -> None:
@@ -73,16 +73,16 @@ def _unpin(data: Tensor, pages: mmap.mmap, owner: int) -> None:
 
 
 class HostTier:
-    """Rows [R, S] uint8 in the host's memory, pinned where the model is on a GPU.
+    """Rows [R, S] uint8 in host memory, pinned if the model is on a GPU.
 
     Args:
         count (int): R.
         stride_bytes (int): S.
-        device (torch.device): where rows are read to. On a GPU the faster way there is measured now, see
-            `copy_engine_from`: once, and not beside the training step.
+        device (torch.device): device that rows are read to. For a GPU the faster way is measured now, once, and not during
+            a training step; see `copy_engine_from`.
 
     Raises:
-        torch.OutOfMemoryError: if the host does not have the memory, or it cannot be pinned.
+        torch.OutOfMemoryError: if the host is out of memory, or it cannot be pinned.
     """
 
     def __init__(self, count: int, stride_bytes: int, device: torch.device) -> None:
@@ -113,7 +113,7 @@ class HostTier:
         """
         self._check_process()
         if into.device.type == "cpu":
-            # Not index_select: beside the training step it would take that one's threads.
+            # index_select would take threads from the training step.
             np.take(self.data.numpy(), index.numpy(), axis=0, out=into.numpy(), mode="clip")
         elif self._by_copy_engine:
             transfer.copy_rows_to_device(self.data, index, into)
@@ -124,7 +124,7 @@ class HostTier:
         """Store rows.
 
         Args:
-            index (Tensor): [n] int64 (CPU), where to.
+            index (Tensor): [n] int64 (CPU), the rows to write.
             rows (Tensor): [n, S] uint8.
 
         Raises:
@@ -142,15 +142,15 @@ class HostTier:
 
 
 class CopyStream:
-    """A stream beside the training step that fills two areas of a GPU's memory, each while the other one is read.
+    """A stream that fills two areas of GPU memory, one while the training step reads the other.
 
     Args:
-        data (Tensor): [R, S] uint8 on the GPU, where the areas are.
+        data (Tensor): [R, S] uint8 on the GPU, with the areas at its end.
         staging (int): T.
-        bounces (bool): whether rows of a file pass through it; pinned memory [2, T, S] is then taken for them.
+        bounces (bool): whether rows of a file pass through it; they need pinned memory [2, T, S].
 
     Raises:
-        torch.OutOfMemoryError: if the host does not have the memory, or it cannot be pinned.
+        torch.OutOfMemoryError: if the host is out of memory, or it cannot be pinned.
     """
 
     def __init__(self, data: Tensor, staging: int, *, bounces: bool) -> None:
@@ -162,14 +162,14 @@ class CopyStream:
         self.fill_areas_of(data)
 
     def fill_areas_of(self, data: Tensor) -> None:
-        """Fill areas of `data` [R, S] uint8 from now on; what the current stream does with it comes first."""
+        """Fill areas of `data` [R, S] uint8 from now on, after the current stream's work on it."""
         for event in self.free:
             event.record(torch.cuda.current_stream(data.device))
-        # Memory that is freed while a copy is in flight is not given out again before the copy has ended.
+        # If it is freed while a copy is in flight, the allocator must not reuse it before the copy has ended.
         data.record_stream(self.stream)
 
     def bounce_rows(self, area: int, count: int) -> Tensor:
-        """Return the host memory [count, S] of an area, once the copy that last read it has ended."""
+        """Wait for the last copy from an area's host memory, and return that memory, [count, S]."""
         assert self.bounce is not None
         self.filled[area].synchronize()
         return self.bounce.data[area * self.staging :][:count]
@@ -177,18 +177,18 @@ class CopyStream:
 
 @functools.lru_cache(maxsize=16)
 def copy_engine_from(device: torch.device, *, rows: int = 128, repeats: int = 7) -> int:
-    """Return the row bytes from which a GPU's copy engines bring scattered host rows faster than a kernel that reads them.
+    """Return the row bytes from which a GPU's copy engines read scattered host rows faster than a kernel does.
 
-    Measured once for each GPU at each of SWITCH_SIZES, with rows in random order of MEASURED_BYTES of pinned memory.
-    Where that memory cannot be had, a RuntimeWarning says so and COPY_ENGINE_BYTES is returned.
+    Measured once for each GPU at each of SWITCH_SIZES, on rows in random order in MEASURED_BYTES of pinned memory. If that
+    memory cannot be allocated, gives a RuntimeWarning and returns COPY_ENGINE_BYTES.
 
     Args:
         device (torch.device): the GPU.
-        rows (int, optional): the most rows to move at once. Default: 128
-        repeats (int, optional): times that each is measured; the median counts. Default: 7
+        rows (int, optional): largest number of rows to copy at once. Default: 128
+        repeats (int, optional): number of measurements, of which the median is taken. Default: 7
 
     Returns:
-        The first of SWITCH_SIZES from which the copy engines win at every size; twice the last where they do not.
+        The first of SWITCH_SIZES from which the copy engines are faster at every size; twice the last if there is none.
     """
     try:
         source = PinnedRows(1, MEASURED_BYTES, device)

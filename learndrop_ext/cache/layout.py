@@ -1,4 +1,4 @@
-"""Where rows lie in memory and in a file."""
+"""The positions of rows in memory and in a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from learndrop_ext.ops.transfer import PAGE_BYTES, RowFile
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The offsets of rows in a file. Small rows share a page and never cross one; large rows each begin a page.
+    """The offsets of rows in a file. Small rows share a page and never cross its end; each large row begins a page.
 
     Args:
         row_bytes (int): bytes of a row without padding.
@@ -28,7 +28,7 @@ class RowLayout:
 
     @property
     def group_bytes(self) -> int:
-        """Bytes from one group of rows to the next, a multiple of a page."""
+        """Bytes from one group of rows to the next, a multiple of the page size."""
         return -(-self.rows_per_group * self.stride_bytes // PAGE_BYTES) * PAGE_BYTES
 
     def begin(self, slot: int) -> int:
@@ -40,7 +40,7 @@ class RowLayout:
         return self.first_byte + -(-slots // self.rows_per_group) * self.group_bytes
 
     def file(self, descriptor: int) -> RowFile:
-        """Return an open file of such rows, as `transfer.read_rows` and `transfer.write_rows` take it."""
+        """Return an open file with this layout for `transfer.read_rows` and `transfer.write_rows`."""
         return RowFile(
             descriptor, self.first_byte, self.rows_per_group, self.group_bytes, self.stride_bytes, self.row_bytes
         )

@@ -1,7 +1,7 @@
-"""The host's memory of earlier batches, used again once nothing holds them any more.
+"""A pool of host memory for batches, reused once nothing refers to it.
 
-A large new tensor costs page faults: the kernel finds and zeroes each of its pages, and takes them back when it is
-freed. On two cores a gather of 128 x 100,352 fp32 values took 4.5 ms into used memory and 12.3 ms into a new tensor.
+A large new tensor causes page faults: the operating system maps and zeroes each of its pages, and unmaps them when it is
+freed. On two cores a gather of 128 x 100,352 fp32 values took 4.5 ms into reused memory and 12.3 ms into a new tensor.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 
-#: The C library keeps smaller blocks itself, and returns larger ones to the kernel.
+#: The C library reuses smaller blocks itself, and returns larger ones to the operating system.
 MIN_POOLED_BYTES = 1 << 20
-#: A loop holds up to three batches: the one it trains on, the one its variable still names, and the one being written.
+#: Up to three batches are alive in a loop: the last one, the one being trained on and the one being written.
 MAX_FREE = 3
 
 
 class OutputPool:
-    """Lends memory for batches and takes it back when no tensor, view, array or graph holds it any more.
+    """Lends memory for batches and takes it back when no tensor, view, array or graph refers to it.
 
     Args:
-        device (torch.device): of the batches. Only CPU memory is pooled: a GPU's allocator keeps its memory itself.
+        device (torch.device): device of the batches. Only CPU memory is pooled; the GPU allocator has its own pool.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class OutputPool:
         strides = torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=memory_format).stride()
         self._free = [block for block in self._free if block.nbytes >= nbytes]
         block = self._free.pop() if self._free else torch.empty(nbytes, dtype=torch.uint8).numpy()
-        # The tensor's storage holds `lent`, an object of its own; when the storage goes, so does `lent`.
+        # The tensor's storage owns `lent`, a separate array object, and frees it when the storage is freed.
         lent = block[:nbytes]
         weakref.finalize(lent, self._take_back, block).atexit = False
         return torch.empty(0, dtype=dtype).set_(torch.from_numpy(lent).untyped_storage(), 0, tuple(shape), strides)

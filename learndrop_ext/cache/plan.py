@@ -1,4 +1,4 @@
-"""Which rows live on the device, which in the host's memory and which in a file: budgets in bytes give ranges of slots."""
+"""Which rows are on the device, which in host memory and which in a file: budgets in bytes -> ranges of slots."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.ops import free_bytes
 
-#: Rows of the slower tiers that are read ahead at once: a usual batch.
+#: Rows of the slower tiers that are read ahead at once: a typical batch.
 STAGING_ROWS = 256
-#: The most bytes of a staging area.
+#: Largest size of a staging area.
 STAGING_BYTES = 256 << 20
-#: Growing memory is made larger by 1 / GROWTH_SHARE at least. With a quarter, rows that are added one by one are copied
-#: 1 / (1 - 4/5) = 5 times each at most.
+#: Memory grows by at least 1 / GROWTH_SHARE. With a quarter, rows added one by one are each copied at most
+#: 1 / (1 - 4/5) = 5 times.
 GROWTH_SHARE = 4
 
 
 @dataclass(frozen=True)
 class Budgets:
-    """The most that rows may take in each tier.
+    """Limits on the bytes of rows in each tier.
 
     Args:
-        device (int, optional): bytes on the device, the staging areas included; None for no limit. Default: None
-        host (int, optional): bytes in the host's memory. Default: 0
+        device (int, optional): bytes on the device, including staging areas; None for no limit. Default: None
+        host (int, optional): bytes in host memory. Default: 0
         disk (int, optional): bytes in a file. Default: 0
         staging_rows (int, optional): rows of the slower tiers that are read ahead at once. Default: 256
 
     Raises:
-        ValueError: for a negative number of bytes, or fewer than one staging row.
+        ValueError: if a number of bytes is negative, or there is not at least one staging row.
     """
 
     device: int | None = None
@@ -52,14 +52,14 @@ class Budgets:
 
 @dataclass(frozen=True)
 class TierPlan:
-    """How many slots each tier holds: the first ones are on the device, the next on the host, the last on disk.
+    """How many slots each tier holds: the first are on the device, the next on the host, the last on disk.
 
     Args:
         device (int): slots on the device.
-        host (int, optional): slots in the host's memory. Default: 0
+        host (int, optional): slots in host memory. Default: 0
         disk (int, optional): slots in the file. Default: 0
-        staging (int, optional): rows of each of the two staging areas on the device through which rows of the slower
-            tiers pass; 0 where all slots are on the device. Default: 0
+        staging (int, optional): rows of each of the two staging areas on the device, through which rows of the slower
+            tiers pass; 0 if all slots are on the device. Default: 0
     """
 
     device: int
@@ -73,7 +73,7 @@ class TierPlan:
         return self.device + self.host + self.disk
 
     def first(self, slots: int) -> TierPlan:
-        """Return the part of this plan that the first `slots` slots make up."""
+        """Return the plan of the first `slots` slots."""
         device = min(slots, self.device)
         host = min(slots - device, self.host)
         return TierPlan(device, host, min(slots - device - host, self.disk), self.staging)
@@ -86,16 +86,16 @@ class TierPlan:
 def plan_tiers(slots: int, layout: RowLayout, budgets: Budgets, *, kept: TierPlan | None = None) -> TierPlan:
     """Distribute slots over the tiers, the fastest first.
 
-    Where the rows do not all fit on the device, its budget also pays for two staging areas of `budgets.staging_rows`
-    rows each (fewer where there are fewer slots, or where an area would exceed STAGING_BYTES). A smaller budget gets
-    the areas all the same: nothing works without them.
+    If the rows do not all fit on the device, its budget also holds two staging areas of `budgets.staging_rows` rows each
+    (fewer if there are fewer slots, or if an area would exceed STAGING_BYTES). They are needed even if the budget is too
+    small for them.
 
     Args:
-        slots (int): rows to place.
+        slots (int): number of rows.
         layout (RowLayout): size of the rows; a row takes `stride_bytes` in memory, and its share of pages in a file.
-        budgets (Budgets): the most that each tier may take.
-        kept (TierPlan, optional): the plan of these rows for fewer slots. Its slower tiers stay where they begin, so
-            that no row changes its tier. Default: None
+        budgets (Budgets): limit of each tier.
+        kept (TierPlan, optional): the current plan for fewer slots. Slower tiers begin where they did, so that no row
+            changes its tier. Default: None
 
     Returns:
         TierPlan: the slots of each tier.
@@ -128,15 +128,15 @@ def plan_tiers(slots: int, layout: RowLayout, budgets: Budgets, *, kept: TierPla
 
 
 def add_reserve(plan: TierPlan, layout: RowLayout, budgets: Budgets, *, slots: int) -> TierPlan:
-    """Return the plan with room for later rows in its last tier, as far as the budget of that tier goes.
+    """Return the plan with memory reserved for later rows in its last tier, within that tier's budget.
 
-    A file gets none: it grows without being copied.
+    Nothing is reserved in a file, which grows without being copied.
 
     Args:
-        plan (TierPlan): what the rows need now.
+        plan (TierPlan): the plan of the current rows.
         layout (RowLayout): size of the rows.
-        budgets (Budgets): the most that each tier may take.
-        slots (int): the slots to have room for.
+        budgets (Budgets): limit of each tier.
+        slots (int): number of slots to reserve memory for.
     """
     more = max(0, slots - plan.slots)
     if plan.disk:
@@ -149,12 +149,12 @@ def add_reserve(plan: TierPlan, layout: RowLayout, budgets: Budgets, *, slots: i
 
 
 def room_for(slots: int) -> int:
-    """Return the slots to make room for when `slots` do not suffice any more."""
+    """Return the number of slots to make room for when `slots` are too few."""
     return slots + -(-slots // GROWTH_SHARE)
 
 
 def lengthened(table: Tensor, length: int) -> Tensor:
-    """Return a table [R] of at least `length` values, new ones zero: itself, or a copy with room for more."""
+    """Return a table [R] with at least `length` values, new ones zero: the same table, or a longer copy."""
     if length <= len(table):
         return table
     longer = table.new_zeros(max(length, room_for(len(table))))
@@ -163,13 +163,13 @@ def lengthened(table: Tensor, length: int) -> Tensor:
 
 
 def budgets_of(config: CacheConfig, device: torch.device) -> Budgets:
-    """Return the budgets in bytes that a configuration means here and now; "auto" is half of what is free.
+    """Return a configuration's budgets in bytes; "auto" is half of what is free now.
 
-    The device of a CPU model is the host's memory, so it has no host tier. Rows that are shared by runs need a file:
-    with `shared` a disk budget of 0 means "auto".
+    A CPU model has no host tier, since its device is host memory. Shared rows need a file: with `shared`, a disk budget of
+    0 means "auto".
 
     Raises:
-        OSError: if the folder of the file is not there.
+        OSError: if the folder of the file does not exist.
     """
     budget = config.budget_bytes
     on_device = budget if isinstance(budget, int) else free_bytes(device) // 2

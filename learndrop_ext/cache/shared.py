@@ -1,8 +1,8 @@
-"""Rows that several runs share: one file for each fingerprint in a common folder, filled by one run at a time.
+"""Rows shared between runs: one file per fingerprint in a common folder, filled by one run at a time.
 
-A run calls `find_or_lock`. It gets the path of rows that are there, to be opened by `ActivationCache.open(path, ...,
-aside=OTHER)`; or the lock under which it fills a cache with `path=lock.path`, saves it and releases the lock; or None,
-where another run is still filling them, and keeps its rows to itself.
+`find_or_lock` returns the path of existing rows, to be opened with `ActivationCache.open(path, ..., aside=OTHER)`; or a
+lock, under which the run fills a cache with `path=lock.path`, saves it and releases the lock; or None if another run is
+filling them, in which case this run keeps its rows to itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import weakref
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from learndrop_ext.cache.file import (
     VERSION,
@@ -38,17 +37,17 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class SharedFile:
-    """A file of shared rows, as `list_rows` finds it.
+    """A file of shared rows.
 
     Args:
-        name (str): of the file.
+        name (str): name of the file.
         bytes (int): its size.
-        age_seconds (float): since it was written or last found by a run.
+        age_seconds (float): time since it was written or last used by a run.
         codec (str): how its rows are stored.
-        cut (int): layers before the rows.
+        cut (int): number of layers before the rows.
         samples (int): length of the dataset.
-        dataset (str): the dataset and its transforms in words.
-        damage (str, optional): why the file cannot be used, the fields from `codec` on being empty; "" for a good one.
+        dataset (str): description of the dataset and its transforms.
+        damage (str, optional): why the file cannot be used, with the fields from `codec` on empty; "" if it can.
             Default: ""
     """
 
@@ -64,11 +63,11 @@ class SharedFile:
 
 @dataclass(frozen=True)
 class Removal:
-    """What `remove_rows` did.
+    """The result of `remove_rows`.
 
     Args:
-        removed (tuple of SharedFile): files that are gone.
-        in_use (tuple of SharedFile): files that stay because a run reads them.
+        removed (tuple of SharedFile): deleted files.
+        in_use (tuple of SharedFile): files that were not deleted because a run reads them.
     """
 
     removed: tuple[SharedFile, ...]
@@ -87,35 +86,32 @@ class FillLock:
         self._finalizer = weakref.finalize(self, _release, _lock_path(path), _descriptor, os.getpid())
 
     def release(self) -> None:
-        """Let other runs have the rows, or fill them if they were not saved. A second call does nothing."""
+        """Let other runs use the rows, or fill them if they were not saved. A second call does nothing."""
         self._finalizer()
 
     def __enter__(self) -> FillLock:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
 def shared_path(folder: Path, fingerprint: Fingerprint) -> Path:
-    """Return the path of the rows with a fingerprint, whether they are there or not."""
+    """Return the path for the rows with a fingerprint, whether it exists or not."""
     values = {"version": VERSION} | dataclasses.asdict(fingerprint)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return folder / PATTERN.replace("*", digest[:40])
 
 
 def find(folder: Path, fingerprint: Fingerprint) -> Path | None:
-    """Return the path of rows that a run has saved, and note that they are in use.
+    """Return the path of rows that a run has saved, and mark them as used now.
 
     Args:
         folder (Path): the common folder.
         fingerprint (Fingerprint): what the rows must depend on.
 
     Returns:
-        The path; None where there are no such rows, or, with a RuntimeWarning, where their file is damaged or holds
-        others.
+        The path; None if there are no such rows or, with a RuntimeWarning, if their file is damaged or of other rows.
 
     Raises:
         OSError: if the folder or the file cannot be read.
@@ -135,18 +131,16 @@ def find(folder: Path, fingerprint: Fingerprint) -> Path | None:
 
 
 def find_or_lock(folder: Path, fingerprint: Fingerprint, *, timeout_seconds: float = 0.0) -> Path | FillLock | None:
-    """Find rows that are shared, or take the right to fill them.
-
-    Files that killed runs left unfinished are deleted on the way.
+    """Find shared rows, or lock them for this run to fill. Deletes unfinished files of killed runs.
 
     Args:
         folder (Path): the common folder.
         fingerprint (Fingerprint): what the rows must depend on.
-        timeout_seconds (float, optional): how long to wait for another run that fills them. Default: 0
+        timeout_seconds (float, optional): how long to wait for another run that is filling them. Default: 0
 
     Returns:
-        The path of rows that are there; or a FillLock; or None, with a RuntimeWarning, where another run still fills
-        them after that time.
+        The path of existing rows; or a FillLock; or None, with a RuntimeWarning, if another run is still filling them after
+        that time.
 
     Raises:
         OSError: if the folder is missing, cannot be read or written, or has no file locks.
@@ -159,7 +153,7 @@ def find_or_lock(folder: Path, fingerprint: Fingerprint, *, timeout_seconds: flo
             return found
         lock = _try_lock(folder, path)
         if lock is not None:
-            # The other run may have saved them between the two calls.
+            # Another run may have saved them between the two calls.
             if (found := find(folder, fingerprint)) is not None:
                 lock.release()
                 return found
@@ -176,7 +170,7 @@ def find_or_lock(folder: Path, fingerprint: Fingerprint, *, timeout_seconds: flo
 
 
 def list_rows(folder: Path) -> list[SharedFile]:
-    """Return the files of shared rows in a folder, the one used last first. Raises OSError if it cannot be read."""
+    """Return the files of shared rows in a folder, the most recently used first. Raises OSError if it cannot be read."""
     with _naming(folder, "must be a folder to read from"):
         names = [entry.name for entry in os.scandir(folder)]
     found = []
@@ -193,23 +187,23 @@ def remove_rows(
     keep_bytes: int | None = None,
     names: Collection[str] | None = None,
 ) -> Removal:
-    """Delete files of shared rows, never one that a living process reads, and what killed runs left behind.
+    """Delete files of shared rows that meet any of the conditions, and files left behind by killed runs.
 
-    A file is deleted if any of the conditions says so.
+    A file that a process is reading is never deleted.
 
     Args:
         folder (Path): the common folder.
-        older_than_seconds (float, optional): delete files that no run has used for longer. Default: None
-        keep_bytes (int, optional): then delete the files that were not used for longest, until the rest, those in use
-            included, takes no more. Default: None
-        names (collection of str, optional): delete these. Default: None
+        older_than_seconds (float, optional): delete files not used for longer than this. Default: None
+        keep_bytes (int, optional): delete the least recently used files until the rest, including those in use, takes no
+            more than this. Default: None
+        names (collection of str, optional): delete the files with these names. Default: None
 
     Returns:
-        Removal: the files that are gone, and those that were to go but are in use.
+        Removal: the files deleted, and those that were not because they are in use.
 
     Raises:
-        ValueError: without a condition, for a negative one, or for a name that is not there; nothing is deleted then.
-        OSError: if the folder cannot be read, or a file not be deleted.
+        ValueError: if no condition is given, one is negative, or a name does not exist; nothing is deleted then.
+        OSError: if the folder cannot be read, or a file cannot be deleted.
     """
     for name, value in (("older_than_seconds", older_than_seconds), ("keep_bytes", keep_bytes)):
         if value is not None and not value >= 0:
@@ -248,7 +242,7 @@ def _described(path: Path) -> SharedFile:
 
 
 def _removed(folder: Path, name: str) -> bool:
-    """Delete a file; False where a process reads it."""
+    """Delete a file. Returns False if a process is reading it."""
     try:
         with _naming(folder, f"{name} must be a file to delete"):
             remove_unused(folder / name)
@@ -266,7 +260,7 @@ def _lock_path(path: Path) -> Path:
 
 
 def _try_lock(folder: Path, path: Path) -> FillLock | None:
-    """The lock, or None where another run has it. It is a lock on an empty file, which is deleted when it is released."""
+    """The lock, or None if another run holds it. It is on an empty file, which is deleted when the lock is released."""
     lock_path = _lock_path(path)
     with _naming(folder, "must be a folder to write to"):
         descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -276,7 +270,7 @@ def _try_lock(folder: Path, path: Path) -> FillLock | None:
         if os.fstat(descriptor).st_ino == lock_path.stat().st_ino:
             return FillLock(path, descriptor)
     except (BlockingIOError, FileNotFoundError):
-        pass  # held by another run, or deleted by it since it was opened here
+        pass  # held by another run, or deleted by it after it was opened here
     except BaseException:
         os.close(descriptor)
         raise
@@ -293,7 +287,7 @@ def _release(lock_path: Path, descriptor: int, process: int) -> None:
 
 @contextlib.contextmanager
 def _naming(folder: Path, wanted: str) -> Iterator[None]:
-    """Make an OSError say what was wanted of which folder; its type and number stay."""
+    """Add to an OSError the folder and what was wanted of it, keeping its type and errno."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Checks of the slots that a caller of the cache names."""
+"""Checks of the slots that callers pass to the cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_form(name: str, slots: Tensor) -> None:
 
 
 def check_range(name: str, slots: Tensor, count: int) -> None:
-    """Raise IndexError unless slots [B] are within the `count` there are."""
+    """Raise IndexError unless slots [B] are within 0..count-1."""
     if len(slots) and (int(slots.min()) < 0 or int(slots.max()) >= count):
         raise IndexError(
             f"ActivationCache.{name}: slots must be within 0..{count - 1}, got {int(slots.min())}..{int(slots.max())}"
@@ -29,15 +29,15 @@ def check_range(name: str, slots: Tensor, count: int) -> None:
 
 
 def check_unique(name: str, slots: Tensor) -> None:
-    """Raise ValueError if slots [B] name a row twice."""
+    """Raise ValueError if slots [B] contain one twice."""
     if (repeated := ops.first_repeated(slots)) is not None:
         raise ValueError(f"ActivationCache.{name}: slots must name no row twice, got {repeated} twice")
 
 
 def check_filled(name: str, slots: Tensor, filled: Tensor) -> None:
-    """Raise TypeError, ValueError or IndexError unless slots are [B] int64 on the CPU, and filled [R] bool there."""
+    """Raise TypeError, ValueError or IndexError unless slots are [B] int64 on the CPU and all are in `filled` [R] bool."""
     if slots.dtype == torch.int64 and slots.ndim == 1 and slots.device.type == "cpu":
-        # The usual case, in one pass over the slots.
+        # The usual case takes one pass over the slots.
         with contextlib.suppress(IndexError, RuntimeError):
             if bool(filled.index_select(0, slots).all()):
                 return

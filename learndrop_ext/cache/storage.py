@@ -1,4 +1,4 @@
-"""The memory and the file of a plan: rows as bytes by slot over device, host and disk.
+"""The memory and the file of a tier plan: rows as bytes by slot over device, host and disk.
 
 R rows, S bytes from one row to the next, n rows in a call, T rows in each of two staging areas.
 """
@@ -23,11 +23,11 @@ HOST = 1
 
 
 class TierMemoryError(Exception):
-    """The memory of a tier cannot be had.
+    """A tier is out of memory.
 
     Args:
         tier (str): "device" or "host".
-        error (RuntimeError): what was raised.
+        error (RuntimeError): the original error.
     """
 
     def __init__(self, tier: str, error: RuntimeError) -> None:
@@ -41,9 +41,9 @@ class TierStorage:
     """The memory and the file of a plan.
 
     Args:
-        plan (TierPlan): which slots are where.
+        plan (TierPlan): which slots are in which tier.
         data (Tensor): [plan.device + 2 * T, S] uint8 on the device: its rows, then the staging areas.
-        host (HostTier, optional): the rows in the host's memory.
+        host (HostTier, optional): the rows in host memory.
         disk (DiskTier, optional): the rows in a file.
     """
 
@@ -89,10 +89,8 @@ class TierStorage:
             self.disk.write(slots[in_memory:], rows[in_memory:].cpu())
 
     def moved_from(self, other: TierStorage, slots: Tensor) -> Tensor:
-        """Return those of the slots [n] that are elsewhere in `other`, rows of the device apart: these are copied as one.
-
-        A row of the disk stays where it is: both storages have the same file.
-        """
+        """Return those of the slots [n] that are elsewhere in `other`, except where both have them on the device or on
+        disk: rows on the device are copied in one piece, and both storages have the same file."""
         ours, theirs = self._tier(slots), other._tier(slots)
         moved = ours != theirs
         if self.host is not other.host or self.plan.device != other.plan.device:
@@ -100,17 +98,17 @@ class TierStorage:
         return slots[moved]
 
     def _tier(self, slots: Tensor) -> Tensor:
-        """[n]: 0 on the device, 1 in the host's memory, 2 on disk."""
+        """[n]: 0 on the device, 1 in host memory, 2 on disk."""
         return (slots >= self.plan.device).int() + (slots >= self.plan.device + self.plan.host).int()
 
     def _ends(self, slots: Tensor) -> tuple[int, int]:
-        """How many of the slots are on the device, and how many there or in the host's memory."""
+        """The number of slots on the device, and the number on the device or in host memory."""
         return int((slots < self.plan.device).sum()), int((slots < self.plan.device + self.plan.host).sum())
 
 
 @dataclass
 class Resources:
-    """What has to end when the rows are closed, or dropped without that."""
+    """What must be released when the rows are closed or garbage-collected."""
 
     storage: TierStorage
     copy_stream: CopyStream | None = None
@@ -118,10 +116,10 @@ class Resources:
     process: int = field(default_factory=os.getpid)
 
     def end(self) -> None:
-        """End the thread, wait for the copies and close the file, each also where another one fails."""
+        """End the thread, wait for the copies and close the file, each even if another fails."""
         if self.process != os.getpid():
             return
-        with contextlib.ExitStack() as stack:  # runs the last first
+        with contextlib.ExitStack() as stack:  # calls the last one first
             if self.storage.disk is not None:
                 stack.callback(self.storage.disk.close)
             if self.copy_stream is not None:
@@ -133,10 +131,10 @@ class Resources:
 def allocate_storage(
     plan: TierPlan, layout: RowLayout, device: torch.device, *, old: TierStorage, path: Path | None
 ) -> TierStorage:
-    """Return the memory and the file of a plan, without rows. What is as in the old storage is taken from there.
+    """Return the memory and the file of a plan, without rows. Reuses parts of the old storage that stay the same.
 
     Raises:
-        TierMemoryError: if the device or the host does not have the memory.
+        TierMemoryError: if the device or the host is out of memory.
         OSError: if the disk is full.
     """
     same_data = (plan.device, plan.staging) == (old.plan.device, old.plan.staging)
@@ -174,7 +172,7 @@ def _host_rows(plan: TierPlan, layout: RowLayout, device: torch.device) -> HostT
 
 
 def allocate(rows: int, stride_bytes: int, device: torch.device) -> Tensor:
-    """Return memory [rows, stride_bytes] uint8. Raises torch.OutOfMemoryError on every device that does not have it."""
+    """Return memory [rows, stride_bytes] uint8. Raises torch.OutOfMemoryError on a CPU too."""
     try:
         return torch.empty((rows, stride_bytes), dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError:

@@ -1,7 +1,6 @@
-"""Rows as bytes by slot over device, host and disk, and the areas through which those of the slower tiers are read ahead.
+"""Rows as bytes by slot over device, host and disk, with staging areas through which the slower tiers are read ahead.
 
-R rows, S bytes from one row to the next, B rows in a batch, T rows in each of two staging areas. What the bytes mean is
-the business of the cache.
+R rows, S bytes from one row to the next, B rows in a batch, T rows in each of two staging areas.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from learndrop_ext.cache.storage import Resources, TierMemoryError, TierStorage,
 
 @dataclass(frozen=True)
 class StagedBatch:
-    """A part of a batch that has at most T rows of the slower tiers.
+    """A part of a batch with at most T rows of the slower tiers.
 
     Args:
         begin (int): its first position in the batch.
         end (int): the position after its last.
-        index (Tensor): [end - begin] int64 (CPU), where in `TieredRows.data` its rows are.
-        slow (Tensor): [n] int64 (CPU), its slots of the slower tiers, ascending: the first n rows of the area.
+        index (Tensor): [end - begin] int64 (CPU), the positions of its rows in `TieredRows.data`.
+        slow (Tensor): [n] int64 (CPU), its slots in the slower tiers, ascending: the first n rows of the area.
         area (int): 0 or 1, the staging area of these rows.
     """
 
@@ -47,7 +46,7 @@ class StagedBatch:
 
 
 class _Prefetch(NamedTuple):
-    """Rows `slow` [n] of the slower tiers that a thread brings to an area."""
+    """Rows `slow` [n] of the slower tiers that a thread is reading into an area."""
 
     slow: Tensor
     area: int
@@ -55,23 +54,23 @@ class _Prefetch(NamedTuple):
 
 
 class TieredRows:
-    """R rows of S bytes by slot in up to three tiers; a batch is one index into `data`, whatever its tiers.
+    """R rows of S bytes by slot in up to three tiers. A batch is one index into `data`, whatever its tiers.
 
-    Where the memory of a tier cannot be had, the next one takes its rows, with a RuntimeWarning. A forked process can
-    read the rows, but not write those on disk.
+    If a tier cannot allocate its memory, the next one takes its rows, with a RuntimeWarning. A forked process can read the
+    rows, but not write those on disk.
 
     Args:
         slots (int): R.
         layout (RowLayout): size of the rows.
-        device (torch.device): of `data`.
-        budgets (Budgets): the most that each tier may take.
-        path (Path, optional): of the file. Default: None
+        device (torch.device): device of `data`.
+        budgets (Budgets): limit of each tier.
+        path (Path, optional): the file. Default: None
         saved (tuple, optional): a DiskTier that holds all rows, and which of them were written, [R] bool. Default: None
 
     Raises:
         ValueError: if the budgets are too small.
         OSError: if the disk is full.
-        torch.OutOfMemoryError: if memory cannot be had and the next tier may not take the rows.
+        torch.OutOfMemoryError: if a tier is out of memory and the next one may not take its rows.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class TieredRows:
 
     @property
     def plan(self) -> TierPlan:
-        """Where the slots are, those included that there is room for."""
+        """Where the slots are, including those reserved for later rows."""
         return self.storage.plan
 
     @property
@@ -114,12 +113,11 @@ class TieredRows:
         return self.storage.data
 
     def grow(self, slots: int, filled: Tensor) -> None:
-        """Make room for more slots. Memory grows by a quarter at least, so that rows added one by one are not copied
-        each time.
+        """Make room for more slots. Memory grows by at least a quarter, so that rows added one by one are rarely copied.
 
         Args:
-            slots (int): rows in all.
-            filled (Tensor): [R] bool, the rows that there are.
+            slots (int): the new R.
+            filled (Tensor): [R] bool, which rows were written.
 
         Raises:
             ValueError, OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
@@ -137,14 +135,14 @@ class TieredRows:
             self.arrange(slots, self.budgets, filled, kept=plan)
 
     def arrange(self, slots: int, budgets: Budgets, filled: Tensor, *, kept: TierPlan | None = None) -> None:
-        """Move the rows to where `plan_tiers` wants them.
+        """Move the rows to where `plan_tiers` puts them.
 
         Args:
-            slots (int): rows in all.
-            budgets (Budgets): the most that each tier may take from now on.
-            filled (Tensor): [R] bool, the rows that there are.
-            kept (TierPlan, optional): the plan of rows that are being added to, see `plan_tiers`; memory that grows
-                then gets room for more. Default: None
+            slots (int): the new R.
+            budgets (Budgets): limit of each tier from now on.
+            filled (Tensor): [R] bool, which rows were written.
+            kept (TierPlan, optional): the current plan if rows are added to it, see `plan_tiers`; memory that grows is
+                then reserved for more. Default: None
 
         Raises:
             ValueError, OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
@@ -173,11 +171,11 @@ class TieredRows:
         self._resources.storage, self._resources.copy_stream = new, copy_stream
 
     def staged(self, slots: Tensor, *, load: bool) -> Iterator[StagedBatch]:
-        """Yield a batch in parts, each with its rows of the slower tiers in an area.
+        """Yield a batch in parts, each with an area for its rows of the slower tiers.
 
         Args:
             slots (Tensor): [B] int64 (CPU).
-            load (bool): whether these rows are brought to the area, to be read; else the area is to be written.
+            load (bool): True to read these rows into the area; False if the caller writes them there.
 
         Raises:
             OSError, CacheFileError: as `DiskTier.read`.
@@ -200,7 +198,7 @@ class TieredRows:
                     copy_stream.free[area].record(torch.cuda.current_stream(self.device))
 
     def write_back(self, batch: StagedBatch) -> None:
-        """Write the rows of the slower tiers from the area to where they live. Raises OSError."""
+        """Write rows from the area to their slower tiers. Raises OSError."""
         self.storage.write(batch.slow, self._area_rows(batch.area, len(batch.slow)))
 
     def check_writable(self) -> None:
@@ -209,7 +207,7 @@ class TieredRows:
             self.storage.disk.check_owner()
 
     def prefetch(self, slots: Tensor) -> None:
-        """Begin to bring the first T rows of the slower tiers of a batch to an area, on a thread.
+        """Start reading the first T rows of a batch's slower tiers into an area, on a thread.
 
         Args:
             slots (Tensor): [B] int64 (CPU).
@@ -226,10 +224,7 @@ class TieredRows:
         self._prefetch = _Prefetch(slow, area, self._resources.thread.submit(self._load, slow, area))
 
     def discard_prefetch(self) -> None:
-        """Wait for rows that are being read ahead, and do not use them: nobody asked for them, or they are to change.
-
-        Where they could not be read, a RuntimeWarning says why.
-        """
+        """Wait for rows that are being read ahead, and discard them. If they could not be read, give a RuntimeWarning."""
         self._leave_parent()
         if self._prefetch is None:
             return
@@ -247,13 +242,13 @@ class TieredRows:
         """Write the rows of all tiers to the file at `path`.
 
         Args:
-            manifest (Manifest): what the rows are.
-            filled (Tensor): [R] bool, which of them there are.
-            sidecar (Sidecar): what to keep beside them.
+            manifest (Manifest): description of the rows.
+            filled (Tensor): [R] bool, which rows were written.
+            sidecar (Sidecar): other data to store.
 
         Raises:
             OSError: if the disk is full.
-            TypeError: for values that JSON does not have.
+            TypeError: if the sidecar holds values that JSON cannot.
         """
         self.discard_prefetch()
         assert self.path is not None
@@ -269,13 +264,13 @@ class TieredRows:
                 disk.close()
 
     def share(self, aside: Path) -> None:
-        """Leave the committed file as it is from now on; later files go to `aside`."""
+        """Do not change the committed file from now on; later files go to `aside`."""
         self.path = aside
         if self.storage.disk is not None:
             self.storage.disk.aside = aside
 
     def close(self) -> None:
-        """Stop reading ahead and close the file, also where the GPU reports an error, which is then raised."""
+        """Stop reading ahead and close the file, even if the GPU reports an error, which is then raised."""
         try:
             self.discard_prefetch()
         finally:
@@ -287,7 +282,7 @@ class TieredRows:
         return rows
 
     def _allocate(self, slots: int, budgets: Budgets, kept: TierPlan | None) -> tuple[TierStorage, Budgets]:
-        """Storage for the slots, and the budgets that it keeps: less than those given where memory cannot be had."""
+        """Storage for the slots, and the budgets it keeps to: smaller than those given if a tier is out of memory."""
         reserve = 0 if kept is None else room_for(kept.slots)
         while True:
             exact = plan_tiers(slots, self.layout, budgets, kept=kept)
@@ -300,7 +295,7 @@ class TieredRows:
                 reserve = 0
 
     def _budgets_without(self, error: TierMemoryError, slots: int, budgets: Budgets) -> Budgets:
-        """The budgets without the tier that has no memory; raises the error where they do not hold the rows."""
+        """The budgets without the tier that is out of memory. Raises the error if they do not hold the rows."""
         fewer = replace(budgets, **{error.tier: 0})
         try:
             plan = plan_tiers(slots, self.layout, fewer)
@@ -317,7 +312,7 @@ class TieredRows:
         return fewer
 
     def _copy_stream_for(self, storage: TierStorage) -> CopyStream | None:
-        """The stream that fills the areas of a storage; None on a CPU, and without areas."""
+        """The stream that fills the areas of a storage; None on a CPU or without areas."""
         plan, old = storage.plan, self._resources.copy_stream
         if self.device.type != "cuda" or not plan.staging:
             return None
@@ -328,7 +323,7 @@ class TieredRows:
         return old
 
     def _split(self, slots: Tensor) -> list[tuple[int, int]]:
-        """Where a batch is cut so that no part has more than T rows of the slower tiers."""
+        """Split a batch so that no part has more than T rows of the slower tiers."""
         if not self.plan.staging:
             return [(0, len(slots))]
         behind = (slots >= self.plan.device).cumsum(0)
@@ -373,14 +368,14 @@ class TieredRows:
                     storage.disk.read(slow[on_host:], bounce)
                     into[on_host:].copy_(bounce, non_blocking=True)
             finally:
-                # Also where a read fails: the copies before it are in flight, and what uses the area next waits for them.
+                # Even if a read fails: copies before it are in flight, and the next use of the area waits for them.
                 copy_stream.filled[area].record(copy_stream.stream)
 
     def _area_rows(self, area: int, count: int) -> Tensor:
         return self.data[self.plan.device + area * self.plan.staging :][:count]
 
     def _leave_parent(self) -> None:
-        """In a forked process: do without the thread, which did not come along, and what it was reading."""
+        """In a forked process, drop the thread, which was not copied, and what it was reading."""
         if self._process != os.getpid():
             self._process = os.getpid()
             self._prefetch, self._resources.thread = None, None
