@@ -58,7 +58,7 @@ class DropScheduler:
             must set `drop.optimizer`.
         loader (Iterable): a DataLoader over a dataset with ids or, with `ids`, any object that gives batches each time it
             is iterated over.
-        policy (Policy, optional): Situation -> Decision. It is also asked once before training. Default:
+        policy (Policy, optional): situation -> Decision. It is also asked once before training. Default:
             `StoppedLearning()`
         epochs (int, optional): number of `step()` calls in the run. If given, no drop is made that cannot pay for itself
             in the epochs left. Default: None

@@ -29,14 +29,14 @@ class LayerCost:
     """One layer's costs per sample.
 
     Args:
-        name: The layer's name in the chain.
-        flops: Forward FLOPs.
-        seconds: Forward in eval mode without gradients, as a frozen layer runs.
-        train_seconds: Forward and backward in train mode, as a live layer behind another live one runs.
-        shape: Of the row that leaves it, without the batch dimension; None where no single tensor does.
-        first_seconds: As train_seconds, without the gradient of the input: the first live layer needs none. None for
+        name: the layer's name in the chain.
+        flops: forward FLOPs.
+        seconds: forward in eval mode without gradients, as a frozen layer runs.
+        train_seconds: forward and backward in train mode, as a live layer behind another live one runs.
+        shape: of the row that leaves it, without the batch dimension; None where no single tensor does.
+        first_seconds: as train_seconds, without the gradient of the input: the first live layer needs none. None for
             the same as train_seconds.
-        parameters: Elements that the optimizer updates.
+        parameters: elements that the optimizer updates.
     """
 
     name: str
@@ -75,13 +75,13 @@ def measure_layers(
     Training flags, buffers, gradients and the random state are as before when this returns, also by an error.
 
     Args:
-        chain: The layers.
+        chain: the layers.
         example: [B, ...], a batch of the model's inputs on its device. One sample is taken twice: batch statistics
             need two values.
-        others: The model's further tensors for these samples (for two where the example is one sample).
-        repeats: Timed passes of each kind; the shortest counts. One layer that seems to take too long would put every
+        others: the model's further tensors for these samples (for two where the example is one sample).
+        repeats: timed passes of each kind; the shortest counts. One layer that seems to take too long would put every
             drop in the wrong light.
-        autocast: Dtype of the training step's autocast, None without.
+        autocast: dtype of the training step's autocast, None without.
 
     Returns:
         One LayerCost per layer, per sample.
@@ -127,9 +127,9 @@ def fit_to_step(
     """Make the layers' costs and the rest add up to a training step that was measured whole.
 
     Args:
-        layers: As measured one by one.
-        step: Seconds of a step of the whole model.
-        batch: Samples in that step.
+        layers: as measured one by one.
+        step: seconds of a step of the whole model.
+        batch: samples in that step.
 
     Returns:
         The layers, the seconds of a step beyond them, and those of the optimizer, all per sample. The layers are scaled
@@ -212,14 +212,14 @@ def choose_cut(
     Rows after `c` layers cost what `row_seconds` says and the forward pass of the frozen layers c..prefix-1.
 
     Args:
-        layers: All layers.
-        prefix: Layers dropped.
-        kept: The cut of the rows that there are already, 0 for none. They stay where no later cut is better, and do
+        layers: all layers.
+        prefix: layers dropped.
+        kept: the cut of the rows that there are already, 0 for none. They stay where no later cut is better, and do
             not count for a prefix that ends before them.
-        rows: How many are kept: samples x views.
-        codec: Of the rows.
-        tiers: Budgets and speeds, the fastest first.
-        augmented: Only [C, H, W] rows, to be flipped or shifted, will do.
+        rows: how many are kept: samples x views.
+        codec: of the rows.
+        tiers: budgets and speeds, the fastest first.
+        augmented: only [C, H, W] rows, to be flipped or shifted, will do.
     """
     kept = kept if kept <= prefix else 0
 

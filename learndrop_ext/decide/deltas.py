@@ -25,14 +25,14 @@ class LayerChange:
     """What one measurement says of one layer; norms are over all its parameters w, delta = w - anchor.
 
     Args:
-        l1: Sum of the absolute values of delta.
+        l1: sum of the absolute values of delta.
         l2: Euclidean norm of delta.
-        maximum: Largest absolute value of delta.
-        w_l1: Sum of the absolute values of w.
+        maximum: largest absolute value of delta.
+        w_l1: sum of the absolute values of w.
         w_l2: Euclidean norm of w.
-        nonfinite: Elements whose delta is NaN or infinite. Where there are any, the norms are NaN or infinite too.
+        nonfinite: elements whose delta is NaN or infinite. Where there are any, the norms are NaN or infinite too.
         relative: l2 / w_l2, 0 where w is 0.
-        cosine: Of the angle between delta and the delta measured before it, in [-1, 1]; None where one of the two is
+        cosine: of the angle between delta and the delta measured before it, in [-1, 1]; None where one of the two is
             missing, zero or not finite.
     """
 
@@ -56,12 +56,12 @@ class Deltas:
         layers: [L], the parameters of each layer: fp32, bf16, fp16 or fp64, of any size, on several devices, shared
             between layers (counted in the first), or sharded (DTensor: every rank of the mesh measures at the same
             time, and each gets the sums over all).
-        persistence: Whether the delta before the last one is kept too, for the cosine.
-        model: Where given, the parameters are looked up in it before every measurement, so that those replaced by
+        persistence: whether the delta before the last one is kept too, for the cosine.
+        model: where given, the parameters are looked up in it before every measurement, so that those replaced by
             `load_state_dict(assign=True)` or `module.weight = nn.Parameter(...)` are followed.
 
     Raises:
-        TypeError, ValueError: As `kernels.chunks.build_table`.
+        TypeError, ValueError: as `kernels.chunks.build_table`.
         ValueError: `model` does not hold one of the parameters.
     """
 
@@ -85,7 +85,7 @@ class Deltas:
         """Measure the change of each layer since the anchor.
 
         Args:
-            refresh: Whether the parameters become the anchor.
+            refresh: whether the parameters become the anchor.
 
         Returns:
             One LayerChange per layer, once the devices are done.
@@ -101,7 +101,7 @@ class Deltas:
         A parameter shared by a forgotten layer and a kept one is counted in the kept one from now on.
 
         Raises:
-            ValueError: Not 0 <= k <= L.
+            ValueError: not 0 <= k <= L.
         """
         if not 0 <= k <= len(self):
             raise ValueError(f"drop_first: k must be from 0 to {len(self)}, got {k}")
@@ -138,7 +138,7 @@ class Deltas:
         """Take the anchors of a `state_dict`: the next measurement equals that of the run it came from.
 
         Raises:
-            ValueError: Another form of state, other layers, shapes, dtypes or persistence. Nothing is changed then.
+            ValueError: another form of state, other layers, shapes, dtypes or persistence. Nothing is changed then.
         """
         self._follow()
         if missing := {"persistence", "layers", "anchors"} - set(state):
@@ -234,7 +234,7 @@ def find_slots(
     """Return where each parameter stands in `model`: the dictionary of its module and its name there.
 
     Raises:
-        ValueError: The model does not hold one of them.
+        ValueError: the model does not hold one of them.
     """
     slots = {
         id(parameter): (module._parameters, name)

@@ -24,19 +24,19 @@ class RunCosts:
     """What a run's epochs cost.
 
     Args:
-        layers: All L layers, per sample.
-        cuts: For each prefix length 0..L-1, after how many layers its rows are kept; 0 for no rows.
-        row_seconds: For each prefix length, bringing one row to the step; 0.0 where there are no rows.
-        write_seconds: Likewise, storing one row.
-        image_seconds: Bringing one image to the step, as far as that is not hidden behind the step.
-        other_seconds: Of a step beyond its layers and optimizer, per sample: loss, overhead.
-        samples: Samples of an epoch.
-        views: Rows kept of each sample.
-        scale: Measured seconds over modelled ones so far; all seconds are multiplied by it.
-        optimizer_seconds: Of the optimizer while all layers are live, per sample; it falls with the live parameters.
+        layers: all L layers, per sample.
+        cuts: for each prefix length 0..L-1, after how many layers its rows are kept; 0 for no rows.
+        row_seconds: for each prefix length, bringing one row to the step; 0.0 where there are no rows.
+        write_seconds: likewise, storing one row.
+        image_seconds: bringing one image to the step, as far as that is not hidden behind the step.
+        other_seconds: of a step beyond its layers and optimizer, per sample: loss, overhead.
+        samples: samples of an epoch.
+        views: rows kept of each sample.
+        scale: measured seconds over modelled ones so far; all seconds are multiplied by it.
+        optimizer_seconds: of the optimizer while all layers are live, per sample; it falls with the live parameters.
 
     Raises:
-        ValueError: The tables do not have L entries each, or cuts do not grow with the prefix within 0..prefix.
+        ValueError: the tables do not have L entries each, or cuts do not grow with the prefix within 0..prefix.
     """
 
     layers: tuple[LayerCost, ...]
@@ -123,12 +123,12 @@ class EpochForecast:
     """One epoch of a plan.
 
     Args:
-        epoch: Epochs done before it.
-        prefix: Layers dropped in it.
-        seconds: What it takes.
-        fill_seconds: What of that the making of rows takes, beyond an epoch that reads them.
-        read_seconds: What of that bringing rows to the step takes.
-        filling: Whether rows are stored in it.
+        epoch: epochs done before it.
+        prefix: layers dropped in it.
+        seconds: what it takes.
+        fill_seconds: what of that the making of rows takes, beyond an epoch that reads them.
+        read_seconds: what of that bringing rows to the step takes.
+        filling: whether rows are stored in it.
     """
 
     epoch: int
@@ -151,12 +151,12 @@ def plan(
     """Forecast each epoch of the rest of a run.
 
     Args:
-        costs: What epochs cost.
-        drops: From which epoch on (epochs done) how many layers are dropped; a prefix never shrinks.
-        epochs: Length of the run.
-        epoch: Epochs done.
-        prefix: Layers dropped now.
-        past: The prefix of every epoch done, the last ones suffice; None where all rows of `prefix` are there.
+        costs: what epochs cost.
+        drops: from which epoch on (epochs done) how many layers are dropped; a prefix never shrinks.
+        epochs: length of the run.
+        epoch: epochs done.
+        prefix: layers dropped now.
+        past: the prefix of every epoch done, the last ones suffice; None where all rows of `prefix` are there.
 
     Returns:
         One entry for each epoch from `epoch` to `epochs - 1`.
@@ -203,12 +203,12 @@ class DropForecast:
     """A whole run with one drop: of `prefix` layers, `start` epochs after its begin.
 
     Args:
-        prefix: Layers dropped.
-        start: Epochs done before the drop.
-        seconds: Of the whole run.
-        speedup: Of the run without drops over it.
-        fill_seconds: What of the seconds the making of rows takes.
-        read_seconds: What of them bringing rows to the step takes.
+        prefix: layers dropped.
+        start: epochs done before the drop.
+        seconds: of the whole run.
+        speedup: of the run without drops over it.
+        fill_seconds: what of the seconds the making of rows takes.
+        read_seconds: what of them bringing rows to the step takes.
     """
 
     prefix: int
@@ -249,8 +249,8 @@ class RowsForecast:
     """The rows of one prefix length.
 
     Args:
-        cut: After how many layers they are kept; 0 for none.
-        bytes: Of all of them in each tier: device, host, disk.
+        cut: after how many layers they are kept; 0 for none.
+        bytes: of all of them in each tier: device, host, disk.
     """
 
     cut: int
@@ -262,13 +262,13 @@ class Forecast:
     """What a run takes without drops, and with one drop of each length from each start.
 
     Args:
-        epochs: Length of the run.
-        layers: The layers' names.
-        views: Rows kept of each sample.
-        full_seconds: Of the run without drops.
-        runs: For each prefix length 1..L-1 (first index) and each start 0..epochs-1 (second).
-        rows: For each prefix length 1..L-1.
-        largest_speedup: The largest in `runs`, at least 1.0.
+        epochs: length of the run.
+        layers: the layers' names.
+        views: rows kept of each sample.
+        full_seconds: of the run without drops.
+        runs: for each prefix length 1..L-1 (first index) and each start 0..epochs-1 (second).
+        rows: for each prefix length 1..L-1.
+        largest_speedup: the largest in `runs`, at least 1.0.
     """
 
     epochs: int
@@ -306,10 +306,10 @@ def forecast(
     """Forecast a run from its begin: without drops, and with one drop of each length from each start.
 
     Args:
-        costs: What epochs cost.
-        epochs: Length of the run, at least 1.
-        row_bytes: For each prefix length 0..L-1, the bytes of one of its rows; empty where no rows are kept.
-        tiers: Budgets of device, host and disk, the fastest first.
+        costs: what epochs cost.
+        epochs: length of the run, at least 1.
+        row_bytes: for each prefix length 0..L-1, the bytes of one of its rows; empty where no rows are kept.
+        tiers: budgets of device, host and disk, the fastest first.
 
     Raises:
         ValueError: epochs is not a whole number from 1 on, or row_bytes has not L entries.

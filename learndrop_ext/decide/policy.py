@@ -19,20 +19,20 @@ class Situation:
     """What a policy sees: once before training, and after each epoch.
 
     Args:
-        epoch: Epochs done; 0 before training.
-        epochs: Length of the run, or None when it is not known.
-        prefix: Layers dropped now.
-        layers: The names of all L layers.
-        scores: One tuple for each epoch done, of L entries, None where a layer was already dropped in it; () before
+        epoch: epochs done; 0 before training.
+        epochs: length of the run, or None when it is not known.
+        prefix: layers dropped now.
+        layers: the names of all L layers.
+        scores: one tuple for each epoch done, of L entries, None where a layer was already dropped in it; () before
             training.
-        learning_rate: Of the optimizer's first group.
-        fill_seconds: For every prefix length 0..L-1, what a drop to it costs once.
-        saved_seconds: For every prefix length, what an epoch then gets shorter.
-        epoch_seconds: Of an epoch in which nothing was dropped.
-        costs: What this run's epochs cost, where that was measured.
-        elapsed_seconds: Wall clock of the training so far, with all that drops took.
-        full_seconds: What the whole run without drops takes; 0.0 to take it from `costs`.
-        undropped: Epochs done when `undrop()` was last called, None where it was not.
+        learning_rate: of the optimizer's first group.
+        fill_seconds: for every prefix length 0..L-1, what a drop to it costs once.
+        saved_seconds: for every prefix length, what an epoch then gets shorter.
+        epoch_seconds: of an epoch in which nothing was dropped.
+        costs: what this run's epochs cost, where that was measured.
+        elapsed_seconds: wall clock of the training so far, with all that drops took.
+        full_seconds: what the whole run without drops takes; 0.0 to take it from `costs`.
+        undropped: epochs done when `undrop()` was last called, None where it was not.
     """
 
     epoch: int
@@ -189,8 +189,8 @@ class Budget:
     long as the drops after it can make up for epochs that are as forecast or 10 % longer.
 
     Args:
-        speedup: The time of the run without drops over the time asked for, at least 1.
-        start: Epochs in which nothing is dropped. From a start later than 0 the layers that learn least go first, as
+        speedup: the time of the run without drops over the time asked for, at least 1.
+        start: epochs in which nothing is dropped. From a start later than 0 the layers that learn least go first, as
             far as a prefix allows: one epoch of a layer counts from 1 (score 0) to 4 (the highest score), by its scores
             smoothed with weight 1/2. So a plan stops growing before a layer with a high score, and passes one with a
             low score early.

@@ -36,9 +36,9 @@ class StepSeconds:
     """Seconds of one training step, and of what in it is not the layers' work.
 
     Args:
-        step: All of it.
-        optimizer: Of `optimizer.step()`.
-        loss: Of the loss, forward and backward to the outputs, and of `zero_grad()`.
+        step: all of it.
+        optimizer: of `optimizer.step()`.
+        loss: of the loss, forward and backward to the outputs, and of `zero_grad()`.
     """
 
     step: float
@@ -50,10 +50,10 @@ def median_seconds(run: Callable[[], object], device: torch.device, *, repeats: 
     """Return the median seconds of `run()`, the device's work included.
 
     Args:
-        run: What is timed.
-        device: Waited for before and after each run.
-        repeats: Timed runs, at least 1.
-        warmup: Runs before them that are not timed.
+        run: what is timed.
+        device: waited for before and after each run.
+        repeats: timed runs, at least 1.
+        warmup: runs before them that are not timed.
     """
 
     def laps() -> Iterator[None]:
@@ -76,10 +76,10 @@ def shortest_laps(
     What else the machine does only makes a lap longer, and so does the warming up of the first run.
 
     Args:
-        run: What is timed, the device's work included.
-        device: Waited for before the first lap and after each.
-        repeats: Runs, at least 1.
-        prepare: Makes the arguments of each run anew; its seconds do not count.
+        run: what is timed, the device's work included.
+        device: waited for before the first lap and after each.
+        repeats: runs, at least 1.
+        prepare: makes the arguments of each run anew; its seconds do not count.
     """
     times = [_laps(run, device, *prepare()) for _ in range(repeats)]
     return tuple(min(lap) for lap in zip(*times, strict=True))
@@ -112,12 +112,12 @@ def probe_training_step(
     optimizer, their gradients and the random state stay as they are, to the bit.
 
     Args:
-        model: The whole model; its copy runs in train mode.
-        optimizer: Holds the model's parameters.
+        model: the whole model; its copy runs in train mode.
+        optimizer: holds the model's parameters.
         batch_input: [B, ...], the input of one batch on the model's device.
-        inputs: Positional and keyword arguments that the model is called with; by default `batch_input` alone.
-        repeats: Timed steps after one to warm up; the median counts.
-        autocast: Dtype of the training step's autocast, None without.
+        inputs: positional and keyword arguments that the model is called with; by default `batch_input` alone.
+        repeats: timed steps after one to warm up; the median counts.
+        autocast: dtype of the training step's autocast, None without.
 
     Returns:
         Seconds of a step of B samples, or None where no such step can be timed: model and optimizer cannot be copied,

@@ -32,9 +32,9 @@ class Stage:
     """Some epochs with one prefix.
 
     Args:
-        epoch: Epochs done before it.
-        length: How many it has.
-        weight: How many stages it counts as in what a schedule gives up.
+        epoch: epochs done before it.
+        length: how many it has.
+        weight: how many stages it counts as in what a schedule gives up.
     """
 
     epoch: int
@@ -60,14 +60,14 @@ def best_prefixes(
     second, and so on: it grows the most. Where nothing is short enough, the shortest schedule.
 
     Args:
-        costs: What epochs cost.
-        epochs: Length of the run.
-        epoch: Epochs done, less than `epochs`.
-        prefix: Layers dropped now.
-        seconds: For the epochs left.
-        past: The prefix of every epoch done.
-        weights: For each layer, what one epoch of it is worth, at least 1; 1 each by default.
-        hold: For how many of the epochs left, at least one, the first prefix is kept.
+        costs: what epochs cost.
+        epochs: length of the run.
+        epoch: epochs done, less than `epochs`.
+        prefix: layers dropped now.
+        seconds: for the epochs left.
+        past: the prefix of every epoch done.
+        weights: for each layer, what one epoch of it is worth, at least 1; 1 each by default.
+        hold: for how many of the epochs left, at least one, the first prefix is kept.
 
     Returns:
         The prefix of each epoch from `epoch` on.

@@ -28,11 +28,11 @@ def row_bytes(values: Sequence[int], codec: str) -> int:
     """Return the bytes that one row takes in a cache.
 
     Args:
-        values: Shape of the row.
-        codec: How its values are stored. uint8 adds a header of 8 bytes a channel, padded to 16 bytes.
+        values: shape of the row.
+        codec: how its values are stored. uint8 adds a header of 8 bytes a channel, padded to 16 bytes.
 
     Raises:
-        ValueError: If the codec is unknown, or the shape has no values or 2^31 and more.
+        ValueError: if the codec is unknown, or the shape has no values or 2^31 and more.
     """
     return _geometry("row_bytes", tuple(values), codec)[2]
 
@@ -41,12 +41,12 @@ def row_stride(values: Sequence[int], codec: str, *, align: int = 128) -> int:
     """Return the bytes from one cache row to the next: `row_bytes` rounded up to a multiple of `align`.
 
     Args:
-        values: Shape of the row.
-        codec: How its values are stored.
-        align: Bytes, a multiple of 128.
+        values: shape of the row.
+        codec: how its values are stored.
+        align: bytes, a multiple of 128.
 
     Raises:
-        ValueError: As `row_bytes`, and if `align` is no multiple of 128.
+        ValueError: as `row_bytes`, and if `align` is no multiple of 128.
     """
     if align < 128 or align % 128:
         raise ValueError(f"row_stride: align must be a multiple of 128, got {align}")
@@ -68,10 +68,10 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
         codec: "fp16", "bf16", "fp32" or "uint8".
 
     Raises:
-        TypeError: If an argument has the wrong dtype.
-        ValueError: If an argument has the wrong shape, layout or device, or the index names a row twice.
-        IndexError: If the index names a row outside the cache.
-        RuntimeError: If the cache is on a CUDA device and the package was built without CUDA.
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if an argument has the wrong shape, layout or device, or the index names a row twice.
+        IndexError: if the index names a row outside the cache.
+        RuntimeError: if the cache is on a CUDA device and the package was built without CUDA.
 
     All are raised before anything is written.
     """
@@ -147,8 +147,8 @@ def gather_rows(
         cache: [R, S] uint8 as written by `append_rows` with the same shape and codec.
         index: [B] int64, on the CPU or the cache's device. On a CUDA device it is not checked by the host: an index
             outside the cache traps in the kernel.
-        shape: Shape of one row.
-        codec: The codec that the rows were written with.
+        shape: shape of one row.
+        codec: the codec that the rows were written with.
         dtype: float32, bfloat16 or float16 of the result, whatever the codec.
         flip: [B] bool or uint8; rows to mirror in x. For rows [C, H, W] only.
         shift: [B, 2] integers (dy, dx), pixels by which the row, mirrored or not, is moved down and right; zeros move
@@ -159,10 +159,10 @@ def gather_rows(
         [B, *shape] of `dtype`, channels last for rows [C, H, W].
 
     Raises:
-        TypeError: If an argument has the wrong dtype.
-        ValueError: If an argument has the wrong shape, layout or device.
-        IndexError: If the index names a row outside the cache.
-        RuntimeError: If the cache is on a CUDA device and the package was built without CUDA.
+        TypeError: if an argument has the wrong dtype.
+        ValueError: if an argument has the wrong shape, layout or device.
+        IndexError: if the index names a row outside the cache.
+        RuntimeError: if the cache is on a CUDA device and the package was built without CUDA.
 
     All are raised before anything is allocated or written.
     """
