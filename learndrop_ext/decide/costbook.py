@@ -1,4 +1,4 @@
-"""What layers, rows and images cost in this run: measured once, corrected by the epochs that were run."""
+"""The costs of layers, rows and images in this run: measured once, then corrected by the time epochs take."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from learndrop_ext.decide import costs
 from learndrop_ext.decide.forecast import RunCosts
 from learndrop_ext.decide.probes import StepSeconds, tier_costs, tier_speeds
 
-#: Weight of the newest epoch in what the model of costs is corrected by.
+#: Weight of the newest epoch in the correction of the cost model.
 NEWEST = 0.5
-#: How much one epoch may correct the model by.
+#: Largest factor by which one epoch may change the correction.
 LARGEST_STEP = 4.0
 
 
 class CostBook:
-    """Costs of a run, for policies and forecasts.
+    """The costs of a run, for policies and forecasts.
 
     Args:
         layers: measured costs of each layer.
-        config: of the rows; None where none are kept.
-        device: of the model.
-        samples: of an epoch.
+        config: how rows are kept; None if none are.
+        device: the model's device.
+        samples: number of samples in an epoch.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class CostBook:
         self._choices: tuple[costs.CutChoice, ...] = ()
 
     def choices(self, cut: int, rows: int) -> list[costs.CutChoice]:
-        """Return for each prefix length where its rows would be kept; rows: how many, cut: of those there are."""
+        """Return for each prefix length where its rows would be kept. cut: that of existing rows; rows: their number."""
         config = self._config
         if config is None:
             return [costs.CutChoice(0, 0, "frozen, no rows kept")] * len(self.layers)
         tiers = self.tiers()
-        # Asked several times a step, with the same answer as long as no tier's budget has changed.
+        # Called several times per step, with the same result as long as no tier's budget changes.
         asked = (self.layers, cut, rows, tuple(tiers))
         if self._asked == asked:
             return list(self._choices)
@@ -72,7 +72,7 @@ class CostBook:
         return found
 
     def run_costs(self, choices: Sequence[costs.CutChoice], rows: int, *, views: int) -> RunCosts:
-        """Return the costs of this run as policies see them."""
+        """Return the costs of this run for policies."""
         tiers = self.tiers() if self._config is not None else []
         of_cut = {cut: self._row_seconds(cut, rows, tiers) for cut in {choice.cut for choice in choices}}
         seconds = tuple(of_cut[choice.cut] for choice in choices)
@@ -80,7 +80,7 @@ class CostBook:
             layers=self.layers,
             cuts=tuple(choice.cut for choice in choices),
             row_seconds=seconds,
-            write_seconds=seconds,  # a row is encoded and written at the bytes that it is read and decoded at
+            write_seconds=seconds,  # storing a row moves the same bytes as gathering it
             image_seconds=self.image_seconds,
             other_seconds=self.other_seconds,
             samples=self.samples,
@@ -90,9 +90,9 @@ class CostBook:
         )
 
     def probe(self, step: StepSeconds | None, *, batch: int, read_seconds: float, workers: int) -> None:
-        """Take a training step that was timed whole, of `batch` samples, and the seconds in which they are read.
+        """Fit the costs to the time of a whole training step of `batch` samples, and to the time of reading them.
 
-        Workers read while the step is computed: only what they take longer is waited for.
+        Workers read during the step, so training waits only for what reading takes longer.
         """
         self.probed = True
         step_seconds = 0.0
@@ -103,15 +103,15 @@ class CostBook:
         self.image_seconds = read / batch
 
     def observe(self, modelled: float, measured: float) -> None:
-        """Correct the model by an epoch: the seconds that it took, and those that a scale of 1 gives for it."""
+        """Correct the cost model by the time of an epoch. modelled: its seconds at a scale of 1."""
         if modelled > 0 and measured > 0:
-            # One epoch that something else disturbed must not turn the forecast over.
+            # Limited, since something else may have disturbed this epoch.
             newest = min(max(measured / modelled, self.scale / LARGEST_STEP), self.scale * LARGEST_STEP)
             self.scale = NEWEST * newest + (1 - NEWEST) * self.scale if self._observed else newest
             self._observed = True
 
     def tiers(self) -> list[costs.TierCost]:
-        """Return what rows cost in each tier now; the speeds are measured once."""
+        """Return the current costs of each tier. Speeds are measured once."""
         assert self._config is not None
         budgets = budgets_of(self._config, self._device)
         if self._speeds is None:

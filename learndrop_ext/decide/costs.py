@@ -1,4 +1,4 @@
-"""What a layer costs, and where the rows of a drop are best kept: FLOPs, seconds, bytes. All costs are per sample."""
+"""The costs of each layer (FLOPs, seconds, bytes), and the best cut for rows. All costs are per sample."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class LayerCost:
     Args:
         name: the layer's name in the chain.
         flops: forward FLOPs.
-        seconds: forward in eval mode without gradients, as a frozen layer runs.
-        train_seconds: forward and backward in train mode, as a live layer behind another live one runs.
-        shape: of the row that leaves it, without the batch dimension; None where no single tensor does.
-        first_seconds: as train_seconds, without the gradient of the input: the first live layer needs none. None for
-            the same as train_seconds.
-        parameters: elements that the optimizer updates.
+        seconds: seconds of forward in eval mode without gradients, as in a frozen layer.
+        train_seconds: seconds of forward and backward in train mode, as in a live layer behind another live one.
+        shape: shape of its output without the batch dimension; None if it is not a single tensor.
+        first_seconds: like train_seconds, without the gradient of the input, which the first live layer does not need.
+            None: the same as train_seconds.
+        parameters: number of elements that the optimizer updates.
     """
 
     name: str
@@ -49,13 +49,13 @@ class LayerCost:
 
     @property
     def first_live_seconds(self) -> float:
-        """Seconds of training this layer where all layers before it are frozen."""
+        """Seconds of training this layer if all layers before it are frozen."""
         return self.train_seconds if self.first_seconds is None else self.first_seconds
 
 
 @dataclass(frozen=True)
 class CutChoice:
-    """Where the rows are kept: after `cut` layers (0: no rows, images go through all layers), with the reason."""
+    """Where rows are kept, and why: after `cut` layers, or nowhere (0: images go through all layers)."""
 
     cut: int
     row_bytes: int
@@ -72,16 +72,16 @@ def measure_layers(
 ) -> tuple[LayerCost, ...]:
     """Measure each layer on a batch: FLOPs, seconds frozen, and seconds in training.
 
-    Training flags, buffers, gradients and the random state are as before when this returns, also by an error.
+    Training flags, buffers, gradients and the random state are restored, even after an error.
 
     Args:
         chain: the layers.
-        example: [B, ...], a batch of the model's inputs on its device. One sample is taken twice: batch statistics
-            need two values.
-        others: the model's further tensors for these samples (for two where the example is one sample).
-        repeats: timed passes of each kind; the shortest counts. One layer that seems to take too long would put every
-            drop in the wrong light.
-        autocast: dtype of the training step's autocast, None without.
+        example: [B, ...], a batch of the model's inputs on its device. A single sample is used twice, since batch
+            statistics need two values.
+        others: the model's other tensor inputs for these samples (for two if the example has one).
+        repeats: number of timed passes of each kind; the shortest is taken, because one layer that seems slow distorts
+            every forecast.
+        autocast: autocast dtype of the training step; None for no autocast.
 
     Returns:
         One LayerCost per layer, per sample.
@@ -94,7 +94,7 @@ def measure_layers(
         for i in range(len(chain)):
             layer = chain.layer(i)
             inputs = (x, *(others if layer.others else ()))
-            # Layers that are built alike take the same time. Nothing learns before the first.
+            # Layers of the same structure take the same time, except the first, which needs no gradient of its input.
             built = (i == 0, built_of(layer), *((t.shape, t.stride(), t.dtype) for t in inputs))
             _set_training(layer, False)
             with torch.no_grad():
@@ -124,17 +124,18 @@ def measure_layers(
 def fit_to_step(
     layers: Sequence[LayerCost], step: StepSeconds, *, batch: int
 ) -> tuple[tuple[LayerCost, ...], float, float]:
-    """Make the layers' costs and the rest add up to a training step that was measured whole.
+    """Scale the costs of the layers so that everything adds up to the time of a whole training step.
+
+    Timed one by one, layers find other data in the CPU's caches than in a step. Only their ratios are used: the layers get
+    what the loss and the optimizer leave of the step.
 
     Args:
-        layers: as measured one by one.
+        layers: layers timed one by one.
         step: seconds of a step of the whole model.
-        batch: samples in that step.
+        batch: number of samples in that step.
 
     Returns:
-        The layers, the seconds of a step beyond them, and those of the optimizer, all per sample. The layers are scaled
-        to what the loss and the optimizer leave of the step: run one by one they find other things in the caches, and
-        only what each takes beside the others counts.
+        The scaled layers, the seconds of a step outside of layers and optimizer, and those of the optimizer, per sample.
     """
     optimizer = min(step.optimizer, step.step) / batch
     passes = step.step / batch - optimizer
@@ -157,12 +158,12 @@ def fit_to_step(
 
 
 def live_seconds(layers: Sequence[LayerCost]) -> float:
-    """Seconds of training these layers on one sample, with nothing live before them."""
+    """Return the seconds of training these layers on one sample, with no live layer before them."""
     return sum((layer.train_seconds for layer in layers[1:]), layers[0].first_live_seconds if layers else 0.0)
 
 
 def forward_flops(layers: Sequence[LayerCost]) -> int:
-    """Forward FLOPs of one sample through the given layers."""
+    """Return the forward FLOPs of one sample through the given layers."""
     return sum(layer.flops for layer in layers)
 
 
@@ -176,10 +177,10 @@ def rows_in_tiers(rows: int, stride: int, tiers: Sequence[TierCost]) -> tuple[in
 
 
 def row_seconds(shape: Sequence[int], rows: int, codec: str, tiers: Sequence[TierCost]) -> float | None:
-    """Seconds to bring one of `rows` rows of a shape to the step, on average; None where the tiers do not hold them.
+    """Return the mean seconds to gather one of `rows` rows of a shape; None if the tiers do not hold them.
 
-    Every row is gathered on the device, the first tier: its bytes read, its decoded fp32 values written. The rows that
-    do not fit there come from the next tiers before. To store a row moves the same bytes and takes as long.
+    Every row is gathered on the device, the first tier, which reads its bytes and writes its fp32 values. Rows that are not
+    there are first read from the next tiers. Storing a row moves the same bytes and takes as long.
     """
     stride = ops.row_stride(shape, codec)
     counts = rows_in_tiers(rows, stride, tiers)
@@ -191,7 +192,7 @@ def row_seconds(shape: Sequence[int], rows: int, codec: str, tiers: Sequence[Tie
 
 
 def smallest_row(chain: Chain, config: CacheConfig) -> int:
-    """Bytes of the smallest row that can be kept of a chain's layers as a configuration asks; 0 where there is none."""
+    """Return the bytes of the smallest row that a configuration can keep of a chain's layers; 0 if there is none."""
     shapes = [chain.layer(i).shape for i in range(len(chain) - 1)]
     kept = [shape for shape in shapes if shape is not None and (not config.augmented or len(shape) == 3)]
     return min((ops.row_stride(shape, config.codec) for shape in kept), default=0)
@@ -207,19 +208,19 @@ def choose_cut(
     tiers: Sequence[TierCost],
     augmented: bool = False,
 ) -> CutChoice:
-    """Choose the cut within a prefix whose rows make the step shortest and fit into the tiers, the fastest first.
+    """Choose the cut within a prefix whose rows fit into the tiers and make the training step shortest.
 
-    Rows after `c` layers cost what `row_seconds` says and the forward pass of the frozen layers c..prefix-1.
+    Rows after `c` layers cost `row_seconds` and the forward pass of the frozen layers c..prefix-1.
 
     Args:
         layers: all layers.
-        prefix: layers dropped.
-        kept: the cut of the rows that there are already, 0 for none. They stay where no later cut is better, and do
-            not count for a prefix that ends before them.
-        rows: how many are kept: samples x views.
-        codec: of the rows.
+        prefix: number of layers dropped.
+        kept: the cut of existing rows, 0 for none. They stay if no later cut is better; they are no use to a prefix that
+            ends before them.
+        rows: number of rows: samples x views.
+        codec: codec of the rows.
         tiers: budgets and speeds, the fastest first.
-        augmented: only [C, H, W] rows, to be flipped or shifted, will do.
+        augmented: allow only [C, H, W] rows, which can be flipped and shifted.
     """
     kept = kept if kept <= prefix else 0
 
@@ -230,7 +231,7 @@ def choose_cut(
     shape = layers[kept - 1].shape if kept else None
     if shape is not None:
         best = CutChoice(kept, ops.row_stride(shape, codec), f"rows stay after {layers[kept - 1].name}")
-        # What is free now need not hold rows that are there already.
+        # Existing rows need no free memory.
         enough = [TierCost(rows * ops.row_stride(shape, codec), tiers[0].bytes_per_second)]
         read = row_seconds(shape, rows, codec, tiers) or row_seconds(shape, rows, codec, enough)
         shortest = (read or 0.0) + run_again(kept)
@@ -257,7 +258,7 @@ def choose_cut(
 
 
 def format_bytes(count: int, *, decimals: int = 3) -> str:
-    """A number of bytes in the unit that fits it, without trailing zeros: "10.24 kB"."""
+    """Format a number of bytes with a unit, without trailing zeros: "10.24 kB"."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             text = f"{count / size:.{decimals}f}"
@@ -266,7 +267,7 @@ def format_bytes(count: int, *, decimals: int = 3) -> str:
 
 
 def _frozen_seconds(layer: Layer, inputs: Sequence[torch.Tensor], repeats: int) -> float:
-    """Seconds of a pass as it is set: in eval mode and without gradients."""
+    """Seconds of a forward pass of a frozen layer."""
 
     def run(*given: torch.Tensor) -> Iterator[None]:
         layer(*given)
@@ -278,20 +279,20 @@ def _frozen_seconds(layer: Layer, inputs: Sequence[torch.Tensor], repeats: int) 
 def _train_seconds(
     layer: Layer, inputs: Sequence[torch.Tensor], repeats: int, *, inner: bool
 ) -> tuple[float, float, float]:
-    """Seconds of a forward pass, of the backward pass to the parameters, and of the one to the input too (inner)."""
+    """Seconds of a forward pass, of the backward pass to the parameters, and (inner) of the one to the input."""
     parameters = [p for p in layer.parameters() if p.requires_grad]
 
     def prepare() -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]:
         leaf = inputs[0].detach().requires_grad_(inner and inputs[0].is_floating_point())
-        # What a layer gets in training is no leaf, so that it may work in place.
+        # In training the input of a layer is not a leaf, so the layer may change it in place.
         return _clones(leaf, *inputs[1:]), [t for t in (leaf, *parameters) if t.requires_grad]
 
     def passes(given: tuple[torch.Tensor, ...], wanted: list[torch.Tensor]) -> Iterator[None]:
         outputs = [y for y in pytree.tree_leaves(layer(*given)) if isinstance(y, torch.Tensor) and y.requires_grad]
-        # The gradient of the sum of all outputs is one.
+        # The gradients of the sum of all outputs.
         ones = [torch.ones_like(y) for y in outputs]
         yield
-        # Nothing is added to the parameters' own gradients.
+        # Not backward(), which would add to the parameters' gradients.
         if outputs and parameters:
             torch.autograd.grad(outputs, parameters, ones, allow_unused=True, retain_graph=inner)
         yield
@@ -309,14 +310,14 @@ def _clones(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _set_training(layer: nn.Module, training: bool) -> None:
-    # Not by train(): a frozen module does not listen to it.
+    # Not with train(), which a frozen module ignores.
     for module in layer.modules():
         module.training = training
 
 
 @contextlib.contextmanager
 def _preserved(chain: Chain) -> Iterator[None]:
-    """Put training flags, buffers, attributes and the random state back on leaving."""
+    """Restore training flags, buffers, attributes and the random state on leaving."""
     state = ModelState(chain)
     try:
         with fork_rng(0):

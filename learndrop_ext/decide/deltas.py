@@ -1,6 +1,6 @@
 """How far each layer's parameters have moved since the last measurement, and whether they keep their direction.
 
-Letters: L layers, K columns of the sums (see kernels/reference.py).
+L layers, K columns of sums (see kernels/reference.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Slots = tuple[tuple[tuple[dict[str, nn.Parameter | None], str], ...], ...]
 
 @dataclass(frozen=True)
 class LayerChange:
-    """What one measurement says of one layer; norms are over all its parameters w, delta = w - anchor.
+    """One measurement of one layer. Norms are over all its parameters w, with delta = w - anchor.
 
     Args:
         l1: sum of the absolute values of delta.
@@ -30,10 +30,9 @@ class LayerChange:
         maximum: largest absolute value of delta.
         w_l1: sum of the absolute values of w.
         w_l2: Euclidean norm of w.
-        nonfinite: elements whose delta is NaN or infinite. Where there are any, the norms are NaN or infinite too.
-        relative: l2 / w_l2, 0 where w is 0.
-        cosine: of the angle between delta and the delta measured before it, in [-1, 1]; None where one of the two is
-            missing, zero or not finite.
+        nonfinite: number of elements whose delta is NaN or infinite. If there are any, the norms are NaN or infinite too.
+        relative: l2 / w_l2, or 0 if w is 0.
+        cosine: cosine between delta and the previous delta, in [-1, 1]; None if either is missing, zero or not finite.
     """
 
     l1: float
@@ -47,22 +46,22 @@ class LayerChange:
 
 
 class Deltas:
-    """The change of every layer's parameters since the anchor, the copy taken at the last refresh.
+    """The change of each layer's parameters since the anchor, a copy taken at the last refresh.
 
-    A parameter whose memory moves keeps its anchors while shape and dtype stay, and is measured from its present value
-    otherwise. Memory: one copy of the parameters, with `persistence` two.
+    A parameter whose memory moves keeps its anchor as long as its shape and dtype stay the same; otherwise its current
+    value becomes the anchor. Takes the memory of one copy of the parameters, or two with `persistence`.
 
     Args:
         layers: [L], the parameters of each layer: fp32, bf16, fp16 or fp64, of any size, on several devices, shared
-            between layers (counted in the first), or sharded (DTensor: every rank of the mesh measures at the same
-            time, and each gets the sums over all).
-        persistence: whether the delta before the last one is kept too, for the cosine.
-        model: where given, the parameters are looked up in it before every measurement, so that those replaced by
-            `load_state_dict(assign=True)` or `module.weight = nn.Parameter(...)` are followed.
+            between layers (counted in the first), or sharded (DTensor; all ranks of the mesh measure at the same time,
+            and each gets the sums over all).
+        persistence: also keep the previous delta, for the cosine.
+        model: if given, parameters are looked up in it before every measurement, so that ones replaced by
+            `load_state_dict(assign=True)` or `module.weight = nn.Parameter(...)` are found.
 
     Raises:
         TypeError, ValueError: as `kernels.chunks.build_table`.
-        ValueError: `model` does not hold one of the parameters.
+        ValueError: a parameter does not belong to `model`.
     """
 
     def __init__(
@@ -85,20 +84,20 @@ class Deltas:
         """Measure the change of each layer since the anchor.
 
         Args:
-            refresh: whether the parameters become the anchor.
+            refresh: make the current parameters the anchor.
 
         Returns:
-            One LayerChange per layer, once the devices are done.
+            One LayerChange per layer. Waits for the devices.
         """
         self._follow()
-        # All devices work at the same time: the first result is read when the last pass is launched.
+        # All devices work at the same time: no result is read before the last pass is launched.
         sums = [join(ops.delta_norms(part.table, refresh=refresh), part.table.mesh) for part in self._tables]
         return tuple(map(layer_change, combine([one.cpu() for one in sums]).tolist()))
 
     def drop_first(self, k: int) -> None:
-        """Forget the first `k` layers; the others keep their anchors.
+        """Drop the first `k` layers; the others keep their anchors.
 
-        A parameter shared by a forgotten layer and a kept one is counted in the kept one from now on.
+        A parameter shared between a dropped layer and a later one is counted in the later one from now on.
 
         Raises:
             ValueError: not 0 <= k <= L.
@@ -113,11 +112,11 @@ class Deltas:
             self._slots = self._slots[k:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the anchors as CPU copies; of sharded parameters this rank's shards.
+        """Return CPU copies of the anchors; for sharded parameters, of this rank's shards.
 
         Returns:
-            "persistence" (bool), "layers" (number of parameters of each) and "anchors" ("layer.place" -> tensors, the
-            newest first; with persistence the one before it follows).
+            "persistence" (bool), "layers" (number of parameters of each) and "anchors" ("layer.position" -> tensors,
+            newest first; two with persistence).
         """
         self._follow()
         first: set[tuple[int, str]] = set()
@@ -135,10 +134,11 @@ class Deltas:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the anchors of a `state_dict`: the next measurement equals that of the run it came from.
+        """Restore anchors from a `state_dict`: the next measurement equals that of the run it was saved in.
 
         Raises:
-            ValueError: another form of state, other layers, shapes, dtypes or persistence. Nothing is changed then.
+            ValueError: the state has another form, or is of other layers, shapes, dtypes or persistence. Nothing is
+                changed then.
         """
         self._follow()
         if missing := {"persistence", "layers", "anchors"} - set(state):
@@ -176,7 +176,7 @@ class Deltas:
             target.copy_(value)
 
     def _anchors(self) -> dict[Position, tuple[Tensor, ...]]:
-        """Anchors of all parameters by (layer, place), sharing the tables' memory."""
+        """The anchors of all parameters by (layer, position). They share the tables' memory."""
         return {
             (layer, part.places[layer][i]): values
             for part in self._tables
@@ -184,7 +184,7 @@ class Deltas:
         }
 
     def _follow(self) -> None:
-        """Build the tables anew, keeping anchors, when parameters were replaced or have moved."""
+        """Rebuild the tables, keeping the anchors, if parameters were replaced or have moved."""
         layers = self._layers if self._slots is None else look_up(self._slots)
         replaced = any(
             now is not before
@@ -198,7 +198,7 @@ class Deltas:
 
 @dataclass(frozen=True)
 class DeviceTable:
-    """The parameters of one device: their table, and the places they have in each of the layers."""
+    """The parameters on one device: their table, and their positions in each layer."""
 
     table: DeltaTable
     places: tuple[tuple[int, ...], ...]
@@ -209,7 +209,7 @@ def build_tables(
     persistence: bool,
     anchors: Anchors,
 ) -> tuple[DeviceTable, ...]:
-    """Return a table for each device on which parameters lie, each with all layers; without any, one on the CPU."""
+    """Return a table for each device that holds parameters, each with all layers; one on the CPU if there are none."""
     devices = dict.fromkeys(local_part(tensor).device for layer in layers for tensor in layer)
     parts = []
     for device in devices or {torch.device("cpu"): None}:
@@ -231,10 +231,10 @@ def find_slots(
     layers: Sequence[Sequence[Tensor]],
     model: nn.Module,
 ) -> Slots:
-    """Return where each parameter stands in `model`: the dictionary of its module and its name there.
+    """Return where to find each parameter in `model`: the parameter dictionary of its module, and its name.
 
     Raises:
-        ValueError: the model does not hold one of them.
+        ValueError: a parameter does not belong to the model.
     """
     slots = {
         id(parameter): (module._parameters, name)
@@ -252,10 +252,10 @@ def find_slots(
 
 
 def look_up(slots: Slots) -> tuple[tuple[Tensor, ...], ...]:
-    """Return the parameters that stand in `slots` now.
+    """Return the parameters that are in `slots` now.
 
     Raises:
-        RuntimeError: A module no longer holds one of them.
+        RuntimeError: a module no longer has one of them.
     """
     layers = []
     for i_layer, layer in enumerate(slots):
@@ -273,7 +273,7 @@ def look_up(slots: Slots) -> tuple[tuple[Tensor, ...], ...]:
 def combine(
     parts: Sequence[Tensor],  # each [L, K] float64, CPU
 ) -> Tensor:
-    """Sums over all devices, [L, K] float64: columns add, but for the maximum."""
+    """The sums over all devices, [L, K] float64. All columns add up except the maximum."""
     if len(parts) == 1:
         return parts[0]
     together = torch.stack(list(parts))
@@ -283,13 +283,13 @@ def combine(
 
 
 def layer_change(row: Sequence[float]) -> LayerChange:
-    """One row of sums, in the order of kernels/reference.py, as a LayerChange."""
+    """Convert a row of sums, in the order of kernels/reference.py, to a LayerChange."""
     l1, l2_squared, maximum, w_l1, w_l2_squared, nonfinite, *persistence = row
     l2, w_l2 = math.sqrt(l2_squared), math.sqrt(w_l2_squared)
     cosine = None
     if persistence:
         dot, previous_squared = persistence
-        # The root of each apart: the product of the squares leaves the range of a double long before its root does.
+        # Two roots: the product of the squares may overflow where the product of the roots does not.
         scale = l2 * math.sqrt(previous_squared)
         if scale > 0 and math.isfinite(dot) and math.isfinite(scale):
             cosine = max(-1.0, min(1.0, dot / scale))

@@ -1,9 +1,9 @@
-"""Forecasts: from measured costs to the seconds of every epoch of a run, whatever it drops and when. Pure arithmetic.
+"""Forecasts: measured costs -> the seconds of every epoch of a run, for any drops. Pure arithmetic.
 
-A drop is lazy. In the epochs after it each batch comes from its source (images, or rows of an earlier drop), goes
-through the newly frozen layers, is stored as rows and trains the rest. With V views an epoch draws one view of each
-sample, in turn, so an epoch reads what was stored V epochs before it: images in the first V epochs after the first
-drop, rows from then on. What would not be read again before the run ends is not stored.
+Rows are filled lazily. After a drop each batch comes from its source (images, or rows of an earlier drop), goes through the
+newly frozen layers, is stored as rows and trains the rest. With V views each epoch draws one view of each sample, in turn,
+and so reads what was stored V epochs before: images in the first V epochs after the first drop, and then rows. Rows that
+would not be read again before the run ends are not stored.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ TIERS = ("device", "host", "disk")
 
 @dataclass(frozen=True)
 class RunCosts:
-    """What a run's epochs cost.
+    """The costs of a run.
 
     Args:
-        layers: all L layers, per sample.
-        cuts: for each prefix length 0..L-1, after how many layers its rows are kept; 0 for no rows.
-        row_seconds: for each prefix length, bringing one row to the step; 0.0 where there are no rows.
-        write_seconds: likewise, storing one row.
-        image_seconds: bringing one image to the step, as far as that is not hidden behind the step.
-        other_seconds: of a step beyond its layers and optimizer, per sample: loss, overhead.
-        samples: samples of an epoch.
-        views: rows kept of each sample.
-        scale: measured seconds over modelled ones so far; all seconds are multiplied by it.
-        optimizer_seconds: of the optimizer while all layers are live, per sample; it falls with the live parameters.
+        layers: costs of all L layers, per sample.
+        cuts: for each prefix length 0..L-1, the number of layers after which its rows are kept; 0 for no rows.
+        row_seconds: for each prefix length, seconds to gather one row; 0.0 if there are no rows.
+        write_seconds: for each prefix length, seconds to store one row.
+        image_seconds: seconds to read one image, as far as training waits for it.
+        other_seconds: seconds of a step outside of layers and optimizer, per sample: loss, overhead.
+        samples: number of samples in an epoch.
+        views: number of rows of each sample.
+        scale: measured over modelled seconds so far; all seconds are multiplied by it.
+        optimizer_seconds: seconds of the optimizer with all layers live, per sample; proportional to live parameters.
 
     Raises:
-        ValueError: the tables do not have L entries each, or cuts do not grow with the prefix within 0..prefix.
+        ValueError: a table does not have L entries, or cuts do not grow with the prefix within 0..prefix.
     """
 
     layers: tuple[LayerCost, ...]
@@ -63,15 +63,15 @@ class RunCosts:
             raise ValueError(f"RunCosts: views must be at least 1, got {self.views}")
 
     def epoch_seconds(self, prefix: int) -> float:
-        """Seconds of an epoch with `prefix` layers dropped whose rows, where it keeps any, are all there."""
+        """Return the seconds of an epoch with `prefix` layers dropped and all of its rows stored."""
         frozen = self._frozen_seconds(self.cuts[prefix], prefix)
         return self._seconds(self.source_seconds(prefix) + frozen + self.live_seconds(prefix))
 
     def filling_seconds(self, before: int, after: int, *, stored: bool = True) -> float:
-        """Seconds of an epoch that reads what prefix `before` reads and trains behind prefix `after`.
+        """Return the seconds of an epoch that reads what prefix `before` reads and trains behind prefix `after`.
 
-        The rows of `after` are made on the way, and stored unless `stored` is False. Where both prefixes have their
-        rows at one cut nothing is made.
+        The rows of `after` are computed on the way, and stored unless `stored` is False. If both prefixes keep rows at the
+        same cut, none are computed.
         """
         frozen = self._frozen_seconds(self.cuts[before], after)
         made = self.cuts[after] > self.cuts[before] and stored
@@ -79,18 +79,18 @@ class RunCosts:
         return self._seconds(self.source_seconds(before) + frozen + written + self.live_seconds(after))
 
     def fill_seconds(self, before: int, after: int) -> float:
-        """What an epoch that makes the rows of `after` takes longer than those that read them; at least 0."""
+        """Return the extra seconds of an epoch that computes the rows of `after` over one that reads them; at least 0."""
         return max(0.0, self.filling_seconds(before, after) - self.epoch_seconds(after))
 
     def read_seconds(self, prefix: int) -> float:
-        """Seconds of an epoch in which rows are brought to the step; 0 where there are none."""
+        """Return the seconds an epoch spends gathering rows; 0 if there are none."""
         return self._seconds(self.row_seconds[prefix]) if self.cuts[prefix] else 0.0
 
     def drop_estimates(self, prefix: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """For a run with `prefix` layers dropped: what a drop to each prefix length costs once, and saves an epoch.
+        """Return what a drop from `prefix` to each prefix length costs once, and what it saves per epoch.
 
         Returns:
-            Seconds for all V views to be filled, and seconds that an epoch gets shorter; both [L], 0 up to `prefix`.
+            Seconds to fill all V views, and seconds saved per epoch; both [L], 0 up to `prefix`.
         """
         later = range(prefix + 1, len(self.layers))
         none = (0.0,) * (prefix + 1)
@@ -101,14 +101,14 @@ class RunCosts:
         )
 
     def source_seconds(self, prefix: int) -> float:
-        """Seconds of bringing to the step what it reads of one sample: a row, or the image where there are none."""
+        """Return the seconds to read one sample: a row, or the image if there are no rows."""
         return self.row_seconds[prefix] if self.cuts[prefix] else self.image_seconds
 
     def _frozen_seconds(self, start: int, stop: int) -> float:
         return sum(layer.seconds for layer in self.layers[start:stop])
 
     def live_seconds(self, prefix: int) -> float:
-        """Seconds of training the layers behind a prefix on one sample, the optimizer and the loss included."""
+        """Return the seconds of training the layers behind a prefix on one sample, including optimizer and loss."""
         parameters = sum(layer.parameters for layer in self.layers)
         live = sum(layer.parameters for layer in self.layers[prefix:])
         optimizer = self.optimizer_seconds * (live / parameters if parameters else 1.0)
@@ -123,11 +123,11 @@ class EpochForecast:
     """One epoch of a plan.
 
     Args:
-        epoch: epochs done before it.
-        prefix: layers dropped in it.
-        seconds: what it takes.
-        fill_seconds: what of that the making of rows takes, beyond an epoch that reads them.
-        read_seconds: what of that bringing rows to the step takes.
+        epoch: number of epochs done before it.
+        prefix: number of layers dropped in it.
+        seconds: its time.
+        fill_seconds: the part of it spent computing and storing rows.
+        read_seconds: the part of it spent gathering rows.
         filling: whether rows are stored in it.
     """
 
@@ -148,21 +148,21 @@ def plan(
     prefix: int = 0,
     past: Sequence[int] | None = None,
 ) -> tuple[EpochForecast, ...]:
-    """Forecast each epoch of the rest of a run.
+    """Forecast each remaining epoch of a run.
 
     Args:
-        costs: what epochs cost.
-        drops: from which epoch on (epochs done) how many layers are dropped; a prefix never shrinks.
+        costs: costs of the run.
+        drops: number of epochs done -> number of layers dropped from there on; a prefix never shrinks.
         epochs: length of the run.
-        epoch: epochs done.
-        prefix: layers dropped now.
-        past: the prefix of every epoch done, the last ones suffice; None where all rows of `prefix` are there.
+        epoch: number of epochs done.
+        prefix: number of layers dropped now.
+        past: the prefix of every epoch done, or at least of the last V; None if all rows of `prefix` are stored.
 
     Returns:
         One entry for each epoch from `epoch` to `epochs - 1`.
 
     Raises:
-        ValueError: A drop leaves no layer to train.
+        ValueError: a drop leaves no layer to train.
     """
     last = len(costs.layers) - 1
     for at, k in drops.items():
@@ -175,13 +175,13 @@ def plan(
 def plan_prefixes(
     costs: RunCosts, prefixes: Sequence[int], epochs: int, *, past: Sequence[int] = ()
 ) -> tuple[EpochForecast, ...]:
-    """Forecast the last epochs of a run from the prefix of each; past: those of the epochs before them."""
+    """Forecast the last epochs of a run from the prefix of each. past: the prefixes of the epochs before them."""
     all_prefixes = [*past, *prefixes]
     entries = []
     for i, prefix in enumerate(prefixes):
         epoch = epochs - len(prefixes) + i
         window = all_prefixes[: len(past) + i][-costs.views :]
-        # An epoch without a drop has stored nothing, and a drop taken back has freed what was.
+        # An epoch without dropped layers stores nothing, and undrop() frees what was stored.
         source = window[0] if len(window) == costs.views and all(window) else 0
         stored = epochs - epoch > costs.views
         if costs.cuts[source] == costs.cuts[prefix]:
@@ -194,21 +194,21 @@ def plan_prefixes(
 
 
 def total_seconds(entries: Iterable[EpochForecast]) -> float:
-    """Seconds of all epochs of a plan."""
+    """Return the seconds of all epochs of a plan."""
     return sum(entry.seconds for entry in entries)
 
 
 @dataclass(frozen=True)
 class DropForecast:
-    """A whole run with one drop: of `prefix` layers, `start` epochs after its begin.
+    """A whole run with one drop of `prefix` layers after `start` epochs.
 
     Args:
-        prefix: layers dropped.
-        start: epochs done before the drop.
-        seconds: of the whole run.
-        speedup: of the run without drops over it.
-        fill_seconds: what of the seconds the making of rows takes.
-        read_seconds: what of them bringing rows to the step takes.
+        prefix: number of layers dropped.
+        start: number of epochs done before the drop.
+        seconds: time of the whole run.
+        speedup: time of the run without drops over `seconds`.
+        fill_seconds: the part of `seconds` spent computing and storing rows.
+        read_seconds: the part of `seconds` spent gathering rows.
     """
 
     prefix: int
@@ -220,14 +220,14 @@ class DropForecast:
 
 
 def one_drops(costs: RunCosts, epochs: int, *, prefix: int, starts: Iterable[int]) -> tuple[DropForecast, ...]:
-    """Forecast a whole run that drops `prefix` >= 1 layers once, for each number of epochs before that."""
+    """Forecast a whole run that drops `prefix` >= 1 layers once, for each of `starts`, the epochs done before."""
     full, steady, read = costs.epoch_seconds(0), costs.epoch_seconds(prefix), costs.read_seconds(prefix)
     storing, passing = (costs.filling_seconds(0, prefix, stored=stored) for stored in (True, False))
     found = []
     for start in starts:
         left = epochs - start
         images = min(costs.views, left)
-        # An epoch stores what is read V epochs later.
+        # Rows stored in an epoch are read V epochs later.
         stores = min(images, max(0, left - costs.views))
         making = stores * storing + (images - stores) * passing
         seconds = start * full + making + (left - images) * steady
@@ -238,7 +238,7 @@ def one_drops(costs: RunCosts, epochs: int, *, prefix: int, starts: Iterable[int
 
 
 def largest_speedup(costs: RunCosts, epochs: int, *, start: int = 0) -> float:
-    """The largest speedup of a whole run by one drop, `start` epochs after its begin or later; at least 1.0."""
+    """Return the largest speedup of a whole run by one drop, after `start` epochs or later; at least 1.0."""
     starts, prefixes = range(start, epochs), range(1, len(costs.layers))
     drops = (drop for k in prefixes for drop in one_drops(costs, epochs, prefix=k, starts=starts))
     return max([1.0, *(drop.speedup for drop in drops)])
@@ -249,8 +249,8 @@ class RowsForecast:
     """The rows of one prefix length.
 
     Args:
-        cut: after how many layers they are kept; 0 for none.
-        bytes: of all of them in each tier: device, host, disk.
+        cut: number of layers after which they are kept; 0 for none.
+        bytes: bytes of all of them in each tier: device, host, disk.
     """
 
     cut: int
@@ -259,16 +259,16 @@ class RowsForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run takes without drops, and with one drop of each length from each start.
+    """The time of a run without drops, and with one drop of each length after each number of epochs.
 
     Args:
         epochs: length of the run.
-        layers: the layers' names.
-        views: rows kept of each sample.
-        full_seconds: of the run without drops.
-        runs: for each prefix length 1..L-1 (first index) and each start 0..epochs-1 (second).
-        rows: for each prefix length 1..L-1.
-        largest_speedup: the largest in `runs`, at least 1.0.
+        layers: names of the layers.
+        views: number of rows of each sample.
+        full_seconds: time of the run without drops.
+        runs: forecasts by prefix length 1..L-1 (first index) and start 0..epochs-1 (second).
+        rows: rows by prefix length 1..L-1.
+        largest_speedup: the largest speedup in `runs`, at least 1.0.
     """
 
     epochs: int
@@ -280,11 +280,11 @@ class Forecast:
     largest_speedup: float
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain values for JSON."""
+        """Return the forecast as plain values for JSON."""
         return dataclasses.asdict(self)
 
     def format_table(self, *, starts: int = 6) -> str:
-        """A table: dropped layers down, up to `starts` starts across, in each field the seconds and the speedup."""
+        """Format a table: a line per prefix length, up to `starts` columns of starts, with seconds and speedup."""
         shown = _spread(self.epochs, starts)
         head = ["layers", *(f"from epoch {start}" for start in shown), "rows"]
         lines = [head]
@@ -303,16 +303,16 @@ class Forecast:
 def forecast(
     costs: RunCosts, epochs: int, *, row_bytes: Sequence[int] = (), tiers: Sequence[TierCost] = ()
 ) -> Forecast:
-    """Forecast a run from its begin: without drops, and with one drop of each length from each start.
+    """Forecast a whole run without drops, and with one drop of each length after each number of epochs.
 
     Args:
-        costs: what epochs cost.
+        costs: costs of the run.
         epochs: length of the run, at least 1.
-        row_bytes: for each prefix length 0..L-1, the bytes of one of its rows; empty where no rows are kept.
-        tiers: budgets of device, host and disk, the fastest first.
+        row_bytes: for each prefix length 0..L-1, the bytes of one of its rows; empty if no rows are kept.
+        tiers: device, host and disk.
 
     Raises:
-        ValueError: epochs is not a whole number from 1 on, or row_bytes has not L entries.
+        ValueError: epochs is not a whole number >= 1, or row_bytes does not have L entries.
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"forecast: epochs must be a whole number >= 1, got {epochs!r}")
@@ -333,7 +333,7 @@ def forecast(
 
 
 def _spread(count: int, shown: int) -> list[int]:
-    """Up to `shown` of 0..count-1, evenly from the first to the last."""
+    """Up to `shown` of 0..count-1, evenly spaced from the first to the last."""
     if count <= shown:
         return list(range(count))
     return sorted({round(i * (count - 1) / (shown - 1)) for i in range(shown)}) if shown > 1 else [0]

@@ -1,6 +1,6 @@
-"""Scores so far -> decision: how many layers are dropped from the next epoch on. Pure functions of what they are given.
+"""Policies: scores and costs so far -> how many layers are dropped from the next epoch on. Pure functions.
 
-A policy is any callable `policy(situation) -> Decision`. It never changes anything; `drop` does.
+A policy is any callable `policy(situation) -> Decision`. The scheduler carries out its decision.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from learndrop_ext.decide.schedules import best_prefixes
 
 @dataclass(frozen=True)
 class Situation:
-    """What a policy sees: once before training, and after each epoch.
+    """What a policy sees, once before training and after each epoch.
 
     Args:
-        epoch: epochs done; 0 before training.
-        epochs: length of the run, or None when it is not known.
-        prefix: layers dropped now.
-        layers: the names of all L layers.
-        scores: one tuple for each epoch done, of L entries, None where a layer was already dropped in it; () before
-            training.
-        learning_rate: of the optimizer's first group.
+        epoch: number of epochs done; 0 before training.
+        epochs: length of the run, or None if it is not known.
+        prefix: number of layers dropped now.
+        layers: names of all L layers.
+        scores: for each epoch done, a tuple of L scores, None for layers that were dropped in it; () before training.
+        learning_rate: learning rate of the optimizer's first group.
         fill_seconds: for every prefix length 0..L-1, what a drop to it costs once.
-        saved_seconds: for every prefix length, what an epoch then gets shorter.
-        epoch_seconds: of an epoch in which nothing was dropped.
-        costs: what this run's epochs cost, where that was measured.
-        elapsed_seconds: wall clock of the training so far, with all that drops took.
-        full_seconds: what the whole run without drops takes; 0.0 to take it from `costs`.
-        undropped: epochs done when `undrop()` was last called, None where it was not.
+        saved_seconds: for every prefix length, what a drop to it saves per epoch.
+        epoch_seconds: time of an epoch without drops.
+        costs: costs of this run, if they were measured.
+        elapsed_seconds: wall-clock time of the run so far, including the work of drops.
+        full_seconds: time of the whole run without drops; 0.0 to take it from `costs`.
+        undropped: number of epochs done when `undrop()` was last called, or None.
     """
 
     epoch: int
@@ -51,13 +50,13 @@ class Situation:
 
     @property
     def past(self) -> tuple[int, ...]:
-        """The prefix of every epoch done."""
+        """The prefix in every epoch done."""
         return tuple(sum(score is None for score in measured) for measured in self.scores)
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How many layers are dropped from now on, and why in words."""
+    """The number of layers dropped from now on, and the reason in words."""
 
     prefix: int
     reason: str
@@ -65,27 +64,37 @@ class Decision:
 
 Policy = Callable[[Situation], Decision]
 
-#: Share of the time asked for that a plan has to use, with room for what its epochs take shorter.
+#: A plan that uses less than this share of the time asked for is made again with equal weights, which allow more sums.
 USED = 0.96
-#: A plan from the first step on that takes more than so many times the time asked for is said to be late.
+#: A plan made before the first step gives a warning if it takes more than this times the time asked for.
 LATE = 1.1
-#: Of the weights of all layers. The time and the memory of planning grow with it: k^2 is kept as it is up to 63 layers.
+#: Largest sum of the weights of all layers. Time and memory of planning grow with it; k^2 is exact up to 63 layers.
 LARGEST_SUM = 4000
-#: How far epochs may be from their forecast, either way, before one with dropped layers was measured.
+#: How far epochs may be from their forecast, either way, before one with dropped layers has been measured.
 UNCONFIRMED = 1.1
 
 
 @dataclass(frozen=True)
 class StoppedLearning:
-    """Drops the longest run of layers at the input side that have stopped learning.
+    """Drops all layers before the first one that is still learning.
 
-    A layer has stopped when its smoothed score was under `threshold` for `patience` measurements in a row, the first
-    `warmup` epochs not counted. The smoothed score is the exponential moving average with weight `1 - smoothing` for
-    the newest measurement. A drop has to earn its fill back in the epochs left; where the length of the run is not
-    known, the epochs left are taken to be as many as were done. What it saves then has to be at least the share
-    `min_saving` of the run without drops: a drop that saves little costs accuracy all the same, and where this was
-    measured (docs/scores.md) the same recipe with one epoch less was better. `max_dropped` bounds the share of layers
-    that may be dropped. After `undrop()` only what is measured from then on counts.
+    A layer has stopped learning when its smoothed score was below `threshold` for `patience` measurements in a row after the
+    first `warmup` epochs. The smoothed score is the exponential moving average with weight `1 - smoothing` for the newest
+    measurement. A drop must pay for its fill in the epochs left; if the length of the run is not known, as many are assumed
+    as have been done. It must also save at least the share `min_saving` of the run without drops: a drop that saves little
+    still costs accuracy, and in a measurement (docs/scores.md) training one epoch less was better. At most the share
+    `max_dropped` of the layers is dropped. After `undrop()` only later measurements count.
+
+    Args:
+        threshold (float, optional): score below which a layer counts as stopped. Default: 0.2
+        patience (int, optional): number of measurements in a row. Default: 2
+        warmup (int, optional): number of epochs that do not count. Default: 2
+        smoothing (float, optional): weight of older measurements. Default: 0.5
+        max_dropped (float, optional): largest share of the layers to drop. Default: 1.0
+        min_saving (float, optional): smallest share of the run to save. Default: 0.1
+
+    Raises:
+        ValueError: a value is out of range.
     """
 
     threshold: float = 0.2
@@ -118,7 +127,7 @@ class StoppedLearning:
         return _worth(situation, prefix, stopped, min_saving=self.min_saving)
 
     def smoothed(self, situation: Situation, layer: int) -> list[float]:
-        """The smoothed scores of one layer after the warm-up, oldest first."""
+        """Return the smoothed scores of one layer after the warm-up, oldest first."""
         first = max(self.warmup, situation.undropped or 0)
         return smoothed_scores(situation, layer, first=first, smoothing=self.smoothing)
 
@@ -144,7 +153,7 @@ class StoppedLearning:
 
 @dataclass(frozen=True)
 class Fixed:
-    """Drops by hand: `Fixed({epoch: prefix length})`, epoch being the epochs done, 0 before training.
+    """Drops set by hand: `Fixed({epoch: prefix length})`, where epoch is the number of epochs done, 0 before training.
 
     `Fixed({})` never drops. After `undrop()` only entries of later epochs count.
     """
@@ -174,30 +183,28 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Budget:
-    """Drops as many layers as have to be dropped for the run to take 1 / `speedup` of its time, and no more.
+    """Drops as few layers as possible for the run to take 1 / `speedup` of its time.
 
-    Before training and after each epoch the rest of the run is planned from its measured costs and the seconds taken so
-    far: how many layers are dropped in each epoch left, so that the run ends in time. Of all plans in time the one is
-    followed that gives up least. From the first step on, an epoch of the i-th layer counts 2 i - 1, so that k layers
-    dropped for an epoch count k^2: a few layers are dropped for many epochs rather than many for a few, since the first
-    layers are the most general. Of several such plans the one is taken that drops the fewest at first, and grows.
-    From the first step on a plan grows only in the second half of the run, unless it would come too late otherwise: a
-    layer that has been trained for a while is best frozen when the learning rate has fallen.
+    Before training and after each epoch, it plans how many layers are dropped in each remaining epoch, from the measured
+    costs and the time taken so far. Of all plans that end in time it follows the one with the smallest loss. With `start=0`
+    dropping layer i for an epoch counts 2 i - 1, so that k dropped layers count k^2: rather a few layers for many epochs
+    than many for a few, because the first layers are the most general. Of several such plans it takes the one that drops
+    the fewest layers at first. Such a plan grows only in the second half of the run, unless it would end too late: a layer
+    that has been trained for a while is best frozen when the learning rate has fallen.
 
-    Every plan is a forecast, so the next one makes up for what an epoch took longer or shorter. Layers that are dropped
-    stay dropped: the first drop is therefore no larger than it would be if epochs were 10 % shorter than forecast, as
-    long as the drops after it can make up for epochs that are as forecast or 10 % longer.
+    Each plan makes up for epochs that took longer or shorter than forecast. Since dropped layers stay dropped, the first
+    drop is no larger than it would be if epochs were 10 % shorter than forecast, as long as later drops can make up for
+    epochs that are as forecast or 10 % longer.
 
     Args:
-        speedup: the time of the run without drops over the time asked for, at least 1.
-        start: epochs in which nothing is dropped. From a start later than 0 the layers that learn least go first, as
-            far as a prefix allows: one epoch of a layer counts from 1 (score 0) to 4 (the highest score), by its scores
-            smoothed with weight 1/2. So a plan stops growing before a layer with a high score, and passes one with a
-            low score early.
+        speedup (float, optional): time of the run without drops over the time asked for, at least 1. Default: 2.0
+        start (int, optional): number of epochs without drops. From a start later than 0, dropping a layer for an epoch
+            counts from 1 (score 0) to 4 (the highest score), by its score smoothed with weight 1/2. So layers with low
+            scores are dropped early, and a plan stops growing before a layer with a high score. Default: 0
 
     Raises:
-        ValueError: speedup is below 1 or not finite, or start is not a whole number >= 0. When called: the length of
-            the run or its costs are not known.
+        ValueError: speedup is below 1 or not finite, or start is not a whole number >= 0. When called: the length of the
+            run or its costs are not known.
     """
 
     speedup: float = 2.0
@@ -210,11 +217,11 @@ class Budget:
             raise ValueError(f"Budget: start must be a whole number >= 0, got {self.start!r}")
 
     def check(self, costs: RunCosts, epochs: int | None) -> None:
-        """Raise ValueError where no drop is fast enough, with the largest speedup that one gives, or without epochs."""
+        """Raise ValueError if no drop is fast enough, naming the largest speedup, or if epochs is None."""
         length = self._known(epochs)
         largest = largest_speedup(costs, length, start=min(self.start, length))
         if largest < self.speedup:
-            # Rounded down: what the message names can be asked for.
+            # Rounded down, so that the speedup in the message can be reached.
             reached = math.floor(largest * 100) / 100
             raise ValueError(
                 f"Budget: speedup must be at most {reached:.2f}, the largest that drops after {self.start} of {length} "
@@ -253,13 +260,13 @@ class Budget:
     def _prefixes(
         self, situation: Situation, costs: RunCosts, epochs: int, seconds: float, weights: Sequence[int]
     ) -> tuple[int, ...]:
-        """The prefix of each epoch left, within `seconds`."""
+        """The prefix of each remaining epoch, within `seconds`."""
         past = situation.past
-        first_half = 0 if self.start else -(-epochs // 2) - situation.epoch  # epochs of it left
+        first_half = 0 if self.start else -(-epochs // 2) - situation.epoch  # remaining epochs of the first half
         hold = max(1, first_half)
 
         def best(first: tuple[int, ...], seconds: float) -> tuple[int, ...]:
-            """`first`, and what is best after it within the seconds for all."""
+            """`first` and the best prefixes after it, within `seconds` together."""
             epoch = situation.epoch + len(first)
             if epoch == epochs:
                 return first
@@ -300,8 +307,8 @@ class Budget:
         return epochs
 
     def _weights(self, situation: Situation) -> tuple[tuple[int, ...], ...]:
-        """What one epoch of each layer is worth: 1, 3, 5, ... by depth, and, where no such plan uses the time, 1 each; or
-        from a later start 1 to 4 by its score."""
+        """The loss of dropping each layer for an epoch, in the order to try: 1, 3, 5, ... by depth, then 1 each if no such
+        plan uses the time; from a later start 1 to 4 by score."""
         if not self.start:
             L = len(situation.layers)
             coarser = max(1.0, L * L / LARGEST_SUM)
@@ -316,7 +323,7 @@ class Budget:
 
 
 def smoothed_scores(situation: Situation, layer: int, *, first: int, smoothing: float) -> list[float]:
-    """The exponential moving averages of one layer's scores from epoch `first` on, oldest first.
+    """Return the exponential moving averages of one layer's scores from epoch `first` on, oldest first.
 
     The newest score has the weight 1 - smoothing.
     """
@@ -329,7 +336,7 @@ def smoothed_scores(situation: Situation, layer: int, *, first: int, smoothing: 
 
 
 def _digits(value: float, threshold: float) -> str:
-    """A score in two decimals, or in as many as tell it from zero and the threshold."""
+    """Format a score with two decimals, or as many as distinguish it from zero and the threshold."""
     for digits in range(2, 17):
         text = f"{value:.{digits}f}"
         if float(text) == value or (float(text) != threshold and float(text) > 0):
@@ -338,8 +345,8 @@ def _digits(value: float, threshold: float) -> str:
 
 
 def _worth(situation: Situation, prefix: int, reason: str, *, min_saving: float) -> Decision:
-    """The longest prefix within `prefix` that earns its fill back in the epochs left and saves the share `min_saving` of the
-    run, or the one there is."""
+    """Decide on the longest prefix up to `prefix` that pays for its fill in the epochs left and saves the share `min_saving`
+    of the run, or on the current one."""
     left = situation.epoch if situation.epochs is None else situation.epochs - situation.epoch
     if not situation.fill_seconds:
         return Decision(prefix, reason)

@@ -1,4 +1,4 @@
-"""Stopwatches: how fast rows come from each tier, and how long a training step takes."""
+"""Measurements: the bandwidth of each tier, and the time of a training step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from learndrop_ext.rng import fork_rng
 
 @dataclass(frozen=True)
 class TierCost:
-    """One tier of the cache: the most bytes of rows in it, and how many bytes a second come from it."""
+    """One tier of the cache: the limit on its bytes, and its bandwidth in bytes per second."""
 
     budget_bytes: int
     bytes_per_second: float
@@ -33,12 +33,12 @@ class TierCost:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of one training step, and of what in it is not the layers' work.
+    """Seconds of one training step, and of those parts that are not in the layers.
 
     Args:
-        step: all of it.
-        optimizer: of `optimizer.step()`.
-        loss: of the loss, forward and backward to the outputs, and of `zero_grad()`.
+        step: seconds of the whole step.
+        optimizer: seconds of `optimizer.step()`.
+        loss: seconds of the loss, forward and backward to the outputs, and of `zero_grad()`.
     """
 
     step: float
@@ -47,13 +47,13 @@ class StepSeconds:
 
 
 def median_seconds(run: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 1) -> float:
-    """Return the median seconds of `run()`, the device's work included.
+    """Return the median seconds of `run()`, including the device's work.
 
     Args:
-        run: what is timed.
-        device: waited for before and after each run.
-        repeats: timed runs, at least 1.
-        warmup: runs before them that are not timed.
+        run: the function to time.
+        device: device to synchronise before and after each run.
+        repeats: number of timed runs, at least 1.
+        warmup: number of runs before them that are not timed.
     """
 
     def laps() -> Iterator[None]:
@@ -71,15 +71,15 @@ def shortest_laps(
     repeats: int,
     prepare: Callable[[], tuple[Any, ...]],
 ) -> tuple[float, ...]:
-    """Return the shortest seconds of each lap of `run(*prepare())`, a generator that yields at the end of a lap.
+    """Return the shortest time of each lap of `run(*prepare())`, a generator that yields at the end of a lap.
 
-    What else the machine does only makes a lap longer, and so does the warming up of the first run.
+    The shortest, because other work on the machine and the warm-up of the first run only make a lap longer.
 
     Args:
-        run: what is timed, the device's work included.
-        device: waited for before the first lap and after each.
-        repeats: runs, at least 1.
-        prepare: makes the arguments of each run anew; its seconds do not count.
+        run: the generator function to time, including the device's work.
+        device: device to synchronise before the first lap and after each.
+        repeats: number of runs, at least 1.
+        prepare: makes new arguments for each run; not timed.
     """
     times = [_laps(run, device, *prepare()) for _ in range(repeats)]
     return tuple(min(lap) for lap in zip(*times, strict=True))
@@ -108,28 +108,28 @@ def probe_training_step(
 ) -> StepSeconds | None:
     """Time a training step: zero_grad, forward, backward and optimizer.step, on a copy of model and optimizer.
 
-    The loss stands in for the user's: the sum of the mean squares of all floating-point outputs. The model, the
-    optimizer, their gradients and the random state stay as they are, to the bit.
+    In place of the user's loss it takes the sum of the mean squares of all floating-point outputs. The model, the optimizer,
+    their gradients and the random state are not changed.
 
     Args:
         model: the whole model; its copy runs in train mode.
-        optimizer: holds the model's parameters.
+        optimizer: the optimizer of the model's parameters.
         batch_input: [B, ...], the input of one batch on the model's device.
-        inputs: positional and keyword arguments that the model is called with; by default `batch_input` alone.
-        repeats: timed steps after one to warm up; the median counts.
-        autocast: dtype of the training step's autocast, None without.
+        inputs: the model's positional and keyword arguments. Default: `batch_input` alone
+        repeats: number of timed steps, after one to warm up; the median is taken.
+        autocast: autocast dtype of the training step; None for no autocast.
 
     Returns:
-        Seconds of a step of B samples, or None where no such step can be timed: model and optimizer cannot be copied,
-        the optimizer wants a closure, or no output has a gradient.
+        Seconds of a step of B samples, or None if no step can be timed: model and optimizer cannot be copied, the
+        optimizer needs a closure, or no output has a gradient.
     """
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         return None
     try:
-        # One call: the parameters that the copied optimizer holds are then those of the copied model.
+        # In one call, so that the copied optimizer refers to the parameters of the copied model.
         net, steps = copy.deepcopy((model, optimizer))
-    except Exception:  # a module may refuse with any error of its own
+    except Exception:  # a module may raise any error of its own
         return None
     net.train()
     device = batch_input.device
@@ -164,9 +164,9 @@ def probe_training_step(
 
 
 def copy_bytes_per_second(device: torch.device, *, size: int = 1 << 26, copies: int = 1) -> float:
-    """Bytes read plus bytes written per second by a copy of `size` bytes on the device: the limit of a gather.
+    """Return bytes read plus bytes written per second by a copy of `size` bytes on the device: the limit of a gather.
 
-    copies: how many are made in a row; of one, a GPU's seconds hold the launch and the wait.
+    copies: number of copies in a row. The time of a single one on a GPU includes the launch and the synchronisation.
     """
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
@@ -179,16 +179,16 @@ def copy_bytes_per_second(device: torch.device, *, size: int = 1 << 26, copies: 
 
 
 def host_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float:
-    """Bytes per second that a GPU's copy engine brings from pinned host memory."""
+    """Return the bytes per second that a GPU's copy engine reads from pinned host memory."""
     source = torch.ones(size, dtype=torch.uint8).pin_memory()
     target = torch.empty(size, dtype=torch.uint8, device=device)
     return size / median_seconds(lambda: target.copy_(source, non_blocking=True), device, repeats=3)
 
 
 def disk_bytes_per_second(folder: Path, *, size: int = 1 << 25) -> float:
-    """Bytes per second of a new file in a folder, read from begin to end after its pages left the page cache.
+    """Return the bytes per second of reading a new file in a folder sequentially, without the page cache.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if it cannot be written.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(size))
@@ -205,16 +205,16 @@ def disk_bytes_per_second(folder: Path, *, size: int = 1 << 25) -> float:
 
 
 def tier_costs(budgets: Budgets, speeds: Sequence[float]) -> list[TierCost]:
-    """What a row costs in each tier of the budgets; speeds: bytes per second of device, host and disk."""
+    """Return the costs of each tier. speeds: bytes per second of device, host and disk."""
     assert budgets.device is not None
     held = (budgets.device, budgets.host, budgets.disk)
     return [TierCost(budget, speed) for budget, speed in zip(held, speeds, strict=True)]
 
 
 def tier_speeds(budgets: Budgets, config: CacheConfig, device: torch.device) -> tuple[float, float, float]:
-    """Bytes per second of device, host and disk, measured now; infinite for a tier that holds nothing.
+    """Measure the bytes per second of device, host and disk; infinite for a tier without a budget.
 
-    Raises OSError where the folder of the file cannot be written.
+    Raises OSError if the folder of the file cannot be written.
     """
     host = disk = math.inf
     if budgets.host and device.type != "cpu":

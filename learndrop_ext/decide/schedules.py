@@ -1,11 +1,11 @@
-"""The drops that keep the most layers live within a time: a dynamic programme over epochs and prefix lengths.
+"""The schedule of drops that keeps the most layers live within a time: dynamic programming over epochs and prefix lengths.
 
-Letters: S stages, V views, L layers, D + 1 amounts of what is given up.
+S stages, V views, L layers, D + 1 levels of loss.
 
-A stage is one epoch, or in a long run a few epochs with one prefix. What a schedule gives up is the sum, over stages, of
-the weights of the layers dropped in it. The programme finds for every stage, state and amount the least seconds of the
-rest of the run that gives up that amount. The state is the prefix of the stage before and, up to V, how many epochs
-have passed since the first drop: V views are read from images in the first V of them.
+A stage is one epoch or, in a long run, a few epochs with one prefix. The loss of a schedule is the sum, over stages, of the
+weights of the layers dropped in it. For every stage, state and loss, the table holds the least seconds in which the rest of
+the run can be trained at that loss. The state is the prefix of the stage before, and the number of epochs since the first
+drop up to V, because V views are read from images in the first V of them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from learndrop_ext.decide.forecast import RunCosts, plan_prefixes, total_seconds
 
-#: Elements of the table of seconds. 4e6 doubles are 32 MB, and each takes part in up to L minima: at 1e9 a second, a
-#: network of 20 layers is planned in 0.1 s. Without stages of several epochs one view, 20 layers and 100 epochs would
-#: take 100 * 2 * 20 * 1900 = 7.6e6.
+#: Largest number of elements of the table. 4e6 doubles are 32 MB, and each takes part in up to L minima: at 1e9 per second,
+#: a network of 20 layers is planned in 0.1 s. With stages of one epoch, one view, 20 layers and 100 epochs would take
+#: 100 * 2 * 20 * 1900 = 7.6e6.
 TABLE = 4_000_000
 
 Table = NDArray[np.float64]
@@ -32,9 +32,9 @@ class Stage:
     """Some epochs with one prefix.
 
     Args:
-        epoch: epochs done before it.
-        length: how many it has.
-        weight: how many stages it counts as in what a schedule gives up.
+        epoch: number of epochs done before it.
+        length: number of its epochs.
+        weight: number of stages that it counts as in a schedule's loss.
     """
 
     epoch: int
@@ -53,21 +53,21 @@ def best_prefixes(
     weights: Sequence[int] | None = None,
     hold: int = 1,
 ) -> tuple[int, ...]:
-    """Choose the prefix of each epoch left so that as much as possible stays live within `seconds`.
+    """Choose the prefix of each remaining epoch so that as much as possible stays live within `seconds`.
 
-    Prefixes never shrink. Of the schedules that take at most `seconds`, those with the least sum of dropped layers over
-    epochs are best, each layer by its weight; of these the one whose prefix is shortest at the first epoch, then at the
-    second, and so on: it grows the most. Where nothing is short enough, the shortest schedule.
+    Prefixes never shrink. Of the schedules that take at most `seconds`, the one with the smallest loss is chosen: the sum of
+    the weights of dropped layers over epochs. Of several, it is the one with the shortest prefix in the first epoch, then in
+    the second, and so on, which grows the most. If none is short enough, it is the shortest schedule.
 
     Args:
-        costs: what epochs cost.
+        costs: costs of the run.
         epochs: length of the run.
-        epoch: epochs done, less than `epochs`.
-        prefix: layers dropped now.
-        seconds: for the epochs left.
+        epoch: number of epochs done, less than `epochs`.
+        prefix: number of layers dropped now.
+        seconds: time for the remaining epochs.
         past: the prefix of every epoch done.
-        weights: for each layer, what one epoch of it is worth, at least 1; 1 each by default.
-        hold: for how many of the epochs left, at least one, the first prefix is kept.
+        weights: the loss of dropping each layer for one epoch, at least 1. Default: 1 each
+        hold: number of remaining epochs, at least one, in which the first prefix is kept.
 
     Returns:
         The prefix of each epoch from `epoch` on.
@@ -83,8 +83,8 @@ def best_prefixes(
             break
         since += 1
     limit, best, best_seconds = seconds, None, np.inf
-    # With one view the programme's seconds are those of the plan. With more it takes layers that are dropped while
-    # views are still being filled to be converted one drop after the other: what that is off by is then made up for.
+    # With one view the table's seconds are those of the plan. With more views, it assumes that layers dropped while views
+    # are being filled are converted one drop after the other. The limit is then corrected by the difference.
     for _ in range(3):
         found, expected = search.schedule(prefix, since if prefix else 0, limit)
         actual = total_seconds(plan_prefixes(costs, found, epochs, past=past))
@@ -124,7 +124,7 @@ class _Search:
             self.rest.insert(0, table)
 
     def schedule(self, prefix: int, since: int, limit: float) -> tuple[tuple[int, ...], float]:
-        """The best prefixes within `limit` seconds, or the shortest; and the seconds they take."""
+        """The best prefixes within `limit` seconds, or the shortest ones, and their seconds."""
         rest = self.rest[0][since, prefix]
         amount = int(np.argmax(rest <= limit)) if (rest <= limit).any() else int(rest.argmin())
         left = max(limit, float(rest[amount])) * (1 + 1e-12)
@@ -144,7 +144,7 @@ class _Search:
         return tuple(found), taken
 
     def _behind(self, stage: Stage, since: int, prefix: int) -> Table:
-        """Seconds of a stage with this prefix and of all stages after it, by amount."""
+        """Seconds of a stage with this prefix and of all stages after it, by loss."""
         shift = stage.weight * self.given_up[prefix]
         rest = self.rest[0][self._later(stage, since, prefix), prefix]
         moved: Table = np.full_like(rest, np.inf)
@@ -156,7 +156,7 @@ class _Search:
         return min(self.views, since + stage.length) if prefix else 0
 
     def _stage_seconds(self, stage: Stage, since: int, prefix: int) -> float:
-        """Of a stage that finds all views stored so far in this prefix's rows."""
+        """Seconds of a stage if all views stored so far are rows of this prefix."""
         images = min(stage.length, self.views - since) if prefix else 0
         seconds = (stage.length - images) * float(self.steady[prefix])
         for epoch in range(stage.epoch, stage.epoch + images):
@@ -164,24 +164,24 @@ class _Search:
         return seconds
 
     def _conversions(self, stage: Stage, since: int) -> Table:
-        """[L, L]: seconds, beyond reading, of the epochs that make the rows of one prefix from those of another."""
-        # The views stored so far, as far as each is drawn once more before the run ends.
+        """[L, L]: extra seconds of the epochs that compute the rows of one prefix from those of another."""
+        # The views stored so far that are drawn again before the run ends.
         count = min(since, max(0, self.epochs - stage.epoch - (self.views - since)))
         extra: Table = count * (self.filling[self._stored(stage.epoch)] - self.steady)
-        # The first drop has no rows to begin with, and where the prefix stays nothing is made.
+        # Before the first drop there are no rows to convert, and if the prefix stays none are computed.
         extra[0] = 0.0
         np.fill_diagonal(extra, 0.0)
         return extra
 
     def _stored(self, epoch: int) -> int:
-        """1 where rows made in this epoch are read again, else 0."""
+        """1 if rows computed in this epoch are read again, else 0."""
         return int(self.epochs - epoch > self.views)
 
 
 def _filling(costs: RunCosts, *, stored: bool) -> Table:
     """`costs.filling_seconds(before, after)` as an array [before, after], 0 where after < before.
 
-    In a network of 30 layers as many calls as it has entries take longer than all the rest of a plan.
+    Vectorised: in a network of 30 layers, one call per entry would take longer than the rest of the planning.
     """
     cuts = np.array(costs.cuts)
     live = np.array([costs.live_seconds(k) for k in range(len(cuts))])
@@ -194,7 +194,7 @@ def _filling(costs: RunCosts, *, stored: bool) -> Table:
 
 
 def _stages(epoch: int, left: int, layers: int, views: int, given_up: int, *, hold: int = 1) -> list[Stage]:
-    """The epochs left, in as many stages as TABLE allows, those of one epoch first; before them one of `hold` epochs."""
+    """A stage of `hold` epochs, and the other remaining epochs in as many stages as TABLE allows, the shortest first."""
     held = hold if hold > 1 else 0
     if held == left:
         return [Stage(epoch, held)]
