@@ -1,4 +1,4 @@
-"""How a loop calls a model: which of the arguments is the image, and what comes beside it."""
+"""How a training loop calls a model: which argument is the image, and what the others are."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-#: batch -> the positional and keyword arguments that the loop calls the model with.
+#: batch -> positional and keyword arguments of the model.
 Inputs = Callable[[Any], tuple[Sequence[Any], Mapping[str, Any]]]
 
-#: What may stand among the arguments beside tensors: values that are the same in every call.
+#: Types of arguments other than tensors. Their values are the same in every call.
 _PLAIN = (int, float, complex, str, bytes, torch.dtype, torch.device, type(None))
 
 
 class ModelCall:
     """One way to call a model, taken from an example.
 
-    Arguments are told apart by the parameters they are bound to: `model(x, meta)` and `model(meta=meta, image=x)` are one
-    call. One of the tensors in them, also in tuples, lists and dicts, is the image. The other tensors are further inputs,
-    given anew at each call. All else is constant.
+    Arguments are identified by the parameters they are bound to, so `model(x, meta)` and `model(meta=meta, image=x)` are
+    the same call. One of the tensors in them, possibly inside tuples, lists and dicts, is the image. The other tensors are
+    further inputs, which differ from call to call. Everything else is constant.
 
     Args:
-        model: what is called.
+        model: the model.
         image: [B, ...], the example's image.
-        args, kwargs: the example's arguments. The image itself is among them, once.
+        args, kwargs: the example's arguments, with the image itself among them once.
 
     Attributes:
         image: the example's image.
         others: the example's other tensors, in the order of the model's parameters.
-        names: of the other tensors.
+        names: names of the other tensors.
 
     Raises:
-        TypeError: arguments that the model's forward does not take, or that are neither tensors nor plain values.
+        TypeError: the model's forward does not take these arguments, or one is neither a tensor nor a plain value.
         ValueError: the image is not among the arguments, or more than once.
     """
 
@@ -77,9 +77,9 @@ class ModelCall:
         return tuple((None, *t.shape[1:]) if self._per_sample(t) else tuple(t.shape) for t in self.others)
 
     def first(self, count: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Return the image and the others of the example's first `count` samples, which begin anew after the last.
+        """Return the image and the others of the example's first `count` samples, repeating them if there are fewer.
 
-        A tensor with as many rows as the image has one a sample; others are the same for each batch.
+        A tensor with as many rows as the image has one per sample; any other is the same for every batch.
         """
         image, *others = (_cycled(t, count) if self._per_sample(t) else t for t in (self.image, *self.others))
         return image, tuple(others)
@@ -97,7 +97,7 @@ class ModelCall:
         """Return the image and the other tensors of a call.
 
         Raises:
-            TypeError: it is not called as in the example: another structure, another constant, another kind of tensor.
+            TypeError: the call differs from the example in structure, in a constant or in the kind of a tensor.
         """
         try:
             leaves, spec = pytree.tree_flatten(self._bound(args, kwargs))
@@ -131,7 +131,7 @@ class ModelCall:
 
 
 def arguments_of(inputs: Inputs | None, batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]] | None:
-    """Return the arguments that `inputs` makes of a batch; None where it is None. Raises TypeError for anything else."""
+    """Return `inputs(batch)`, or None if `inputs` is None. Raises TypeError if it does not return (args, kwargs)."""
     if inputs is None:
         return None
     if not callable(inputs):
@@ -145,7 +145,7 @@ def arguments_of(inputs: Inputs | None, batch: Any) -> tuple[Sequence[Any], Mapp
 
 
 class CalledWith(nn.Module):
-    """The model with its tensors as arguments, the image first: all else of the call is constant."""
+    """The model called with its tensors, the image first. All other arguments are constants of the call."""
 
     def __init__(self, model: nn.Module, call: ModelCall) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Model -> chain of layers, proved to compute the same."""
+"""Splits a model into a chain of layers, and proves that the chain computes the same."""
 
 from __future__ import annotations
 
@@ -33,28 +33,29 @@ def split_layers(
     layers: Sequence[str] | None = None,
     inputs: tuple[Sequence[Any], Mapping[str, Any]] | None = None,
 ) -> Chain:
-    """Cut a model into its chain of layers, and prove on the example that the chain computes the same.
+    """Split a model into its chain of layers, and prove on the example that the chain computes the same.
 
-    The proof takes outputs, gradients of the parameters and of the input, and writes to buffers: all are equal to the
-    bit, in eval and in train mode, from several random states, and with all weights moved. A module whose meaning
-    torch.fx cannot hold is kept whole: the chain calls the user's own module. The model is left as it was found, with
-    its training flags, buffers, attributes and gradients; so is the random state of torch, numpy and Python.
+    The proof compares outputs, gradients of parameters and input, and writes to buffers, in eval and train mode, with
+    several random seeds, and with all weights changed. All must be equal to the bit, gradients within rounding. A module
+    that torch.fx cannot represent is kept whole: the chain calls the user's own module. The model is restored with its
+    training flags, buffers, attributes and gradients; so is the random state of torch, numpy and Python.
 
     Args:
-        model: the model, called with one tensor. Further inputs must have defaults, or be given in `inputs`.
-        example: [B, ...], a batch of its inputs on its device, B >= 1. At most two samples of it are used.
-        layers: names of modules, in order. Each is kept whole and starts a layer, and nothing else does.
-        inputs: positional and keyword arguments that the model is called with, `example` itself among them; by default
-            `example` alone. Tensors beside it are inputs of the last layer, so that no cut comes after the first use of
-            one; those with B rows have one a sample. All other arguments are constants.
+        model (nn.Module): the model, called with one tensor. Further inputs need defaults, or must be given in `inputs`.
+        example (Tensor): [B, ...], a batch of its inputs on its device, B >= 1. At most three samples of it are used.
+        layers (Sequence[str], optional): names of modules, in order. Each is kept whole and starts a layer, and no other
+            module does.
+        inputs (tuple, optional): positional and keyword arguments of the model, with `example` itself among them. Default:
+            `example` alone. Other tensors are inputs of the last layer, so there is no cut after the first use of one;
+            those with B rows have one per sample. All other arguments are constants.
 
     Returns:
-        The chain of at least two layers. It starts in the model's mode.
+        Chain: at least two layers, in the model's mode.
 
     Raises:
-        TypeError: for another model, example or inputs.
-        ValueError: if the model has several inputs and they are not given, its own forward cannot be traced, or it has
-            no cut point.
+        TypeError: if the model, the example or the inputs have the wrong type.
+        ValueError: if the model has several inputs that are not given, its own forward cannot be traced, or it has no cut
+            point.
         RuntimeError: if the proof fails.
     """
     _check_arguments(model, example, layers, given=inputs is not None)
@@ -77,10 +78,10 @@ def split_layers(
 
 
 def difference_now(chain: Chain, model: nn.Module) -> str | None:
-    """Say what the chain computes otherwise than the model as both are now, None where nothing is.
+    """Say in what the chain now differs from the model, or return None.
 
-    Both are run on two samples, in both modes, for what `Chain.stale` cannot see: a global variable, a closure. The
-    model is left as it was found, and the user's hooks are not called.
+    Runs both on two samples in both modes, to find what `Chain.stale` cannot see: a changed global variable or closure. The
+    model is restored, and the user's hooks are not called.
     """
     if chain.call is None:
         return None
@@ -92,14 +93,14 @@ def difference_now(chain: Chain, model: nn.Module) -> str | None:
 
 @dataclass
 class _Split:
-    """One model being split: traces it with a given set of modules kept whole."""
+    """The splitting of one model: traces it with a given set of modules kept whole."""
 
     model: nn.Module
     call: ModelCall
     layers: Sequence[str] | None
     state: ModelState
     root: CalledWith = field(init=False)
-    tensors: tuple[torch.Tensor, ...] = field(init=False)  # of two samples: batch statistics need two values
+    tensors: tuple[torch.Tensor, ...] = field(init=False)  # two samples, since batch statistics need two values
     graphs: set[nn.Module] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -111,18 +112,18 @@ class _Split:
         return tuple(t.detach() for t in (image, *others))
 
     def difference(self, twin: nn.Module) -> str | None:
-        """What the twin computes otherwise than the model, None where all is the same."""
+        """What the twin computes differently from the model, or None."""
         return difference(self.root, twin, self.tensors, self.state)
 
     def traces(self, whole: Mapping[str, str]) -> dict[bool, Trace]:
-        """The traces of both modes, with the same modules kept whole in each."""
+        """The traces of both modes, with the same modules kept whole."""
         longer = self._first(3)
         while True:
             made: dict[bool, Trace] = {}
             known = dict(whole)
             for training in (True, False):
                 self.model.train(training)
-                # Contexts inside the forward differ from the one around it in one of the modes.
+                # With and without gradients, so that a no_grad or enable_grad in the forward changes one of the modes.
                 with torch.set_grad_enabled(training), deterministic_algorithms(longer[0]):
                     tracer = ValueTracer(self.root, (self.tensors, longer), known)
                     try:
@@ -140,7 +141,7 @@ class _Split:
             whole = known
 
     def chain(self, whole: Mapping[str, str]) -> Chain:
-        """The chain with these modules kept whole, and others that the tracer keeps whole of itself."""
+        """The chain with these modules kept whole, and those that the tracer adds."""
         traces = self.traces(whole)
         drawing = random_modules(traces[True]) | random_modules(traces[False])
         splitters = {mode: Splitter(self.root, traces[mode], self.layers, drawing) for mode in traces}
@@ -182,9 +183,9 @@ class _Split:
         return Chain(made, kept_whole=whole, call=self.call, watch=Watch(self.root, traces.values()))
 
     def _switches(self, traces: dict[bool, Trace], parts: dict[bool, list[Subgraph]]) -> list[list[nn.Module]]:
-        """For each layer the modules whose forward asks for their training flag, and that it alone replaces.
+        """For each layer, the modules that it alone replaces and whose forward reads their training flag.
 
-        A module that several layers share follows the mode of each layer: a frozen prefix stays in eval mode.
+        A module shared between layers follows each layer's own mode: a frozen prefix stays in eval mode.
         """
         asking = traces[True].mode_reads | traces[False].mode_reads
         replaced = [
@@ -195,10 +196,10 @@ class _Split:
         return [[self.root.get_submodule(p) for p in sorted(paths) if layers_of[p] == 1] for paths in replaced]
 
     def whole_by_proof(self, whole: Mapping[str, str], found: str) -> dict[str, str]:
-        """The modules to keep whole so that the proof holds, found by trying.
+        """The modules to keep whole for the proof to hold, found by trial.
 
-        With every submodule kept whole only the model's own forward is traced. From there on submodules of one class
-        are opened together, then one by one, as long as the proof holds.
+        At first every submodule is kept whole, and only the model's own forward is traced. Then submodules of one class are
+        opened together, or one by one, as long as the proof holds.
         """
         flattened = {p: m for t in self.traces(whole).values() for p, m in t.flattened.items() if p != "model"}
 
@@ -234,7 +235,7 @@ class _Split:
         return self.difference(twin) is None
 
     def not_equal(self, found: str) -> str:
-        """The refusal of a model that its trace does not equal."""
+        """The error text for a model that its trace does not equal."""
         return (
             f"split_layers: the chain of {type(self.model).__name__} must equal the model to the bit, and it does not in "
             f"{found}: the forward of {type(self.model).__name__} itself is not a function of its input, parameters and "
@@ -297,7 +298,7 @@ def _check_arguments(model: nn.Module, example: torch.Tensor, layers: Sequence[s
 
 
 def user_hooks(module: nn.Module) -> dict[str, list[int]]:
-    """The keys of a module's hooks by kind, without those of torch itself (weight_norm)."""
+    """The keys of a module's hooks by kind, except those of torch itself (weight_norm)."""
     return {
         kind: [key for key, hook in vars(module)[kind].items() if not type(hook).__module__.startswith("torch.")]
         for kind in HOOKS
@@ -306,7 +307,7 @@ def user_hooks(module: nn.Module) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def _without_hooks(model: nn.Module) -> Iterator[None]:
-    """Take the user's hooks off: what they would see is no training step."""
+    """Remove the user's hooks inside, because this is not a training step."""
     held = [(vars(m)[kind], keys, dict(vars(m)[kind])) for m in model.modules() for kind, keys in user_hooks(m).items()]
     try:
         for table, keys, _ in held:
@@ -322,7 +323,7 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _preserved(model: nn.Module) -> Iterator[ModelState]:
-    """Put the model and all random states back on leaving."""
+    """Restore the model and all random states on leaving."""
     state = ModelState(model)
     try:
         with fork_rng(0):

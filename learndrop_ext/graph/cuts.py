@@ -22,11 +22,11 @@ _RANDOM_FUNCTIONS = frozenset(
 
 @dataclass(frozen=True)
 class Subgraph:
-    """A run of nodes between two cut points. `key` names its first cut point by the weights used before it."""
+    """The nodes between two cut points. `key` identifies the first of these by the weights used before it."""
 
     nodes: tuple[fx.Node, ...]
     source: fx.Node  # the tensor that enters
-    result: Any  # the node, or for the last subgraph the structure of nodes, that leaves
+    result: Any  # the node that leaves; for the last subgraph a structure of nodes
     shape: tuple[int, ...] | None
     key: tuple[frozenset[str], tuple[str, ...]]
 
@@ -34,8 +34,8 @@ class Subgraph:
 class Splitter:
     """Finds the subgraphs of one trace.
 
-    `layers` are the modules that start a layer, where the user has named them; `random_modules` are modules that are
-    known to draw random numbers in another mode.
+    `layers` are the modules that start a layer, if the user has named them. `random_modules` are modules known to draw
+    random numbers in the other mode.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Splitter:
             self._delay_others()
 
     def _delay_others(self) -> None:
-        """Move what is computed from the other inputs alone to where it meets the image. Random draws stay in order."""
+        """Move nodes that depend only on the other inputs to where they meet the image. Random draws stay in order."""
         from_image, from_others = self._made_of([self.source]), self._made_of(self.others)
         random = self.trace.random
         waiting: list[fx.Node] = []
@@ -78,12 +78,12 @@ class Splitter:
         return found
 
     def subgraphs(self) -> list[Subgraph]:
-        """The subgraphs that hold weights, each with the norms, activations and pools that follow."""
+        """The subgraphs with weights, each with the norms, activations and pools that follow."""
         bounds = [(0, self.source), *self._cut_points(), (len(self.nodes), None)]
         pieces = [(self.nodes[a:b], before) for (a, before), (b, _) in itertools.pairwise(bounds)]
         groups: list[tuple[list[fx.Node], fx.Node]] = []
         weighted = False
-        pending: list[tuple[list[fx.Node], fx.Node]] = []  # from a dropout on, up to the next weights
+        pending: list[tuple[list[fx.Node], fx.Node]] = []  # from a dropout up to the next weights
 
         def join(piece: list[fx.Node], entering: fx.Node) -> None:
             if groups:
@@ -117,11 +117,11 @@ class Splitter:
         return made
 
     def _cut_points(self) -> list[tuple[int, fx.Node]]:
-        """(position, live tensor) of each point that can be cut.
+        """(position, live tensor) of each possible cut point.
 
-        One tensor is live there, with one row a sample; no weight is used on both sides, and no operation writes into
-        the tensor in place right after it. Sizes of the batch are not live: each subgraph reads them from its input. Other
-        inputs of the model than the image are not live either, and there is no cut after their first use.
+        One tensor is live there, with one row per sample. No weight is used on both sides, and no later operation writes
+        into the tensor in place. Batch sizes do not count as live, since each subgraph reads them from its input. Nor do
+        other inputs of the model, but there is no cut after their first use.
         """
         nodes, shapes = self.nodes, self.trace.shapes
         position = {n: i for i, n in enumerate(nodes)} | {self.output: len(nodes), self.source: -1}
@@ -164,7 +164,7 @@ class Splitter:
         return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def _tensors(self, node: fx.Node) -> set[str]:
-        """Identities of the parameters and buffers that a node reads: shared ones are one."""
+        """Identities of the parameters and buffers that a node reads; a shared one counts once."""
         module = self._module_of(node)
         held = [*module.parameters(), *module.buffers()] if module is not None else []
         held += [attribute(self.root, str(n.target)) for n in node.all_input_nodes if n.op == "get_attr"]
@@ -184,19 +184,19 @@ class Splitter:
         return _called(node) in _RANDOM_FUNCTIONS
 
     def _writes_in_place(self, node: fx.Node, tensor: fx.Node) -> bool:
-        """Whether a user of a tensor writes into it, in this mode or in another one."""
+        """Whether a node writes into a tensor it uses, in this mode or the other."""
         if self.trace.storage[tensor] in self.trace.writes.get(node, ()):
             return True
         module = self._module_of(node)
         return bool(getattr(module, "inplace", False)) or node.kwargs.get("inplace") is True
 
     def writes_its_input(self, part: Subgraph) -> bool:
-        """Whether a subgraph writes into the tensor that enters, through a view of it."""
+        """Whether a subgraph writes into the tensor that enters it, or into a view of it."""
         entered = self.trace.storage[part.source]
         return any(entered in self.trace.writes.get(node, ()) for node in part.nodes)
 
     def _tail(self, run: Sequence[fx.Node]) -> tuple[str, ...]:
-        """What follows a layer's last weights, dropout left out: both modes must agree on it at a shared cut point."""
+        """What follows a layer's last weights, except dropout. Both modes must agree on it at a shared cut point."""
         tail: list[str] = []
         for node in run:
             if self._has_weights(node):
@@ -206,7 +206,7 @@ class Splitter:
         return tuple(tail)
 
     def ends(self, part: Subgraph) -> bool:
-        """Whether a subgraph is the last one, which takes the other inputs of the model."""
+        """Whether a subgraph is the last one, which takes the model's other inputs."""
         return part.result is self.output.args[0]
 
     def module(self, part: Subgraph) -> fx.GraphModule:
@@ -233,13 +233,13 @@ class Splitter:
 
 
 def attribute(root: nn.Module, path: str) -> Any:
-    """The attribute of a module of `root` that a get_attr node names."""
+    """The attribute of a module of `root` to which a get_attr node refers."""
     owner, _, name = path.rpartition(".")
     return getattr(root.get_submodule(owner), name)
 
 
 def has_weights(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node uses weights that are not those of a norm."""
+    """Whether a node uses weights other than those of a norm."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         return not isinstance(module, _NORM_MODULES) and any(True for _ in module.parameters())
@@ -254,12 +254,12 @@ def _called(node: fx.Node) -> str:
 
 
 def random_modules(trace: Trace) -> frozenset[str]:
-    """The modules called whole that drew random numbers."""
+    """The modules that were called whole and drew random numbers."""
     return frozenset(str(n.target) for n in trace.random if n.op == "call_module")
 
 
 def merge_subgraphs(parts: list[Subgraph], keys: list[tuple[frozenset[str], tuple[str, ...]]]) -> list[Subgraph]:
-    """Join each subgraph whose first cut point is not among the keys to the one before it."""
+    """Join each subgraph whose first cut point is not among the keys to its predecessor."""
     merged: list[Subgraph] = []
     for part in parts:
         if merged and part.key not in keys:
@@ -270,7 +270,7 @@ def merge_subgraphs(parts: list[Subgraph], keys: list[tuple[frozenset[str], tupl
 
 
 def layer_name(root: nn.Module, part: Subgraph) -> str:
-    """The path of the innermost module that holds all weights of a subgraph, or of the first that has weights."""
+    """The path of the innermost module that holds all weights of a subgraph, or of the first one with weights."""
     owners = [str(n.target) for n in part.nodes if n.op == "call_module" and has_weights(root, n)]
     owners += [
         str(a.target).rpartition(".")[0]

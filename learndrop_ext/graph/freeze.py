@@ -1,4 +1,4 @@
-"""Freezing a prefix: what a drop relies on, and whether it is still so."""
+"""Freezes a prefix, and checks that its weights and attributes do not change."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from learndrop_ext.ops.transfer import crc32c
 class FrozenPrefix:
     """The first k layers of a model while they are dropped.
 
-    Nothing is put on the model: the optimizer passes parameters without a gradient by, and the modules are put into eval
-    mode at each step (`hold_eval`). A copy of the model is an ordinary model.
+    Nothing is attached to the model, so a copy of it is an ordinary model: the optimizer skips parameters without a
+    gradient, and the modules are put into eval mode at each step (`hold_eval`).
 
-    The rows are of the weights and buffers as they were: `first_change` and `first_changed_value` name the layer that is
-    no longer what it was.
+    Rows are valid only for the weights and buffers they were computed with: `first_change` and `first_changed_value` name a
+    layer that has changed.
 
     Args:
-        model: the whole model; parameters that are replaced in it are seen.
+        model: the whole model.
         chain: its layers.
-        k: how many are frozen.
-        optimizer: the user's; parameters that are added to it later are asked to train.
+        k: number of frozen layers.
+        optimizer: the user's optimizer.
         before: the shorter prefix that was frozen until now.
     """
 
@@ -53,7 +53,7 @@ class FrozenPrefix:
         self._chain = chain
         self._slots = tuple(_slots(model, chain, k))  # (layer, dictionary that holds it, name) of each tensor
         held = _held(optimizer)
-        self._asleep = tuple(  # parameters that did not train, and should go on so: whether one asked for gradients
+        self._asleep = tuple(  # parameters that did not train when they were dropped, with their requires_grad
             (layer, owner, name, owner[name].requires_grad)
             for layer, owner, name in self._slots
             if isinstance(owner[name], nn.Parameter) and not (owner[name].requires_grad and id(owner[name]) in held)
@@ -69,38 +69,38 @@ class FrozenPrefix:
         self.hold_eval()
 
     def hold_eval(self) -> None:
-        """Put the frozen modules into eval mode, which `model.train()` may have ended."""
+        """Put the frozen modules into eval mode again, in case of `model.train()`."""
         for module in self._modules:
             module.training = False
 
     def accept(self) -> None:
-        """Take the weights and buffers as they are now, those that have come since with them."""
+        """Accept the weights, buffers and attributes as they are now."""
         self._slots = tuple(_slots(self._model, self._chain, self.k))
         self._seen = [_identity(owner.get(name)) for _, owner, name in self._slots]
         self._checksums = [_checksum(owner.get(name)) for _, owner, name in self._slots]
         self._attributes = Attributes(self._called, self._chain.moving, since="its rows were made")
 
     def first_changed_attribute(self) -> str | None:
-        """Say which attribute of a frozen module that is called as it is (a temperature, a flag, a tensor that is no
-        buffer) has changed, None where none has; those that its forward itself changes are passed by."""
+        """Say which attribute of a frozen module (a temperature, a flag, a tensor that is not a buffer) has changed, or
+        return None. Attributes that forward itself changes are not compared."""
         return self._attributes.moved()
 
     def attributes_as_accepted(self) -> contextlib.AbstractContextManager[bool]:
-        """Have those attributes as they were inside; gives False where a value that was written to cannot be put back."""
+        """Restore the accepted attributes inside; gives False if one that was changed in place cannot be restored."""
         return self._attributes.put_back()
 
     def first_change(self) -> str | None:
-        """Return the name of the first layer with a tensor that was written to or replaced, by its version counter and
-        address. Cheap: no value is read. Values written through `.data` are not seen here."""
+        """Return the name of the first layer with a tensor that was written to or replaced, or None. Compares version
+        counters and addresses, which is cheap, but misses writes through `.data`."""
         for (layer, owner, name), seen in zip(self._slots, self._seen, strict=True):
             if _identity(owner.get(name)) != seen:
                 return layer
         return None
 
     def first_changed_value(self) -> str | None:
-        """Return the name of the first layer with other values than those accepted, None where all are the same.
+        """Return the name of the first layer with other values than those accepted, or None.
 
-        Tensors that were written with the values that they had count as unchanged from then on.
+        If there is none, tensors that were written to with their old values count as unchanged.
         """
         for (layer, owner, name), checksum in zip(self._slots, self._checksums, strict=True):
             if _checksum(owner.get(name)) != checksum:
@@ -109,8 +109,8 @@ class FrozenPrefix:
         return None
 
     def first_woken(self) -> str | None:
-        """Return the name of the first layer with a parameter that did not train when it was dropped and is asked to
-        now: by `requires_grad_(True)`, whatever optimizer holds it, or by a place in this one."""
+        """Return the name of the first layer with a parameter that did not train when it was dropped and has been set to
+        train since, by `requires_grad_(True)` or by adding it to the optimizer; or None."""
         held = _held(self.optimizer)
         for layer, owner, name, asked in self._asleep:
             parameter = owner.get(name)
@@ -119,14 +119,14 @@ class FrozenPrefix:
         return None
 
     def release(self) -> None:
-        """Let the modules follow the model's mode again: as they were, if the model is in the mode that it was in."""
+        """Give the modules the model's mode again, or the modes they had if the model's has not changed."""
         training = self._model.training
         for module, before in self._modes.items():
             module.training = before if training == self._root_mode else training
 
 
 def prefix_modules(model: nn.Module, chain: Chain, k: int) -> list[nn.Module]:
-    """Return the modules of the first k layers: the chain's own, and the model's that hold nothing outside the prefix."""
+    """Return the modules of the first k layers: the chain's, and those of the model that are entirely in the prefix."""
     inside = {m for i in range(k) for m in chain.layer(i).modules()}
     outside = {m for i in range(k, len(chain)) for m in chain.layer(i).modules()}
     leaves = {m for m in inside if next(m.children(), None) is None} - outside
@@ -142,8 +142,8 @@ def device_of(model: nn.Module) -> torch.device:
     """Return the device of all parameters of a model.
 
     Raises:
-        TypeError: no module.
-        ValueError: no parameters, or parameters on several devices.
+        TypeError: the model is not a module.
+        ValueError: it has no parameters, or has them on several devices.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"DropScheduler: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -155,7 +155,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Raise TypeError or ValueError for an optimizer that holds none of the model's parameters."""
+    """Raise TypeError or ValueError for an optimizer with none of the model's parameters."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"DropScheduler: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     held = _held(optimizer)
@@ -169,7 +169,7 @@ def _held(optimizer: torch.optim.Optimizer) -> set[int]:
 
 
 def _slots(model: nn.Module, chain: Chain, k: int) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """(layer, dictionary of the owning module, name) of each tensor that the first k layers hold."""
+    """(layer, dictionary of the owning module, name) of each tensor in the first k layers."""
     owners: dict[int, tuple[Mapping[str, Any], str]] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers, vars(module)):  # a graph may hold a plain tensor too
@@ -190,7 +190,7 @@ def _identity(tensor: torch.Tensor | None) -> tuple[int, int, int]:
 
 
 def _checksum(tensor: torch.Tensor | None) -> int:
-    """CRC-32C of the values: a changed weight goes unseen once in 2^32 times."""
+    """CRC-32C of the values. It misses a change once in 2^32 times."""
     if tensor is None or tensor.numel() == 0:
         return 0
     values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

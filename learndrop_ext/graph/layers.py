@@ -1,9 +1,9 @@
-"""A model as a chain of layers: the points of its forward graph where one tensor is live, and the modules between them.
+"""A model as a chain of layers.
 
-A *cut point* is a point of the graph where exactly one tensor is live. A *layer* lies between two chosen cut points: it
-starts at an operation with weights (a convolution, a linear map, a residual block, in which two tensors are live) and
-takes along the norms, activations and pools that follow. Dropout goes with the layer after it, so that a cached
-activation is the tensor before the dropout and the noise stays fresh.
+A *cut point* is a point of the forward graph where exactly one tensor is live. A *layer* is the part between two cut points:
+it starts at an operation with weights (a convolution, a linear map, or a residual block, inside which two tensors are live)
+and includes the norms, activations and pools that follow. Dropout belongs to the next layer, so that the cached activation
+is the tensor before the dropout, and its noise stays fresh.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class Layer(nn.Module):
 
     Attributes:
         name: path of the module that the layer starts with, or that holds all of it.
-        shape: shape of one sample of the tensor that leaves the layer, without the batch dimension; None for the last
-            layer of a model that returns no single tensor.
-        train_graph: what the layer computes in train mode.
-        eval_graph: what it computes in eval mode; the same object where that is the same.
-        others: how many inputs of the model beside the image it takes, after its own; all of them or none.
+        shape: shape of its output without the batch dimension; None for the last layer of a model that does not return a
+            single tensor.
+        train_graph: the graph of train mode.
+        eval_graph: the graph of eval mode; the same object if both are equal.
+        others: number of the model's other inputs that it takes after its own: all of them or none.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class Layer(nn.Module):
         self.name = name
         self.shape = shape
         self.train_graph = train
-        # A module that asks for self.training has it baked in by the tracer: then there are two graphs.
+        # The tracer turns a read of self.training into a constant: then there are two graphs.
         self.eval_graph = evaluate if evaluate.code != train.code else train
         self.fixed_input = fixed_input
         self.writes_input = writes_input
         self.others = len(others)
         self.other_shapes = tuple(others)  # None is the batch size
-        #: Modules that the layer replaces: in train mode their flags decide between the graphs.
+        #: Modules of the model that the layer replaces. In train mode their flags choose the graph.
         self.switches: tuple[nn.Module, ...] = tuple(switches) if self.eval_graph is not train else ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "switches": ()}
 
     def train(self, mode: bool = True) -> Layer:
-        """Set the mode of the layer, of its modules, and of the modules of the model that it replaces."""
+        """Set the mode of the layer, its modules, and the modules of the model that it replaces."""
         super().train(mode)
         for module in self.switches:
             module.training = mode
@@ -106,9 +106,9 @@ class Layer(nn.Module):
 
 
 class Segment(nn.Module):
-    """Some neighbouring layers of a chain, run one after the other; `Segment([])` is the identity.
+    """Consecutive layers of a chain. `Segment([])` is the identity.
 
-    Further inputs of the model are given after the image, and go to the layer that takes them.
+    The model's other inputs are given after the image, and go to the layer that takes them.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -120,17 +120,17 @@ class Segment(nn.Module):
 
 
 class Chain(nn.Module):
-    """A model as a sequence of layers: `chain(x)` equals `model(x)` and shares its parameters and buffers.
+    """A model as a sequence of layers: `chain(x)` equals `model(x)`, with the same parameters and buffers.
 
-    Made by :func:`split_layers`. It can be copied and pickled; a copy is on its own and watches no model. Where the model
-    has further tensors as inputs, `chain(x, *others)` takes them in the order of the model's parameters.
+    Made by `split_layers`. It can be copied and pickled; a copy is independent of the model. If the model has other tensor
+    inputs, they are given in the order of its parameters: `chain(x, *others)`.
 
     Attributes:
         layers: the layers, in order.
-        kept_whole: modules that the graphs call as they are because torch.fx cannot hold them, and the reason.
+        kept_whole: name -> reason of modules that the graphs call because torch.fx cannot represent them.
         call: how the model is called, with an example; None in a copy.
-        moving: (id of a module, name) of each attribute that the model's forward itself changes; empty in a copy.
-        stored: those in which it keeps a tensor for its caller.
+        moving: (id of a module, name) of each attribute that the model's forward changes; empty in a copy.
+        stored: those of them that hold a tensor for the caller.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Chain(nn.Module):
         return tuple(self.layer(i).name for i in range(len(self)))
 
     def segment(self, start: int, stop: int) -> Segment:
-        """Return the layers start..stop-1 as one module.
+        """Return layers start..stop-1 as one module.
 
         Raises:
             IndexError: unless 0 <= start <= stop <= len(chain).
@@ -185,19 +185,18 @@ class Chain(nn.Module):
         return self.segment(0, k)
 
     def suffix(self, k: int) -> Segment:
-        """Return all layers from the k-th on as one module."""
+        """Return all layers from layer k on as one module."""
         return self.segment(k, len(self))
 
     def stale(self) -> str | None:
-        """Say what has changed in the model since it was split, of what the chain holds as a constant.
+        """Say what has changed in the model that the chain holds as a constant.
 
-        That is: attributes that the model's forward reads, submodules and parameters that were replaced, and hooks on
-        modules that the chain does not call. Values of parameters and buffers are shared and never stale. It takes
-        well under a millisecond.
+        Compares attributes that the model's forward reads, replaced submodules and parameters, and hooks on modules that the
+        chain does not call. Values of parameters and buffers are shared and never stale. Takes well under a millisecond.
 
         Returns:
             The first change in words ("temperature of block2.attn was 1.0 when the model was split, and is 0.5"), or
-            None. A copied or unpickled chain watches nothing and returns None.
+            None. A copy always returns None.
         """
         return self._watch.moved() if self._watch is not None else None
 
@@ -210,20 +209,20 @@ def _run(layers: nn.ModuleList, x: torch.Tensor, others: tuple[torch.Tensor, ...
 
 
 def same_layers(one: Chain, other: Chain, k: int) -> bool:
-    """Whether the first k layers of two chains of one model compute the same, by the same modules and tensors."""
+    """Return whether the first k layers of two chains of a model compute the same with the same modules and tensors."""
     pairs = [(one.layer(i), other.layer(i)) for i in range(k)]
     return all(built_of(a) == built_of(b) and _held(a) == _held(b) for a, b in pairs)
 
 
 def _held(layer: Layer) -> set[int]:
-    """Identities of the modules that a layer calls and of its tensors."""
+    """Identities of the modules that a layer calls, and of its tensors."""
     nodes = [(g, n) for g in (layer.train_graph, layer.eval_graph) for n in g.graph.nodes if n.op == "call_module"]
     modules = (graph.get_submodule(str(node.target)) for graph, node in nodes)
     return {id(held) for held in (*modules, *layer.parameters(), *layer.buffers())}
 
 
 def built_of(layer: Layer) -> tuple[Any, ...]:
-    """What a layer computes but for the values of its weights: equal for layers that are built alike."""
+    """Return the structure of a layer: everything it computes except the values of its weights."""
     return tuple(
         _node_built(graph, node, {n: i for i, n in enumerate(graph.graph.nodes)})
         for graph in dict.fromkeys((layer.train_graph, layer.eval_graph))

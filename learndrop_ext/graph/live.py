@@ -1,4 +1,4 @@
-"""What is trained now: the whole model, or after a drop the suffix."""
+"""The model being trained: the whole model or, after a drop, its suffix."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from learndrop_ext.graph.freeze import FrozenPrefix
 
 Wrap = Callable[[nn.Module], nn.Module]
 
-#: Batches of which every value is compared with what the loader gave, where the loop passes another tensor on (a cast,
-#: another memory format). Of later ones one sample is, another one each time.
+#: If the loop passes another tensor than the loader's (a cast, another memory format), all values are compared in so many
+#: batches, and one sample in each later batch.
 FULLY_COMPARED = 4
 
 
 class _BehindFrozen(nn.Module):
-    """The suffix behind frozen layers that are run again at each step, in eval mode and without gradients."""
+    """The suffix behind frozen layers that run at each step, in eval mode and without gradients."""
 
     def __init__(self, frozen: Segment, suffix: nn.Module) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class _BehindFrozen(nn.Module):
         self.suffix = suffix
 
     def forward(self, x: torch.Tensor, *others: torch.Tensor) -> Any:
-        # A dropout module that the suffix uses too follows model.train().
+        # A dropout module shared with the suffix follows model.train().
         shared = [m for m in self.frozen.modules() if m.training]
         for module in shared:
             module.training = False
@@ -42,17 +42,16 @@ class _BehindFrozen(nn.Module):
 
 
 class LiveModel(nn.Module):
-    """What is trained now, as one module that stays the same object: at first the whole model, after a drop the suffix.
+    """The model being trained, always the same object: at first the whole model, after a drop the suffix.
 
-    It checks at each training call that it is given the batch's own input, unchanged, and that the frozen layers are
-    what they were. It notes the autocast of the training step, which the frozen layers have to repeat.
+    Each training call checks that the input is the loader's, unchanged, and that the frozen layers have not changed. It
+    records the autocast dtype, under which the frozen layers must run too.
 
     Args:
-        body: what is run.
-        base: the whole model; its mode is followed.
-        input_name: name of the model's input, under which it may be given as a keyword.
-        call: how the loop calls the model, where it does so with more than the image. The other tensors go to the live
-            layers as they come.
+        body: the module to run.
+        base: the whole model, whose mode is followed.
+        input_name: name of the model's input, for calls by keyword.
+        call: how the loop calls the model, if with more than the image. Other tensors are passed to the live layers.
     """
 
     def __init__(self, body: nn.Module, base: nn.Module, input_name: str, *, call: ModelCall | None = None) -> None:
@@ -64,17 +63,17 @@ class LiveModel(nn.Module):
         self.row_shape: tuple[int, ...] | None = None
         self.image_shape: tuple[int, ...] | None = None
         self.frozen: FrozenPrefix | None = None
-        self.stale: Callable[[], str | None] | None = None  # of the chain, while layers are dropped
+        self.stale: Callable[[], str | None] | None = None  # Chain.stale, while layers are dropped
         self.check_input = True
         self.calls = 0
         self.eval_calls = 0
         self.foreign: str | None = None
         self.autocast: torch.dtype | None = None
-        self._base = (base,)  # in a tuple: its parameters are not this module's
+        self._base = (base,)  # in a tuple, so that it is not a submodule
         self._base_mode = base.training
         self._expected: tuple[torch.Tensor, int] | None = None
         self._compared = 0
-        self._other: torch.Tensor | None = None  # on a GPU: whether a value was seen that is not the loader's
+        self._other: torch.Tensor | None = None  # on a GPU: whether a value was not the loader's
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._follow_mode()
@@ -107,25 +106,25 @@ class LiveModel(nn.Module):
         )
 
     def set_mode(self, training: bool, *, but: nn.Module) -> None:
-        """Put all into a mode but the modules of the whole model `but`: their modes are the caller's."""
+        """Set the mode of all modules except those of the whole model `but`, which are the caller's."""
         own = set(but.modules())
         for module in self.modules():
             if module not in own:
                 module.training = training
 
     def expect(self, x: torch.Tensor) -> None:
-        """Take `x` as the input that the training calls have to get from now on, or the first rows of it."""
+        """Expect training calls to get `x`, or some rows of it, from now on."""
         self._expected = x, x._version
 
     def take_foreign(self) -> str | None:
-        """Return what was given in place of the batch's input since the last call, None where nothing was; forget it."""
+        """Return a description of what was given in place of the loader's input since the last call, or None."""
         if self._other is not None and bool(self._other):
             self.foreign = self.foreign or "other values"
         found, self.foreign, self._other = self.foreign, None, None
         return found
 
     def check_frozen(self) -> None:
-        """Raise RuntimeError, naming the layer, where a frozen weight or buffer has changed: rows are of the old one."""
+        """Raise RuntimeError, naming the layer, if a frozen weight or buffer has changed since the rows were computed."""
         if self.frozen is None or self.frozen.first_change() is None:
             return
         layer = self.frozen.first_changed_value()
@@ -138,7 +137,7 @@ class LiveModel(nn.Module):
             )
 
     def _check_rows(self, x: torch.Tensor) -> None:
-        """Raise ValueError in eval mode for what may be images: their shape does not tell them from rows."""
+        """Raise ValueError in eval mode for an input that may be images, if they have the shape of rows."""
         if self.row_shape is None or self.row_shape != self.image_shape or not self.check_input:
             return
         if self._expected is not None and (x is self._expected[0] or _is_slice(x, self._expected[0])):
@@ -149,7 +148,7 @@ class LiveModel(nn.Module):
         )
 
     def _check_code(self) -> None:
-        """Raise RuntimeError where the live layers read something from their modules that has changed in this epoch."""
+        """Raise RuntimeError if the live layers read something from their modules that has changed in this epoch."""
         moved = self.stale() if self.stale is not None else None
         if moved is not None:
             raise RuntimeError(
@@ -158,8 +157,7 @@ class LiveModel(nn.Module):
             )
 
     def _follow_mode(self) -> None:
-        """Take the mode that `model.train()` or `model.eval()` was last called with: layers of a chain, and what wraps
-        them, are no part of the user's model."""
+        """Adopt the mode of the user's model, to which the layers of a chain and their wrappers do not belong."""
         base = self._base[0]
         if base.training == self._base_mode:
             return
@@ -185,7 +183,7 @@ class LiveModel(nn.Module):
         kind = self.device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         self.check_frozen()
-        if self.calls & (self.calls - 1) == 0:  # 1, 2, 4, 8, ...: it is read from all modules
+        if self.calls & (self.calls - 1) == 0:  # at calls 1, 2, 4, 8, ..., because it reads all modules
             self._check_code()
         if self._expected is None or not self.check_input:
             return
@@ -213,7 +211,7 @@ class LiveModel(nn.Module):
 
 
 def live_body(model: nn.Module, chain: Chain, cut: int, prefix: int, wrap: Wrap | None) -> nn.Module:
-    """Return what is trained when `prefix` layers are frozen and the rows are those after `cut` of them, wrapped."""
+    """Return the wrapped model to train with `prefix` frozen layers on rows after `cut` of them."""
     live: nn.Module = model if prefix == 0 else chain.suffix(prefix)
     if wrap is not None:
         live = wrap(live)
@@ -223,7 +221,7 @@ def live_body(model: nn.Module, chain: Chain, cut: int, prefix: int, wrap: Wrap 
 
 
 def _is_slice(x: torch.Tensor, whole: torch.Tensor) -> bool:
-    """Whether x is some neighbouring rows of a tensor, in its memory."""
+    """Whether x is a slice of consecutive rows of a tensor."""
     if x.device != whole.device or x.dtype != whole.dtype or x.shape[1:] != whole.shape[1:]:
         return False
     if x.stride() != whole.stride() or x.untyped_storage().data_ptr() != whole.untyped_storage().data_ptr():

@@ -1,4 +1,4 @@
-"""What user code does while it is traced, beside calling operations: modes, random numbers, attributes."""
+"""Observes what user code does while it is traced, other than calling operations: modes, random numbers, attributes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Observer(Protocol):
-    """What is told of attributes and of autocast, while it is not `executing`."""
+    """Receives reads and writes of attributes, and uses of autocast, unless it is `executing`."""
 
     executing: bool
 
@@ -24,7 +24,7 @@ class Observer(Protocol):
 
 
 def random_state(device: torch.device) -> tuple[Any, ...]:
-    """The states of the global generators of Python, numpy and torch, to be compared."""
+    """Return the states of the global generators of Python, numpy and torch, for comparison."""
     numpy_state: Any = np.random.get_state()
     kind, keys, *rest = numpy_state
     state = (random.getstate(), torch.get_rng_state().numpy().tobytes(), keys.tobytes(), kind, *rest)
@@ -34,7 +34,7 @@ def random_state(device: torch.device) -> tuple[Any, ...]:
 
 
 def modes() -> tuple[Any, ...]:
-    """The modes of torch that decide what an operation does, beside its arguments."""
+    """Return the modes of torch on which an operation depends beside its arguments."""
     attention = torch.backends.cuda
     return (
         torch.is_grad_enabled(),
@@ -46,7 +46,7 @@ def modes() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def observed(tracer: Observer) -> Iterator[None]:
-    """Tell the tracer of attributes that are read from modules and set on them, and of autocast."""
+    """Report attributes read from modules and set on them, and uses of autocast, to the tracer."""
     get_thread = threading.get_ident
     thread = get_thread()
     put = nn.Module.__setattr__
@@ -54,7 +54,7 @@ def observed(tracer: Observer) -> Iterator[None]:
 
     def read(module: nn.Module, name: str) -> Any:
         value = object.__getattribute__(module, name)
-        # Most of what is read belongs to calls in which nothing is recorded.
+        # Most reads happen in calls in which nothing is recorded.
         if not tracer.executing and get_thread() == thread:
             tracer.note_read(module, name, value)
         return value

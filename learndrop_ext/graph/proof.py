@@ -1,4 +1,4 @@
-"""The proof that a chain computes what its model does: values, gradients and side effects, to the bit."""
+"""Proves that a chain computes the same as its model: values and side effects to the bit, gradients within rounding."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from learndrop_ext.rng import fork_rng
 
 @dataclass(frozen=True)
 class _Situation:
-    """A mode, a random state, whether all weights are moved first, and whether gradients are compared.
+    """A mode, a random seed, whether all weights are changed first, and whether gradients are compared.
 
-    What was computed from a weight while tracing is a constant of the trace, which no longer fits moved weights.
+    A value computed from a weight while tracing is a constant of the trace, and wrong for changed weights.
     """
 
     training: bool
@@ -30,22 +30,22 @@ class _Situation:
 
 SITUATIONS = (_Situation(False, 0, True), _Situation(True, 1, False), _Situation(True, 2, True))
 
-#: Quick, and without a write to a parameter.
+#: Quick, and writes to no parameter.
 AS_IT_IS = (_Situation(False, 0, False, gradients=False), _Situation(True, 1, False, gradients=False))
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What one forward and backward pass gives."""
+    """The results of one forward and backward pass."""
 
     outputs: tuple[tuple[str, Any], ...]
-    gradients: dict[str, torch.Tensor | None] | None  # None: the backward pass failed, or there is nothing to derive
+    gradients: dict[str, torch.Tensor | None] | None  # None: the backward pass failed, or nothing requires a gradient
     effects: dict[str, torch.Tensor]  # tensors of the model that were written to
 
 
 @contextlib.contextmanager
 def deterministic_algorithms(x: torch.Tensor) -> Iterator[None]:
-    """The same algorithm at each call, so that equal inputs give equal bits on a GPU too."""
+    """Use the same algorithm in each call, so that equal inputs give equal bits on a GPU too."""
     if x.device.type != "cuda":
         yield
         return
@@ -61,17 +61,17 @@ def difference(
     *,
     situations: Sequence[_Situation] = SITUATIONS,
 ) -> str | None:
-    """Compare a module that shares a model's weights with the model, in both modes and several random states.
+    """Compare a module that shares a model's weights with the model, in both modes and with several random seeds.
 
     Args:
         model: the model, called with its tensors.
-        twin: a module that should compute the same of them, from the same parameters and buffers.
+        twin: a module that should compute the same with the same parameters and buffers.
         inputs: a batch of the model's tensors, the image [B, ...] first.
-        state: of the model as it is now.
-        situations: in which they are compared.
+        state: the model's current state, which is restored.
+        situations: modes and seeds to compare in.
 
     Returns:
-        What differs first ("train mode: the gradient of fc.weight"), or None. The model is left as it was found.
+        The first difference ("train mode: the gradient of fc.weight"), or None.
     """
     flags = [(m, m.training) for m in twin.modules()]
     try:
@@ -99,7 +99,7 @@ def _difference(
     except Exception:
         if not now.moved:
             raise
-        now = replace(now, moved=False)  # the model itself refuses such weights
+        now = replace(now, moved=False)  # the model itself cannot run with changed weights
         wanted = run(model, now)
     try:
         got = run(twin, now)
@@ -135,7 +135,7 @@ def _run(
 def _gradients(
     outputs: tuple[tuple[str, Any], ...], weights: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor | None] | None:
-    """Gradients of a random linear function of all outputs."""
+    """The gradients of a random linear function of all outputs."""
     tensors = [v for _, v in outputs if isinstance(v, torch.Tensor) and v.requires_grad and v.is_floating_point()]
     if not tensors:
         return None
@@ -179,11 +179,11 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _within_rounding(a: torch.Tensor | None, b: torch.Tensor | None, largest: float) -> bool:
-    """Whether two gradients differ by no more than the order in which a sum is taken: that of a convolution's weights
-    changes with the threads and the addresses of its operands. A backward that is another one differs by far more.
+    """Whether two gradients differ by no more than the order of summation may cause, which for the weights of a convolution
+    depends on threads and addresses. Another backward pass would differ by far more.
 
-    largest: of all gradients. One that is small beside it may be nothing but rounding, as in front of a batch norm over
-    two values.
+    largest: the largest value of all gradients. A gradient that is small in comparison may be nothing but rounding, as
+    before a batch norm over two values.
     """
     if a is None or b is None or a.shape != b.shape:
         return False

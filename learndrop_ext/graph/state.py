@@ -1,4 +1,4 @@
-"""What a module holds beside its code: values, flags and attributes, to put back and to compare."""
+"""The state of a module (values, flags, attributes), to be restored and compared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-#: What torch.nn.Module itself keeps in a module: parameters, submodules, hooks, the mode.
+#: The attributes of torch.nn.Module itself: parameters, submodules, hooks, the mode.
 MODULE_NAMES = frozenset(vars(nn.Module()))
 
 _PLAIN = (int, float, complex, str, bytes, tuple, list, dict, set, frozenset, deque)
@@ -20,12 +20,12 @@ _NO_FIELDS = (*_PLAIN, type, nn.Module, torch.Tensor, FunctionType, MethodType, 
 
 
 def version(tensor: torch.Tensor) -> int:
-    """The number of in-place writes to a tensor; tensors made in inference mode do not count theirs."""
+    """Return the number of in-place writes to a tensor; 0 for tensors made in inference mode, which do not count them."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
-    """How to read and set the state of a random generator; None for anything else."""
+    """Functions that read and set the state of a random generator; None for anything else."""
     if isinstance(value, torch.Generator):
         return value.get_state, value.set_state
     if isinstance(value, random.Random):
@@ -39,12 +39,12 @@ def _generator(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | N
 
 
 def is_mutable(value: Any) -> bool:
-    """Whether a module that holds the value can change it in place without setting an attribute."""
+    """Return whether a value can change without an attribute being set."""
     return isinstance(value, list | dict | set | deque) or _generator(value) is not None or _fields(value) is not None
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object that holds values, as a configuration does; None for code, modules and tensors."""
+    """The attributes of an object that holds values, such as a configuration; None for code, modules and tensors."""
     if isinstance(value, _NO_FIELDS):
         return None
     if type(value).__module__.partition(".")[0] in ("torch", "numpy", "builtins", "random"):
@@ -54,15 +54,15 @@ def _fields(value: Any) -> dict[str, Any] | None:
 
 
 class ModelState:
-    """The state of a model at one moment, which `restore` puts back as often as needed.
+    """A snapshot of a model, which `restore` restores as often as needed.
 
-    It holds copies of all parameters, buffers and tensor attributes, and the attributes of every module: training
-    flags, hooks, submodules, plain values, the content of lists, dicts and sets, and random generators.
+    It copies all parameters, buffers and tensor attributes, and the attributes of every module: training flags, hooks,
+    submodules, plain values, the contents of lists, dicts and sets, and random generators.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._attributes = [(m, dict(m.__dict__)) for m in model.modules()]
-        self._moved: set[int | tuple[int, str]] = set()  # ids of values, and of modules with names of attributes
+        self._moved: set[int | tuple[int, str]] = set()  # ids of values, and (id of a module, attribute)
         self._stored: set[tuple[int, str]] = set()
         self._contents: list[tuple[Any, Any]] = []
         self._tensors: dict[int, tuple[str, torch.Tensor, torch.Tensor, bool]] = {}
@@ -93,7 +93,7 @@ class ModelState:
             self._generators.append((put, get()))
 
     def changes(self, *, parameters: bool) -> dict[str, torch.Tensor]:
-        """Copies of the buffers and tensor attributes, and of the parameters, that have been written to, by name."""
+        """Return name -> copy of each buffer, tensor attribute and (`parameters`) parameter that has been written to."""
         return {
             name: tensor.detach().clone()
             for key, (name, tensor, _, _) in self._tensors.items()
@@ -101,33 +101,33 @@ class ModelState:
         }
 
     def _written(self, key: int) -> bool:
-        # Batch norm moves its running statistics without a new version; a parameter is compared by version alone.
+        # Batch norm updates its running statistics without a new version. Parameters are compared by version alone.
         _, tensor, value, _ = self._tensors[key]
         if version(tensor) != self._versions[key]:
             return True
         return not isinstance(tensor, nn.Parameter) and not torch.equal(tensor.detach(), value)
 
     def floating(self) -> Iterator[torch.Tensor]:
-        """The parameters, buffers and tensor attributes with floating-point values that can be written to."""
+        """Yield the floating-point parameters, buffers and tensor attributes that can be written to."""
         for _, tensor, _, _ in self._tensors.values():
             if tensor.is_floating_point() and not tensor.is_inference() and 0 not in tensor.stride():
                 yield tensor
 
     def moving(self) -> frozenset[tuple[int, str]]:
-        """Return (id of a module, name) of each attribute that had changed when the state was put back."""
+        """Return (id of a module, name) of each attribute that had changed when the state was restored."""
         values = {(id(m), name) for m, before in self._attributes for name, v in before.items() if id(v) in self._moved}
         values |= {key for key in self._moved if isinstance(key, tuple)}
         return frozenset((module, name) for module, name in values if name not in MODULE_NAMES)
 
     def stored(self) -> frozenset[tuple[int, str]]:
-        """Return (id of a module, name) of each attribute that held another tensor, of one dimension or more, when the
-        state was put back: what a forward keeps for its caller."""
+        """Return (id of a module, name) of each attribute that held a new tensor, of one dimension or more, when the state
+        was restored: those that forward stores for its caller."""
         return frozenset(self._stored)
 
     def restore(self, *, noting: bool = True) -> None:
-        """Put everything back. Tensors that were not written to are not touched.
+        """Restore everything. Tensors that were not written to are not touched.
 
-        noting: whether tensors that were written to count as `moving`.
+        noting: count tensors that were written to as `moving`.
         """
         for module, before in self._attributes:
             now = module.__dict__
@@ -158,14 +158,14 @@ class ModelState:
 
 
 def contents_of(value: Any) -> Any:
-    """A copy of a list, dict, set, deque or an object's attributes, for `refill`; None for anything else."""
+    """Return a copy of a list, dict, set, deque or an object's attributes, for `refill`; None for anything else."""
     if (fields := _fields(value)) is not None:
         return dict(fields)
     return value.copy() if isinstance(value, list | dict | set | deque) else None
 
 
 def refill(content: Any, copy: Any) -> bool:
-    """Put the content of a list, dict, set, deque or object back where it has changed; return whether it had."""
+    """Restore the contents of a list, dict, set, deque or object, and return whether they had changed."""
     content = content if (fields := _fields(content)) is None else fields
     if isinstance(content, dict):
         same = content.keys() == copy.keys() and all(content[key] is copy[key] for key in copy)
@@ -186,7 +186,7 @@ def refill(content: Any, copy: Any) -> bool:
 
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested output with their paths: tuples, lists, dicts, dataclasses and objects of such."""
+    """Yield (path, leaf) of a nested output of tuples, lists, dicts, dataclasses and other objects."""
     if isinstance(value, dict):
         for key in value:
             yield from flatten(value[key], f"{path}[{key!r}]")
@@ -201,13 +201,13 @@ def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class Mark:
-    """The value of an attribute at one moment, to be compared with what it is later.
+    """The value of an attribute at one moment, for comparison with its later value.
 
     Args:
-        value: of the attribute.
-        since: what the moment was, in words.
-        writes: whether a floating-point tensor that is written to counts as another value.
-        depth: how many objects within objects are looked into; one may hold itself.
+        value: the attribute's value.
+        since: description of the moment.
+        writes: an in-place write to a floating-point tensor counts as a change.
+        depth: depth to which objects inside objects are compared, as one may contain itself.
     """
 
     def __init__(self, value: Any, *, since: str = "the model was split", writes: bool = False, depth: int = 2) -> None:
@@ -230,16 +230,16 @@ class Mark:
         elif depth and (fields := _fields(value)) is not None:
             self.fields = Mark(fields, writes=writes, depth=depth - 1)
         self.state = repr(access[0]()) if (access := _generator(value)) is not None else None
-        #: Whether the same object is always the same value.
+        #: Whether the same object always has the same value.
         self.constant = not is_mutable(value) and not isinstance(value, torch.Tensor | np.ndarray)
         self.constant = self.constant and all(item.constant for item in self.items)
         self.text = _text(value)
 
     def holds(self, now: Any) -> bool:
-        """Whether the value is still the one that was marked."""
+        """Return whether the value has not changed."""
         was = self.value
         if isinstance(was, torch.Tensor):
-            # The graphs share floating-point values: the proof moves them. Others may have been used as Python numbers.
+            # The graphs share floating-point tensors, whose values the proof changes. Others may have become constants.
             return now is was and (self.version is None or version(now) == self.version)
         if isinstance(was, np.ndarray):
             return isinstance(now, np.ndarray) and np.array_equal(was, now)
@@ -256,7 +256,7 @@ class Mark:
         return now is was or (isinstance(was, int | float | complex | str | bytes | set) and bool(now == was))
 
     def told(self, now: Any) -> str:
-        """How it differs from what it is now, in words: 'was 1.0 when the model was split, and is 0.5'."""
+        """Return the change in words: 'was 1.0 when the model was split, and is 0.5'."""
         text = _text(now)
         if text == self.text:
             return f"has changed since {self.since}"

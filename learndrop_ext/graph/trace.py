@@ -1,10 +1,9 @@
-"""The forward graph of a model by torch.fx, traced with values.
+"""Traces the forward graph of a model by torch.fx, with values.
 
-Each node is run as it is recorded, on two batches that differ in length. Sizes that both agree on are constants; a
-size that follows the batch stays in the graph. A module is traced through only if the graph can hold its meaning.
-One whose forward stops the tracer, draws random numbers in Python, sets an attribute, or changes the autograd or
-autocast state is kept whole: the graph calls the user's own module. So is a module with hooks, one without
-submodules, and one of torch.nn.
+Each node is run as it is recorded, on two batches of different length. Sizes equal in both are constants; others depend on
+the batch and stay in the graph. A module is traced through only if a graph can represent it. One whose forward stops the
+tracer, draws random numbers in Python, sets an attribute, or changes the autograd or autocast state is kept whole: the graph
+calls the user's own module. So is a module with hooks, without submodules, or of torch.nn.
 """
 
 from __future__ import annotations
@@ -36,43 +35,40 @@ _METADATA = frozenset(
 
 
 class UntraceableError(Exception):
-    """The forward of the whole model cannot be held in a graph; says why."""
+    """A graph cannot represent the forward of the whole model; the message says why."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A traced model and what was seen while it was traced. Paths are those of `CalledWith`."""
+    """A traced model and what was observed while tracing. Paths are those in `CalledWith`."""
 
     graph: fx.Graph
-    shapes: Mapping[fx.Node, tuple[Shape | None, Shape | None]]  # of floating-point tensors, for both batches
-    batch_sizes: frozenset[fx.Node]  # integers that follow from the batch size alone
+    shapes: Mapping[fx.Node, tuple[Shape | None, Shape | None]]  # shapes of floating-point tensors for both batches
+    batch_sizes: frozenset[fx.Node]  # integers that depend on the batch size alone
     random: frozenset[fx.Node]  # nodes that drew random numbers
     storage: Mapping[fx.Node, int]
     writes: Mapping[fx.Node, frozenset[int]]  # storages that a node wrote into
     frames: Mapping[fx.Node, tuple[str, ...]]  # modules whose forward was running, outermost first
     flattened: Mapping[str, nn.Module]  # modules that were traced through
-    whole: Mapping[str, str]  # modules that had to be kept whole, and why
+    whole: Mapping[str, str]  # modules that had to be kept whole -> reason
     reads: Mapping[tuple[str, str], Mark]  # attributes that are constants of the graph
     mode_reads: frozenset[str]  # modules whose training flag was read
-    reads_sizes: bool  # the input's sizes are constants of the graph
+    reads_sizes: bool  # whether sizes of the input are constants of the graph
 
 
 @dataclass
 class _Frame:
-    """The running forward of a module that is traced through."""
+    """A running forward of a module that is being traced through."""
 
     path: str
     context: tuple[Any, ...]
-    contents: dict[str, tuple[Any, Mark, Any]]  # lists, generators and the like: the object, its mark, its copy
+    contents: dict[str, tuple[Any, Mark, Any]]  # mutable attributes: the object, its mark, its copy
     reason: str | None = None
     undo: list[Callable[[], object]] = field(default_factory=list)
 
 
 class ValueTracer(fx.Tracer):
-    """Traces a model on two batches of its tensors, the image first.
-
-    `whole` names modules that must not be traced through, and why.
-    """
+    """Traces a model on two batches of its tensors, the image first. whole: modules not to trace through -> reason."""
 
     def __init__(
         self, root: CalledWith, inputs: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]], whole: Mapping[str, str]
@@ -92,18 +88,18 @@ class ValueTracer(fx.Tracer):
         self.reads_sizes = False
         self.proxies: dict[str, fx.Proxy] = {}
         self.values: WeakValueDictionary[fx.Node, Values] = WeakValueDictionary()
-        self.held: list[Values] = []  # of nodes without a proxy
+        self.held: list[Values] = []  # values of nodes without a proxy
         self.shapes: dict[fx.Node, tuple[Shape | None, Shape | None]] = {}
         self.batch_sizes: set[fx.Node] = set()
         self.drawing: set[fx.Node] = set()
         self.storage: dict[fx.Node, int] = {}
         self.writes: dict[fx.Node, frozenset[int]] = {}
         self.node_frames: dict[fx.Node, tuple[str, ...]] = {}
-        self.storages: list[StorageWeakRef] = []  # while one is held, its number is not given to another
+        self.storages: list[StorageWeakRef] = []  # kept, so that their numbers are not reused
         self.random_state = random_state(self.device)
 
     def run(self) -> Trace:
-        """Trace the model as it stands: in its mode, under the current gradient mode."""
+        """Trace the model in its current mode and gradient mode."""
         with observed(self):
             graph = self.trace(self.wrapped)
         kept = set(graph.nodes)
@@ -122,7 +118,7 @@ class ValueTracer(fx.Tracer):
             self.reads_sizes,
         )
 
-    # What torch.fx asks
+    # Methods that torch.fx calls
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -244,7 +240,7 @@ class ValueTracer(fx.Tracer):
                 return self.metadata(first, target, args[1:], kwargs)
             if target in (operator.eq, operator.ne) and type(args[1]) is TracedValue:
                 found = [target(a, b) for a, b in zip(first.values.pair, args[1].values.pair, strict=True)]
-                # Two sizes that follow the batch: alike for both batches, alike for all.
+                # Two sizes that depend on the batch and are equal, or different, for both batches are so for all.
                 if first.node in self.batch_sizes and args[1].node in self.batch_sizes and found[0] is found[1]:
                     return found[0]
         made: Any = super().create_proxy(kind, target, args, kwargs, *more, **options)
@@ -255,7 +251,7 @@ class ValueTracer(fx.Tracer):
     # Sizes
 
     def metadata(self, proxy: TracedValue, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a tensor method says of a tensor without looking at its values: constants where both batches agree."""
+        """The result of a tensor method that does not read values; a constant if both batches agree."""
         one, two = (getattr(value, name)(*args, **kwargs) for value in proxy.values.pair)
         if isinstance(one, torch.Size):
             shape = TracedShape(
@@ -277,14 +273,14 @@ class ValueTracer(fx.Tracer):
         return made
 
     def constants(self, found: Any) -> Any:
-        """Note that sizes become constants of the graph."""
+        """Record that sizes become constants of the graph."""
         self.reads_sizes |= any(type(size) is int for size in (found if isinstance(found, tuple) else (found,)))
         return found
 
-    # What is looked at on the way
+    # Methods that `observed` calls
 
     def note_read(self, module: nn.Module, name: str, value: Any) -> None:
-        """Called for each attribute of a module that Python code reads while tracing."""
+        """Record an attribute of a module that Python code reads while tracing."""
         if self.executing or not self.frames or name.startswith("__"):
             return
         path = self.paths.get(id(module))
@@ -298,7 +294,7 @@ class ValueTracer(fx.Tracer):
                 self.reads[path, name] = Mark(value)
 
     def note_write(self, module: nn.Module, name: str) -> None:
-        """Called for each attribute of a module that Python code sets while tracing."""
+        """Keep the running module whole, since Python code sets an attribute while tracing."""
         if not self.executing and self.frames and id(module) in self.paths:
             frame = self.frames[-1]
             tables = (module._parameters, module._buffers, module._modules, vars(module))
@@ -310,7 +306,7 @@ class ValueTracer(fx.Tracer):
             frame.reason = frame.reason or f"its forward sets {self._attribute(module, name)}"
 
     def note_autocast(self) -> None:
-        """Called when autocast is entered while tracing."""
+        """Keep the running module whole, since it enters autocast while tracing."""
         if not self.executing and self.frames:
             self.frames[-1].reason = self.frames[-1].reason or "its forward enters autocast"
 
@@ -318,7 +314,7 @@ class ValueTracer(fx.Tracer):
         return f"{self.paths[id(module)]}.{name}".removeprefix("model.")
 
     def _check_frame(self) -> None:
-        """Blame the running forward for a changed context, or for random numbers that no node has drawn."""
+        """Keep the running module whole if it changed the modes of torch, or drew random numbers outside of a node."""
         if not self.frames:
             return
         frame = self.frames[-1]
@@ -376,7 +372,7 @@ class ValueTracer(fx.Tracer):
 
     @contextlib.contextmanager
     def _execution(self) -> Iterator[None]:
-        """Run real code: nothing in it is recorded."""
+        """Run real code, of which nothing is recorded."""
         self.executing = True
         try:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -386,7 +382,7 @@ class ValueTracer(fx.Tracer):
 
 
 def _within(path: str, whole: Mapping[str, str]) -> bool:
-    """Whether a path is one of the modules kept whole, or lies in one."""
+    """Whether a path is that of a module kept whole, or inside one."""
     return any(path == name or path.startswith(f"{name}.") for name in whole)
 
 

@@ -1,4 +1,4 @@
-"""Proxies of torch.fx that know the values behind them."""
+"""torch.fx proxies that know their values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _METADATA_ATTRIBUTES = frozenset(("ndim", "device", "layout", "is_cuda", "is_nes
 
 
 class ValueSource(Protocol):
-    """The tracer, as its proxies see it."""
+    """What proxies need of the tracer."""
 
     def metadata(self, proxy: TracedValue, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def constants(self, found: Any) -> Any: ...
@@ -21,14 +21,14 @@ class ValueSource(Protocol):
 
 
 class Values:
-    """What a node gives for each of the two batches."""
+    """The values of a node for each of the two batches."""
 
     def __init__(self, pair: tuple[Any, Any]) -> None:
         self.pair = pair
 
 
 class TracedShape(tuple[Any, ...]):
-    """A shape with constants, and proxies where it follows the batch."""
+    """A shape of constants, and of proxies for sizes that depend on the batch."""
 
     tracer: ValueSource
 
@@ -49,7 +49,7 @@ class TracedShape(tuple[Any, ...]):
 
 
 class TracedValue(fx.Proxy):
-    """A proxy that knows the values behind it."""
+    """A proxy that knows its values."""
 
     def __init__(self, node: fx.Node, tracer: ValueSource, values: Values) -> None:
         super().__init__(node, tracer)  # type: ignore[arg-type]

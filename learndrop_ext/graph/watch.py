@@ -1,4 +1,4 @@
-"""What a split relies on in the user's model: constants of the graphs, the modules they call, hooks."""
+"""Watches what a split relies on in the user's model: constants of the graphs, the modules they call, hooks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _MISSING = object()
 
 
 class Watch:
-    """Compares a model with what it was when it was split."""
+    """Compares a model with its state when it was split."""
 
     def __init__(self, root: nn.Module, traces: Iterable[Trace]) -> None:
         flattened: dict[str, nn.Module] = {}
         # (dictionary of a module, attribute, path, module, value)
         self.reads: list[tuple[Mapping[str, Any], str, str, nn.Module, Mark]] = []
-        # (dictionary of a module, key, what it holds, path): submodules, parameters and buffers that the graphs hold.
+        # (dictionary of a module, key, value, path) of submodules, parameters and buffers that the graphs hold
         self.held: list[tuple[Mapping[str, Any], str, Any, str]] = []
         seen: set[tuple[int, str]] = set()
         reads: dict[tuple[str, str], Mark] = {}
@@ -54,7 +54,7 @@ class Watch:
             module = value
 
     def moved(self) -> str | None:
-        """What differs first from the time of the split, in words; None where nothing does."""
+        """Return the first change since the split in words, or None."""
         for table, name, value, path in self.held:
             if table.get(name, _MISSING) is not value:
                 return f"{path} was replaced after the model was split"
@@ -74,14 +74,12 @@ class Watch:
 
 
 class Attributes:
-    """The attributes and forward hooks of modules that a graph calls as they are, at one moment.
-
-    What torch.nn.Module itself keeps beside (parameters, submodules, the mode) is not among them.
+    """The attributes and forward hooks of modules at one moment, except those of torch.nn.Module itself.
 
     Args:
         modules: path and module.
-        moving: (id of a module, name) of attributes that are passed by: the forward changes them.
-        since: what the moment was, in words.
+        moving: (id of a module, name) of attributes to ignore, because forward changes them.
+        since: description of the moment.
     """
 
     def __init__(
@@ -99,7 +97,7 @@ class Attributes:
         self._since = since
 
     def moved(self) -> str | None:
-        """What differs first, in words; None where nothing does."""
+        """Return the first change in words, or None."""
         for path, module, name, mark in self._marks:
             now = vars(module).get(name, _MISSING)
             if now is _MISSING:
@@ -117,8 +115,7 @@ class Attributes:
 
     @contextlib.contextmanager
     def put_back(self) -> Iterator[bool]:
-        """Have the attributes as they were inside; gives whether that can be: not of a value that was written to, and
-        not of hooks."""
+        """Restore the attributes inside. Gives False if hooks or a value changed in place cannot be restored."""
         now = [(vars(module), dict(vars(module))) for _, module, _ in self._modules]
         possible = all(hooks == before for _, hooks, before in self._hooks)
         try:
@@ -141,5 +138,5 @@ def _shown(path: str, module: nn.Module) -> str:
 
 
 def is_lazy(model: nn.Module) -> bool:
-    """Whether a model has parameters or buffers that its first call makes."""
+    """Return whether a model has parameters or buffers that its first call creates."""
     return any(torch.nn.parameter.is_lazy(t) for t in (*model.parameters(), *model.buffers()))

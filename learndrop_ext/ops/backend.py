@@ -1,4 +1,4 @@
-"""Facts about this build and this machine."""
+"""Information on this build and this machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from learndrop_ext import _C
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What this build and this machine have.
+    """This build and this machine.
 
     Args:
-        version: of learndrop_ext.
-        cuda_compiled: whether there is CUDA code.
-        cuda_architectures: those that it was compiled for.
-        cuda_runtime, driver: CUDA versions, None if there is none.
-        gpus: their names.
-        triton, torch: versions; None without Triton.
+        version: version of learndrop_ext.
+        cuda_compiled: whether it was built with CUDA.
+        cuda_architectures: architectures it was built for.
+        cuda_runtime, driver: their CUDA versions, or None.
+        gpus: names of the GPUs.
+        triton, torch: their versions; None without Triton.
         cpu_simd: "avx512", "avx2" or "portable".
         threads: torch's number of CPU threads.
     """
@@ -38,7 +38,7 @@ class BackendInfo:
 
 
 def backend_info() -> BackendInfo:
-    """Return what this build and this machine have: CUDA, driver, GPUs, Triton, torch, CPU instructions."""
+    """Return information on CUDA, driver, GPUs, Triton, torch and CPU instructions."""
     build = _C.build_info()
     architectures = tuple(build["cuda_architectures"].split(",")) if build["cuda_architectures"] else ()
     try:
@@ -63,7 +63,7 @@ def free_bytes(device: torch.device) -> int:
     """Return the free memory of a GPU, or the available memory of the host for the CPU, in bytes.
 
     Raises:
-        RuntimeError: if the system does not say.
+        RuntimeError: if the system does not report it.
     """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])

@@ -1,4 +1,4 @@
-"""`delta_norms`: the sums of every layer's change in one pass, by Triton on a GPU and by C++ on the CPU."""
+"""`delta_norms`: the sums of each layer's change in one pass, in Triton on a GPU and in C++ on a CPU."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from learndrop_ext.kernels.reference import check_out
 
 
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
-    """Do as `kernels.reference.delta_norms`, whose arguments, result and errors these are. A stale table is built again.
+    """Compute the same as `kernels.reference.delta_norms`, with its arguments, result and errors. Updates a stale table.
 
-    On CUDA this is one launch of the Triton kernel on the current stream, without synchronisation. On the CPU it is one
-    pass over memory in C++ by torch's number of threads, on which the result does not depend.
+    On CUDA this is one launch of the Triton kernel on the current stream, without synchronisation. On a CPU it is one pass
+    over memory in C++ with torch's number of threads, on which the result does not depend.
     """
     table.refresh_pointers()
     if table.device.type == "cuda":

@@ -1,8 +1,8 @@
 """`append_rows` and `gather_rows`: store a batch of rows in a cache, and read one back.
 
 B rows in a batch, R rows in a cache, S bytes from one cache row to the next. A row is one sample's values: [C, H, W]
-(stored channels last) or any other shape. Codecs: fp32, bf16, fp16 (clamped to +-65504), uint8 (one scale and zero
-point per channel of each row). csrc/row_ops.h defines them exactly, rows_reference.py in plain torch.
+(stored channels last) or any other shape. Codecs: fp32, bf16, fp16 (clamped to +-65504), uint8 (one scale and zero point
+per channel of each row). They are defined in csrc/row_ops.h, and in plain torch in rows_reference.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def row_bytes(values: Sequence[int], codec: str) -> int:
 
     Args:
         values: shape of the row.
-        codec: how its values are stored. uint8 adds a header of 8 bytes a channel, padded to 16 bytes.
+        codec: how its values are stored. uint8 adds a header of 8 bytes per channel, padded to 16 bytes.
 
     Raises:
-        ValueError: if the codec is unknown, or the shape has no values or 2^31 and more.
+        ValueError: if the codec is unknown, or the shape has no values, or 2^31 or more.
     """
     return _geometry("row_bytes", tuple(values), codec)[2]
 
@@ -46,7 +46,7 @@ def row_stride(values: Sequence[int], codec: str, *, align: int = 128) -> int:
         align: bytes, a multiple of 128.
 
     Raises:
-        ValueError: as `row_bytes`, and if `align` is no multiple of 128.
+        ValueError: as `row_bytes`, and if `align` is not a multiple of 128.
     """
     if align < 128 or align % 128:
         raise ValueError(f"row_stride: align must be a multiple of 128, got {align}")
@@ -54,9 +54,9 @@ def row_stride(values: Sequence[int], codec: str, *, align: int = 128) -> int:
 
 
 def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16") -> None:
-    """Write row b of `rows` into row index[b] of `cache`, encoded.
+    """Encode row b of `rows` into row index[b] of `cache`.
 
-    On CUDA the work is put on the current stream. Bytes of a cache row beyond row_bytes(shape, codec) stay as they are.
+    On CUDA the work is enqueued on the current stream. Bytes of a cache row beyond row_bytes(shape, codec) do not change.
 
     Args:
         cache: [R, S] uint8, contiguous, on the CPU or a CUDA device, with S = row_stride(shape, codec) or a larger
@@ -64,13 +64,13 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
         rows: [B, *shape] float32, bfloat16 or float16 on the cache's device; [B, C, H, W] in any memory format, stored
             channels last.
         index: [B] int64 without repeats, on the CPU or the cache's device. On a CUDA device it is not checked by the
-            host: an index outside the cache traps in the kernel, and the outcome of a repeated one is undefined.
+            host: an index outside the cache traps in the kernel, and the result of a repeated one is undefined.
         codec: "fp16", "bf16", "fp32" or "uint8".
 
     Raises:
         TypeError: if an argument has the wrong dtype.
-        ValueError: if an argument has the wrong shape, layout or device, or the index names a row twice.
-        IndexError: if the index names a row outside the cache.
+        ValueError: if an argument has the wrong shape, layout or device, or the index contains a row twice.
+        IndexError: if the index is out of range.
         RuntimeError: if the cache is on a CUDA device and the package was built without CUDA.
 
     All are raised before anything is written.
@@ -79,12 +79,12 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
 
 
 def append_distinct_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str) -> None:
-    """Do as `append_rows`, without looking for repeats: the caller knows that the index names no row twice."""
+    """Do the same as `append_rows` without checking for repeats, which the caller has excluded."""
     _append(cache, rows, index, codec, distinct=True)
 
 
 def first_repeated(index: Tensor) -> int | None:
-    """Return the smallest number that an index [B] int64 (CPU), of numbers >= 0, holds twice, or None."""
+    """Return the smallest number that occurs twice in an index [B] int64 (CPU) of numbers >= 0, or None."""
     index = index.contiguous()
     found = _C.first_repeated(index.data_ptr(), len(index))
     return None if found < 0 else found
@@ -138,22 +138,22 @@ def gather_rows(
     shift: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Read rows index[b] of `cache`, decoded.
+    """Decode rows index[b] of `cache`.
 
-    On CUDA the work is put on the current stream. With index, flip, shift (int32) and out on the device the call can be
-    captured in a CUDA graph.
+    On CUDA the work is enqueued on the current stream. With index, flip, shift (int32) and out on the device, the call can
+    be captured in a CUDA graph.
 
     Args:
-        cache: [R, S] uint8 as written by `append_rows` with the same shape and codec.
+        cache: [R, S] uint8, written by `append_rows` with the same shape and codec.
         index: [B] int64, on the CPU or the cache's device. On a CUDA device it is not checked by the host: an index
             outside the cache traps in the kernel.
         shape: shape of one row.
         codec: the codec that the rows were written with.
-        dtype: float32, bfloat16 or float16 of the result, whatever the codec.
-        flip: [B] bool or uint8; rows to mirror in x. For rows [C, H, W] only.
-        shift: [B, 2] integers (dy, dx), pixels by which the row, mirrored or not, is moved down and right; zeros move
-            in. For rows [C, H, W] only.
-        out: [B, *shape] of `dtype`, dense (channels last for rows [C, H, W]); written instead of a new tensor.
+        dtype: dtype of the result, float32, bfloat16 or float16, with any codec.
+        flip: [B] bool or uint8, rows to flip horizontally. For rows [C, H, W] only.
+        shift: [B, 2] integers (dy, dx), pixels by which to move the row down and right after the flip, filling with zeros.
+            For rows [C, H, W] only.
+        out: [B, *shape] of `dtype`, dense (channels last for rows [C, H, W]), to write to. Default: a new tensor
 
     Returns:
         [B, *shape] of `dtype`, channels last for rows [C, H, W].
@@ -161,7 +161,7 @@ def gather_rows(
     Raises:
         TypeError: if an argument has the wrong dtype.
         ValueError: if an argument has the wrong shape, layout or device.
-        IndexError: if the index names a row outside the cache.
+        IndexError: if the index is out of range.
         RuntimeError: if the cache is on a CUDA device and the package was built without CUDA.
 
     All are raised before anything is allocated or written.
@@ -179,7 +179,7 @@ def gather_rows(
         out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=memory_format(shape))
     else:
         _check_out(name, out, (B, *shape), dtype, cache.device)
-    # Of one pixel a flip changes nothing and a shift leaves nothing. _geometry does not divide it into channels.
+    # A flip of one pixel changes nothing and a shift leaves nothing. _geometry does not divide such rows into channels.
     one_pixel = len(shape) == 3 and shape[1] * shape[2] == 1
     index = _on_device(index, cache.device)
     flipped = None if flip is None or one_pixel else _on_device(flip, cache.device).contiguous()
@@ -228,7 +228,7 @@ def _geometry(name: str, shape: tuple[int, ...], codec: str) -> tuple[int, tuple
 
 
 def _strides(rows: Tensor, image: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Strides of batch, height, width and channel in values, for rows [B], [B, D], [B, C, H, W] or contiguous."""
+    """Strides of batch, height, width and channel, in values, of rows that are [B], [B, D], [B, C, H, W] or contiguous."""
     if rows.ndim == 4 and image == (rows.shape[2], rows.shape[3], rows.shape[1]):
         return rows.stride(0), rows.stride(2), rows.stride(3), rows.stride(1)
     return rows.stride(0), 0, rows.stride(1) if rows.ndim in (2, 4) else 1, 1
@@ -312,10 +312,10 @@ def memory_format(shape: Sequence[int]) -> torch.memory_format:
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Return `values` on the device. The call has read them when it returns.
+    """Return `values` on the device. They have been read when the call returns.
 
-    Pageable memory is read at once, without waiting for the device's other work. The owner of pinned memory may change
-    it, so that a copy from there is waited for.
+    Pageable memory is read at once, without waiting for the device's other work. Pinned memory is read later, when its
+    owner may have changed it, so that copy is waited for.
     """
     if values.device == device:
         return values
@@ -323,7 +323,7 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _int32(shift: Tensor) -> Tensor:
-    # No row is longer than LARGEST_ROW: a longer shift does the same as that one.
+    # No row is longer than LARGEST_ROW, so a longer shift has the same result.
     if shift.dtype == torch.int64:
         shift = shift.clamp(-LARGEST_ROW, LARGEST_ROW)
     return shift.to(torch.int32)

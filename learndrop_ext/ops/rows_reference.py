@@ -1,4 +1,4 @@
-"""The plain-torch meaning of `ops.append_rows` and `ops.gather_rows`: same arguments, same bits, no speed."""
+"""`ops.append_rows` and `ops.gather_rows` in plain torch: the same arguments and the same bits, but slow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STORED = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16") -> None:
-    """Write row b of `rows` into row index[b] of `cache`, encoded; arguments as in `ops.append_rows`."""
+    """Encode row b of `rows` into row index[b] of `cache`. Arguments as in `ops.append_rows`."""
     values = _channels_last(rows)
     if codec == "uint8":
         encoded = _encode_uint8(values.float())
@@ -33,7 +33,7 @@ def gather_rows(
     flip: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """Read rows index[b] of `cache`: [B, *shape] of `dtype`; arguments as in `ops.gather_rows`."""
+    """Decode rows index[b] of `cache` to [B, *shape] of `dtype`. Arguments as in `ops.gather_rows`."""
     B, D = len(index), math.prod(shape)
     bytes_ = cache[index]
     channels = shape[0] if len(shape) == 3 else 1
@@ -54,7 +54,7 @@ def gather_rows(
 
 
 def _channels_last(rows: Tensor) -> Tensor:
-    """[B, pixels, channels] of a batch; a row that is no image is one channel."""
+    """[B, pixels, channels] of a batch. A row that is not an image has one channel."""
     if rows.ndim == 4:
         return rows.permute(0, 2, 3, 1).reshape(len(rows), -1, rows.shape[1])
     return rows.reshape(len(rows), math.prod(rows.shape[1:]), 1)
@@ -74,7 +74,7 @@ def _encode_uint8(values: Tensor) -> Tensor:
     finite = span.isfinite()
     constant = span < 2.0**-100
     zero = torch.where(finite, low + 0.0, 0.0)
-    # Divided by a tensor: torch takes a scalar's division as a product with a reciprocal, which rounds twice.
+    # Divided by a tensor: torch multiplies by the reciprocal of a scalar, which rounds twice.
     steps_in_span = torch.full_like(span, 255.0)
     scale = torch.where(finite, torch.where(constant, 0.0, span / steps_in_span), torch.nan)
     inverse = torch.where(finite & ~constant, steps_in_span / span, 0.0)
@@ -94,7 +94,7 @@ def _decode_uint8(bytes_: Tensor, D: int, channels: int) -> Tensor:
 
 
 def _convert(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`.to(dtype)` with one NaN for all, but for copies and bf16 to fp32, which keep their bits."""
+    """`.to(dtype)` with one bit pattern for all NaNs, except for copies and bf16 to fp32, which keep theirs."""
     if values.dtype == dtype or (values.dtype, dtype) == (torch.bfloat16, torch.float32):
         return values.to(dtype)
     converted: Tensor = torch.where(values.isnan(), torch.nan, values.to(dtype))
@@ -102,7 +102,7 @@ def _convert(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _shifted(image: Tensor, dy: int, dx: int) -> Tensor:
-    """[C, H, W] moved down by dy and right by dx, zeros moving in."""
+    """[C, H, W] moved down by dy and right by dx, filled with zeros."""
     out = torch.zeros_like(image)
     H, W = image.shape[1:]
     if abs(dy) < H and abs(dx) < W:

@@ -1,6 +1,6 @@
-"""The compiled functions that move rows between a device, the host's memory and a file.
+"""The compiled functions that move rows between a device, host memory and a file.
 
-n rows in a call, R rows in a store, S bytes from one row to the next in memory. The callers have checked the slots.
+n rows in a call, R rows in a store, S bytes from one row to the next in memory. Callers must check the slots.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PAGE_BYTES = 4096
 
 
 class RowFile(NamedTuple):
-    """Where the rows of an open file are: the members of RowFile in csrc/disk_rows.h, in its order."""
+    """The positions of rows in an open file: the members of RowFile in csrc/disk_rows.h, in the same order."""
 
     descriptor: int
     first_byte: int
@@ -31,7 +31,7 @@ def crc32c(data: bytes | bytearray | memoryview, *, portable: bool = False) -> i
 
     Args:
         data (bytes-like): the bytes.
-        portable (bool, optional): do not use the CPU's instruction for it. Default: False
+        portable (bool, optional): do not use the CPU's CRC instruction. Default: False
     """
     return _C.crc32c(data, portable)
 
@@ -45,16 +45,15 @@ def read_rows(
     threads: int,
     block_bytes: int = 1,
 ) -> int | None:
-    """Read rows of a file and check them, without the GIL.
+    """Read rows of a file and verify them, without the GIL.
 
     Args:
         file (RowFile): the open file.
         slots (Tensor): [n] int64 (CPU), the rows to read.
         into (Tensor): [n, S] uint8 (CPU), written.
         checksums (Tensor): [R] int32, by slot.
-        threads (int): threads that read.
-        block_bytes (int, optional): rows that are not in the page cache are read from the disk in whole blocks of this
-            size. Default: 1
+        threads (int): number of threads.
+        block_bytes (int, optional): size of the blocks in which rows that are not in the page cache are read. Default: 1
 
     Returns:
         The first position whose row does not match its checksum, or None.
@@ -81,10 +80,10 @@ def write_rows(file: RowFile, slots: Tensor, rows: Tensor, checksums: Tensor, *,
 
     Args:
         file (RowFile): the open file.
-        slots (Tensor): [n] int64 (CPU), where to write; no slot twice.
+        slots (Tensor): [n] int64 (CPU), the slots to write, none twice.
         rows (Tensor): [n, S] uint8 (CPU).
         checksums (Tensor): [R] int32, by slot, written.
-        threads (int): threads that write.
+        threads (int): number of threads.
 
     Raises:
         OSError: if the file cannot be written; these slots then hold undefined bytes.
@@ -102,7 +101,7 @@ def write_rows(file: RowFile, slots: Tensor, rows: Tensor, checksums: Tensor, *,
 
 
 def pin(rows: Tensor, device: torch.device) -> None:
-    """Pin host memory in place, for the copy engines and the kernels of a GPU.
+    """Pin host memory in place for the copy engines and kernels of a GPU.
 
     Args:
         rows (Tensor): uint8 (CPU), contiguous.
@@ -117,13 +116,13 @@ def pin(rows: Tensor, device: torch.device) -> None:
 
 
 def unpin(rows: Tensor) -> None:
-    """Undo `pin`. No copy may read the memory any more."""
+    """Undo `pin`. No copy may be reading the memory."""
     if rows.nbytes:
         _C.unpin(rows.data_ptr())
 
 
 def copy_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
-    """Enqueue copies of pinned rows to a GPU by its copy engines, on the current stream.
+    """Copy pinned rows to a GPU with its copy engines, on the current stream.
 
     Args:
         source (Tensor): [R, S] uint8, pinned; S a multiple of 16.
@@ -137,7 +136,7 @@ def copy_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
 
 
 def gather_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
-    """Do as `copy_rows_to_device` by a kernel that reads the host's memory: faster for small rows."""
+    """Do the same as `copy_rows_to_device` with a kernel that reads host memory, which is faster for small rows."""
     _host_rows(source, index, into, kernel=True)
 
 
