@@ -79,8 +79,8 @@ def check_trained(model: LiveModel, samples: int) -> None:
     if foreign := model.take_foreign():
         raise RuntimeError(
             f"drop.step: drop.model must get the batch's input as drop.loader gave it, got {foreign}; what the loop "
-            "does to images it would do to cached rows too: move it into the dataset or the model, or say "
-            "check_input=False where it is meant for both"
+            "does to images it would also do to cached rows: move it into the dataset or the model, or set "
+            "check_input=False if it is meant for both"
         )
 
 
@@ -102,8 +102,8 @@ def warn_unseen(model: nn.Module, chain: Chain, first: int, prefix: int) -> None
             found += [f"{name}.{attribute}" for key, attribute in sorted(chain.stored) if key == id(module)]
     if found:
         warnings.warn(
-            f"drop.step: dropped layers run only where rows are made, so that a loss must not use {', '.join(found)}: "
-            "what is found there is of another batch",
+            f"drop.step: dropped layers run only to compute rows, so a loss must not use {', '.join(found)}, which "
+            "may be of another batch",
             RuntimeWarning,
             stacklevel=6,
         )
@@ -114,8 +114,8 @@ def warn_saturated(rows: RowSet, chain: Chain) -> bool:
     if rows.cache is None or not rows.cache.saturated:
         return False
     warnings.warn(
-        f"drop.step: activations after {chain.names[rows.cut - 1]} are larger than 65504 and were stored as that by the "
-        "codec fp16; take cache='bf16' or 'fp32'",
+        f"drop.step: activations after {chain.names[rows.cut - 1]} are larger than 65504 and were clamped to it by the "
+        "codec fp16; use cache='bf16' or 'fp32'",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -242,7 +242,7 @@ def test_other_algorithms_for_other_batch_sizes_are_no_change_of_the_images() ->
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     images = TensorDataset(torch.randn(512, 3, 64, 64), torch.randint(0, 5, (512,)))
     loader = DataLoader(images, 128, shuffle=True)
-    # A warning that the rows are made anew is an error here.
+    # A warning that the rows are computed again is an error here.
     with DropScheduler(model, optimizer, loader, policy=Fixed({0: 5}), cache="fp32") as drop:
         for _ in range(4):
             epoch(drop, optimizer)

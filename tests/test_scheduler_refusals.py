@@ -203,7 +203,7 @@ def test_bad_arguments_are_refused_before_anything_is_changed() -> None:
         ({"policy": 3}, TypeError, r"policy must be a function of a Situation, got 3"),
         ({"epochs": True}, ValueError, r"epochs must be a whole number >= 1 or None, got True"),
         ({"epochs": 0}, ValueError, r"epochs must be a whole number >= 1 or None, got 0"),
-        ({"input": 7}, ValueError, r"input must be the place of the model's input in a batch, got 7"),
+        ({"input": 7}, ValueError, r"input must be the position of the model's input in a batch, got 7"),
         ({"layers": ["nope"]}, ValueError, r"layers must name modules of the model, got 'nope'"),
     ]
     for change, error, message in cases:

@@ -88,9 +88,9 @@ class CacheConfig:
         if not _is_whole(self.shift) or self.shift < 0:
             raise ValueError(f"CacheConfig: shift must be pixels >= 0, got {self.shift!r}")
         if self.mirror and self.views not in (1, "auto"):
-            raise ValueError(f"CacheConfig: views must be 1 where mirror is True, got {self.views}")
+            raise ValueError(f"CacheConfig: views must be 1 if mirror is True, got {self.views}")
         if self.mirror and self.flip:
-            raise ValueError("CacheConfig: flip must be False where mirror is True, got True")
+            raise ValueError("CacheConfig: flip must be False if mirror is True, got True")
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

@@ -161,7 +161,7 @@ class DiskTier:
         if bad is not None:
             raise CacheFileError(
                 f"cache file {self.path}: row {int(slots[bad])} must have the checksum it was written with, got another: "
-                "the file was altered or cut; delete it, and its rows are computed again"
+                "the file was altered or truncated; delete it, and its rows are computed again"
             )
 
     def write(self, slots: Tensor, rows: Tensor) -> None:

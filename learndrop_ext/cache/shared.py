@@ -161,7 +161,7 @@ def find_or_lock(folder: Path, fingerprint: Fingerprint, *, timeout_seconds: flo
         if time.monotonic() >= deadline:
             warnings.warn(
                 f"another run has been filling the shared rows {path} for more than {timeout_seconds:g} s; "
-                "this run makes its own",
+                "this run computes its own",
                 RuntimeWarning,
                 stacklevel=2,
             )

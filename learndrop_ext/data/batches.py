@@ -283,7 +283,7 @@ class PassingBatches:
         if self._source.repeats and not self._said_repeats:
             self._said_repeats = True
             warnings.warn(
-                "drop.loader: an id came twice in one iteration over loader, so that its order is no plain shuffle: loader "
+                "drop.loader: an id came twice in one iteration over loader, so its order is not a plain shuffle: loader "
                 "is iterated over in each epoch, though all rows are there",
                 RuntimeWarning,
                 stacklevel=4,
@@ -312,7 +312,7 @@ class PassingBatches:
         if self._rows.cache is not None and not len(self._rows.missing(plan.ids, self.epoch)):
             return None
         warnings.warn(
-            "drop.loader: the rest of the epoch comes from loader, in its order: rows that were there have gone, and "
+            "drop.loader: the rest of the epoch comes from loader, in its order: rows have been freed, and "
             "samples of a loader with ids= cannot be read by id",
             RuntimeWarning,
             stacklevel=4,

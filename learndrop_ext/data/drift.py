@@ -38,17 +38,17 @@ def follow_model(rows: RowSet) -> None:
     frozen.hold_eval()
     if woken := frozen.first_woken():
         raise RuntimeError(
-            f"drop.loader: the parameters of {woken} are to train (requires_grad, or a place in the optimizer), and the "
-            "layer is dropped: call drop.undrop() to train all layers, or leave them as they were"
+            f"drop.loader: the parameters of {woken} have been set to train (by requires_grad or by adding them to the "
+            "optimizer), but the layer is dropped: call drop.undrop() to train all layers, or leave them as they were"
         )
     if changed := frozen.first_changed_value():
         frozen.accept()
-        _make_anew(rows, f"the weights or buffers of the dropped layer {changed} have changed")
+        _recompute(rows, f"the weights or buffers of the dropped layer {changed} have changed")
     elif moved := frozen.first_changed_attribute():
         same = _attributes_do_not_matter(rows, frozen)
         frozen.accept()
         if not same:
-            _make_anew(rows, moved)
+            _recompute(rows, moved)
 
 
 def follow_code(
@@ -78,11 +78,11 @@ def follow_code(
         return False
     chain = split_layers(rows.model, rows.example, layers=layers, inputs=inputs)
     if chain.names != rows.chain.names:
-        raise RuntimeError(f"drop.{where}: the model must keep its layers, got others since {changed}")
+        raise RuntimeError(f"drop.{where}: the model must keep its layers, got other layers: {changed}")
     same = same_layers(rows.chain, chain, rows.cut)
     rows.chain = chain
     if rows.cuts and not same:
-        warnings.warn(f"drop.{where}: the rows are made anew: {changed}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"drop.{where}: the rows are computed again: {changed}", RuntimeWarning, stacklevel=5)
         rows.find(None, rows.cuts)
     return True
 
@@ -109,7 +109,7 @@ def follow_data(rows: RowSet, epoch: int) -> None:
     if _has_random_views(rows):
         others = [rows.read(ids, epoch + i) for i in range(1, READINGS)]
     if changed := _first_difference(rows, batch, ids, epoch, others):
-        _make_anew(rows, changed)
+        _recompute(rows, changed)
 
 
 def follow_batch(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int, again: torch.Tensor | None = None) -> bool:
@@ -146,13 +146,13 @@ def follow_batch(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int, again:
                 "drop.loader: an id must stand for one sample, got two samples with the same id in one iteration over "
                 "loader; give each sample an id of its own, and views=V where it is another image each time"
             )
-        _make_anew(rows, changed, stacklevel=6)
+        _recompute(rows, changed, stacklevel=6)
     return True
 
 
-def _make_anew(rows: RowSet, reason: str, *, stacklevel: int = 5) -> None:
+def _recompute(rows: RowSet, reason: str, *, stacklevel: int = 5) -> None:
     if rows.cache is not None and bool(rows.cache.filled.any()):
-        warnings.warn(f"drop.loader: the rows are made anew: {reason}", RuntimeWarning, stacklevel=stacklevel)
+        warnings.warn(f"drop.loader: the rows are computed again: {reason}", RuntimeWarning, stacklevel=stacklevel)
     rows.forget()
 
 

@@ -37,12 +37,12 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
     except (KeyError, IndexError, TypeError):
         has = list(batch) if isinstance(batch, dict) else f"{len(batch)} entries" if hasattr(batch, "__len__") else ""
         raise ValueError(
-            f"DropScheduler: input must be the place of the model's input in a batch, got {key!r}; "
+            f"DropScheduler: input must be the position of the model's input in a batch, got {key!r}; "
             f"the batch is a {type(batch).__name__} with {has}"
         ) from None
     if not isinstance(found, torch.Tensor):
         raise ValueError(
-            f"DropScheduler: input must be the place of a tensor in a batch, got {key!r}, a {type(found).__name__}"
+            f"DropScheduler: input must be the position of a tensor in a batch, got {key!r}, a {type(found).__name__}"
         )
     return found
 
@@ -221,7 +221,7 @@ class BatchExtras:
 
         pairs, spec = pytree.tree_flatten_with_path(batch, is_leaf=is_leaf)
         if self._spec is not None and spec != self._spec:
-            raise ValueError(f"DropScheduler: all batches must have one structure, got {spec} after {self._spec}")
+            raise ValueError(f"DropScheduler: all batches must have the same structure, got {spec} after {self._spec}")
         place = _input_place(pairs, model_input, self.key)
         entries = []
         for i, (path, leaf) in enumerate(pairs):
@@ -265,7 +265,7 @@ def _entry(path: tuple[Any, ...], leaf: Any, count: int, *, is_input: bool) -> _
     if leaf is None or isinstance(leaf, str | bytes | int | float | np.generic):
         return _Entry(path, "constant", f"a {type(leaf).__name__}")
     raise ValueError(
-        f"DropScheduler: every entry of a batch must be a tensor of {count} rows or a list of {count} values, one a "
+        f"DropScheduler: every entry of a batch must be a tensor of {count} rows or a list of {count} values, one per "
         f"sample, or a value that is the same in all batches, got {_describe(leaf)} at batch{pytree.keystr(path)}"
     )
 

@@ -50,7 +50,7 @@ class IdSource:
         if isinstance(loader, Iterator) and type(loader).__module__ in ("builtins", "itertools"):
             raise TypeError(
                 "DropScheduler: loader must give batches each time it is iterated over, got a "
-                f"{type(loader).__name__}, which ends for good; give an object whose __iter__ begins anew"
+                f"{type(loader).__name__}, which can be iterated over only once; give an object whose __iter__ starts again"
             )
         self.loader = loader
         self.whole = False  # whether the last iteration had every id of the first batch, and no id twice
@@ -270,9 +270,9 @@ class IdSource:
         same = same and bool(((x == before[at]) | ((x != x) & (before[at] != before[at]))).all())
         if not same or self._kept.first_difference(part, at) is not None:
             raise ValueError(
-                "DropScheduler: loader with ids must give the same sample for the same id each time, got another one for "
-                f"one of {', '.join(repr(ids[i]) for i in take[:4])}, and a cached row would freeze it; give each sample "
-                "an id of its own, and views=V to keep V random views of each sample, or a loader without randomness"
+                "DropScheduler: loader with ids must give the same sample for the same id each time, got a different one "
+                f"for one of {', '.join(repr(ids[i]) for i in take[:4])}, and a cached row would freeze it; give each "
+                "sample an id of its own, and views=V to keep V random views of each sample, or a loader without randomness"
             )
 
     def _probe(self) -> float:

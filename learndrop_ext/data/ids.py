@@ -18,7 +18,7 @@ def check_key(ids: IdKey) -> None:
     steps = ids if isinstance(ids, tuple) else (ids,)
     if not steps or not all(isinstance(step, int | str) and not isinstance(step, bool) for step in steps):
         raise TypeError(
-            "DropScheduler: ids must be the place of the samples' ids in a batch, a key, an index or a tuple of these, "
+            "DropScheduler: ids must be the position of the samples' ids in a batch, a key, an index or a tuple of these, "
             f"got {ids!r}"
         )
 
@@ -46,13 +46,13 @@ def ids_of(batch: Any, place: IdKey, count: int) -> list[int] | list[str]:
             parts = isinstance(found, list | tuple)
             has = list(found) if isinstance(found, Mapping) else f"{len(found)} entries" if parts else "no entries"
             raise ValueError(
-                f"DropScheduler: ids must be the place of the samples' ids in a batch, got {place!r}; there is a "
+                f"DropScheduler: ids must be the position of the samples' ids in a batch, got {place!r}; there is a "
                 f"{type(found).__name__} with {has}"
             ) from None
     shape = list(getattr(found, "shape", [len(found)] if isinstance(found, list | tuple) else []))
     if shape not in ([count], [count, 1]):
         raise ValueError(
-            f"DropScheduler: ids must be one a sample, wanted {count} at {place!r}, got a {type(found).__name__} {shape}"
+            f"DropScheduler: ids must be one per sample, wanted {count} at {place!r}, got a {type(found).__name__} {shape}"
         )
     values = found.reshape(-1).tolist() if isinstance(found, torch.Tensor | np.ndarray) else list(found)
     plain = [_plain(value) for value in values]

@@ -56,7 +56,7 @@ class DropLoader:
                 yield batch
                 if self._iteration is not this:
                     raise RuntimeError(
-                        "drop.loader: wanted one iteration at a time, and another one was begun before this one went on"
+                        "drop.loader: wanted one iteration at a time, got a second one before this one ended"
                     )
                 self._given[1] += time.perf_counter() - begin
                 begin = time.perf_counter()

@@ -25,7 +25,7 @@ def check_loader(loader: DataLoader[Any]) -> None:
     if not isinstance(loader, DataLoader):
         raise TypeError(
             f"DropScheduler: loader must be a torch DataLoader, got {type(loader).__name__}; where its batches carry their "
-            "samples' ids, give their place in a batch as ids="
+            "samples' ids, give their position in a batch as ids="
         )
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise TypeError(
@@ -36,7 +36,7 @@ def check_loader(loader: DataLoader[Any]) -> None:
         raise TypeError(
             "DropScheduler: loader must be over a dataset with ids (__getitem__ and __len__), got an IterableDataset, "
             f"{type(loader.dataset).__name__}, whose samples have none to keep rows by; where its batches carry ids, give "
-            "their place in a batch as ids="
+            "their position in a batch as ids="
         )
     if not hasattr(loader.dataset, "__len__"):
         raise TypeError(
@@ -63,7 +63,7 @@ def id_of(value: Any) -> int:
     except TypeError:
         raise TypeError(
             f"DropScheduler: loader must have a sampler that names samples by whole numbers, got {value!r}; where batches "
-            "carry their samples' ids, give their place in a batch as ids="
+            "carry their samples' ids, give their position in a batch as ids="
         ) from None
 
 

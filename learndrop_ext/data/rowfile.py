@@ -188,7 +188,7 @@ class RowFileKeeper:
             cache = ActivationCache.open(path, made_of(), device=device, budgets=budgets)
         except (OSError, CacheFileError) as error:
             warnings.warn(
-                f"DropScheduler.load_state_dict: the rows are made again ({error})", RuntimeWarning, stacklevel=4
+                f"DropScheduler.load_state_dict: the rows are computed again ({error})", RuntimeWarning, stacklevel=4
             )
             return None
         self._name = name
@@ -212,7 +212,7 @@ class RowFileKeeper:
                 cache.save(made_of(), Sidecar(values, (slots, *tensors)))
             except (OSError, TypeError) as error:
                 warnings.warn(
-                    f"DropScheduler.state_dict: a run that goes on from here will make its rows again ({error})",
+                    f"DropScheduler.state_dict: a run that resumes from here will compute its rows again ({error})",
                     RuntimeWarning,
                     stacklevel=5,
                 )

@@ -121,9 +121,9 @@ class DatasetSource:
         if accept_random and is_random_by_sample(self.loader, self._key, ids):
             return False
         raise ValueError(
-            "DropScheduler: loader must give the same sample for the same id at each reading and beside any "
-            "others, got another one, and a cached row would freeze it; give views=V to keep V random views of "
-            "each sample, or a dataset and a collate_fn without randomness"
+            "DropScheduler: loader must give the same sample for the same id each time and in any batch, got a "
+            "different one, and a cached row would freeze it; give views=V to keep V random views of each sample, or "
+            "a dataset and a collate_fn without randomness"
         )
 
     def read(self, ids: Sequence[int], seed: int) -> Any:

@@ -130,7 +130,7 @@ class _Split:
                         made[training] = tracer.run()
                     except UntraceableError as error:
                         raise ValueError(
-                            "split_layers: model must be traceable by torch.fx but for its submodules; the forward of "
+                            "split_layers: model must be traceable by torch.fx except for its submodules; the forward of "
                             f"{type(self.model).__name__} itself is not: {error}"
                         ) from error
                     finally:

@@ -131,9 +131,9 @@ class LiveModel(nn.Module):
         if layer is not None:
             raise RuntimeError(
                 f"drop.model: the weights and buffers of the dropped layers must stay as they are, and those of {layer} "
-                "have changed since its rows were made; between two epochs the rows are made anew, within one call "
-                "drop.undrop() first, or keep what changes them (weight decay by hand, averaging, a loaded "
-                "checkpoint, a second optimizer) from the dropped layers"
+                "have changed since its rows were computed; change them between epochs, when rows are computed again, or "
+                "call drop.undrop() first, or exclude the dropped layers from what changes them (weight decay by hand, "
+                "averaging, a loaded checkpoint, a second optimizer)"
             )
 
     def _check_rows(self, x: torch.Tensor) -> None:
@@ -143,8 +143,8 @@ class LiveModel(nn.Module):
         if self._expected is not None and (x is self._expected[0] or _is_slice(x, self._expected[0])):
             return
         raise ValueError(
-            f"drop.model: in eval mode x must be the batch of cached rows that drop.loader gave last, got {list(x.shape)} "
-            "of another origin, which may be images; to evaluate on images, call the whole model"
+            f"drop.model: in eval mode x must be the batch of cached rows that drop.loader gave last, got another tensor "
+            f"{list(x.shape)}, which may be images; to evaluate on images, call the whole model"
         )
 
     def _check_code(self) -> None:

@@ -55,8 +55,8 @@ def test_cache_config_takes(arguments: dict[str, Any]) -> None:
         ({"shared": 1, "disk_dir": "rows"}, "CacheConfig: shared must be True or False, got 1"),
         ({"mirror": "yes"}, "CacheConfig: mirror must be True or False, got 'yes'"),
         ({"flip": None}, "CacheConfig: flip must be True or False, got None"),
-        ({"mirror": True, "views": 2}, "CacheConfig: views must be 1 where mirror is True, got 2"),
-        ({"mirror": True, "flip": True}, "CacheConfig: flip must be False where mirror is True, got True"),
+        ({"mirror": True, "views": 2}, "CacheConfig: views must be 1 if mirror is True, got 2"),
+        ({"mirror": True, "flip": True}, "CacheConfig: flip must be False if mirror is True, got True"),
         ({"shift": -1}, "CacheConfig: shift must be pixels >= 0, got -1"),
         ({"shift": 0.5}, r"CacheConfig: shift must be pixels >= 0, got 0\.5"),
     ],
@@ -96,7 +96,7 @@ def test_cache_config_of_other_arguments_is_refused() -> None:
         cache_config("png", None)
     with pytest.raises(ValueError, match="CacheConfig: views must be a whole number >= 1 or 'auto', got 0"):
         cache_config(None, 0)
-    with pytest.raises(ValueError, match="CacheConfig: views must be 1 where mirror is True, got 3"):
+    with pytest.raises(ValueError, match="CacheConfig: views must be 1 if mirror is True, got 3"):
         cache_config(CacheConfig(mirror=True), 3)
 
 

@@ -328,7 +328,7 @@ def test_gather_refuses_a_row_that_changed_since_it_was_written(tmp_path: Path, 
         cache.gather(torch.tensor([40, 33, 2]))
     assert torch.equal(cache.gather(torch.tensor([40, 2])), rows(70, 7)[[40, 2]])
     os.truncate(part, 4096 + 128)
-    with pytest.raises(CacheFileError, match=r"row 33 .* the file was altered or cut"):
+    with pytest.raises(CacheFileError, match=r"row 33 .* the file was altered or truncated"):
         cache.gather(torch.tensor([0, 33]))
     cache.close()
 

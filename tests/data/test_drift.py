@@ -62,7 +62,7 @@ def test_rows_are_made_anew_where_the_data_has_changed(
     drop, optimizer = dropped(dataset, cache=codec)
     epoch(drop, optimizer)
     change(dataset)
-    with pytest.warns(RuntimeWarning, match=f"drop.loader: the rows are made anew: {what} of some samples are no"):
+    with pytest.warns(RuntimeWarning, match=f"drop.loader: the rows are computed again: {what} of some samples are no"):
         batches = list(drop.loader)
     labels = torch.cat([y for _, y in batches])
     assert sorted(labels.tolist()) == sorted(dataset.labels.tolist())
@@ -121,7 +121,7 @@ def test_labels_are_compared_where_the_images_are_random() -> None:
     epoch(drop, optimizer)
     assert drop.rows.cache is cache
     corrected(dataset)
-    with pytest.warns(RuntimeWarning, match=r"made anew: batch\[1\] of some samples"):
+    with pytest.warns(RuntimeWarning, match=r"computed again: batch\[1\] of some samples"):
         labels = torch.cat([y for _, y in drop.loader])
     assert sorted(labels.tolist()) == sorted(dataset.labels.tolist())
 
@@ -173,7 +173,9 @@ def test_rows_are_made_anew_where_a_dropped_layer_has_changed(
     drop, optimizer = dropped(data())
     for _ in range(1 + twice):
         change(drop.base_model)
-    with pytest.warns(RuntimeWarning, match=f"made anew: the weights or buffers of the dropped layer {layer} have"):
+    with pytest.warns(
+        RuntimeWarning, match=f"computed again: the weights or buffers of the dropped layer {layer} have"
+    ):
         rows = torch.cat([x for x, _ in drop.loader])
     wanted = prefix_rows(drop, 2)
     for row in rows:
@@ -184,20 +186,20 @@ def test_rows_are_made_anew_where_a_dropped_layer_has_changed(
     # What comes after is watched as before.
     change(drop.base_model)
     if change is not load:  # the same weights again
-        with pytest.warns(RuntimeWarning, match="made anew"):
+        with pytest.warns(RuntimeWarning, match="computed again"):
             next(iter(drop.loader))
 
 
 def test_weights_that_are_replaced_are_watched_from_then_on() -> None:
     drop, _ = dropped(data())
     assign(drop.base_model)
-    with pytest.warns(RuntimeWarning, match="made anew"):
+    with pytest.warns(RuntimeWarning, match="computed again"):
         rows = torch.cat([x for x, _ in drop.loader])
     wanted = prefix_rows(drop, 2)
     for row in rows:
         assert min(float((row - one).abs().max()) for one in wanted) < 1e-5
     add(drop.base_model)
-    with pytest.warns(RuntimeWarning, match="made anew"):
+    with pytest.warns(RuntimeWarning, match="computed again"):
         next(iter(drop.loader))
 
 
@@ -230,9 +232,9 @@ def test_a_dropped_layer_that_is_asked_to_train_is_refused() -> None:
     epoch(drop, optimizer)
     model.conv1.requires_grad_(True)
     optimizer.add_param_group({"params": list(model.conv1.parameters())})
-    with pytest.raises(RuntimeError, match=r"parameters of conv1 are to train .*: call drop.undrop\(\) to"):
+    with pytest.raises(RuntimeError, match=r"parameters of conv1 have been set to train .*: call drop.undrop\(\) to"):
         drop.step()
-    with pytest.raises(RuntimeError, match=r"parameters of conv1 are to train"):
+    with pytest.raises(RuntimeError, match=r"parameters of conv1 have been set to train"):
         next(iter(drop.loader))
     drop.undrop()
     before = model.conv1.weight.detach().clone()

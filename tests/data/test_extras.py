@@ -106,7 +106,7 @@ def test_extras_grows() -> None:
 
 
 PER_SAMPLE = (
-    "DropScheduler: every entry of a batch must be a tensor of 3 rows or a list of 3 values, one a sample, or a value "
+    "DropScheduler: every entry of a batch must be a tensor of 3 rows or a list of 3 values, one per sample, or a value "
     "that is the same in all batches, got "
 )
 REFUSED = [
@@ -139,8 +139,8 @@ CHANGED = [
         (IMAGES, 0.25),
         r"must be per sample or the same in all batches, got 0.25 after 0.5 at batch\[1\]",
     ),
-    ((IMAGES, LABELS), (IMAGES, LABELS, LABELS), "DropScheduler: all batches must have one structure, got "),
-    ((IMAGES, LABELS), [IMAGES, LABELS], "DropScheduler: all batches must have one structure, got "),
+    ((IMAGES, LABELS), (IMAGES, LABELS, LABELS), "DropScheduler: all batches must have the same structure, got "),
+    ((IMAGES, LABELS), [IMAGES, LABELS], "DropScheduler: all batches must have the same structure, got "),
     (
         (IMAGES, LABELS),
         (IMAGES, MASKS),
@@ -156,7 +156,7 @@ CHANGED = [
     (
         (IMAGES, LABELS),
         (IMAGES, ["a", "b", "c"]),
-        "DropScheduler: all batches must have one structure, got ",
+        "DropScheduler: all batches must have the same structure, got ",
     ),
 ]
 
@@ -184,7 +184,7 @@ def test_input_of(batch: Any, key: int | str) -> None:
         ((IMAGES, LABELS), "x", "in a batch, got 'x'; the batch is a tuple with 2 entries"),
         ({"image": IMAGES}, 0, r"in a batch, got 0; the batch is a dict with \['image'\]"),
         (5, 0, "in a batch, got 0; the batch is a int with "),
-        ((["a"], IMAGES), 0, "input must be the place of a tensor in a batch, got 0, a list"),
+        ((["a"], IMAGES), 0, "input must be the position of a tensor in a batch, got 0, a list"),
     ],
 )
 def test_input_of_refuses(batch: Any, key: int | str, message: str) -> None:

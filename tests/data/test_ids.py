@@ -188,7 +188,7 @@ def test_a_data_loaders_order_is_that_of_a_run_without_drops() -> None:
 
 
 class Itself:
-    """A loader that is its own iterator, and begins anew after its end."""
+    """A loader that is its own iterator, and starts again after its end."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -234,7 +234,7 @@ def test_warnings_name_the_loop() -> None:
     assert drop.rows.cache is not None
     drop.rows.cache.forget(torch.tensor([5]))
     stream.images = stream.images + 0.5
-    with pytest.warns(RuntimeWarning, match="made anew") as told:
+    with pytest.warns(RuntimeWarning, match="computed again") as told:
         trained(drop, optimizer)
     assert [Path(warning.filename).name for warning in told] == ["ids_streams.py"]
     drop.step()

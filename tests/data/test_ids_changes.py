@@ -1,4 +1,4 @@
-"""Loaders with ids: samples, labels and weights that change are refused, or have the rows made anew."""
+"""Loaders with ids: samples, labels and weights that change are refused, or have the rows computed again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_random_loader_is_refused(shuffle: bool, at_once: bool) -> None:
 
 
 def test_labels_in_place_of_ids_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"another one for one of .*give each sample an id of its own"):
+    with pytest.raises(ValueError, match=r"a different one for one of .*give each sample an id of its own"):
         begun(Stream(), ids=1)
     # In batches of one nothing is seen before an id comes again.
     drop, optimizer = begun(Stream(size=1), ids=1)
@@ -91,7 +91,7 @@ def test_rows_are_made_anew_where_what_comes_by_has_changed() -> None:
     # Images are read once more, and all but one have rows.
     cache.forget(torch.tensor([5]))
     stream.images = stream.images + 0.5
-    with pytest.warns(RuntimeWarning, match="drop.loader: the rows are made anew: the images of some samples"):
+    with pytest.warns(RuntimeWarning, match="drop.loader: the rows are computed again: the images of some samples"):
         batches = trained(drop, optimizer)
     with torch.no_grad():
         rows = drop.chain.prefix(2).eval()(stream.images)
@@ -105,7 +105,7 @@ def test_labels_are_compared_too() -> None:
     assert drop.rows.cache is not None
     drop.rows.cache.forget(torch.tensor([5]))
     stream.labels = (stream.labels + 1) % 5
-    with pytest.warns(RuntimeWarning, match=r"the rows are made anew: batch\[1\] of some samples"):
+    with pytest.warns(RuntimeWarning, match=r"the rows are computed again: batch\[1\] of some samples"):
         batches = trained(drop, optimizer)
     assert all(torch.equal(y, stream.labels[ids]) for _, y, ids in batches)
 

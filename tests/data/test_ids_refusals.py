@@ -28,12 +28,17 @@ from small_training import Net
     ("loader", "options", "error", "message"),
     [
         (3, {}, TypeError, "loader must be iterated over for batches, got int"),
-        ((b for b in [1]), {}, TypeError, "each time it is iterated over, got a generator, which ends for good"),
+        (
+            (b for b in [1]),
+            {},
+            TypeError,
+            "each time it is iterated over, got a generator, which can be iterated over only once",
+        ),
         (iter([1]), {}, TypeError, "got a list_iterator"),
         (itertools.cycle([1]), {}, TypeError, "got a cycle"),
         ([], {}, ValueError, "loader must give batches, got none"),
         ([(torch.zeros(0, 3, 8, 8), torch.zeros(0), [])], {}, ValueError, "one sample or more, got an empty one"),
-        (list(Stream()), {"ids": 5}, ValueError, "ids must be the place .*, got 5; there is a tuple with 3 entries"),
+        (list(Stream()), {"ids": 5}, ValueError, "ids must be the position .*, got 5; there is a tuple with 3 entries"),
         (list(Stream()), {"ids": (2, 1)}, ValueError, r"got \(2, 1\); there is a Tensor with no entries"),
         (list(Stream(no_ids)), {"ids": "id", "input": "image"}, ValueError, r"got 'id'; .* with \['image', 'label'\]"),
         ([torch.zeros(2, 3, 8, 8)], {}, ValueError, "got 2; there is a Tensor with no entries"),
@@ -41,7 +46,7 @@ from small_training import Net
             list(Stream()),
             {"ids": 0},
             ValueError,
-            r"ids must be one a sample, wanted 8 at 0, got a Tensor \[8, 3, 8, 8\]",
+            r"ids must be one per sample, wanted 8 at 0, got a Tensor \[8, 3, 8, 8\]",
         ),
         (list(Stream(lambda x, y, i: (x, y, i[:3]))), {}, ValueError, r"wanted 8 at 2, got a Tensor \[3\]"),
         (list(Stream(lambda x, y, i: (x, y, 7))), {}, ValueError, r"wanted 8 at 2, got a int \[\]"),
@@ -53,7 +58,7 @@ from small_training import Net
         (list(Stream()), {"ids": 2.0}, TypeError, r"a key, an index or a tuple of these, got 2\.0"),
         (list(Stream()), {"ids": ()}, TypeError, r"a key, an index or a tuple of these, got \(\)"),
         (list(Stream()), {"ids": True}, TypeError, "a key, an index or a tuple of these, got True"),
-        (list(Stream()), {"input": 7}, ValueError, "input must be the place of the model's input in a batch, got 7"),
+        (list(Stream()), {"input": 7}, ValueError, "input must be the position of the model's input in a batch, got 7"),
     ],
 )
 def test_what_is_refused_at_once(loader: Any, options: Any, error: type[Exception], message: str) -> None:
@@ -101,7 +106,7 @@ def test_an_iteration_without_batches() -> None:
 
 def test_a_loader_without_ids_is_told_of_them() -> None:
     for loader in (list(Stream()), DataLoader(Shards(), batch_size=8)):
-        with pytest.raises(TypeError, match="place in a batch as ids="):
+        with pytest.raises(TypeError, match="position in a batch as ids="):
             begun(loader, ids=None)
 
 

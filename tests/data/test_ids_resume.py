@@ -66,7 +66,7 @@ def test_rows_of_images_that_have_changed_since_the_checkpoint_are_made_anew(tmp
     stream = Stream()
     stream.images = stream.images + 0.5
     second, other = resumed(stream, saved(first, optimizer), cache=cache)
-    with pytest.warns(RuntimeWarning, match="the rows are made anew: the images of some samples"):
+    with pytest.warns(RuntimeWarning, match="the rows are computed again: the images of some samples"):
         batches = trained(second, other)
     with torch.no_grad():
         rows = second.chain.prefix(2).eval()(stream.images)

@@ -179,7 +179,7 @@ def test_rows_are_made_again_where_the_file_is_gone_or_spoilt(
     got = trained(first, 2)
     state = checkpoint(first)
     spoil(tmp_path / state["drop"]["rows_file"])
-    with pytest.warns(RuntimeWarning, match=f"load_state_dict: the rows are made again .*{message}"):
+    with pytest.warns(RuntimeWarning, match=f"load_state_dict: the rows are computed again .*{message}"):
         second = resumed(state, config, {1: 2})
     assert got + trained(second, 2) == wanted
 
@@ -310,7 +310,7 @@ def test_a_full_disk_costs_the_file_and_not_the_checkpoint(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(ActivationCache, "save", full)
         with pytest.warns(
-            RuntimeWarning, match=r"state_dict: a run that goes on .* will make its rows again .*No space"
+            RuntimeWarning, match=r"state_dict: a run that resumes .* will compute its rows again .*No space"
         ):
             state = checkpoint(run)
     assert state["drop"]["rows_file"] is None
@@ -322,7 +322,9 @@ def test_a_batch_that_no_file_can_hold_is_said(tmp_path: Path) -> None:
 
     run = begun(on_disk(tmp_path), {1: 1}, collate_fn=lambda samples: pair(*torch.utils.data.default_collate(samples)))
     trained(run, 2)
-    with pytest.warns(RuntimeWarning, match=r"will make its rows again \(BatchExtras.state: batches must be of plain"):
+    with pytest.warns(
+        RuntimeWarning, match=r"will compute its rows again \(BatchExtras.state: batches must be of plain"
+    ):
         assert run[0].state_dict()["rows_file"] is None
 
 

@@ -91,7 +91,7 @@ def test_growing_drops_read_images_in_one_epoch_only() -> None:
     assert reads[0] == 24
     assert all(count <= PROBES for count in reads[1:])
     assert [record.fill_flops > 0 for record in drop.history if record.epoch] == [True, True, True, False, False]
-    # The rows of the drop before are freed once all are made anew.
+    # The rows of the drop before are freed once all are computed again.
     assert len({id(cache) for cache in caches}) == 3
     for old in (caches[0], caches[1]):
         with pytest.raises(RuntimeError, match="the cache must be open"):

@@ -91,7 +91,7 @@ def test_rows_of_other_images_are_seen_and_made_anew(tmp_path: Path) -> None:
     Other.__qualname__, Other.__module__ = Counted.__qualname__, Counted.__module__
     run(tmp_path)
     wanted, _, _ = run(tmp_path / "..", dataset=Other())
-    with pytest.warns(RuntimeWarning, match="the rows are made anew: the images of some samples"):
+    with pytest.warns(RuntimeWarning, match="the rows are computed again: the images of some samples"):
         got, _, _ = run(tmp_path, dataset=Other())
     assert got == wanted
 

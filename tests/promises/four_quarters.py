@@ -87,4 +87,4 @@ class Run:
         return self
 
 
-MADE_ANEW = r"drop.loader: the rows are made anew: the weights or buffers of the dropped layer"
+MADE_ANEW = r"drop.loader: the rows are computed again: the weights or buffers of the dropped layer"

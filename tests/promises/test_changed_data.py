@@ -43,7 +43,7 @@ def test_augmentation_by_set_epoch_is_seen_and_rows_are_made_anew() -> None:
     for epoch in range(5):
         dataset.set_epoch(epoch)
         if epoch > 2:  # the first rows are made in the third epoch
-            with pytest.warns(RuntimeWarning, match="made anew: the images of some samples"):
+            with pytest.warns(RuntimeWarning, match="computed again: the images of some samples"):
                 run.epochs(1)
         else:
             run.epochs(1)
@@ -60,7 +60,7 @@ def test_pseudo_labels_are_followed() -> None:
     dataset.labels = torch.randint(0, 4, (COUNT,), generator=torch.Generator().manual_seed(0))
     run = Run(dataset, drops={0: 1}).epochs(2)
     dataset.labels = right
-    with pytest.warns(RuntimeWarning, match=r"made anew: batch\[1\] of some samples are no longer"):
+    with pytest.warns(RuntimeWarning, match=r"computed again: batch\[1\] of some samples are no longer"):
         run.epochs(1)
     assert accuracy(run.epochs(8).model) > 0.9
 
@@ -75,7 +75,7 @@ def test_labels_that_changed_between_two_runs_are_seen_at_resume(tmp_path: Path)
     again = Run(dataset, cache=config)
     again.model.load_state_dict(run.model.state_dict())
     again.drop.load_state_dict(state)
-    with pytest.warns(RuntimeWarning, match=r"made anew: batch\[1\]"):
+    with pytest.warns(RuntimeWarning, match=r"computed again: batch\[1\]"):
         labels = torch.cat([y for _, y in again.drop.loader])
     assert sorted(labels.tolist()) == sorted(dataset.labels.tolist())
 

@@ -77,7 +77,7 @@ def test_what_forward_reads_is_followed_from_the_next_epoch_on(change: Callable[
     run.epochs(3)
     change(run)
     if rows:
-        with pytest.warns(RuntimeWarning, match=r"drop.loader: the rows are made anew"):
+        with pytest.warns(RuntimeWarning, match=r"drop.loader: the rows are computed again"):
             assert_trained_as_the_model(run)
     else:  # what live layers read does not cost the rows
         assert_trained_as_the_model(run)
@@ -153,7 +153,7 @@ def test_what_dropped_layers_leave_for_the_loop_is_said(how: str) -> None:
         run.model[0].__class__ = Storing
     run.drop = run.scheduler({1: 1})
     name = "the hooks of 0.conv" if how == "a hook" else "0.features"
-    with pytest.warns(RuntimeWarning, match=f"a loss must not use {name}: what is found there is of another batch"):
+    with pytest.warns(RuntimeWarning, match=f"a loss must not use {name}, which may be of another batch"):
         run.epochs(1)
     found.clear()
     run.epochs(2)

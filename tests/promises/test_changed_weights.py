@@ -1,4 +1,4 @@
-"""Weights or buffers of dropped layers change: the rows are made anew, or the step is refused."""
+"""Weights or buffers of dropped layers change: the rows are computed again, or the step is refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def test_weight_decay_by_hand_is_refused_at_the_first_step_after_it() -> None:
                 for parameter in run.model.parameters():
                     parameter.mul_(1 - 1e-3)
 
-    with pytest.raises(RuntimeError, match=r"those of 0 have changed since its rows were made.*\(weight decay by hand"):
+    with pytest.raises(
+        RuntimeError, match=r"those of 0 have changed since its rows were computed.*\(weight decay by hand"
+    ):
         epoch()
     assert len(steps) == 1
 

@@ -1,4 +1,4 @@
-"""After the run, a second run, and layers that are to train again."""
+"""After the run, a second run, and layers that train again."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_the_head_first_and_then_the_backbone(how: str) -> None:
         run.optimizer.add_param_group({"params": list(run.model[:6].parameters()), "lr": 0.01})
     else:
         run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
-    with pytest.raises(RuntimeError, match=r"parameters of 0 are to train .* call drop.undrop\(\)"):
+    with pytest.raises(RuntimeError, match=r"parameters of 0 have been set to train .* call drop.undrop\(\)"):
         run.epochs(1)
     run.drop.undrop()
     before = run.model[0].weight.detach().clone()
@@ -151,7 +151,7 @@ def test_an_optimizer_made_anew_is_followed_once_it_is_said() -> None:
         parameter.requires_grad_(True)
     run.drop = run.scheduler({0: 2})  # its optimizer holds the head alone
     run.optimizer = run.drop.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match="parameters of 0 are to train"):
+    with pytest.raises(RuntimeError, match="parameters of 0 have been set to train"):
         run.epochs(1)
 
 

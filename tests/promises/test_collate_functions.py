@@ -30,7 +30,7 @@ def standardise_over_the_batch(samples: list[Any]) -> Any:
 def test_a_collate_fn_that_is_no_function_of_the_sample_is_refused(collate: Callable[[list[Any]], Any]) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    with pytest.raises(ValueError, match=r"same sample for the same id at each reading and beside any others"):
+    with pytest.raises(ValueError, match=r"same sample for the same id each time and in any batch"):
         DropScheduler(model, optimizer, Run.make_loader(collate_fn=collate))
 
 
