@@ -21,6 +21,7 @@ from learndrop_ext.app.networks import check_network, is_external, pixel_statist
 from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, make_parser
 from learndrop_ext.app.policies import parse_policy
 from learndrop_ext.app.recipe import STOPPED_OPTIONS, Recipe, make_network, policy_of
+from learndrop_ext.data.source import views_within
 from learndrop_ext.ops import free_bytes
 
 INTERRUPTED = 130
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
-    """Return the data and the recipe that the options ask for. Cheap checks come before any image is read."""
+    """Return the data and the recipe given by the options. Cheap checks come before any image is read."""
     preset = PRESETS[args.dataset]
     device = _device(args.device)
     _check_out(args.out)
@@ -73,7 +74,7 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
         amp=args.amp,
         augment=augment,
         codec=args.codec,
-        views=args.views or (4 if augment else 1),
+        views=args.views or (views_within(chosen["epochs"], parse_policy(args.policy).speedup) if augment else 1),
         mirror=args.mirror,
         policy=args.policy,
         **{name: getattr(args, name) for name in STOPPED_OPTIONS},
@@ -92,7 +93,7 @@ def _load(args: argparse.Namespace) -> Split:
             raise ValueError(f"--test-share is for --dataset folder, got --dataset {args.dataset}")
         return load_dataset(args.dataset, args.data_root, limit=args.limit, size=args.image_size)
     if args.data_root is None:
-        raise ValueError("--dataset folder wants --data-root DIR, the folder of the photos, got none")
+        raise ValueError("--dataset folder needs --data-root DIR, the folder of the photos, got none")
     return load_folder(args.data_root, limit=args.limit, size=args.image_size, test_share=args.test_share)
 
 
@@ -116,7 +117,7 @@ def _decoded(split: Split, device: torch.device) -> Split:
         return split.map(lambda part: part.decoded())
     print(
         f"the images take {wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
-        "photos are decoded at each reading",
+        "photos are decoded each time they are read",
         file=sys.stderr,
     )
     return split
@@ -136,7 +137,7 @@ def _device(name: str) -> str:
         return "cpu"
     if not has_cuda:
         raise ValueError(
-            "--device cuda wants a GPU that this torch can use, and torch.cuda.is_available() is False here: "
+            "--device cuda needs a GPU that this torch can use, and torch.cuda.is_available() is False here: "
             "install a CUDA build of torch and a driver, or use --device cpu"
         )
     if (device.index or 0) >= torch.cuda.device_count():

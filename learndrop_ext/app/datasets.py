@@ -1,6 +1,6 @@
-"""The image sets that the command line knows, read from their original files.
+"""The image sets of the command line, read from their original files.
 
-Letters: N samples, C channels, H and W pixels.
+N samples, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ __all__ = [
 ]
 
 
-#: Of ImageNet's training pixels, in [0, 1], as most published weights expect them.
+#: Mean and deviation of ImageNet's training pixels, in [0, 1], which most published weights expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A dataset: its parts, and what a model and a recipe need to know of them.
+    """A dataset: its parts, and what a model and a recipe need to know about them.
 
     Args:
         train, test: the parts.
         classes: names of the classes, by label.
         channels: C.
         size: side of the images in pixels.
-        mean, std: of pixels in [0, 1], per channel.
-        validation: a third part, for choosing a recipe, or None.
+        mean, std: mean and deviation of pixels in [0, 1], per channel.
+        validation: a third part for choosing a recipe, or None.
     """
 
     train: ImageSet
@@ -84,7 +84,7 @@ class Split:
 
     @property
     def bytes_decoded(self) -> int:
-        """Bytes that the images of all parts take, or would take once decoded."""
+        """Bytes of the images of all parts once decoded."""
         parts = (self.train, self.test, *([] if self.validation is None else [self.validation]))
         return sum(part.bytes_decoded for part in parts)
 
@@ -117,10 +117,10 @@ def load_dataset(
             a fixed seed.
         root: the folder that holds the files, or the one that torchvision is given, which holds MNIST/raw,
             FashionMNIST/raw, cifar-10-batches-py, cifar-100-python or imagenette-128 (imagenette2, ...). Not for digits.
-        limit: keep only the first images of each part, in the order of the files (of Imagenette, whose files are ordered
-            by class, in turn from each class). Files beyond them are not opened.
-        size: side of the images in pixels. Default: as they are; 128 for Imagenette.
-        augment: of the training part, see `ImageSet`.
+        limit: keep only the first images of each part, in the order of the files (for Imagenette, whose files are ordered
+            by class, in turn from each class). Other files are not opened.
+        size: side of the images in pixels. Default: unchanged; 128 for Imagenette
+        augment: augmentation of the training part, see `ImageSet`.
 
     Raises:
         ValueError: for an unknown name, a missing root, or a limit or size below 1.
@@ -141,11 +141,11 @@ def load_dataset(
 def load_folder(
     root: str | Path, *, limit: int | None = None, size: int | None = None, test_share: float | None = None
 ) -> Split:
-    """List the photos of a folder that holds one folder for each class.
+    """List the photos of a folder that holds one folder per class.
 
-    Either `root` holds train/ and test/, val/ or validation/, each with the same class folders. The test part is
-    test/ if there is one, and val/ or validation/ is then the validation part. Or `root`, or its train/, holds only
-    class folders, and the photos of each class are split by a fixed seed.
+    Either `root` holds train/ and test/, val/ or validation/, each with the same class folders. The test part is test/ if
+    it exists, and val/ or validation/ is then the validation part. Or `root`, or its train/, holds only class folders, and
+    the photos of each class are split with a fixed seed.
 
     Args:
         root: the folder.
@@ -154,13 +154,13 @@ def load_folder(
         test_share: share of each class for the test part, in (0, 1), if there is no test part. Default: 0.2
 
     Returns:
-        The split, its photos not yet decoded, with ImageNet's mean and deviation.
+        The split, with photos not yet decoded, and ImageNet's mean and deviation.
 
     Raises:
-        ValueError: for a limit, size or share out of range, and for a share if there is a test part.
+        ValueError: if a limit, size or share is out of range, or a share is given with a test part.
         ImportError: if pillow is not installed.
-        IntegrityError: for a folder that is missing or has one class only, for a class to be split that has one photo
-            only, and as `list_class_folders`.
+        IntegrityError: if the folder is missing or has only one class, if a class to be split has only one photo, and as
+            `list_class_folders`.
     """
     root = Path(root)
     _package("PIL", "folder", "pillow")

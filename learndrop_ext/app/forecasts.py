@@ -1,4 +1,4 @@
-"""`learndrop forecast`: what dropping would take and save, as text and plots, before training."""
+"""`learndrop forecast`: the time and memory of a run before training, as text and plots."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["draw_forecast", "make_forecast"]
 
 
 def make_forecast(split: Split, recipe: Recipe) -> Forecast:
-    """Measure the costs of a recipe's model and data and return the forecast of its run. Trains nothing."""
+    """Measure the costs of a recipe's model and data, and return the forecast of its run. Trains nothing."""
     with make_scheduler(set_up(split, recipe), recipe, Fixed({})) as drop:
         return drop.forecast(recipe.epochs)
 
@@ -39,7 +39,7 @@ def draw_forecast(folder: Path, forecast: Forecast) -> Path:
 
 
 BODY = """\
-<p>What a run would take if its first layers were dropped, from costs measured on this machine.</p>
+<p>The time of a run if its first layers are dropped, forecast from costs measured on this machine.</p>
 {% for svg in figures %}
 <figure>{{ svg | safe }}</figure>
 {% endfor %}

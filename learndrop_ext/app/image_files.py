@@ -1,6 +1,6 @@
 """Readers of the IDX and CIFAR file formats. Each checks what it reads and raises IntegrityError.
 
-Letters: N samples, C channels, H and W pixels.
+N samples, C channels, H and W pixels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Labelled images that are read a whole batch at a time, without per-sample Python.
+"""Labelled images that are read a whole batch at a time, without Python code per sample.
 
-Letters: N samples, B batch, C channels, H and W pixels.
+N samples, B samples in a batch, C channels, H and W pixels.
 """
 
 from __future__ import annotations
@@ -29,23 +29,22 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 class ImageSet(Dataset[Batch]):
     """Labelled images as a map-style dataset that reads whole batches.
 
-    `image_set[i]` is (float32 [C, H, W], int64 []). `__getitems__(ids)`, which a DataLoader calls by itself, is (float32
-    [B, C, H, W], int64 [B]): give the DataLoader `collate_batch` as its `collate_fn`. Both raise IndexError for ids
-    outside [0, N).
+    `image_set[i]` is (float32 [C, H, W], int64 []). `__getitems__(ids)`, which a DataLoader calls, is (float32
+    [B, C, H, W], int64 [B]); its `collate_fn` must be `collate_batch`. Both raise IndexError for ids outside [0, N).
 
     Args:
-        images: [N, C, H, W] uint8, or N image files, decoded each time they are read, see `read_photo`.
+        images: [N, C, H, W] uint8, or N image files, which are decoded each time they are read, see `read_photo`.
         labels: [N] int64.
-        mean, std: of pixels in [0, 1], per channel.
-        size: side in pixels of images that are read from files.
-        augment: "standard" shifts each image by up to an eighth of its side, 4 pixels at most, with zeros moving in,
-            and mirrors half of the images if `flip`; "flip" only mirrors half of them; None does neither. Drawn at each
-            reading from torch's global random state.
-        flip: whether "standard" mirrors.
-        device: of the labels and of images that are a tensor. Default: that of the labels
+        mean, std: mean and deviation of pixels in [0, 1], per channel.
+        size: side in pixels of images from files.
+        augment: "standard" shifts each image by up to an eighth of its side, at most 4 pixels, filling with zeros, and
+            flips half of the images horizontally if `flip`; "flip" only flips; None does neither. Drawn from torch's
+            global random state each time an image is read.
+        flip: whether "standard" flips.
+        device: device of the labels, and of images given as a tensor. Default: that of the labels
 
     Raises:
-        ValueError: for an argument of another form.
+        ValueError: if an argument has another form.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class ImageSet(Dataset[Batch]):
 
     @property
     def bytes_decoded(self) -> int:
-        """Bytes that the images take, or would take once decoded."""
+        """Bytes of the images once decoded."""
         return len(self) * len(self.mean) * self.size**2
 
     def to(self, device: torch.device | str) -> ImageSet:
@@ -160,7 +159,7 @@ class ImageSet(Dataset[Batch]):
 
 
 def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
-    """Shift each of `images` [B, C, H, W] by up to `padding` pixels each way; with `flip`, mirror half of them."""
+    """Shift each of `images` [B, C, H, W] by up to `padding` pixels each way, and with `flip` flip half of them."""
     b, _, height, width = images.shape
     windows = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     dy, dx = torch.randint(0, 2 * padding + 1, (2, b), device=images.device)
@@ -169,7 +168,7 @@ def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
 
 
 def _flip(images: Tensor) -> Tensor:
-    """Mirror each of `images` [B, C, H, W] with probability 1/2."""
+    """Flip each of `images` [B, C, H, W] horizontally with probability 1/2."""
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)
 
@@ -195,12 +194,12 @@ def make_loader(
 
     Args:
         image_set: the images.
-        batch_size, shuffle, drop_last: as of DataLoader.
-        seed: of the order. Default: torch's global random state
-        num_workers: processes that decode files, for a set on the CPU.
+        batch_size, shuffle, drop_last: as in DataLoader.
+        seed: random seed of the order. Default: torch's global random state
+        num_workers: number of processes that decode files, for a set on the CPU.
 
     Raises:
-        ValueError: for workers and a set on another device.
+        ValueError: if there are workers and the set is on another device.
     """
     if num_workers and image_set.device.type != "cpu":
         raise ValueError(f"make_loader: num_workers must be 0 for a set on {image_set.device}, got {num_workers}")

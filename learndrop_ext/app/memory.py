@@ -11,18 +11,18 @@ __all__ = ["peak_bytes", "reset_peak"]
 
 
 def reset_peak(device: torch.device) -> None:
-    """Set the peak of a device's memory back to what is in use now."""
+    """Reset the peak of a device's memory to what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
-        return  # the peak is then that of the whole process so far
+        return  # the peak will be that of the whole process
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Return the peak memory in bytes since `reset_peak`: of the GPU's allocator, or for the CPU of the process."""
+    """Return the peak memory in bytes since `reset_peak`: of the GPU's allocator, or of the process for a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

@@ -27,14 +27,14 @@ LIBRARIES = ("timm", "torchvision")
 
 @dataclass(frozen=True)
 class Network:
-    """A network in train mode on the CPU, and a line that says where its weights come from, empty for fresh ones."""
+    """A network in train mode on the CPU, and a line on the origin of its weights, empty for random ones."""
 
     model: nn.Module
     note: str
 
 
 def is_external(name: str) -> bool:
-    """Return whether a name is of timm or torchvision."""
+    """Return whether a name is that of a network of timm or torchvision."""
     return name.partition(":")[0] in LIBRARIES and ":" in name
 
 
@@ -71,12 +71,12 @@ def _library(module: str) -> ModuleType:
             f'model: {name} could not be imported ({error}): pip install "learndrop_ext[pretrained]"'
         ) from error
     except RuntimeError as error:
-        # torchvision registers its operators on import, and fails where it was built for another torch.
+        # torchvision registers its operators on import, and fails if it was built for another torch.
         raise ImportError(f"model: {name} does not fit the torch that is installed: {error}") from error
 
 
 def pixel_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return mean and deviation of pixels in [0, 1] that a network's published weights expect, None if unknown."""
+    """Return the mean and deviation of pixels in [0, 1] that a network's published weights expect, or None."""
     library, _, inner = name.partition(":")
     if not is_external(name):
         return None
@@ -104,22 +104,22 @@ def build_network(
         num_classes: outputs of the classifier, which replaces the published one.
         in_channels: channels of the images; 3 for networks of timm and torchvision.
         stem, width: of a network of `MODELS`, see `build_model`.
-        weights: None for fresh ones; "default" for those that timm or torchvision keep; or a file, see `read_weights`.
-        seed: of the fresh weights. The global random state stays as it was.
+        weights: None for random ones; "default" for those of timm or torchvision; or a file, see `read_weights`.
+        seed: random seed of the weights. The global random state does not change.
 
     Raises:
-        ValueError: for an unknown name, weights that do not fit or cannot be fetched, a number of channels that the
-            network does not take, or a network that is too large for the free memory.
+        ValueError: if the name is unknown, the weights do not fit or cannot be fetched, the network does not take this
+            number of channels, or it is too large for the free memory.
         ImportError: if a library that the name or the file needs is not installed.
     """
     check_network(name)
     if is_external(name):
         if in_channels != 3:
-            raise ValueError(f"model: {name} wants images of 3 channels, got {in_channels}")
+            raise ValueError(f"model: {name} needs images of 3 channels, got {in_channels}")
         create = _timm_maker(name, weights) if name.startswith("timm:") else _torchvision_maker(name, weights)
     else:
         if weights == "default":
-            raise ValueError(f"weights: 'default' wants a model timm:NAME or torchvision:NAME, got {name!r}")
+            raise ValueError(f"weights: 'default' needs a model timm:NAME or torchvision:NAME, got {name!r}")
         check_memory(name, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
 
         def create(classes: int) -> nn.Module:
@@ -130,9 +130,7 @@ def build_network(
         if weights is None:
             return Network(model, "")
         if weights == "default" and name.startswith("timm:"):
-            return Network(
-                model, f"weights: those that timm keeps for {name.partition(':')[2]}; the classifier starts fresh"
-            )
+            return Network(model, f"weights: those of timm for {name.partition(':')[2]}; the classifier is new")
         classifier = _classifier_keys(model, create(num_classes + 1))
     if weights == "default":
         enum = _library("torchvision.models").get_model_weights(name.partition(":")[2])
@@ -157,14 +155,14 @@ def _torchvision_maker(name: str, weights: str | None) -> Callable[[int], nn.Mod
 
 
 def _fetched(name: str, fetch: Callable[[], Any]) -> Any:
-    """Return what a download gives. Any error of the library becomes a ValueError."""
+    """Return the result of a download. Any error of the library becomes a ValueError."""
     try:
         return fetch()
     except Exception as error:
         raise ValueError(
             f"weights: the default weights of {name} could not be fetched ({type(error).__name__}: "
             f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}); "
-            "give --weights FILE, or none to start fresh"
+            "give --weights FILE, or none for random weights"
         ) from error
 
 
@@ -186,6 +184,6 @@ def check_memory(name: str, **sizes: Any) -> None:
     wanted, free = 4 * 4 * parameters, free_bytes(torch.device("cpu"))
     if wanted > free:
         raise ValueError(
-            f"model: {name} of width {sizes['width']} has {parameters / 1e6:,.0f} million parameters and wants "
-            f"{wanted / 2**30:,.1f} GiB to be trained, got {free / 2**30:,.1f} GiB of free memory"
+            f"model: {name} of width {sizes['width']} has {parameters / 1e6:,.0f} million parameters and needs "
+            f"{wanted / 2**30:,.1f} GiB for training, got {free / 2**30:,.1f} GiB of free memory"
         )

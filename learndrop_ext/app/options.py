@@ -63,10 +63,10 @@ def make_parser() -> argparse.ArgumentParser:
         "folder", type=Path, metavar="DIR", help="the disk_dir of CacheConfig(disk_dir=DIR, shared=True)"
     )
     cache.add_argument(
-        "--remove-older-than", type=_positive, metavar="DAYS", help="remove files that no run has used for so many days"
+        "--remove-older-than", type=_positive, metavar="DAYS", help="remove files not used for this many days"
     )
     cache.add_argument(
-        "--keep-bytes", type=_size, metavar="N", help="remove the files used longest ago until N bytes are left"
+        "--keep-bytes", type=_size, metavar="N", help="remove the least recently used files until N bytes are left"
     )
     cache.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return parser
@@ -85,15 +85,15 @@ COMMANDS = {
         "Train one model with dropping and write model.pt (its state_dict), metrics.jsonl and report.html.",
     ),
     "forecast": (
-        "say before training what dropping would take and save",
-        "Measure the costs of each layer, and print and draw (forecast.html) what an epoch takes with the first layers "
-        "dropped, what filling and reading their rows takes, and what the policy would do. Trains nothing.",
+        "forecast the time and memory of a run before training",
+        "Measure the costs of each layer, and print and draw (forecast.html) the time of the run with the first layers "
+        "dropped from each epoch on, and the memory of their rows. Trains nothing.",
     ),
     "cache": (
-        "list and remove the rows that runs share",
-        "List the files of rows that runs share in a folder, and remove those that are too old or too many.",
+        "list and remove rows shared between runs",
+        "List the files of rows that runs share in a folder, and remove old ones or as many as needed to save space.",
     ),
-    "info": ("say what this installation can do", "Say what this build and this machine have."),
+    "info": ("show what this installation supports", "Show CUDA, driver, GPUs, Triton, torch and CPU instructions."),
 }
 
 
@@ -104,15 +104,15 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--data-root",
         type=Path,
         metavar="DIR",
-        help="folder with the dataset's original files; for the dataset folder: with train/ and test/, val/ or "
-        "validation/ that hold a folder a class, or with one folder a class",
+        help="folder with the dataset's original files; for --dataset folder: one with a folder per class, or with "
+        "train/ and test/, val/ or validation/ that hold a folder per class",
     )
     data.add_argument(
         "--test-share", type=float, metavar="X", help="share of a folder of classes to test on (default: 0.2)"
     )
     data.add_argument("--limit", type=_count, metavar="N", help="use only the first N training and N test images")
     data.add_argument(
-        "--image-size", type=_count, metavar="PIXELS", help="side of the images (default: as they are; of photos: 128)"
+        "--image-size", type=_count, metavar="PIXELS", help="side of the images (default: unchanged; photos: 128)"
     )
     data.add_argument(
         "--augment", choices=["none", "flip", "standard"], help="random flip, or shift and flip (default: by dataset)"
@@ -126,39 +126,42 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--weights",
         metavar="FILE",
-        help="start from a file of weights (safetensors or a state_dict), or with 'default' from those that timm or "
-        "torchvision keep (default: fresh ones)",
+        help="start from a file of weights (safetensors or a state_dict), or with 'default' from those of timm or "
+        "torchvision (default: random weights)",
     )
     recipe.add_argument("--stem", choices=["small", "imagenet"], help="3x3 for small images or 7x7 (default: by size)")
     recipe.add_argument("--width", type=_count, metavar="N", help="channels of the first stage of vgg.. and resnet..")
     recipe.add_argument("--epochs", type=_count, metavar="N", help="passes over the training images")
-    recipe.add_argument("--batch-size", type=_count, metavar="N", help="images a step")
+    recipe.add_argument("--batch-size", type=_count, metavar="N", help="images per step")
     recipe.add_argument("--lr", type=_positive, metavar="X", help="peak learning rate of the one-cycle schedule")
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, help="sgd with Nesterov momentum, or adamw")
-    recipe.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the weights, the order and the views")
-    recipe.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: cuda where there is one")
+    recipe.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed")
+    recipe.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: cuda if available")
     recipe.add_argument("--amp", choices=["bf16"], help="mixed precision")
     dropping = parser.add_argument_group("dropping")
     dropping.add_argument(
         "--policy",
         default=Recipe.policy,
         metavar="POLICY",
-        help="stopped: drop the layers that have stopped learning; budget:2.0: end in half the time; fixed:0=3,1=4: the "
-        "first 3 layers before the first step and the first 4 after epoch 1",
+        help="stopped: drop layers that have stopped learning; budget:2.0: finish in half the time; fixed:0=3,1=4: drop "
+        "the first 3 layers before the first step and the first 4 after epoch 1",
     )
     dropping.add_argument("--codec", choices=CODECS, default=Recipe.codec, help="how cached activations are stored")
     dropping.add_argument(
-        "--views", type=_count, metavar="V", help="augmented views kept of an image (default: 4 or 1)"
+        "--views",
+        type=_count,
+        metavar="V",
+        help="augmented views kept of an image (default: epochs / (2 speedup), at least 2; 1 without --augment)",
     )
     dropping.add_argument(
         "--mirror", action="store_true", help="keep each image and its mirror image, without --augment"
     )
     stopped = parser.add_argument_group("the policy stopped")
     stopped.add_argument(
-        "--threshold", type=float, default=Recipe.threshold, metavar="X", help="a score under this has stopped"
+        "--threshold", type=float, default=Recipe.threshold, metavar="X", help="score below which a layer has stopped"
     )
     stopped.add_argument(
-        "--patience", type=_count, default=Recipe.patience, metavar="N", help="for so many measurements"
+        "--patience", type=_count, default=Recipe.patience, metavar="N", help="number of measurements in a row"
     )
     stopped.add_argument("--warmup", type=int, default=Recipe.warmup, metavar="N", help="epochs before the first drop")
     stopped.add_argument(
@@ -172,7 +175,9 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         help="share of the run that a drop must save",
     )
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default=Path("learndrop-report"), metavar="DIR", help="where files go")
+    output.add_argument(
+        "--out", type=Path, default=Path("learndrop-report"), metavar="DIR", help="folder for the output files"
+    )
     output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 

@@ -1,4 +1,4 @@
-"""The HTML pages of the package: the head and style that they share, and the way to their files."""
+"""HTML pages: their common head and style, and writing them to files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def check_extras(owner: str) -> None:
-    """Raise ImportError in the name of `owner` if matplotlib or jinja2 is not installed."""
+    """Raise ImportError if matplotlib or jinja2 is not installed. owner: the function that the message names."""
     for name in ("matplotlib", "jinja2"):
         if importlib.util.find_spec(name) is None:
             raise ImportError(f'{owner}: {name} is not installed: pip install "learndrop_ext[cli]"')
@@ -19,9 +19,9 @@ def render_page(kind: str, body: str, **values: Any) -> str:
     """Return a page as one HTML file that refers to no other.
 
     Args:
-        kind (str): what the title calls the page, such as "report".
+        kind (str): kind of page for the title, such as "report".
         body (str): a jinja2 template.
-        values: what the template names.
+        values: the template's variables.
     """
     import jinja2
 
@@ -30,7 +30,7 @@ def render_page(kind: str, body: str, **values: Any) -> str:
 
 
 def write_page(path: str | Path, page: str) -> None:
-    """Write a page aside and rename it to `path`, so that `path` is never half a page. Raises OSError."""
+    """Write a page to a temporary file and rename it to `path`, which is never half a page. Raises OSError."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

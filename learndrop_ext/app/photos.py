@@ -1,7 +1,4 @@
-"""Photos in one folder for each class: list them, and read one as a tensor.
-
-Letters: H and W pixels.
-"""
+"""Photos in one folder per class: list them, and read one as a tensor. H and W pixels."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ __all__ = ["PHOTO_SUFFIXES", "list_class_folders", "read_photo"]
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
-#: Files that file managers leave in folders. Names that start with a dot are passed over too.
+#: Files that file managers leave in folders. Names that start with a dot are ignored too.
 PASSED_OVER = ("thumbs.db", "desktop.ini")
 
 
@@ -30,15 +27,15 @@ def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) ->
     """List the photos of each class folder in `folder`, classes and files sorted by name.
 
     Args:
-        folder: holds one folder for each class; files beside the class folders are passed over.
-        classes: the class folders that must be there, no more and no fewer. Default: any
+        folder: holds one folder per class; files beside the class folders are ignored.
+        classes: the class folders that must exist, no more and no fewer. Default: any
 
     Returns:
         The files of each class.
 
     Raises:
-        IntegrityError: for a missing folder, one without class folders or with other classes than wanted, a class
-            without photos, and anything but photos in a class folder.
+        IntegrityError: if the folder is missing, has no class folders or other classes than wanted, or a class folder has
+            no photos or anything but photos.
     """
     if not folder.is_dir():
         raise IntegrityError(folder, "no such folder")
@@ -77,7 +74,7 @@ def _shown(names: Sequence[str]) -> str:
 def read_photo(path: Path, *, size: int) -> Tensor:
     """Read a photo as RGB and scale its middle square (bilinear, antialiased).
 
-    The photo is turned to its EXIF orientation. Grey, palette and CMYK photos become RGB, 16-bit values are scaled to 8
+    The photo is rotated to its EXIF orientation. Grey, palette and CMYK photos become RGB, 16-bit values are scaled to 8
     bits, and transparent pixels become white.
 
     Args:
@@ -94,7 +91,7 @@ def read_photo(path: Path, *, size: int) -> Tensor:
 
     try:
         with Image.open(path) as opened:
-            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves three pixels for each one wanted.
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves three pixels for each one wanted.
             opened.draft(None, (3 * size, 3 * size))
             image = _upright_rgb(opened)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -1,6 +1,6 @@
-"""The plots of a report and of a forecast, as SVG text that refers to nothing outside itself.
+"""The plots of a report and of a forecast, as self-contained SVG.
 
-Letters: L layers. A record is one epoch of one run; its form is that of `learndrop_ext.app.report.Reporter.add`.
+L layers. A record is one epoch of one run, in the form of `learndrop_ext.app.report.Reporter.add`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["plot_accuracy", "plot_dropped", "plot_forecast", "plot_row_bytes", "
 
 Records = Sequence[Mapping[str, Any]]
 
-#: Colour (Okabe and Ito's palette, told apart by colour-blind readers), dash and marker of each run.
+#: Colour (Okabe and Ito's colour-blind safe palette), dash and marker of each run.
 RUN_STYLES: Mapping[str, tuple[str, str, str]] = {
     "baseline": ("#555555", "-", "o"),
     "learndrop": ("#0072b2", "-", "s"),
@@ -60,7 +60,7 @@ def plot_scores(records: Records) -> str | None:
         return None
     layers = list(dict.fromkeys(name for record in scored for name in record["scores"]))
     epochs = [int(record["epoch"]) for record in scored]
-    # A layer dropped by an epoch's decision was still measured in it: it counts as dropped from the next record on.
+    # A layer dropped after an epoch was still measured in it: it counts as dropped from the next record on.
     gone = [0, *(int(record["prefix"]) for record in scored[:-1])]
     cells = [[math.nan] * len(epochs) for _ in layers]
     for column, record in enumerate(scored):

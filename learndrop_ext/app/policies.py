@@ -1,4 +1,4 @@
-"""Policies as the command line spells them: stopped, budget:2.0, fixed:0=3,1=4."""
+"""Policies of the command line: stopped, budget:2.0, fixed:0=3,1=4."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ class PolicySpec:
 
     kind: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def speedup(self) -> float:
+        """The speedup asked for, or that of `Budget` by default."""
+        return float(self.arguments.get("speedup", Budget.speedup))
 
     def build(self, **stopped: Any) -> Policy:
         """Build the policy. `stopped` are the arguments of `StoppedLearning`; the other kinds ignore them."""

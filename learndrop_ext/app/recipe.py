@@ -28,17 +28,16 @@ class Recipe:
     Args:
         model, stem, width, weights: see `build_network`.
         epochs: passes over the training images.
-        steps: of the optimizer in all, where the last epoch is not to be a whole one; None for whole epochs. Not with
-            dropping.
-        batch_size: images a step.
+        steps: number of optimizer steps, to end within the last epoch; None for whole epochs. Not with dropping.
+        batch_size: images per step.
         lr: peak learning rate.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
-        weight_decay: of the optimizer.
-        seed: of the weights, the order and the views, in 0..2**32-1.
-        device: of the model and the images.
-        amp: "bf16" for autocast, None for none.
+        weight_decay: weight decay of the optimizer.
+        seed: random seed of the weights, the order and the views, in 0..2**32-1.
+        device: device of the model and the images.
+        amp: "bf16" for autocast, or None.
         augment: see `ImageSet`.
-        codec, views, mirror: of the cache, see `CacheConfig`.
+        codec, views, mirror: see `CacheConfig`.
         policy: see `parse_policy`.
         threshold, patience, warmup, max_dropped, min_saving: see `StoppedLearning`.
     """

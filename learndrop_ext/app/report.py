@@ -1,4 +1,4 @@
-"""The output of a comparison: a table for the terminal, metrics.jsonl, and a page that opens without a network.
+"""The output of a comparison: a table for the terminal, metrics.jsonl, and a self-contained HTML page.
 
 A result is the object that `learndrop compare --json` prints: `{"config": {...}, "baseline": R, "learndrop": R,
 "speedup": x}`, with `"freeze-only": R` and `"short": R` if asked for. Runs that have not ended are not in it.
@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from learndrop_ext.app.page import check_extras, render_page, write_page
@@ -28,13 +27,12 @@ COLUMNS = ("run", "wall-clock time", "of which fill", "forward FLOPs", "test acc
 
 
 class Reporter:
-    """Writes `metrics.jsonl` after each epoch and `report.html` after each run, into one folder.
+    """Writes `metrics.jsonl` after each epoch and `report.html` after each run to a folder.
 
-    Used as a context manager it updates the page when it is left, so that an interrupted comparison leaves both files
-    readable.
+    As a context manager it updates the page on leaving, so that an interrupted comparison leaves both files readable.
 
     Args:
-        folder: created if it is not there.
+        folder: created if it does not exist.
 
     Raises:
         OSError: if the folder cannot be created or written.
@@ -53,13 +51,11 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Write the record of one epoch as one line, at once. Infinities and NaN become null.
+        """Write the record of one epoch as one line and flush it. Infinities and NaN become null.
 
         Args:
             record: "run"; "epoch", from 1; "seconds" of training so far, without evaluation; "train_loss"; "accuracy" in
@@ -79,7 +75,7 @@ class Reporter:
         self._stale = False
 
     def close(self) -> None:
-        """Close metrics.jsonl and, if there are newer records than on the page, write the page again."""
+        """Close metrics.jsonl, and update the page if there are newer records."""
         self._metrics.close()
         if self._stale:
             self.write(self._result)
@@ -100,7 +96,7 @@ def _finite(value: Any) -> Any:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """Format a result as a table for a terminal, one line a run, with a summary as the last line."""
+    """Format a result as a table for a terminal, one line per run, and a summary as the last line."""
     rows = [COLUMNS, *(table_row(result, run) for run in RUNS if run in result)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -115,7 +111,7 @@ def summarize(result: Mapping[str, Any]) -> str:
         return ""
     baseline, dropping = result["baseline"], result["learndrop"]
     if not dropping["drops"]:
-        return "No layer was dropped: both runs did the same work, and dropping can claim no difference between them."
+        return "No layer was dropped: both runs did the same work, so dropping made no difference."
     difference = dropping["accuracy"] - baseline["accuracy"]
     saved = 100 * (1 - dropping["forward_flops"] / baseline["forward_flops"])
     speedup = result.get("speedup", baseline["seconds"] / dropping["seconds"])
@@ -190,12 +186,12 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     figures = (
         _Figure(
             "Score per layer and epoch",
-            "How much each layer still learned, by the change of its parameters since the measurement before.",
+            "How much each layer was still learning, by the change of its parameters since the previous measurement.",
             plots.plot_scores(records),
         ),
         _Figure(
             "Layers dropped over time",
-            "How many layers at the input side were out of the training step.",
+            "The number of layers at the input side that were not in the training step.",
             plots.plot_dropped(records),
         ),
         _Figure(

@@ -11,7 +11,7 @@ BODY = """\
 {% endfor %}
 {% if rows %}
 <div class="wide"><table>
-<caption>Time is training with fills and measurements, without evaluation; in brackets: against the baseline.</caption>
+<caption>Time includes fills and measurements, but not evaluation. In brackets: against the baseline.</caption>
 <thead><tr>{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}
@@ -48,11 +48,11 @@ BODY = """\
 <p>No layer was dropped.</p>
 {% endif %}
 {% if changes %}
-<h2>What was measured last</h2>
+<h2>Last measurement</h2>
 <div class="wide"><table>
 <caption>Change of each layer's parameters over epoch {{ changes.epoch }} of the run {{ changes.run }}: norms of the change
-and of the weights, the change relative to the weights, the cosine between it and the change before, and how many
-values were not finite.</caption>
+and of the weights, the relative change, its cosine with the previous change, and the number of values that were not
+finite.</caption>
 <thead><tr><th scope="col">layer</th><th scope="col">l1</th><th scope="col">l2</th><th scope="col">largest</th>
 <th scope="col">l1 of weights</th><th scope="col">l2 of weights</th><th scope="col">relative</th>
 <th scope="col">cosine</th><th scope="col">not finite</th></tr></thead>
@@ -66,7 +66,7 @@ values were not finite.</caption>
 {% if ledger %}
 <h2>Forecast and outcome</h2>
 <div class="wide"><table>
-<caption>Seconds of each epoch's loop, rows made in it included: as forecast, and as they were.</caption>
+<caption>Seconds of each epoch, including the computation of rows: forecast and measured.</caption>
 <thead><tr><th scope="col">run</th><th scope="col">epoch</th><th scope="col">forecast</th><th scope="col">measured</th>
 <th scope="col">forecast off by</th></tr></thead>
 <tbody>

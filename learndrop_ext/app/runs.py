@@ -1,4 +1,4 @@
-"""Training runs for the command line: one recipe, trained plainly, with dropping, frozen only, or shortened."""
+"""Training runs of the command line: one recipe trained plainly, with dropping, frozen only, or shortened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from learndrop_ext.graph.chain import split_layers
 from learndrop_ext.history import Record
 from learndrop_ext.scheduler import DropScheduler
 
-#: Called with the name of the run, the steps done, the steps in all and a short text.
+#: Called with the name of the run, the number of steps done, the total number and a short text.
 Progress = Callable[[str, int, int, str], None]
 
 
@@ -31,12 +31,12 @@ class Dropped:
     """One drop of a run.
 
     Args:
-        epoch: after which it was made; 0 before the first step.
-        prefix: layers dropped in all.
+        epoch: number of epochs done before it.
+        prefix: number of layers dropped in all.
         layers: their names.
-        reason: of the policy.
-        fill_seconds: spent making its rows.
-        row_bytes: of one row.
+        reason: the policy's reason.
+        fill_seconds: time spent computing its rows.
+        row_bytes: bytes of one row.
         tier: see `slowest_tier`.
     """
 
@@ -51,16 +51,16 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run took and reached.
+    """Time, accuracy and drops of a run.
 
     Args:
-        seconds: of training by the clock, with fills, measurements and the splitting of the model, without evaluation.
+        seconds: wall-clock time of training, with fills, measurements and the splitting of the model, without evaluation.
         fill_seconds, measure_seconds: parts of `seconds`.
-        eval_seconds: of evaluation after each epoch.
-        forward_flops: of all training steps and fills.
-        accuracy: on the test part after the last epoch, in percent.
+        eval_seconds: time of evaluation after each epoch.
+        forward_flops: forward FLOPs of all training steps and fills.
+        accuracy: accuracy on the test part after the last epoch, in percent.
         peak_memory_bytes: see `peak_bytes`.
-        drops: in their order.
+        drops: the drops in order.
     """
 
     seconds: float
@@ -86,16 +86,16 @@ def train(
     """Train one model and evaluate it after each epoch.
 
     Args:
-        name: of the run, for its records.
+        name: name of the run for its records.
         split: the data.
         recipe: how to train; its policy is not used.
         policy: decides on drops; None for a plain loop without a DropScheduler.
-        caches: whether the outputs of dropped layers are kept; otherwise these layers run at each step.
+        caches: whether the outputs of dropped layers are cached; otherwise these layers run at each step.
         on_epoch: called with a record after each epoch, see `Reporter.add`.
         progress: called after each step.
 
     Returns:
-        What the run took and reached, and the trained model.
+        The result and the trained model.
     """
     device = torch.device(recipe.device)
     reset_peak(device)
@@ -185,17 +185,17 @@ def train(
 
 
 def _note_drop(drops: list[Dropped], drop: DropScheduler, epoch: int) -> None:
-    """Append the drop that was made after `epoch`, if there was one."""
+    """Append the drop made after `epoch`, if there was one."""
     if drop.prefix == (drops[-1].prefix if drops else 0):
         return
     record = drop.history[-1]
     names, tier = list(drop.chain.names[: drop.prefix]), slowest_tier(drop)
-    # The rows are made in the epochs that follow, which add their seconds.
+    # Rows are computed in the epochs that follow, which add their seconds.
     drops.append(Dropped(epoch, drop.prefix, names, record.reason, 0.0, record.row_bytes, tier))
 
 
 def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the measurements of a record: those of the layers by name, and the seconds of the epoch."""
+    """Return the measurements of a record by layer name, and the seconds of the epoch."""
     out: dict[str, Any] = {
         key: dict(zip(names, getattr(record, key), strict=True)) for key in ("scores", "relative", "cosine")
     }
@@ -215,15 +215,15 @@ def slowest_tier(drop: DropScheduler) -> str:
 
 
 def warm_up(split: Split, recipe: Recipe) -> None:
-    """Train a model for a few steps, plainly and with half of its layers dropped, and discard it, so that one-time costs
-    of a process (imports, compiled kernels, memory) count for no run."""
+    """Train a model for a few steps, plainly and with half of its layers dropped, and discard it. One-time costs of the
+    process (imports, compiled kernels, memory) are then in no run."""
     batch = 2 * recipe.batch_size
     few = dataclasses.replace(
         split, train=split.train.subset(range(min(batch, len(split.train)))), test=split.test.subset(range(1))
     )
     short = dataclasses.replace(recipe, epochs=1, steps=None, augment=None, views=1, mirror=False)
     train("warm-up", few, short)
-    # An epoch without a drop, one that makes rows and one that reads them.
+    # An epoch without drops, one that computes rows and one that reads them.
     train("warm-up", few, dataclasses.replace(short, epochs=3), policy=_half_after_the_first_epoch)
 
 
@@ -288,7 +288,7 @@ def compare(
 
 
 def save_model(model: nn.Module, path: Path) -> None:
-    """Write the state_dict of the whole model to `path`, which is never half a file."""
+    """Write the state_dict of the whole model to a temporary file and rename it to `path`, which is never half a file."""
     aside = path.with_name(path.name + ".part")
     torch.save(model.state_dict(), aside)
     aside.replace(path)

@@ -1,4 +1,4 @@
-"""`learndrop cache`: list and remove the rows that runs share in a folder."""
+"""`learndrop cache`: list and remove rows shared between runs in a folder."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: 
     Args:
         folder: the disk_dir of `CacheConfig(disk_dir=..., shared=True)`.
         older_than_days: remove files that no run has used for this many days; None for no limit.
-        keep_bytes: then remove the least recently used files until no more bytes than these are left; None for no
-            limit.
+        keep_bytes: then remove the least recently used files until at most this many bytes are left; None for no limit.
 
     Returns:
-        `{"folder": str, "removed": [...], "in_use": [...], "rows": [...]}`, with a dict for each file. Files in use were
-        to be removed, but a run reads them.
+        `{"folder": str, "removed": [...], "in_use": [...], "rows": [...]}`, with a dict per file. Files "in_use" were not
+        removed because a run reads them.
 
     Raises:
         ValueError: if `folder` is not a folder.
@@ -46,7 +45,7 @@ def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: 
 
 
 def format_listing(listing: dict[str, Any]) -> str:
-    """Format a listing for a terminal, one line a file."""
+    """Format a listing for a terminal, one line per file."""
     lines = [f"removed {len(listing['removed'])} files"] if listing["removed"] else []
     lines += [f"kept {file['name']}, which a run reads" for file in listing["in_use"]]
     rows = listing["rows"]

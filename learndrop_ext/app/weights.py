@@ -18,7 +18,7 @@ NESTED = ("state_dict", "model", "model_state_dict")
 
 @dataclass(frozen=True)
 class FittedWeights:
-    """Tensors by the network's keys, and a line that says what was matched and what was left out."""
+    """Tensors by the network's keys, and a line on what was matched and what was left out."""
 
     tensors: dict[str, Tensor]
     note: str
@@ -34,7 +34,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         Tensors by key, in the order of the file.
 
     Raises:
-        ValueError: for a file that is missing, damaged, or holds anything but tensors.
+        ValueError: if the file is missing or damaged, or holds anything but tensors.
         ImportError: if the file needs safetensors and it is not installed.
     """
     path = Path(path)
@@ -48,7 +48,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"weights: {path} must hold tensors only, got {type(value).__name__} at {key!r}")
-    # DataParallel and DistributedDataParallel put this before each key.
+    # DataParallel and DistributedDataParallel add this prefix to each key.
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
@@ -84,8 +84,8 @@ def fit_weights(
 ) -> FittedWeights:
     """Match the tensors of a file to those of a network, by name or, if the names differ, by order and shape.
 
-    They match by order only if there are equally many and the shapes agree one by one. The classifier is left out, and
-    starts fresh, if its shapes differ or the file has none. Counters of BatchNorm may be missing.
+    They match by order only if their numbers are equal and the shapes agree one by one. The classifier is left out, and
+    stays new, if its shapes differ or the file has none. Counters of BatchNorm may be missing.
 
     Args:
         weights: the file's tensors, in its order.
@@ -94,7 +94,7 @@ def fit_weights(
         path: the file, for error messages.
 
     Raises:
-        ValueError: for weights of another network, naming the first key that differs.
+        ValueError: if the weights are of another network; it names the first key that differs.
     """
     wanted = {key: value for key, value in network.items() if not _is_counter(key)}
     given = {key: value for key, value in weights.items() if not _is_counter(key)}
@@ -122,9 +122,9 @@ def fit_weights(
     counters = {key: weights[key] for key in network if _is_counter(key) and key in weights}
     words = [f"{len(tensors)} of {len(wanted)} tensors from {path}"]
     if by_order:
-        words.append("matched by order and shape, for the names differ")
+        words.append("matched by order and shape, since the names differ")
     if left_out:
-        words.append(f"{', '.join(left_out)} left out: the classifier starts fresh")
+        words.append(f"{', '.join(left_out)} left out: the classifier is new")
     return FittedWeights(tensors | counters, "weights: " + "; ".join(words))
 
 

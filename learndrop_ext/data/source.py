@@ -150,6 +150,15 @@ class DatasetSource:
         """Do nothing."""
 
 
+def views_within(epochs: int, speedup: float) -> int:
+    """Return how many views of random samples to keep, at least 2, since one would freeze the augmentation.
+
+    A run keeping V views reads images in V epochs and rows in the epochs after them. A run of E epochs is to take the time
+    of E / speedup epochs. Half of that may go to epochs that read images: V = E / (2 speedup).
+    """
+    return max(2, int(epochs / (2 * speedup)))
+
+
 def settle_views(
     config: CacheConfig,
     source: Source,
@@ -161,9 +170,7 @@ def settle_views(
 ) -> CacheConfig:
     """Check that rows can be kept as configured, and return the configuration with a number for `views="auto"`.
 
-    A run keeping V views reads images in V epochs and rows in the epochs after them. A run of E epochs is to take the time
-    of E / speedup epochs. Half of that may go to epochs that read images: V = E / (2 speedup), or fewer where the budgets
-    do not hold V rows of each sample. Random samples get at least two views; one would freeze the augmentation.
+    The views are those of `views_within`, or fewer if the budgets do not hold as many rows of each sample, but at least 2.
 
     Args:
         config: the user's configuration.
@@ -183,7 +190,7 @@ def settle_views(
     if not source.check_repeats(accept_random=may_choose) and epochs is not None:
         budgets = budgets_of(config, device)
         held = (budgets.device or 0) + budgets.host + budgets.disk
-        views = max(2, min(int(epochs / (2 * speedup)), held // max(1, len(source) * row_bytes)))
+        views = max(2, min(views_within(epochs, speedup), held // max(1, len(source) * row_bytes)))
     return dataclasses.replace(config, views=from_rank_zero(views) if may_choose else views)
 
 

@@ -82,7 +82,7 @@ def test_default_weights_are_those_of_the_library(timm: ModuleType, monkeypatch:
         return torch.nn.Linear(1, 1)
 
     monkeypatch.setattr(timm, "create_model", create)
-    assert "those that timm keeps for resnet18" in build_network("timm:resnet18", num_classes=3, weights="default").note
+    assert "those of timm for resnet18" in build_network("timm:resnet18", num_classes=3, weights="default").note
     assert asked == [("resnet18", {"pretrained": True, "num_classes": 3})]
 
 
@@ -93,7 +93,7 @@ def test_default_weights_that_cannot_be_fetched(timm: ModuleType, monkeypatch: p
     monkeypatch.setattr(timm, "create_model", create)
     message = (
         "weights: the default weights of timm:resnet18 could not be fetched (ConnectionError: no route); "
-        "give --weights FILE, or none to start fresh"
+        "give --weights FILE, or none for random weights"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         build_network("timm:resnet18", num_classes=3, weights="default")
@@ -139,9 +139,9 @@ def test_check_network_names_the_package_it_lacks(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "arguments", "problem"),
     [
-        ("timm:resnet18", {"in_channels": 1}, "timm:resnet18 wants images of 3 channels, got 1"),
-        ("resnet10", {"weights": "default"}, "'default' wants a model timm:NAME or torchvision:NAME, got 'resnet10'"),
-        ("resnet18", {"width": 10**5}, r"resnet18 of width 100000 has .* million parameters and wants .* GiB"),
+        ("timm:resnet18", {"in_channels": 1}, "timm:resnet18 needs images of 3 channels, got 1"),
+        ("resnet10", {"weights": "default"}, "'default' needs a model timm:NAME or torchvision:NAME, got 'resnet10'"),
+        ("resnet18", {"width": 10**5}, r"resnet18 of width 100000 has .* million parameters and needs .* GiB"),
         ("resnet18", {"width": 10**12}, "resnet18 of width 1000000000000 is too large: "),
         ("resnet18", {"width": 10**30}, "resnet18 of width 10*0 is too large: "),
     ],

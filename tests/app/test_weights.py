@@ -104,7 +104,7 @@ def test_fit_weights_leaves_out_another_classifier() -> None:
         assert not set(CLASSIFIER) & set(fitted.tensors)
         assert set(fitted.tensors) == {key for key in state() if key not in CLASSIFIER}
         assert fitted.note == (
-            "weights: 60 of 62 tensors from f; fc.weight, fc.bias left out: the classifier starts fresh"
+            "weights: 60 of 62 tensors from f; fc.weight, fc.bias left out: the classifier is new"
         )
 
 
@@ -113,7 +113,7 @@ def test_fit_weights_by_order() -> None:
     fitted = fit_weights(renamed, state(), classifier=CLASSIFIER, path="f")
     assert torch.equal(fitted.tensors["layer4.0.conv2.weight"], state(7, seed=1)["layer4.0.conv2.weight"])
     assert len(fitted.tensors) == 60
-    assert "60 of 62 tensors from f; matched by order and shape, for the names differ; fc.weight" in fitted.note
+    assert "60 of 62 tensors from f; matched by order and shape, since the names differ; fc.weight" in fitted.note
 
 
 def test_fit_weights_does_without_counters() -> None:
