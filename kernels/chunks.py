@@ -117,8 +117,7 @@ class DeltaTable:
     def refresh_pointers(self) -> bool:
         """Rebuild the table if it is stale, and return whether it was.
 
-        A parameter keeps its anchors if its shape and dtype are the same, and is measured from its present value
-        otherwise.
+        A parameter keeps its anchors if its shape and dtype are the same; otherwise its current value becomes the anchor.
         """
         if not self.stale():
             return False
@@ -126,10 +125,10 @@ class DeltaTable:
         return True
 
     def anchor_values(self) -> dict[Position, tuple[Tensor, ...]]:
-        """Return the anchors by (layer, place in the layer), in their parameters' shapes, sharing the table's memory.
+        """Return the anchors by (layer, position in the layer), in their parameters' shapes, sharing the table's memory.
 
-        The newer one comes first; with persistence the older one follows. A shared parameter's anchors are under each
-        of its positions.
+        The newer one comes first, with persistence followed by the older one. A shared parameter's anchors are listed under
+        each of its positions.
         """
         role = self.role if self.persistence else 0
         rows = [self.anchors[role], self.anchors[1 - role]] if self.persistence else [self.anchors[0]]
@@ -192,16 +191,15 @@ def build_table(
     """Return the chunk table and the anchors of parameters, grouped in layers.
 
     Args:
-        layers: parameters of one device in fp32, bf16, fp16 or fp64, dense in memory in any order of dimensions. One that
+        layers: parameters on one device in fp32, bf16, fp16 or fp64, dense in memory in any order of dimensions. One that
             occurs twice is counted once, in its first layer. A DTensor is measured on this rank's shard.
-        persistence: whether the anchor before the newest is kept too. Default: False
-        anchors: values that the anchors start with, by (layer, place), where shape and dtype agree. Default: the
-            parameters
+        persistence: also keep the previous anchor. Default: False
+        anchors: initial values of the anchors by (layer, position), used if shape and dtype agree. Default: the parameters
 
     Raises:
-        TypeError: for another dtype.
-        ValueError: for a sparse, freed or misaligned parameter, one with gaps or overlap, parameters on several devices
-            and shards on several meshes.
+        TypeError: if a parameter has another dtype.
+        ValueError: if a parameter is sparse, freed or misaligned, or has gaps or overlap; if parameters are on several
+            devices, or shards on several meshes.
     """
     return DeltaTable(layers, persistence=persistence, anchors=anchors)
 

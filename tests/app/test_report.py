@@ -135,9 +135,7 @@ def test_format_table_of_slower_and_better_drops() -> None:
 
 def test_format_table_claims_nothing_without_a_drop() -> None:
     text = format_table({"baseline": numbers(10.0, 1e12, 90.0), "learndrop": numbers(5.0, 1e12, 90.0)})
-    assert text.endswith(
-        "\n\nNo layer was dropped: both runs did the same work, so dropping made no difference."
-    )
+    assert text.endswith("\n\nNo layer was dropped: both runs did the same work, so dropping made no difference.")
 
 
 def test_format_table_of_a_drop_before_the_first_step() -> None:
