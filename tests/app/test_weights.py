@@ -103,9 +103,7 @@ def test_fit_weights_leaves_out_another_classifier() -> None:
         fitted = fit_weights(weights, state(), classifier=CLASSIFIER, path="f")
         assert not set(CLASSIFIER) & set(fitted.tensors)
         assert set(fitted.tensors) == {key for key in state() if key not in CLASSIFIER}
-        assert fitted.note == (
-            "weights: 60 of 62 tensors from f; fc.weight, fc.bias left out: the classifier is new"
-        )
+        assert fitted.note == ("weights: 60 of 62 tensors from f; fc.weight, fc.bias left out: the classifier is new")
 
 
 def test_fit_weights_by_order() -> None:
