@@ -1,4 +1,4 @@
-"""Learn & Drop in a Lightning Trainer. Wants Lightning 2.x: `pip install 'learndrop_ext[lightning]'`."""
+"""Learn & Drop in a Lightning Trainer. Requires Lightning 2.x: `pip install 'learndrop_ext[lightning]'`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from learndrop_ext.scheduler import DropScheduler
 
 __all__ = ["LearnDropCallback"]
 
-#: Precisions in which the network's weights and the images are fp32, as the rows want them.
+#: Precisions that keep weights and images in fp32, which rows require.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-#: Arguments of DropScheduler that the callback takes from the Trainer.
+#: Arguments of DropScheduler that come from the Trainer.
 FROM_TRAINER = ("self", "model", "optimizer", "loader")
 
 
 def _lightning() -> Any:
-    """Return the package that the Trainer comes from: `lightning.pytorch`, or `pytorch_lightning` where that is the
-    one in use."""
+    """Return the package of the Trainer: `lightning.pytorch`, or `pytorch_lightning` if only that one is imported."""
     names = ["lightning.pytorch", "pytorch_lightning"]
     if names[1] in sys.modules and names[0] not in sys.modules:
         names.reverse()
@@ -47,9 +46,9 @@ _Callback: Any = _lightning().Callback
 
 
 class LearnDropCallback(_Callback):  # type: ignore[misc]
-    """Drops the layers of a LightningModule's network that have stopped learning.
+    """Drops layers of a LightningModule's network that have stopped learning.
 
-    The LightningModule keeps its network in an attribute and calls it in `training_step`:
+    The LightningModule has its network in an attribute and calls it in `training_step`:
 
         class Classifier(LightningModule):
             def training_step(self, batch, batch_idx):
@@ -59,24 +58,25 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         callback = LearnDropCallback("net")
         Trainer(max_epochs=30, callbacks=[callback]).fit(Classifier(), train_loader, val_loader)
 
-    While a training batch is run, `self.net(x)` trains what `DropScheduler.model` trains; at all other times (validation,
-    checkpoints, after the fit) it is the whole network. Batches come from `DropScheduler.loader`, and the scheduler's
-    `step()` is called after the last batch of each epoch, before the validation. The Trainer's checkpoints hold the
-    scheduler's state, and `fit(ckpt_path=...)` goes on from it.
+    In a training batch, `self.net(x)` calls `DropScheduler.model`; otherwise (in validation, in checkpoints, after the fit)
+    it is the whole network. Batches come from `DropScheduler.loader`. `DropScheduler.step()` is called after the last batch
+    of each epoch, before validation. The Trainer's checkpoints hold the state of the scheduler, and `fit(ckpt_path=...)`
+    resumes from it.
 
-    `drop` is the DropScheduler of the last fit, with its `history`; None before. It is closed at the end of a fit.
+    `drop` is the DropScheduler of the last fit, with its `history`, or None before the first fit. It is closed at the end
+    of the fit.
 
     Args:
-        attribute: name of the submodule that is split, "net" or "backbone.body".
-        options: arguments of DropScheduler by name, except model, optimizer and loader. `epochs` is the Trainer's
-            max_epochs by default.
+        attribute (str, optional): name of the submodule to split, such as "backbone.body". Default: "net"
+        options: keyword arguments of DropScheduler, except model, optimizer and loader. `epochs` defaults to the Trainer's
+            max_epochs.
 
     Raises:
-        TypeError: an option that DropScheduler does not have.
-        ValueError: attribute is no name. At the start of a fit, before anything is changed: a Trainer with several
-            processes, a wrapped or compiled LightningModule, several optimizers or training loaders, a precision other
-            than 32-true, bf16-mixed or 16-mixed, overfit_batches or reload_dataloaders_every_n_epochs; and what
-            DropScheduler raises.
+        TypeError: If DropScheduler has no such option.
+        ValueError: If `attribute` is not a name. At the start of a fit, before anything is changed: if the Trainer has
+            several processes, optimizers or training loaders, a wrapped or compiled LightningModule, a precision other
+            than 32-true, bf16-mixed or 16-mixed, overfit_batches or reload_dataloaders_every_n_epochs; and as
+            DropScheduler.
     """
 
     def __init__(self, attribute: str = "net", **options: Any) -> None:
@@ -94,17 +94,17 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         self.drop: DropScheduler | None = None
         self._net: nn.Module | None = None
         self._batches: _Batches | None = None
-        self._source: Any = None  # the Trainer's own source of batches
-        self._state: dict[str, Any] = {}  # of the last fit
-        self._resumed: dict[str, Any] = {}  # of the checkpoint that the coming fit goes on from
-        self._paused: float | None = None
+        self._source: Any = None  # the Trainer's own data source
+        self._state: dict[str, Any] = {}  # the scheduler's state at the end of the last fit
+        self._resumed: dict[str, Any] = {}  # the state in the checkpoint that the next fit resumes from
+        self._paused: float | None = None  # time.perf_counter() at the start of a validation
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget the checkpoint of an earlier run; the Trainer loads that of this one next."""
+        """Discard the checkpoint of an earlier run. The Trainer loads that of this run after `setup`."""
         self._resumed = {}
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the scheduler and put its loader in the place of the training loader."""
+        """Construct the scheduler and replace the training loader by `DropScheduler.loader`."""
         _check_trainer(trainer, pl_module)
         net = _submodule(pl_module, self.attribute)
         _check_hooks(net, self.attribute)
@@ -114,8 +114,8 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         source = trainer.fit_loop._data_source
         loader = _training_loader(source.dataloader())
         if int(os.environ.get("PL_SEED_WORKERS", "0")) and loader.worker_init_fn is None:
-            seed_worker = importlib.import_module("lightning_fabric" if _is_old_name() else "lightning.fabric")
-            seed = importlib.import_module(f"{seed_worker.__name__}.utilities.seed")
+            fabric = "lightning_fabric" if _Callback.__module__.startswith("pytorch_lightning") else "lightning.fabric"
+            seed = importlib.import_module(f"{fabric}.utilities.seed")
             loader.worker_init_fn = functools.partial(seed.pl_worker_init_function, rank=trainer.global_rank)
         drop = DropScheduler(net, trainer.optimizers[0], loader, **options)
         if self._resumed:
@@ -125,7 +125,7 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         trainer.fit_loop._data_source = type(source)(self._batches, source.name)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Let the network's name stand for what is trained now."""
+        """Make the network call the live model."""
         if self.drop is None or self._net is None:
             return
         _check_hooks(self._net, self.attribute)
@@ -133,57 +133,57 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
             self.drop.model.train(self._net.training)
             if self.drop.rows.frozen is not None:
                 self.drop.rows.frozen.hold_eval()
-        _show_live(self._net, self.drop)
+        _call_live(self._net, self.drop)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Give the whole network its name back; after the last batch of an epoch, measure and decide."""
+        """Restore the network's forward. After the last batch of an epoch, call `DropScheduler.step()`."""
         self._show_whole()
         if trainer.is_last_batch:
             self._step()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure and decide where the epoch was broken off."""
+        """Call `DropScheduler.step()` if the epoch stopped before its last batch."""
         self._show_whole()
         self._step()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Stop the clock of the epoch."""
+        """Pause the timing of the epoch."""
         self._show_whole()
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Let the clock of the epoch go on."""
+        """Resume the timing of the epoch."""
         if self._paused is not None and self._batches is not None and self._batches.running:
             self._batches.loader.exclude(time.perf_counter() - self._paused)
         self._paused = None
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the network back as it was found and free the rows."""
+        """Restore the network and free the rows."""
         self._end(trainer, None)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Do the same where nothing was left to train."""
+        """Do the same if no epoch was left to train."""
         self._end(trainer, None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Give the network back; files of rows stay for the run that goes on from a checkpoint."""
+        """Restore the network. Files of rows stay for a run that resumes from a checkpoint."""
         self._end(trainer, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scheduler's state, for the Trainer's checkpoint; after a fit, as it was at its end."""
+        """Return the scheduler's state for the Trainer's checkpoint; after a fit, the state at its end."""
         if self.drop is None or self.drop.loader.closed:
             return self._state
         return self.drop.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of the checkpoint that the coming fit goes on from."""
+        """Keep the state in a checkpoint for the next fit, which resumes from it."""
         self._resumed = state_dict
 
     def _step(self) -> None:
         if self._batches is None or self.drop is None:
             return
         self._batches.end()
-        # The Trainer also ends epochs that it goes on from, after their last batch.
+        # A Trainer that resumes from a finished epoch ends that epoch again, without a batch.
         if self.drop.loader.ledger[0]:
             self.drop.step()
 
@@ -204,7 +204,7 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
 
 
 class _Batches:
-    """A DropLoader as a Trainer iterates it, which leaves an epoch after its last batch without asking for one more."""
+    """A DropLoader for the Trainer, which stops after the last batch of an epoch without exhausting the iterator."""
 
     def __init__(self, loader: DropLoader) -> None:
         self.loader = loader
@@ -223,7 +223,7 @@ class _Batches:
 
     @property
     def running(self) -> bool:
-        """Whether an epoch has begun and not ended."""
+        """Whether an epoch is in progress."""
         return self._iterator is not None
 
     def end(self) -> None:
@@ -233,11 +233,11 @@ class _Batches:
         self._iterator = None
 
 
-def _show_live(net: nn.Module, drop: DropScheduler) -> None:
-    """Have calls of the network train the live model. Checkpoints and named modules stay those of the network."""
+def _call_live(net: nn.Module, drop: DropScheduler) -> None:
+    """Replace the network's forward by a call of the live model. Its state_dict and submodules stay the same."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # The live model may be the network itself.
+        # The live model may be the network itself, which must then run its class's forward.
         del net.forward
         try:
             return drop.model(*args, **kwargs)
@@ -245,10 +245,6 @@ def _show_live(net: nn.Module, drop: DropScheduler) -> None:
             net.forward = forward
 
     net.forward = forward
-
-
-def _is_old_name() -> bool:
-    return bool(_Callback.__module__.startswith("pytorch_lightning"))
 
 
 def _submodule(pl_module: nn.Module, attribute: str) -> nn.Module:
@@ -262,7 +258,7 @@ def _submodule(pl_module: nn.Module, attribute: str) -> nn.Module:
         ) from None
     if "forward" in net.__dict__:
         raise ValueError(
-            f"LearnDropCallback: {attribute} must have its class's forward, got an instance with one of its own"
+            f"LearnDropCallback: {attribute} must use the forward of its class, got one set on the instance"
         )
     return net
 
@@ -273,12 +269,12 @@ def _training_loader(loader: Any) -> DataLoader[Any]:
             f"LearnDropCallback: the Trainer must have one training DataLoader, got {type(loader).__name__}"
         )
     try:
-        # Streams are refused by the scheduler, which says why.
+        # The scheduler refuses streams, with a reason.
         isinstance(loader.dataset, IterableDataset) or len(loader)
     except TypeError:
         raise TypeError(
             "LearnDropCallback: the training DataLoader must have a length, got a sampler without one: the Trainer would "
-            "read a batch ahead"
+            "prefetch a batch"
         ) from None
     return loader
 
@@ -286,24 +282,24 @@ def _training_loader(loader: Any) -> DataLoader[Any]:
 def _check_hooks(net: nn.Module, attribute: str) -> None:
     if net._forward_hooks or net._forward_pre_hooks:
         raise ValueError(
-            f"LearnDropCallback: {attribute} must have no forward hooks, which would see cached rows after a drop, got "
+            f"LearnDropCallback: {attribute} must have no forward hooks, which would get cached rows after a drop, got "
             f"{len(net._forward_hooks) + len(net._forward_pre_hooks)}; put them on its submodules or on the LightningModule"
         )
 
 
 def _check_trainer(trainer: Any, pl_module: Any) -> None:
-    """Raise ValueError for a Trainer that the scheduler cannot follow."""
+    """Raise ValueError for a Trainer that the callback does not support."""
     refused = "LearnDropCallback: the Trainer must"
     if trainer.world_size > 1:
         raise ValueError(
-            f"{refused} run one process, got {trainer.world_size}: it wraps the LightningModule once, and a layer dropped "
-            "after that leaves DistributedDataParallel waiting; use DropScheduler(wrap=DistributedDataParallel) in a loop "
-            "of your own"
+            f"{refused} run one process, got {trainer.world_size}: it wraps the LightningModule once, and "
+            "DistributedDataParallel would wait for the gradients of layers dropped later; write your own loop with "
+            "DropScheduler(wrap=DistributedDataParallel)"
         )
     if trainer.model is not pl_module or getattr(pl_module, "_compiler_ctx", None) is not None:
         raise ValueError(
-            f"{refused} run the LightningModule as it is, got one that is compiled or wrapped by "
-            f"{type(trainer.strategy).__name__}; to compile what is trained, give wrap=torch.compile"
+            f"{refused} run the plain LightningModule, got one compiled or wrapped by {type(trainer.strategy).__name__}; "
+            "to compile the live model, give wrap=torch.compile"
         )
     if len(trainer.optimizers) != 1:
         raise ValueError(f"{refused} have one optimizer, got {len(trainer.optimizers)}")
@@ -311,7 +307,7 @@ def _check_trainer(trainer: Any, pl_module: Any) -> None:
         raise ValueError(f"{refused} have a precision among {', '.join(PRECISIONS)}, got {trainer.precision}")
     if trainer.overfit_batches:
         raise ValueError(
-            f"{refused} have overfit_batches=0, got {trainer.overfit_batches}: it puts another sampler into the loader; "
+            f"{refused} have overfit_batches=0, got {trainer.overfit_batches}: it replaces the sampler of the loader; "
             "give a loader over a Subset"
         )
     if trainer.reload_dataloaders_every_n_epochs:

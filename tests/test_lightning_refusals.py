@@ -66,7 +66,7 @@ def test_several_processes_and_wrapped_modules_are_refused(pl: Any, monkeypatch:
         def _setup_model(self, model: nn.Module) -> nn.Module:
             return nn.Sequential(model)
 
-    with pytest.raises(ValueError, match=r"one that is compiled or wrapped by Wrapping; .* wrap=torch.compile"):
+    with pytest.raises(ValueError, match=r"one compiled or wrapped by Wrapping; .* wrap=torch.compile"):
         trainer(pl, callback(), accelerator="auto", strategy=Wrapping("cpu")).fit(module, loader())
 
 
@@ -90,7 +90,7 @@ def test_modules_and_loaders_that_cannot_be_followed_are_refused(pl: Any) -> Non
     refused(ValueError, r"net must have no forward hooks, .* got 1", hooked, loader())
     patched = classifier(pl)
     patched.net.forward = patched.net.forward
-    refused(ValueError, r"net must have its class's forward", patched, loader())
+    refused(ValueError, r"net must use the forward of its class", patched, loader())
     two = classifier(pl)
     two.automatic_optimization = False
     two.configure_optimizers = lambda: [torch.optim.SGD(two.parameters(), lr=0.1) for _ in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -30,7 +31,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 2 after an error, 130 after Ctrl-C.
 
-    An error is printed as one line. With LEARNDROP_TRACEBACK=1 in the environment it is raised instead.
+    Errors are printed as one line, or raised if the environment has LEARNDROP_TRACEBACK=1.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
-    """Return the data and the recipe given by the options. Cheap checks come before any image is read."""
+    """Return the data and the recipe that the options describe. Cheap checks come before images are read."""
     preset = PRESETS[args.dataset]
     device = _device(args.device)
     _check_out(args.out)
@@ -59,11 +60,11 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
     check_network(model)
     _check_options(args, model)
     split = _load(args)
-    augment = args.augment or preset.get("augment")
-    augment = None if augment == "none" else augment
+    augment = args.augment or preset.get("augment", "none")
     given = {name: value for name in RECIPE_OPTIONS if (value := getattr(args, name)) is not None}
     chosen = {name: value for name, value in preset.items() if name not in ("model", "augment")} | given
     chosen["batch_size"] = min(chosen["batch_size"], len(split.train))
+    views = 1 if augment == "none" else views_within(chosen["epochs"], parse_policy(args.policy).speedup)
     recipe = Recipe(
         **chosen,
         model=model,
@@ -72,9 +73,9 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
         seed=args.seed,
         device=device,
         amp=args.amp,
-        augment=augment,
+        augment=None if augment == "none" else augment,
         codec=args.codec,
-        views=args.views or (views_within(chosen["epochs"], parse_policy(args.policy).speedup) if augment else 1),
+        views=args.views or views,
         mirror=args.mirror,
         policy=args.policy,
         **{name: getattr(args, name) for name in STOPPED_OPTIONS},
@@ -110,16 +111,13 @@ def _check_options(args: argparse.Namespace, model: str) -> None:
 
 
 def _decoded(split: Split, device: torch.device) -> Split:
-    """Return the split with its photos decoded, if they fit into half of the free memory."""
+    """Return the split with its photos decoded if they fit into half of the free memory."""
     wanted = split.bytes_decoded
     free = min(free_bytes(place) for place in {torch.device("cpu"), device})
     if wanted <= free // 2:
         return split.map(lambda part: part.decoded())
-    print(
-        f"the images take {wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
-        "photos are decoded each time they are read",
-        file=sys.stderr,
-    )
+    sizes = f"the images take {wanted / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+    print(f"{sizes}: photos are decoded each time they are read", file=sys.stderr)
     return split
 
 
@@ -147,15 +145,15 @@ def _device(name: str) -> str:
 
 def _check_out(folder: Path) -> None:
     """Refuse a folder that cannot be created or written."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        kind = "which cannot be written" if there.is_dir() else f"where {there} is a file"
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        kind = "which cannot be written" if existing.is_dir() else f"where {existing} is a file"
         raise ValueError(f"--out must be a folder that can be written, got {folder}, {kind}")
 
 
 def _compare(args: argparse.Namespace) -> int:
     split, recipe = _recipe(args)
-    with report.Reporter(args.out) as reporter, _Bar() as bar:
+    with report.Reporter(args.out) as reporter, contextlib.closing(_Bar()) as bar:
         result: dict[str, Any] = {}
         try:
             for result in runs.compare(split, recipe, rivals=args.rivals, on_epoch=reporter.add, progress=bar):
@@ -170,7 +168,7 @@ def _train(args: argparse.Namespace) -> int:
     split, recipe = _recipe(args)
     policy = None if args.plain else policy_of(recipe)
     name = "baseline" if args.plain else "learndrop"
-    with report.Reporter(args.out) as reporter, _Bar() as bar:
+    with report.Reporter(args.out) as reporter, contextlib.closing(_Bar()) as bar:
         try:
             trained, model = runs.train(name, split, recipe, policy=policy, on_epoch=reporter.add, progress=bar)
         except KeyboardInterrupt:
@@ -229,7 +227,7 @@ def _interrupted(out: Path, bar: _Bar) -> int:
 
 
 class _Bar:
-    """A progress bar for each run on stderr, by tqdm; silent if stderr is not a terminal."""
+    """A tqdm progress bar for each run, on stderr if that is a terminal."""
 
     def __init__(self) -> None:
         if importlib.util.find_spec("tqdm") is None:
@@ -237,20 +235,14 @@ class _Bar:
         self.name = ""
         self.bar: Any = None
 
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __call__(self, name: str, done: int, total: int, words: str) -> None:
+    def __call__(self, name: str, done: int, total: int, text: str) -> None:
         from tqdm import tqdm
 
         if self.bar is None or name != self.name:
             self.close()
             self.name = name
             self.bar = tqdm(total=total, desc=f"{name:<11}", disable=None, unit="step", mininterval=0.2)
-        self.bar.set_postfix_str(words, refresh=False)
+        self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(done - self.bar.n)
 
     def close(self) -> None:

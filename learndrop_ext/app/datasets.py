@@ -1,4 +1,4 @@
-"""The image sets of the command line, read from their original files.
+"""The datasets of the command line, read from their original files.
 
 N samples, C channels, H and W pixels.
 """
@@ -42,22 +42,21 @@ __all__ = [
     "make_loader",
 ]
 
-
-#: Mean and deviation of ImageNet's training pixels, in [0, 1], which most published weights expect.
+#: Mean and standard deviation of ImageNet's training pixels in [0, 1], which most published weights expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A dataset: its parts, and what a model and a recipe need to know about them.
+    """The parts of a dataset, and the properties that a model and a recipe depend on.
 
     Args:
-        train, test: the parts.
-        classes: names of the classes, by label.
+        train, test: training and test part.
+        classes: class names, indexed by label.
         channels: C.
         size: side of the images in pixels.
-        mean, std: mean and deviation of pixels in [0, 1], per channel.
-        validation: a third part for choosing a recipe, or None.
+        mean, std: mean and standard deviation of pixels in [0, 1], per channel.
+        validation: a part for choosing a recipe, or None.
     """
 
     train: ImageSet
@@ -84,7 +83,7 @@ class Split:
 
     @property
     def bytes_decoded(self) -> int:
-        """Bytes of the images of all parts once decoded."""
+        """Bytes of the decoded images of all parts."""
         parts = (self.train, self.test, *([] if self.validation is None else [self.validation]))
         return sum(part.bytes_decoded for part in parts)
 
@@ -94,7 +93,7 @@ Subset: TypeAlias = tuple[Tensor | Sequence[Path], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """How a dataset is read, and the mean and deviation of its training pixels, in [0, 1], per channel."""
+    """The reader of a dataset, and its mean and standard deviation of training pixels in [0, 1], per channel."""
 
     read: Callable[[Path, int | None], tuple[Subset, Subset, tuple[str, ...]]]
     mean: tuple[float, ...]
@@ -103,29 +102,23 @@ class Source:
 
 
 def load_dataset(
-    name: str,
-    root: str | Path | None = None,
-    *,
-    limit: int | None = None,
-    size: int | None = None,
-    augment: str | None = None,
+    name: str, root: str | Path | None = None, *, limit: int | None = None, size: int | None = None
 ) -> Split:
     """Read a dataset from its original files.
 
     Args:
-        name: a key of `DATASETS`. The 1,797 images of digits come with scikit-learn and are split into 1,437 and 360 by
-            a fixed seed.
-        root: the folder that holds the files, or the one that torchvision is given, which holds MNIST/raw,
-            FashionMNIST/raw, cifar-10-batches-py, cifar-100-python or imagenette-128 (imagenette2, ...). Not for digits.
-        limit: keep only the first images of each part, in the order of the files (for Imagenette, whose files are ordered
-            by class, in turn from each class). Other files are not opened.
+        name: a key of `DATASETS`. The 1,797 images of digits come with scikit-learn; a fixed seed splits them into 1,437
+            and 360.
+        root: the folder with the files, or torchvision's root folder, which holds MNIST/raw, FashionMNIST/raw,
+            cifar-10-batches-py, cifar-100-python or imagenette-128 (imagenette2, ...). Not used for digits.
+        limit: keep only the first images of each part, in file order; for Imagenette, which is sorted by class, one from
+            each class in turn. Other files are not opened.
         size: side of the images in pixels. Default: unchanged; 128 for Imagenette
-        augment: augmentation of the training part, see `ImageSet`.
 
     Raises:
-        ValueError: for an unknown name, a missing root, or a limit or size below 1.
-        ImportError: if the package that reads the files is not installed.
-        IntegrityError: for a file that is missing or damaged.
+        ValueError: If the name is unknown, the root is missing, or a limit or size is below 1.
+        ImportError: If the package that reads the files is not installed.
+        IntegrityError: If a file is missing or damaged.
     """
     source = DATASETS.get(name)
     if source is None:
@@ -134,8 +127,7 @@ def load_dataset(
         raise ValueError(f"load_dataset: {name} needs a root, the folder that holds its files, got None")
     _check_counts("load_dataset", limit=limit, size=size)
     train, test, classes = source.read(Path() if root is None else Path(root), limit)
-    split = _split([train, test], classes, mean=source.mean, std=source.std, flip=source.flip, limit=limit, size=size)
-    return replace(split, train=split.train.augmented(augment))
+    return _split([train, test], classes, mean=source.mean, std=source.std, flip=source.flip, limit=limit, size=size)
 
 
 def load_folder(
@@ -143,24 +135,24 @@ def load_folder(
 ) -> Split:
     """List the photos of a folder that holds one folder per class.
 
-    Either `root` holds train/ and test/, val/ or validation/, each with the same class folders. The test part is test/ if
-    it exists, and val/ or validation/ is then the validation part. Or `root`, or its train/, holds only class folders, and
-    the photos of each class are split with a fixed seed.
+    With train/ and test/, val/ or validation/ in `root`, each holds the same class folders. The test part is test/ if it
+    exists, and val/ or validation/ is then the validation part. Otherwise `root`, or its train/, holds the class folders,
+    and the photos of each class are split with a fixed seed.
 
     Args:
         root: the folder.
-        limit: keep only the first photos of each part, taken in turn from each class.
-        size: side of the images in pixels; the middle square of each photo is scaled to it. Default: 128
+        limit: keep only the first photos of each part, one from each class in turn.
+        size: side of the images in pixels; the central square of each photo is scaled to it. Default: 128
         test_share: share of each class for the test part, in (0, 1), if there is no test part. Default: 0.2
 
     Returns:
-        The split, with photos not yet decoded, and ImageNet's mean and deviation.
+        The split, with undecoded photos, and the mean and standard deviation of ImageNet.
 
     Raises:
-        ValueError: if a limit, size or share is out of range, or a share is given with a test part.
-        ImportError: if pillow is not installed.
-        IntegrityError: if the folder is missing or has only one class, if a class to be split has only one photo, and as
-            `list_class_folders`.
+        ValueError: If a limit, size or share is out of range, or a share is given although there is a test part.
+        ImportError: If pillow is not installed.
+        IntegrityError: If the folder is missing, has only one class, or has one photo of a class to be split, or if
+            `list_class_folders` raises it.
     """
     root = Path(root)
     _package("PIL", "folder", "pillow")
@@ -188,7 +180,7 @@ def load_folder(
 def _split_classes(
     folders: Mapping[str, Sequence[Path]], *, share: float
 ) -> tuple[dict[str, tuple[Path, ...]], dict[str, tuple[Path, ...]]]:
-    """Split the photos of each class at random by a fixed seed, with at least one photo in each part."""
+    """Split the photos of each class at random with a fixed seed, at least one photo in each part."""
     generator = torch.Generator().manual_seed(0)
     train, test = {}, {}
     for name, files in folders.items():
@@ -217,7 +209,7 @@ def _split(
     limit: int | None,
     size: int | None,
 ) -> Split:
-    """Return the split of a training part, a test part and, if there is a third, a validation part."""
+    """Make a Split of a training part, a test part and an optional validation part."""
     parts = [
         ImageSet(images[:limit], labels[:limit], mean=mean, std=std, size=size or 128, flip=flip)
         for images, labels in subsets
@@ -238,7 +230,7 @@ def _split(
 
 def _read_digits(_: Path, __: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
     digits = _package("sklearn.datasets", "digits", "scikit-learn").load_digits()
-    # 17 grey levels, 0 to 16, scaled to the range of a byte
+    # 17 grey levels, 0 to 16, scaled to 0..255
     images = (torch.from_numpy(digits.images) * (255 / 16)).to(torch.uint8).unsqueeze(1)
     labels = torch.from_numpy(digits.target).to(torch.int64)
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
@@ -301,7 +293,7 @@ def _read_imagenette(root: Path, _: int | None) -> tuple[Subset, Subset, tuple[s
 
 
 def _in_turn(folders: Mapping[str, Sequence[Path]]) -> Subset:
-    """Order the files of all classes as the first of each class, the second of each, and so on."""
+    """Interleave the files of the classes: the first of each class, the second of each, and so on."""
     labelled = [[(path, label) for path in files] for label, files in enumerate(folders.values())]
     order = [pair for pair in chain.from_iterable(zip_longest(*labelled)) if pair is not None]
     return [path for path, _ in order], torch.tensor([label for _, label in order], dtype=torch.int64)
@@ -328,16 +320,8 @@ def _folder(root: Path, usual: str, *, first: str) -> Path:
 
 DIGITS = tuple("0123456789")
 FASHION = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 IMAGENETTE = {
     "n01440764": "tench",
@@ -352,7 +336,7 @@ IMAGENETTE = {
     "n03888257": "parachute",
 }
 
-# Means and deviations are those of the whole training part, for Imagenette those of ImageNet.
+# Mean and standard deviation are over the whole training part; for Imagenette, those of ImageNet.
 DATASETS: Mapping[str, Source] = MappingProxyType(
     {
         "digits": Source(_read_digits, (0.3041,), (0.3757,), flip=False),

@@ -1,4 +1,4 @@
-"""Entry point of the command line. Ctrl-C is handled during the imports too."""
+"""Entry point of the command line, which handles Ctrl-C during the imports too."""
 
 from __future__ import annotations
 

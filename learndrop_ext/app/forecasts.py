@@ -14,7 +14,7 @@ __all__ = ["draw_forecast", "make_forecast"]
 
 
 def make_forecast(split: Split, recipe: Recipe) -> Forecast:
-    """Measure the costs of a recipe's model and data, and return the forecast of its run. Trains nothing."""
+    """Measure the costs of a recipe and return the forecast of its run, without training."""
     with make_scheduler(set_up(split, recipe), recipe, Fixed({})) as drop:
         return drop.forecast(recipe.epochs)
 
@@ -23,8 +23,8 @@ def draw_forecast(folder: Path, forecast: Forecast) -> Path:
     """Write `forecast.html` into a folder and return its path.
 
     Raises:
-        ImportError: if matplotlib or jinja2 is not installed.
-        OSError: if the folder cannot be created or written.
+        ImportError: If matplotlib or jinja2 is not installed.
+        OSError: If the folder cannot be created or written.
     """
     check_extras("draw_forecast")
     from learndrop_ext.app import plots
@@ -39,7 +39,7 @@ def draw_forecast(folder: Path, forecast: Forecast) -> Path:
 
 
 BODY = """\
-<p>The time of a run if its first layers are dropped, forecast from costs measured on this machine.</p>
+<p>The time of a run if the first layers are dropped, forecast from costs measured on this machine.</p>
 {% for svg in figures %}
 <figure>{{ svg | safe }}</figure>
 {% endfor %}

@@ -17,29 +17,22 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = [
-    "IntegrityError",
-    "find_file",
-    "read_cifar",
-    "read_cifar_names",
-    "read_idx",
-]
+__all__ = ["IntegrityError", "check_labels", "find_file", "read_cifar", "read_cifar_names", "read_idx"]
 
 
 class IntegrityError(ValueError):
-    """A data file (`path`) is missing or damaged, or not of its format (`problem`)."""
+    """A data file or folder is missing, damaged or in the wrong format."""
 
     def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(f"{path}: {problem}")
+        super().__init__(path, problem)
         self.path = path
-        self.problem = problem
 
-    def __reduce__(self) -> tuple[type[IntegrityError], tuple[Path, str]]:
-        return type(self), (self.path, self.problem)
+    def __str__(self) -> str:
+        return "{}: {}".format(*self.args)
 
 
 def find_file(folder: Path, name: str, *, suffixes: Sequence[str] = ("",)) -> Path:
-    """Return the file `name` in a folder, with the first suffix there is. Raises IntegrityError if there is none."""
+    """Return the file `name` in a folder, with the first suffix that exists. Raise IntegrityError if none does."""
     for suffix in suffixes:
         path = folder / (name + suffix)
         if path.is_file():
@@ -51,19 +44,18 @@ def find_file(folder: Path, name: str, *, suffixes: Sequence[str] = ("",)) -> Pa
 def read_idx(path: Path, *, dims: int) -> Tensor:
     """Read an IDX file of bytes, gzipped if its name ends in .gz.
 
-    Source: "The IDX file format" on the MNIST page of LeCun, Cortes and Burges: two zero bytes, the type (8
-    for unsigned bytes), the number of dimensions, each size as a big-endian 32-bit integer, then the values
-    in C order.
+    Source: "The IDX file format" on the MNIST page of LeCun, Cortes and Burges: two zero bytes, the type (8 for unsigned
+    bytes), the number of dimensions, each size as a big-endian 32-bit integer, then the values in C order.
 
     Args:
         path: the file.
-        dims: the number of dimensions that it must have.
+        dims: the expected number of dimensions.
 
     Returns:
-        uint8, of the sizes in the header.
+        A uint8 tensor of the shape in the header.
 
     Raises:
-        IntegrityError: for a file that cannot be read or has another form.
+        IntegrityError: If the file cannot be read or has the wrong format.
     """
     try:
         with _open(path) as file:
@@ -73,8 +65,7 @@ def read_idx(path: Path, *, dims: int) -> Tensor:
             magic, *sizes = struct.unpack(f">{1 + dims}I", head)
             if magic != 0x800 + dims:
                 raise IntegrityError(
-                    path,
-                    f"the IDX magic number must be {0x800 + dims} (bytes, {dims} dimensions), got {magic}",
+                    path, f"the IDX magic number must be {0x800 + dims} (bytes, {dims} dimensions), got {magic}"
                 )
             wanted = math.prod(sizes)
             if wanted == 0:
@@ -95,7 +86,7 @@ def _open(path: Path) -> BinaryIO | gzip.GzipFile:
 
 
 class _Dtype:
-    """Stands for numpy.dtype in a CIFAR pickle. Its state does not matter for single bytes."""
+    """Stand-in for numpy.dtype in a CIFAR pickle. The state is the byte order, which single bytes do not have."""
 
     def __init__(self, name: str | bytes, *_: object) -> None:
         self.name = name.decode("ascii", "replace") if isinstance(name, bytes) else str(name)
@@ -105,10 +96,9 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy.ndarray in a CIFAR pickle and keeps the state that numpy would have been given."""
+    """Stand-in for numpy.ndarray in a CIFAR pickle that keeps the pickled state."""
 
-    def __init__(self) -> None:
-        self.state: object = None
+    state: object = None
 
     def __setstate__(self, state: object) -> None:
         self.state = state
@@ -124,8 +114,8 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# The globals that the original files name (numpy 2.0 moved _reconstruct), and that of bytes in files that Python 3
-# has written again. numpy itself is never called.
+# The globals in the original files (numpy 2.0 moved _reconstruct), and the one for bytes in files written by Python 3.
+# numpy itself is never called.
 _STAND_INS: dict[tuple[str, str], Callable[..., object]] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
@@ -163,20 +153,20 @@ def _unpickle(path: Path) -> dict[str, object]:
 def read_cifar(path: Path, *, labels: str, classes: int) -> tuple[Tensor, Tensor]:
     """Read one CIFAR batch.
 
-    Source: "the CIFAR-10 and CIFAR-100 datasets", the python version: a pickled dictionary whose `data`
-    is a uint8 array [N, 3072] of red, green and blue planes, each 32 by 32 in C order. The pickle is read
-    with stand-ins for the array types; any other global is refused before it is imported.
+    Source: "the CIFAR-10 and CIFAR-100 datasets", the python version: a pickled dictionary whose `data` is a uint8 array
+    [N, 3072] of red, green and blue planes, each 32 by 32 in C order. The pickle is read with stand-ins for the array types;
+    any other global is refused before it is imported.
 
     Args:
         path: the file.
         labels: key of the list of labels.
-        classes: labels must be below this number.
+        classes: number of classes; labels are in [0, classes).
 
     Returns:
         Images [N, 3, 32, 32] uint8 and labels [N] int64.
 
     Raises:
-        IntegrityError: for a file that cannot be read or has another form.
+        IntegrityError: If the file cannot be read or has the wrong format.
     """
     content = _unpickle(path)
     images = _images(path, content.get("data"))
@@ -206,7 +196,7 @@ def _images(path: Path, array: object) -> Tensor:
 
 
 def read_cifar_names(path: Path, *, key: str, classes: int) -> tuple[str, ...]:
-    """Return the class names of a CIFAR meta file, or without this file the labels as names."""
+    """Return the class names in a CIFAR meta file, or the labels as names if there is no such file."""
     if not path.is_file():
         return tuple(str(label) for label in range(classes))
     names = _unpickle(path).get(key)
@@ -216,6 +206,6 @@ def read_cifar_names(path: Path, *, key: str, classes: int) -> tuple[str, ...]:
 
 
 def check_labels(path: Path, lowest: int, highest: int, *, classes: int) -> None:
-    """Raise IntegrityError unless the lowest and the highest label are in [0, classes)."""
+    """Raise IntegrityError unless the lowest and highest labels are in [0, classes)."""
     if lowest < 0 or highest >= classes:
         raise IntegrityError(path, f"labels must be from 0 to {classes - 1}, got {lowest if lowest < 0 else highest}")

@@ -1,4 +1,4 @@
-"""Labelled images that are read a whole batch at a time, without Python code per sample.
+"""Labelled images read a batch at a time, without Python code per sample.
 
 N samples, B samples in a batch, C channels, H and W pixels.
 """
@@ -27,24 +27,25 @@ Batch: TypeAlias = tuple[Tensor, Tensor]
 
 
 class ImageSet(Dataset[Batch]):
-    """Labelled images as a map-style dataset that reads whole batches.
+    """A map-style dataset of labelled images that reads whole batches.
 
-    `image_set[i]` is (float32 [C, H, W], int64 []). `__getitems__(ids)`, which a DataLoader calls, is (float32
-    [B, C, H, W], int64 [B]); its `collate_fn` must be `collate_batch`. Both raise IndexError for ids outside [0, N).
+    `image_set[i]` returns (float32 [C, H, W], int64 []). `__getitems__(ids)`, which a DataLoader calls, returns (float32
+    [B, C, H, W], int64 [B]); the DataLoader's `collate_fn` must be `collate_batch`. Both raise IndexError for ids outside
+    [0, N).
 
     Args:
-        images: [N, C, H, W] uint8, or N image files, which are decoded each time they are read, see `read_photo`.
+        images: [N, C, H, W] uint8, or N image files, which are decoded at each read, see `read_photo`.
         labels: [N] int64.
-        mean, std: mean and deviation of pixels in [0, 1], per channel.
+        mean, std: mean and standard deviation of pixels in [0, 1], per channel.
         size: side in pixels of images from files.
-        augment: "standard" shifts each image by up to an eighth of its side, at most 4 pixels, filling with zeros, and
-            flips half of the images horizontally if `flip`; "flip" only flips; None does neither. Drawn from torch's
-            global random state each time an image is read.
+        augment: "standard" shifts each image by up to an eighth of its side, at most 4 pixels, fills with zeros, and, if
+            `flip`, flips half of the images horizontally; "flip" only flips; None does neither. Drawn at each read from
+            torch's global random state.
         flip: whether "standard" flips.
-        device: device of the labels, and of images given as a tensor. Default: that of the labels
+        device: device of the labels, and of images given as a tensor. Default: device of the labels
 
     Raises:
-        ValueError: if an argument has another form.
+        ValueError: If an argument has the wrong dtype, shape or value.
     """
 
     def __init__(
@@ -111,15 +112,15 @@ class ImageSet(Dataset[Batch]):
 
     @property
     def bytes_decoded(self) -> int:
-        """Bytes of the images once decoded."""
+        """Bytes of the decoded images."""
         return len(self) * len(self.mean) * self.size**2
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """Return the set on a device. Files are still decoded on the CPU."""
+        """Return the set on a device. Files are decoded on the CPU."""
         return self._replaced(device=device)
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
-        """Return the set of the images at `indices`, in their order."""
+        """Return the set of the images at `indices`, in this order."""
         chosen = list(indices)
         images = self.images[chosen] if isinstance(self.images, Tensor) else tuple(self.images[i] for i in chosen)
         return self._replaced(images=images, labels=self.labels[chosen])
@@ -129,7 +130,7 @@ class ImageSet(Dataset[Batch]):
         return self._replaced(augment=augment)
 
     def normalized(self, mean: Sequence[float], std: Sequence[float]) -> ImageSet:
-        """Return the set with another mean and deviation."""
+        """Return the set with another mean and standard deviation."""
         return self._replaced(mean=mean, std=std)
 
     def resized(self, size: int) -> ImageSet:
@@ -143,7 +144,7 @@ class ImageSet(Dataset[Batch]):
         return self._replaced(images=images)
 
     def decoded(self) -> ImageSet:
-        """Return the set with its files decoded into one tensor [N, C, H, W] uint8 on its device."""
+        """Return the set with its files decoded into one uint8 tensor [N, C, H, W] on its device."""
         if isinstance(self.images, Tensor):
             return self
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
@@ -153,13 +154,13 @@ class ImageSet(Dataset[Batch]):
         return self._replaced(images=images)
 
     def _replaced(self, **changes: Any) -> ImageSet:
-        """Return the set with some arguments of its constructor replaced."""
+        """Return the set with some constructor arguments replaced."""
         kept = ("images", "labels", "mean", "std", "size", "augment", "flip", "device")
         return ImageSet(**{name: getattr(self, name) for name in kept} | changes)
 
 
 def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
-    """Shift each of `images` [B, C, H, W] by up to `padding` pixels each way, and with `flip` flip half of them."""
+    """Shift each of `images` [B, C, H, W] by up to `padding` pixels each way; if `flip`, also call `_flip`."""
     b, _, height, width = images.shape
     windows = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     dy, dx = torch.randint(0, 2 * padding + 1, (2, b), device=images.device)
@@ -174,7 +175,7 @@ def _flip(images: Tensor) -> Tensor:
 
 
 def collate_batch(batch: Batch | list[Batch]) -> Batch:
-    """Return a batch as it is, or stack a list of samples: a `collate_fn` for `ImageSet`."""
+    """Return a batch unchanged, or stack a list of samples: the `collate_fn` of an `ImageSet`."""
     if isinstance(batch, tuple):
         return batch
     stacked: Batch = tuple(default_collate(batch))
@@ -195,11 +196,11 @@ def make_loader(
     Args:
         image_set: the images.
         batch_size, shuffle, drop_last: as in DataLoader.
-        seed: random seed of the order. Default: torch's global random state
-        num_workers: number of processes that decode files, for a set on the CPU.
+        seed: random seed of the order. Default: draw from torch's global random state
+        num_workers: as in DataLoader; only for a set on the CPU.
 
     Raises:
-        ValueError: if there are workers and the set is on another device.
+        ValueError: If there are workers and the set is not on the CPU.
     """
     if num_workers and image_set.device.type != "cpu":
         raise ValueError(f"make_loader: num_workers must be 0 for a set on {image_set.device}, got {num_workers}")

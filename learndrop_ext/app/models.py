@@ -1,29 +1,30 @@
-"""VGG and ResNet for small images and for ImageNet-sized ones.
+"""VGG and ResNet for small images and for ImageNet-sized images.
 
-The `stem="imagenet"` form of each network has the parameter names, the shapes and the arithmetic of the
-torchvision network of the same name (`vgg11` here is torchvision's `vgg11_bn`), so that checkpoints fit
-both ways. The `stem="small"` form, for images of 8 to 64 pixels, starts with a 3x3 convolution of stride 1
-and without max pooling (ResNet), or ends in a global average and one linear classifier (VGG).
+With `stem="imagenet"` a network has the parameter names, shapes and arithmetic of the torchvision network of the same name
+(`vgg11` here is torchvision's `vgg11_bn`), so checkpoints are interchangeable. With `stem="small"`, for images of 8 to 64
+pixels, a ResNet starts with a 3x3 convolution of stride 1 and no max pooling, and a VGG ends in global average pooling and
+one linear classifier.
 
-Sources: VGG, Simonyan and Zisserman, arXiv 1409.1556, table 1 (columns A, B, D, E), with batch norm after
-each convolution; ResNet, He et al., arXiv 1512.03385, table 1, with the stride of a bottleneck in its 3x3
-convolution, as torchvision has it; initial weights of convolutions, He et al., arXiv 1502.01852, section 2.2
-(zero-mean normal of variance 2/n), with n counted over the outputs, as torchvision does.
+Sources: VGG, Simonyan and Zisserman, arXiv 1409.1556, table 1 (columns A, B, D, E), with batch norm after each convolution;
+ResNet, He et al., arXiv 1512.03385, table 1, with the stride of a bottleneck in its 3x3 convolution, as in torchvision;
+initial weights of convolutions, He et al., arXiv 1502.01852, section 2.2 (zero-mean normal of variance 2/n), with n counted
+over the outputs, as in torchvision.
 
-Letters: B batch, C channels, H and W pixels, K classes.
+B batch, C channels, H and W pixels, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "STEMS", "VGG", "Architecture", "BasicBlock", "Bottleneck", "ResNet", "build_model"]
+from learndrop_ext.rng import fork_rng
+
+__all__ = ["MODELS", "STEMS", "VGG", "BasicBlock", "Bottleneck", "ResNet", "build_model"]
 
 STEMS = ("small", "imagenet")
 
@@ -90,12 +91,12 @@ class ResNet(nn.Module):
     """A residual network of four stages: [B, C, H, W] float -> logits [B, K].
 
     Args:
-        block: of all stages.
-        depths: number of blocks of each stage.
-        num_classes, in_channels, stem, width: see `build_model`; stage i has blocks of width * 2**i.
+        block: type of the blocks.
+        depths: number of blocks in each stage.
+        num_classes, in_channels, stem, width: see `build_model`. Blocks of stage i have width * 2**i.
 
     Raises:
-        ValueError: for an unknown stem, and for sizes that are not positive integers.
+        ValueError: If the stem is unknown or a size is not a positive integer.
     """
 
     def __init__(
@@ -143,15 +144,15 @@ class ResNet(nn.Module):
 class VGG(nn.Module):
     """A plain convolutional network of five stages with batch norm: [B, C, H, W] float -> logits [B, K].
 
-    Each stage ends in a 2x2 max pool. The small form rounds odd sizes up when it pools, so that images under 32 pixels
-    pass. The imagenet form has hidden classifier layers of 64 * width units with dropout 0.5.
+    Each stage ends in a 2x2 max pool. With the small stem, pooling rounds odd sizes up, so that images under 32 pixels do
+    not vanish. With the imagenet stem, the classifier has hidden layers of 64 * width units with dropout 0.5.
 
     Args:
-        depths: number of 3x3 convolutions of each stage.
-        num_classes, in_channels, stem, width: see `build_model`; stages have 1, 2, 4, 8 and 8 times width channels.
+        depths: number of 3x3 convolutions in each stage.
+        num_classes, in_channels, stem, width: see `build_model`. Stages have 1, 2, 4, 8 and 8 times width channels.
 
     Raises:
-        ValueError: for an unknown stem, and for sizes that are not positive integers.
+        ValueError: If the stem is unknown or a size is not a positive integer.
     """
 
     def __init__(
@@ -220,32 +221,18 @@ def _check_sizes(owner: str, *, num_classes: int, in_channels: int, stem: str, w
             raise ValueError(f"{owner}: {name} must be a positive integer, got {value!r}")
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """The depth of each stage of a network and, for a ResNet, its kind of block."""
-
-    depths: tuple[int, ...]
-    block: type[BasicBlock] | type[Bottleneck] | None = None
-
-    def build(self, *, num_classes: int, in_channels: int, stem: str, width: int) -> nn.Module:
-        """Return the network with fresh weights: a ResNet, or without a block a VGG."""
-        if self.block is None:
-            return VGG(self.depths, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
-        return ResNet(self.block, self.depths, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
-
-
-MODELS: Mapping[str, Architecture] = MappingProxyType(
+MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
     {
-        "vgg11": Architecture((1, 1, 2, 2, 2)),
-        "vgg13": Architecture((2, 2, 2, 2, 2)),
-        "vgg16": Architecture((2, 2, 3, 3, 3)),
-        "vgg19": Architecture((2, 2, 4, 4, 4)),
-        "resnet10": Architecture((1, 1, 1, 1), BasicBlock),
-        "resnet18": Architecture((2, 2, 2, 2), BasicBlock),
-        "resnet34": Architecture((3, 4, 6, 3), BasicBlock),
-        "resnet50": Architecture((3, 4, 6, 3), Bottleneck),
-        "resnet101": Architecture((3, 4, 23, 3), Bottleneck),
-        "resnet152": Architecture((3, 8, 36, 3), Bottleneck),
+        "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
+        "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
+        "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+        "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+        "resnet10": partial(ResNet, BasicBlock, (1, 1, 1, 1)),
+        "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+        "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+        "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
+        "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
+        "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
     }
 )
 
@@ -259,30 +246,25 @@ def build_model(
     width: int = 64,
     seed: int | None = None,
 ) -> nn.Module:
-    """Build a network by name, with fresh weights.
+    """Build a network by name, with random weights.
 
     Args:
-        name: a key of `MODELS`. All VGGs here have batch norm: "vgg11_bn", as torchvision spells it, is "vgg11".
+        name: a key of `MODELS`. Every VGG has batch norm, so torchvision's name "vgg11_bn" means "vgg11".
         num_classes: K.
         in_channels: C.
-        stem: "small" or "imagenet", see above.
-        width: channels of the first stage; 64 is the published size.
-        seed: the weights are drawn on the CPU from it, and the global random state stays as it was. Default: they are
-            drawn from the global random state
+        stem: "small" or "imagenet", see the top of this module.
+        width: channels of the first stage; 64 as published.
+        seed: random seed of the weights, which are then drawn on the CPU without changing the global random state.
+            Default: draw from the global random state
 
     Raises:
-        ValueError: for an unknown name or stem, and for sizes that are not positive integers.
+        ValueError: If the name or the stem is unknown or a size is not a positive integer.
     """
-    architecture = MODELS.get(name.removesuffix("_bn") if name.startswith("vgg") else name)
-    if architecture is None:
+    network = MODELS.get(name.removesuffix("_bn") if name.startswith("vgg") else name)
+    if network is None:
         raise ValueError(f"build_model: name must be one of {', '.join(MODELS)}, got {name!r}")
-    build = partial(architecture.build, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
+    build = partial(network, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
     if seed is None:
         return build()
-    state = torch.get_rng_state()
-    try:
-        torch.default_generator.manual_seed(seed)
-        with torch.device("cpu"):
-            return build()
-    finally:
-        torch.set_rng_state(state)
+    with fork_rng(seed), torch.device("cpu"):
+        return build()

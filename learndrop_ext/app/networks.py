@@ -1,6 +1,6 @@
-"""Networks by name, built in or from timm and torchvision, with fresh or pretrained weights.
+"""Networks by name, built in or from timm and torchvision, with random or pretrained weights.
 
-A name is one of `learndrop_ext.app.models.MODELS`, `timm:NAME` or `torchvision:NAME`.
+A name is a key of `learndrop_ext.app.models.MODELS`, `timm:NAME` or `torchvision:NAME`.
 """
 
 from __future__ import annotations
@@ -20,34 +20,30 @@ from learndrop_ext.app.weights import fit_weights, read_weights
 from learndrop_ext.ops import free_bytes
 from learndrop_ext.rng import fork_rng
 
-__all__ = ["Network", "build_network", "check_network", "pixel_statistics"]
-
-LIBRARIES = ("timm", "torchvision")
+__all__ = ["Network", "build_network", "check_network", "is_external", "pixel_statistics"]
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network in train mode on the CPU, and a line on the origin of its weights, empty for random ones."""
+    """A network in train mode on the CPU, and a line about the source of its weights, empty if they are random."""
 
     model: nn.Module
     note: str
 
 
 def is_external(name: str) -> bool:
-    """Return whether a name is that of a network of timm or torchvision."""
-    return name.partition(":")[0] in LIBRARIES and ":" in name
+    """Return whether a name is that of a timm or torchvision network."""
+    return name.startswith(("timm:", "torchvision:"))
 
 
 def check_network(name: str) -> None:
-    """Raise ValueError for an unknown name, with the nearest names, and ImportError for a missing library."""
+    """Raise ValueError, with the closest matches, if a name is unknown, and ImportError if its library is missing."""
     library, _, inner = name.partition(":")
     if not is_external(name):
-        known, shown = list(MODELS), name.removesuffix("_bn") if name.startswith("vgg") else name
-        if shown not in known:
-            raise ValueError(f"model must be one of {', '.join(known)}, timm:NAME or torchvision:NAME, got {name!r}")
+        if (name.removesuffix("_bn") if name.startswith("vgg") else name) not in MODELS:
+            raise ValueError(f"model must be one of {', '.join(MODELS)}, timm:NAME or torchvision:NAME, got {name!r}")
     elif library == "timm":
         timm = _library("timm")
-        # A tag after the dot names one of several sets of weights.
         if not timm.is_model(inner):
             raise ValueError(f"model must be a network of timm, got {name!r}{_nearest(inner, timm.list_models())}")
     else:
@@ -71,12 +67,12 @@ def _library(module: str) -> ModuleType:
             f'model: {name} could not be imported ({error}): pip install "learndrop_ext[pretrained]"'
         ) from error
     except RuntimeError as error:
-        # torchvision registers its operators on import, and fails if it was built for another torch.
+        # torchvision registers its operators on import, which fails if it was built for another version of torch.
         raise ImportError(f"model: {name} does not fit the torch that is installed: {error}") from error
 
 
 def pixel_statistics(name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Return the mean and deviation of pixels in [0, 1] that a network's published weights expect, or None."""
+    """Return the mean and standard deviation of pixels in [0, 1] that published weights expect, or None."""
     library, _, inner = name.partition(":")
     if not is_external(name):
         return None
@@ -97,20 +93,20 @@ def build_network(
     weights: str | None = None,
     seed: int = 0,
 ) -> Network:
-    """Build a network for a number of classes, with fresh or pretrained weights.
+    """Build a network with random or pretrained weights and a new classifier.
 
     Args:
-        name: one of `MODELS`, `timm:NAME` or `torchvision:NAME`.
-        num_classes: outputs of the classifier, which replaces the published one.
-        in_channels: channels of the images; 3 for networks of timm and torchvision.
-        stem, width: of a network of `MODELS`, see `build_model`.
-        weights: None for random ones; "default" for those of timm or torchvision; or a file, see `read_weights`.
+        name: a key of `MODELS`, `timm:NAME` or `torchvision:NAME`.
+        num_classes: number of outputs of the classifier.
+        in_channels: channels of the images; must be 3 for networks of timm and torchvision.
+        stem, width: for networks of `MODELS`, see `build_model`.
+        weights: None for random weights; "default" for those of timm or torchvision; or a file, see `read_weights`.
         seed: random seed of the weights. The global random state does not change.
 
     Raises:
-        ValueError: if the name is unknown, the weights do not fit or cannot be fetched, the network does not take this
-            number of channels, or it is too large for the free memory.
-        ImportError: if a library that the name or the file needs is not installed.
+        ValueError: If the name is unknown, the weights do not fit or cannot be downloaded, the network does not take this
+            number of channels, or the network is too large for the free memory.
+        ImportError: If the name or the file needs a library that is not installed.
     """
     check_network(name)
     if is_external(name):
@@ -155,32 +151,32 @@ def _torchvision_maker(name: str, weights: str | None) -> Callable[[int], nn.Mod
 
 
 def _fetched(name: str, fetch: Callable[[], Any]) -> Any:
-    """Return the result of a download. Any error of the library becomes a ValueError."""
+    """Return the result of a download. Any error becomes a ValueError."""
     try:
         return fetch()
     except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ValueError(
-            f"weights: the default weights of {name} could not be fetched ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}); "
+            f"weights: the default weights of {name} could not be fetched ({type(error).__name__}: {reason}); "
             "give --weights FILE, or none for random weights"
         ) from error
 
 
 def _classifier_keys(model: nn.Module, other: nn.Module) -> set[str]:
-    """Return the keys whose shapes differ between two builds of a network, for different numbers of classes."""
-    shapes = {key: value.shape for key, value in other.state_dict().items()}
-    return {key for key, value in model.state_dict().items() if shapes[key] != value.shape}
+    """Return the keys whose shapes differ between two networks that differ in the number of classes."""
+    others = other.state_dict()
+    return {key for key, value in model.state_dict().items() if others[key].shape != value.shape}
 
 
 def check_memory(name: str, **sizes: Any) -> None:
-    """Raise ValueError for a network of `MODELS` that cannot be trained in the free memory of this machine."""
+    """Raise ValueError if training a network of `MODELS` needs more than the free memory of this machine."""
     try:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in build_model(name, **sizes).parameters())
-    except (RuntimeError, TypeError) as error:  # torch's errors for sizes whose product overflows
-        said = str(error).splitlines()[0]
-        raise ValueError(f"model: {name} of width {sizes['width']} is too large: {said}") from error
-    # fp32 weights, their gradients, the optimizer's momentum and the anchor of the measurement
+    except (RuntimeError, TypeError) as error:  # raised by torch for sizes whose product overflows
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model: {name} of width {sizes['width']} is too large: {reason}") from error
+    # fp32 weights, gradients, momentum of the optimizer, and the anchor of the measurement
     wanted, free = 4 * 4 * parameters, free_bytes(torch.device("cpu"))
     if wanted > free:
         raise ValueError(

@@ -20,18 +20,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 128, "lr": 0.2, "augment": "standard"},
     "cifar100": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 128, "lr": 0.2, "augment": "standard"},
     "imagenette": {"model": "resnet18", "width": 64, "epochs": 30, "batch_size": 64, "lr": 0.1, "augment": "standard"},
-    "folder": {
-        **{"model": "resnet18", "width": 64, "epochs": 5, "batch_size": 32, "lr": 2e-3},
-        **{"optimizer": "adamw", "weight_decay": 0.01},
-    },
+    "folder": {"model": "resnet18", "width": 64, "epochs": 5, "batch_size": 32, "lr": 2e-3}
+    | {"optimizer": "adamw", "weight_decay": 0.01},
 }
 
-#: Options that replace a preset's value.
+#: Options that override the preset.
 RECIPE_OPTIONS = ("width", "epochs", "batch_size", "lr", "optimizer")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default in (None, ()) or action.default is False
+        return action.help if none else super()._get_help_string(action)
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="learndrop",
         description="Train a convolutional network faster: layers that have stopped learning are dropped from the "
@@ -40,9 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"learndrop {__version__}")
     added = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands = {
-        name: added.add_parser(
-            name, help=short, description=long, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        name: added.add_parser(name, help=short, description=long, formatter_class=_HelpFormatter)
         for name, (short, long) in COMMANDS.items()
     }
     for name in ("compare", "train", "forecast"):
@@ -53,11 +57,12 @@ def make_parser() -> argparse.ArgumentParser:
         type=_rivals,
         default=(),
         metavar="RIVALS",
-        help="also train the honest rivals, separated by commas: freeze-only (same drops, nothing cached) and short "
-        "(the plain recipe with as many steps as fit into the time that dropping took)",
+        help="also train these, separated by commas: freeze-only (the same drops, nothing cached) and short (the plain "
+        "recipe with as many steps as fit into the time that dropping took)",
     )
     commands["train"].add_argument("--plain", action="store_true", help="train without dropping")
-    commands["info"].add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    for name in ("cache", "info"):
+        commands[name].add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     cache = commands["cache"]
     cache.add_argument(
         "folder", type=Path, metavar="DIR", help="the disk_dir of CacheConfig(disk_dir=DIR, shared=True)"
@@ -68,7 +73,6 @@ def make_parser() -> argparse.ArgumentParser:
     cache.add_argument(
         "--keep-bytes", type=_size, metavar="N", help="remove the least recently used files until N bytes are left"
     )
-    cache.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return parser
 
 
@@ -76,9 +80,9 @@ def make_parser() -> argparse.ArgumentParser:
 COMMANDS = {
     "compare": (
         "train the same model without and with dropping and show what it saved",
-        "Train the same model twice, same seed, same recipe: plainly, and with dropping. Prints a table "
-        "and writes report.html and metrics.jsonl. Without arguments: a small ResNet on the handwritten digits that "
-        "come with scikit-learn, under two minutes on two CPU cores.",
+        "Train the same model twice with the same seed and recipe, without and with dropping. Print a table and write "
+        "report.html and metrics.jsonl. Without arguments: a small ResNet on the handwritten digits that come with "
+        "scikit-learn, in under two minutes on two CPU cores.",
     ),
     "train": (
         "train once with dropping and save the model",
@@ -86,12 +90,12 @@ COMMANDS = {
     ),
     "forecast": (
         "forecast the time and memory of a run before training",
-        "Measure the costs of each layer, and print and draw (forecast.html) the time of the run with the first layers "
-        "dropped from each epoch on, and the memory of their rows. Trains nothing.",
+        "Measure the costs of each layer. Print and plot (forecast.html) the time of the run for each number of dropped "
+        "layers and each start, and the memory of the rows. Nothing is trained.",
     ),
     "cache": (
         "list and remove rows shared between runs",
-        "List the files of rows that runs share in a folder, and remove old ones or as many as needed to save space.",
+        "List the files of rows that runs share in a folder, and remove old files or as many as exceed a size.",
     ),
     "info": ("show what this installation supports", "Show CUDA, driver, GPUs, Triton, torch and CPU instructions."),
 }
@@ -104,18 +108,20 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--data-root",
         type=Path,
         metavar="DIR",
-        help="folder with the dataset's original files; for --dataset folder: one with a folder per class, or with "
+        help="folder with the original files of the dataset; for --dataset folder, one with a folder per class, or with "
         "train/ and test/, val/ or validation/ that hold a folder per class",
     )
     data.add_argument(
-        "--test-share", type=float, metavar="X", help="share of a folder of classes to test on (default: 0.2)"
+        "--test-share", type=float, metavar="X", help="share of photos to test on, without a test folder (default: 0.2)"
     )
     data.add_argument("--limit", type=_count, metavar="N", help="use only the first N training and N test images")
     data.add_argument(
         "--image-size", type=_count, metavar="PIXELS", help="side of the images (default: unchanged; photos: 128)"
     )
     data.add_argument(
-        "--augment", choices=["none", "flip", "standard"], help="random flip, or shift and flip (default: by dataset)"
+        "--augment",
+        choices=["none", "flip", "standard"],
+        help="random flip, or shift and flip (default: depends on the dataset)",
     )
     recipe = parser.add_argument_group("recipe (defaults depend on the dataset)")
     recipe.add_argument(
@@ -126,10 +132,12 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument(
         "--weights",
         metavar="FILE",
-        help="start from a file of weights (safetensors or a state_dict), or with 'default' from those of timm or "
-        "torchvision (default: random weights)",
+        help="initial weights: a safetensors file or state_dict, or 'default' for those of timm or torchvision "
+        "(default: random weights)",
     )
-    recipe.add_argument("--stem", choices=["small", "imagenet"], help="3x3 for small images or 7x7 (default: by size)")
+    recipe.add_argument(
+        "--stem", choices=["small", "imagenet"], help="3x3 for small images, or 7x7 (default: depends on --image-size)"
+    )
     recipe.add_argument("--width", type=_count, metavar="N", help="channels of the first stage of vgg.. and resnet..")
     recipe.add_argument("--epochs", type=_count, metavar="N", help="passes over the training images")
     recipe.add_argument("--batch-size", type=_count, metavar="N", help="images per step")
@@ -137,7 +145,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     recipe.add_argument("--optimizer", choices=OPTIMIZERS, help="sgd with Nesterov momentum, or adamw")
     recipe.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed")
     recipe.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: cuda if available")
-    recipe.add_argument("--amp", choices=["bf16"], help="mixed precision")
+    recipe.add_argument("--amp", choices=["bf16"], help="dtype of mixed precision")
     dropping = parser.add_argument_group("dropping")
     dropping.add_argument(
         "--policy",
@@ -151,7 +159,7 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--views",
         type=_count,
         metavar="V",
-        help="augmented views kept of an image (default: epochs / (2 speedup), at least 2; 1 without --augment)",
+        help="augmented views kept of each image (default: epochs / (2 speedup), at least 2; 1 without --augment)",
     )
     dropping.add_argument(
         "--mirror", action="store_true", help="keep each image and its mirror image, without --augment"
@@ -161,7 +169,11 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         "--threshold", type=float, default=Recipe.threshold, metavar="X", help="score below which a layer has stopped"
     )
     stopped.add_argument(
-        "--patience", type=_count, default=Recipe.patience, metavar="N", help="number of measurements in a row"
+        "--patience",
+        type=_count,
+        default=Recipe.patience,
+        metavar="N",
+        help="measurements in a row below the threshold",
     )
     stopped.add_argument("--warmup", type=int, default=Recipe.warmup, metavar="N", help="epochs before the first drop")
     stopped.add_argument(
@@ -189,11 +201,11 @@ def _rivals(text: str) -> tuple[str, ...]:
     return names
 
 
-def _whole(text: str, lowest: int, words: str) -> int:
-    # int() refuses more than 4,300 digits with a ValueError of its own.
+def _whole(text: str, lowest: int, wanted: str, highest: int | None = None) -> int:
+    # int() refuses more than 4,300 digits with its own ValueError.
     value = int(text) if text.lstrip("+-").isdecimal() and len(text) < 4000 else lowest - 1
-    if value < lowest:
-        raise argparse.ArgumentTypeError(f"must be {words}, got {text[:40]!r}")
+    if value < lowest or (highest is not None and value > highest):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text[:40]!r}")
     return value
 
 
@@ -206,10 +218,7 @@ def _size(text: str) -> int:
 
 
 def _seed(text: str) -> int:
-    value = _whole(text, 0, f"a whole number within 0..{MAX_SEED}")
-    if value > MAX_SEED:
-        raise argparse.ArgumentTypeError(f"must be a whole number within 0..{MAX_SEED}, got {text[:40]!r}")
-    return value
+    return _whole(text, 0, f"a whole number within 0..{MAX_SEED}", MAX_SEED)
 
 
 def _positive(text: str) -> float:

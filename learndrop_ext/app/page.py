@@ -1,4 +1,4 @@
-"""HTML pages: their common head and style, and writing them to files."""
+"""HTML pages: the common head and style, rendering and writing."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 
 def check_extras(owner: str) -> None:
-    """Raise ImportError if matplotlib or jinja2 is not installed. owner: the function that the message names."""
+    """Raise ImportError if matplotlib or jinja2 is not installed. The message begins with `owner`."""
     for name in ("matplotlib", "jinja2"):
         if importlib.util.find_spec(name) is None:
             raise ImportError(f'{owner}: {name} is not installed: pip install "learndrop_ext[cli]"')
 
 
 def render_page(kind: str, body: str, **values: Any) -> str:
-    """Return a page as one HTML file that refers to no other.
+    """Return a self-contained HTML page.
 
     Args:
-        kind (str): kind of page for the title, such as "report".
-        body (str): a jinja2 template.
-        values: the template's variables.
+        kind: kind of page for the title, such as "report".
+        body: a jinja2 template.
+        values: the variables of the template.
     """
     import jinja2
 
@@ -30,14 +30,14 @@ def render_page(kind: str, body: str, **values: Any) -> str:
 
 
 def write_page(path: str | Path, page: str) -> None:
-    """Write a page to a temporary file and rename it to `path`, which is never half a page. Raises OSError."""
+    """Write a page to a temporary file and rename it to `path`, so that `path` is never incomplete."""
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(path)
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 HEAD = """\

@@ -19,8 +19,8 @@ __all__ = ["PHOTO_SUFFIXES", "list_class_folders", "read_photo"]
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
-#: Files that file managers leave in folders. Names that start with a dot are ignored too.
-PASSED_OVER = ("thumbs.db", "desktop.ini")
+#: Files that file managers leave behind. Names that start with a dot are ignored too.
+IGNORED_FILES = ("thumbs.db", "desktop.ini")
 
 
 def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) -> dict[str, tuple[Path, ...]]:
@@ -28,14 +28,14 @@ def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) ->
 
     Args:
         folder: holds one folder per class; files beside the class folders are ignored.
-        classes: the class folders that must exist, no more and no fewer. Default: any
+        classes: the exact set of class folders expected. Default: any
 
     Returns:
         The files of each class.
 
     Raises:
-        IntegrityError: if the folder is missing, has no class folders or other classes than wanted, or a class folder has
-            no photos or anything but photos.
+        IntegrityError: If the folder is missing, has no class folders or not exactly `classes`, or if a class folder has
+            no photos or anything other than photos.
     """
     if not folder.is_dir():
         raise IntegrityError(folder, "no such folder")
@@ -54,7 +54,7 @@ def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) ->
 def _photos(folder: Path) -> tuple[Path, ...]:
     files = []
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name.lower() in PASSED_OVER:
+        if path.name.startswith(".") or path.name.lower() in IGNORED_FILES:
             continue
         if path.suffix.lower() not in PHOTO_SUFFIXES or not path.is_file():
             kind = "a folder" if path.is_dir() else "a file of another kind"
@@ -72,26 +72,26 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def read_photo(path: Path, *, size: int) -> Tensor:
-    """Read a photo as RGB and scale its middle square (bilinear, antialiased).
+    """Read a photo as RGB and scale its central square (bilinear, antialiased).
 
-    The photo is rotated to its EXIF orientation. Grey, palette and CMYK photos become RGB, 16-bit values are scaled to 8
-    bits, and transparent pixels become white.
+    The photo is rotated to its EXIF orientation. Grey, palette and CMYK photos are converted to RGB, 16-bit values are
+    scaled to 8 bits, and transparent pixels become white.
 
     Args:
         path: the file.
         size: side of the result in pixels.
 
     Returns:
-        [3, size, size] uint8.
+        uint8 [3, size, size].
 
     Raises:
-        IntegrityError: for a file that is not a photo, or damaged.
+        IntegrityError: If the file is not a photo or is damaged.
     """
     from PIL import Image
 
     try:
         with Image.open(path) as opened:
-            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves three pixels for each one wanted.
+            # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that leaves at least 3 * size pixels a side.
             opened.draft(None, (3 * size, 3 * size))
             image = _upright_rgb(opened)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -100,12 +100,8 @@ def read_photo(path: Path, *, size: int) -> Tensor:
     if (width, height) != (size, size):
         side = min(width, height)
         left, top = (width - side) / 2, (height - side) / 2
-        image = image.resize(
-            (size, size),
-            Image.Resampling.BILINEAR,
-            box=(left, top, left + side, top + side),
-            reducing_gap=3.0,
-        )
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 
 

@@ -1,6 +1,6 @@
 """The plots of a report and of a forecast, as self-contained SVG.
 
-L layers. A record is one epoch of one run, in the form of `learndrop_ext.app.report.Reporter.add`.
+A record describes one epoch of one run, see `learndrop_ext.app.report.Reporter.add`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ SETTINGS: dict[Any, Any] = {
     "hatch.linewidth": 0.6,
 }
 
-#: With more cells the map of scores is drawn as one embedded image: as shapes it would take megabytes.
+#: A map of scores with more cells is embedded as an image: as shapes it would take megabytes.
 MAX_CELLS = 4000
 
 
+@matplotlib.rc_context(SETTINGS)
 def plot_scores(records: Records) -> str | None:
-    """Draw the score of each layer (down) after each epoch (across) of the run that dropped layers.
+    """Draw a map of the score of each layer after each epoch, for the run that dropped layers.
 
-    Cells of layers that were dropped before the epoch are hatched.
+    Cells of layers dropped before the epoch are hatched.
 
     Returns:
         SVG, or None if no record holds scores.
@@ -60,180 +61,160 @@ def plot_scores(records: Records) -> str | None:
         return None
     layers = list(dict.fromkeys(name for record in scored for name in record["scores"]))
     epochs = [int(record["epoch"]) for record in scored]
-    # A layer dropped after an epoch was still measured in it: it counts as dropped from the next record on.
-    gone = [0, *(int(record["prefix"]) for record in scored[:-1])]
+    # A layer dropped after an epoch was still measured in that epoch: it is hatched from the next record on.
+    dropped = [0, *(int(record["prefix"]) for record in scored[:-1])]
     cells = [[math.nan] * len(epochs) for _ in layers]
     for column, record in enumerate(scored):
         for row, layer in enumerate(layers):
             value = record["scores"].get(layer)
-            if row >= gone[column] and value is not None:
+            if row >= dropped[column] and value is not None:
                 cells[row][column] = float(value)
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _figure(height=1.6 + 0.2 * max(len(layers), 8))
-        values = [value for line in cells for value in line if math.isfinite(value)]
-        mesh = axes.pcolormesh(
-            [*(epoch - 0.5 for epoch in epochs), epochs[-1] + 0.5],
-            [row - 0.5 for row in range(len(layers) + 1)],
-            cells,
-            cmap="viridis",
-            edgecolor="face",
-            linewidth=0.3,
-            vmin=0.0,
-            vmax=max([1.0, *values]),
-            rasterized=len(layers) * len(epochs) > MAX_CELLS,
-        )
-        axes.set_facecolor("#e8e8e8")
-        for column, prefix in enumerate(gone):
-            if prefix:
-                axes.bar(
-                    epochs[column],
-                    prefix,
-                    width=1.0,
-                    bottom=-0.5,
-                    facecolor="none",
-                    edgecolor="#999999",
-                    hatch="////",
-                    lw=0,
-                )
-        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
-        axes.set_ylim(len(layers) - 0.5, -0.5)
-        step = 1 + (len(layers) - 1) // 40
-        axes.set_yticks(range(0, len(layers), step), layers[::step])
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epoch")
-        axes.set_ylabel("layer, from the input (top) to the output")
-        figure.colorbar(mesh, ax=axes, label="score (0: not learning)", pad=0.02)
-        if any(gone):
-            dropped = Patch(facecolor="#e8e8e8", edgecolor="#999999", hatch="////", label="dropped")
-            axes.legend(handles=[dropped], loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
-        return _svg(figure, prefix="scores", label=f"Map of the score of each of {len(layers)} layers after each epoch")
+    figure, axes = _figure(height=1.6 + 0.2 * max(len(layers), 8))
+    values = [value for line in cells for value in line if math.isfinite(value)]
+    mesh = axes.pcolormesh(
+        [*(epoch - 0.5 for epoch in epochs), epochs[-1] + 0.5],
+        [row - 0.5 for row in range(len(layers) + 1)],
+        cells,
+        cmap="viridis",
+        edgecolor="face",
+        linewidth=0.3,
+        vmin=0.0,
+        vmax=max([1.0, *values]),
+        rasterized=len(layers) * len(epochs) > MAX_CELLS,
+    )
+    axes.set_facecolor("#e8e8e8")
+    hatched: dict[str, Any] = {"edgecolor": "#999999", "hatch": "////", "facecolor": "none"}
+    for column, prefix in enumerate(dropped):
+        if prefix:
+            axes.bar(epochs[column], prefix, width=1.0, bottom=-0.5, lw=0, **hatched)
+    axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    step = 1 + (len(layers) - 1) // 40
+    axes.set_yticks(range(0, len(layers), step), layers[::step])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("layer, from the input (top) to the output")
+    figure.colorbar(mesh, ax=axes, label="score (0: not learning)", pad=0.02)
+    if any(dropped):
+        _draw_legend(axes, handles=[Patch(**hatched | {"facecolor": "#e8e8e8"}, label="dropped")])
+    return _svg(figure, prefix="scores", label=f"Map of the score of each of {len(layers)} layers after each epoch")
 
 
+@matplotlib.rc_context(SETTINGS)
 def plot_dropped(records: Records) -> str | None:
     """Draw the number of dropped layers against the training time in seconds, for the runs that may drop layers.
 
     Returns:
-        SVG, or None without such a run.
+        SVG, or None if there is no such run.
     """
     records = [record for record in records if record["run"] not in ("baseline", "short")]
     if not records:
         return None
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _figure(height=3.2)
-        for run, part in _runs(records).items():
-            axes.step(
-                [0.0, *(float(record["seconds"]) for record in part)],
-                [0, *(int(record["prefix"]) for record in part)],
-                where="post",
-                label=run,
-                **_style(run, len(part)),
-            )
-        most = max(int(record["layers"]) for record in records)
-        axes.axhline(most, color="#999999", linewidth=0.8)
-        axes.annotate(
-            f"all {most} layers",
-            (1.0, most),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            va="bottom",
-            color="#555555",
+    figure, axes = _figure(height=3.2)
+    for run, part in _runs(records).items():
+        axes.step(
+            [0.0, *(float(record["seconds"]) for record in part)],
+            [0, *(int(record["prefix"]) for record in part)],
+            where="post",
+            label=run,
+            **_style(run, len(part)),
         )
-        axes.set_ylim(-0.04 * most, 1.15 * most)
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel("layers dropped")
-        _finish_time_axis(axes)
-        return _svg(figure, prefix="dropped", label="Number of dropped layers against training time")
+    most = max(int(record["layers"]) for record in records)
+    _draw_limit(axes, most, f"all {most} layers")
+    axes.set_ylim(-0.04 * most, 1.15 * most)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("layers dropped")
+    _finish_time_axis(axes)
+    return _svg(figure, prefix="dropped", label="Number of dropped layers against training time")
 
 
+@matplotlib.rc_context(SETTINGS)
 def plot_accuracy(records: Records) -> str | None:
-    """Draw test accuracy in percent against the training time in seconds.
+    """Draw the test accuracy in percent against the training time in seconds.
 
-    The axis spans the second halves of the runs: the first epochs may lie below it.
+    The lower limit of the axis is that of the second halves of the runs: early epochs may be below it.
 
     Returns:
-        SVG, or None without records.
+        SVG, or None if there are no records.
     """
     if not records:
         return None
     runs = _runs(records)
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _figure(height=3.8)
-        for run, part in runs.items():
-            axes.plot(
-                [float(record["seconds"]) for record in part],
-                [float(record["accuracy"]) for record in part],
-                label=run,
-                **_style(run, len(part)),
-            )
-        late = [float(record["accuracy"]) for part in runs.values() for record in part[len(part) // 2 :]]
-        low, high = min(late), max(float(record["accuracy"]) for record in records)
-        margin = 0.08 * (high - low) or 1.0
-        axes.set_ylim(low - margin, high + margin)
-        axes.set_ylabel("test accuracy (%)")
-        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-        _finish_time_axis(axes)
-        return _svg(figure, prefix="accuracy", label="Test accuracy of each run against training time")
+    figure, axes = _figure(height=3.8)
+    for run, part in runs.items():
+        axes.plot(
+            [float(record["seconds"]) for record in part],
+            [float(record["accuracy"]) for record in part],
+            label=run,
+            **_style(run, len(part)),
+        )
+    late = [float(record["accuracy"]) for part in runs.values() for record in part[len(part) // 2 :]]
+    low, high = min(late), max(float(record["accuracy"]) for record in records)
+    margin = 0.08 * (high - low) or 1.0
+    axes.set_ylim(low - margin, high + margin)
+    axes.set_ylabel("test accuracy (%)")
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    _finish_time_axis(axes)
+    return _svg(figure, prefix="accuracy", label="Test accuracy of each run against training time")
 
 
+@matplotlib.rc_context(SETTINGS)
 def plot_forecast(forecast: Mapping[str, Any]) -> str:
-    """Draw the seconds of a whole run against the layers dropped, one line for each of up to four starts.
+    """Draw the time of a run in seconds against the number of layers dropped, one line for each of up to four starts.
 
     Args:
-        forecast: as `Forecast.as_dict` gives it.
+        forecast: see `Forecast.as_dict`.
 
     Returns:
         SVG.
     """
     runs, epochs = forecast["runs"], int(forecast["epochs"])
     starts = sorted({0, min(1, epochs - 1), epochs // 4, epochs // 2})
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _figure(height=3.8)
-        for start, (colour, dash, marker) in zip(starts, RUN_STYLES.values(), strict=False):
-            axes.plot(
-                [int(by_start[start]["prefix"]) for by_start in runs],
-                [float(by_start[start]["seconds"]) for by_start in runs],
-                label="before the first step" if start == 0 else f"after epoch {start}",
-                color=colour,
-                linestyle=dash,
-                marker=marker,
-                markersize=4,
-            )
-        full = float(forecast["full_seconds"])
-        axes.axhline(full, color="#999999", linewidth=0.8)
-        axes.annotate("nothing dropped", (1.0, full), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-        axes.set_ylim(bottom=0.0)
-        axes.set_xlabel("layers dropped")
-        axes.set_ylabel(f"time of {epochs} epochs (s)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, frameon=False)
-        return _svg(figure, prefix="forecast", label="Forecast time of a run against the layers dropped")
+    figure, axes = _figure(height=3.8)
+    for start, (colour, dash, marker) in zip(starts, RUN_STYLES.values(), strict=False):
+        axes.plot(
+            [int(by_start[start]["prefix"]) for by_start in runs],
+            [float(by_start[start]["seconds"]) for by_start in runs],
+            label="before the first step" if start == 0 else f"after epoch {start}",
+            color=colour,
+            linestyle=dash,
+            marker=marker,
+            markersize=4,
+        )
+    _draw_limit(axes, float(forecast["full_seconds"]), "nothing dropped")
+    axes.set_ylim(bottom=0.0)
+    axes.set_xlabel("layers dropped")
+    axes.set_ylabel(f"time of {epochs} epochs (s)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _draw_legend(axes)
+    return _svg(figure, prefix="forecast", label="Forecast time of a run against the layers dropped")
 
 
+@matplotlib.rc_context(SETTINGS)
 def plot_row_bytes(forecast: Mapping[str, Any]) -> str | None:
-    """Draw the memory that rows take in each tier against the layers dropped.
+    """Draw the memory of the rows in each tier against the number of layers dropped.
 
     Args:
-        forecast: as `Forecast.as_dict` gives it.
+        forecast: see `Forecast.as_dict`.
 
     Returns:
-        SVG, or None without rows.
+        SVG, or None if there are no rows.
     """
     rows = forecast["rows"]
     if not any(sum(row["bytes"]) for row in rows):
         return None
-    with matplotlib.rc_context(SETTINGS):
-        figure, axes = _figure(height=2.8)
-        below = [0.0] * len(rows)
-        for tier, (name, colour) in enumerate((("device", "#0072b2"), ("host", "#009e73"), ("disk", "#d55e00"))):
-            sizes = [row["bytes"][tier] / 2**20 if tier < len(row["bytes"]) else 0.0 for row in rows]
-            if any(sizes):
-                axes.bar(range(1, len(rows) + 1), sizes, bottom=below, color=colour, label=name)
-            below = [low + size for low, size in zip(below, sizes, strict=True)]
-        axes.set_xlabel("layers dropped")
-        axes.set_ylabel("rows (MiB)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False)
-        return _svg(figure, prefix="row-bytes", label="Memory of the rows in each tier against the layers dropped")
+    figure, axes = _figure(height=2.8)
+    below = [0.0] * len(rows)
+    for tier, (name, colour) in enumerate((("device", "#0072b2"), ("host", "#009e73"), ("disk", "#d55e00"))):
+        sizes = [row["bytes"][tier] / 2**20 if tier < len(row["bytes"]) else 0.0 for row in rows]
+        if any(sizes):
+            axes.bar(range(1, len(rows) + 1), sizes, bottom=below, color=colour, label=name)
+        below = [low + size for low, size in zip(below, sizes, strict=True)]
+    axes.set_xlabel("layers dropped")
+    axes.set_ylabel("rows (MiB)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _draw_legend(axes)
+    return _svg(figure, prefix="row-bytes", label="Memory of the rows in each tier against the layers dropped")
 
 
 def _figure(*, height: float) -> tuple[Figure, Axes]:
@@ -242,10 +223,20 @@ def _figure(*, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def _draw_limit(axes: Axes, y: float, label: str) -> None:
+    axes.axhline(y, color="#999999", linewidth=0.8)
+    place = ("axes fraction", "data")
+    axes.annotate(label, (1.0, y), xycoords=place, ha="right", va="bottom", color="#555555")
+
+
+def _draw_legend(axes: Axes, **options: Any) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, frameon=False, **options)
+
+
 def _finish_time_axis(axes: Axes) -> None:
     axes.set_xlim(left=0.0)
     axes.set_xlabel("training time (s), without evaluation")
-    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, frameon=False)
+    _draw_legend(axes)
 
 
 def _runs(records: Records) -> dict[str, list[Mapping[str, Any]]]:
@@ -261,14 +252,12 @@ def _style(run: str, points: int) -> dict[str, Any]:
 
 
 def _svg(figure: Figure, *, prefix: str, label: str) -> str:
-    """Return a figure as an <svg> element for an HTML page, without metadata, its ids made unique by `prefix`."""
+    """Return a figure as an <svg> element without metadata, with `prefix` before its ids to make them unique in a page."""
     text = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"\A.*?(?=<svg)|<metadata>.*?</metadata>", "", text.getvalue(), flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg).replace("url(#", f"url(#{prefix}-")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

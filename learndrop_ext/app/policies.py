@@ -1,4 +1,4 @@
-"""Policies of the command line: stopped, budget:2.0, fixed:0=3,1=4."""
+"""The policies of the command line: stopped, budget:2.0, fixed:0=3,1=4."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class PolicySpec:
 
     @property
     def speedup(self) -> float:
-        """The speedup asked for, or that of `Budget` by default."""
+        """The speedup given, or the default of `Budget`."""
         return float(self.arguments.get("speedup", Budget.speedup))
 
     def build(self, **stopped: Any) -> Policy:
-        """Build the policy. `stopped` are the arguments of `StoppedLearning`; the other kinds ignore them."""
+        """Build the policy. `stopped` holds the arguments of `StoppedLearning`; other policies ignore it."""
         if self.kind == "stopped":
             return StoppedLearning(**stopped)
         if self.kind == "fixed":
@@ -39,10 +39,10 @@ def parse_policy(text: str) -> PolicySpec:
 
     Args:
         text: "stopped" for `StoppedLearning`; "budget:2.0" or "budget:2.0,start=1" for `Budget`; "fixed:0=3,1=4" for
-            `Fixed`, here with the first 3 layers dropped before the first step and the first 4 after epoch 1.
+            `Fixed({0: 3, 1: 4})`, which drops 3 layers before the first step and a fourth after epoch 1.
 
     Raises:
-        ValueError: for any other text.
+        ValueError: If the text is none of these.
     """
     kind, _, rest = text.partition(":")
     try:

@@ -1,4 +1,4 @@
-"""Recipes of the command line: how a model is trained, and the parts of a training run made from it."""
+"""The recipes of the command line, and the parts of a training run built from a recipe."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from learndrop_ext.decide.policy import Policy, StoppedLearning
 from learndrop_ext.scheduler import DropScheduler
 
 OPTIMIZERS = ("sgd", "adamw")
-#: Options of `StoppedLearning`, which no other policy has.
+#: Options that only `StoppedLearning` has.
 STOPPED_OPTIONS = ("threshold", "patience", "warmup", "max_dropped", "min_saving")
 MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained, under a one-cycle learning rate.
+    """The settings of a training run with a one-cycle learning rate.
 
     Args:
         model, stem, width, weights: see `build_network`.
         epochs: passes over the training images.
-        steps: number of optimizer steps, to end within the last epoch; None for whole epochs. Not with dropping.
+        steps: number of optimizer steps, if the run ends within its last epoch; None for whole epochs. Not with dropping.
         batch_size: images per step.
         lr: peak learning rate.
         optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
         weight_decay: weight decay of the optimizer.
-        seed: random seed of the weights, the order and the views, in 0..2**32-1.
+        seed: random seed of the weights, the sample order and the views, in 0..2**32-1.
         device: device of the model and the images.
         amp: "bf16" for autocast, or None.
         augment: see `ImageSet`.
@@ -88,7 +88,7 @@ def policy_of(recipe: Recipe) -> Policy:
 
 @dataclass(frozen=True)
 class Setup:
-    """The model of a run on its device, and the other parts of its training loop."""
+    """The model on its device, and the other parts of a training loop."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -99,7 +99,7 @@ class Setup:
 
 
 def make_network(split: Split, recipe: Recipe) -> Network:
-    """Build the network of a recipe for the images and the classes of a split."""
+    """Build the network of a recipe for the images and classes of a split."""
     return build_network(
         recipe.model,
         num_classes=len(split.classes),
@@ -112,7 +112,7 @@ def make_network(split: Split, recipe: Recipe) -> Network:
 
 
 def set_up(split: Split, recipe: Recipe) -> Setup:
-    """Build the parts of a run. The same recipe gives the same initial weights and the same order of samples."""
+    """Build the parts of a run. The same recipe gives the same initial weights and sample order."""
     device = torch.device(recipe.device)
     torch.manual_seed(recipe.seed)
     train_set, test_set = split.train.to(device).augmented(recipe.augment), split.test.to(device)
@@ -133,7 +133,7 @@ def set_up(split: Split, recipe: Recipe) -> Setup:
 
 
 def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool = True) -> DropScheduler:
-    """Build the DropScheduler of a run. Without `caches` the frozen layers run at each step."""
+    """Build the DropScheduler of a run. If `caches` is false, no rows are kept and frozen layers run at each step."""
     return DropScheduler(
         setup.model,
         setup.optimizer,

@@ -1,7 +1,7 @@
 """The output of a comparison: a table for the terminal, metrics.jsonl, and a self-contained HTML page.
 
 A result is the object that `learndrop compare --json` prints: `{"config": {...}, "baseline": R, "learndrop": R,
-"speedup": x}`, with `"freeze-only": R` and `"short": R` if asked for. Runs that have not ended are not in it.
+"speedup": x}`, plus `"freeze-only": R` and `"short": R` on request. It holds finished runs only.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ __all__ = ["Reporter", "format_table", "render_report", "write_report"]
 
 RUNS = ("baseline", "learndrop", "freeze-only", "short")
 
-#: Measurements of a layer's change, in the order of the page's table.
+#: Measurements of a layer's change, in the column order of the page.
 MEASURED = ("l1", "l2", "maximum", "w_l1", "w_l2", "relative", "cosine", "nonfinite")
 
 COLUMNS = ("run", "wall-clock time", "of which fill", "forward FLOPs", "test accuracy", "layers dropped, and when")
@@ -29,14 +28,14 @@ COLUMNS = ("run", "wall-clock time", "of which fill", "forward FLOPs", "test acc
 class Reporter:
     """Writes `metrics.jsonl` after each epoch and `report.html` after each run to a folder.
 
-    As a context manager it updates the page on leaving, so that an interrupted comparison leaves both files readable.
+    On leaving the context it updates the page, so that an interrupted comparison leaves both files readable.
 
     Args:
         folder: created if it does not exist.
 
     Raises:
-        OSError: if the folder cannot be created or written.
-        ImportError: if a package that the page needs is not installed.
+        OSError: If the folder cannot be created or written.
+        ImportError: If matplotlib or jinja2 is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -55,15 +54,15 @@ class Reporter:
         self.close()
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Write the record of one epoch as one line and flush it. Infinities and NaN become null.
+        """Write the record of one epoch as one line. Infinities and NaN become null.
 
         Args:
             record: "run"; "epoch", from 1; "seconds" of training so far, without evaluation; "train_loss"; "accuracy" in
                 percent; "prefix"; "layers"; "lr"; "scores" ({layer name: score} or None); "reason". Optional:
-                "epoch_seconds" of this epoch's loop; "forecast_seconds" for it; "changes" ({layer name: {"l1", "l2",
-                "maximum", "w_l1", "w_l2", "relative", "cosine", "nonfinite"}, or None for a dropped layer}).
+                "epoch_seconds", the measured time of the epoch, and its "forecast_seconds"; "changes" ({layer name:
+                {a key of `MEASURED`: value}, or None for a dropped layer}).
         """
-        self._metrics.write(_line(record))
+        self._metrics.write(json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n")
         self._metrics.flush()
         self._records.append(dict(record))
         self._stale = True
@@ -81,10 +80,6 @@ class Reporter:
             self.write(self._result)
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n"
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -96,17 +91,21 @@ def _finite(value: Any) -> Any:
 
 
 def format_table(result: Mapping[str, Any]) -> str:
-    """Format a result as a table for a terminal, one line per run, and a summary as the last line."""
+    """Format a result as a table for a terminal, one line per run, followed by a summary."""
     rows = [COLUMNS, *(table_row(result, run) for run in RUNS if run in result)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    rows.insert(1, tuple("-" * max(map(len, column)) for column in zip(*rows, strict=True)))
     summary = summarize(result)
-    return "\n".join([*lines, "", summary] if summary else lines)
+    return "\n".join([*align_columns(rows), *(["", summary] if summary else [])])
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return one line per row, with each column padded to its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def summarize(result: Mapping[str, Any]) -> str:
-    """Return a sentence that compares dropping with the baseline; empty until both have ended."""
+    """Return a sentence that compares dropping with the baseline, or "" until both have finished."""
     if "baseline" not in result or "learndrop" not in result:
         return ""
     baseline, dropping = result["baseline"], result["learndrop"]
@@ -123,12 +122,10 @@ def summarize(result: Mapping[str, Any]) -> str:
 
 
 def table_row(result: Mapping[str, Any], run: str) -> tuple[str, ...]:
+    """Return the cells of a run, one per entry of `COLUMNS`."""
     numbers, baseline = result[run], result.get("baseline")
-    seconds, flops, accuracy = (
-        _seconds(numbers["seconds"]),
-        _flops(numbers["forward_flops"]),
-        f"{numbers['accuracy']:.2f} %",
-    )
+    seconds, flops = _seconds(numbers["seconds"]), _flops(numbers["forward_flops"])
+    accuracy = f"{numbers['accuracy']:.2f} %"
     if baseline is not None and run != "baseline":
         seconds += f" ({baseline['seconds'] / numbers['seconds']:.2f}x)"
         flops += f" ({100 * (numbers['forward_flops'] / baseline['forward_flops'] - 1):+.1f} %)"
@@ -162,45 +159,38 @@ def _bytes(value: float) -> str:
     return f"{value:.0f} B"
 
 
-@dataclass(frozen=True)
-class _Figure:
-    title: str
-    caption: str
-    svg: str | None
-
-
 def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     """Return the page as HTML, with inline plots and no reference to another file.
 
     Args:
-        result: see above.
+        result: see the top of this module.
         records: see `Reporter.add`.
 
     Raises:
-        ImportError: if matplotlib or jinja2 is not installed.
+        ImportError: If matplotlib or jinja2 is not installed.
     """
     check_extras("render_report")
     from learndrop_ext.app import plots
 
     records = [record for record in records if record.get("accuracy") is not None]
     figures = (
-        _Figure(
+        (
             "Score per layer and epoch",
-            "How much each layer was still learning, by the change of its parameters since the previous measurement.",
+            "How much each layer was still learning: the score of its change since the previous measurement.",
             plots.plot_scores(records),
         ),
-        _Figure(
+        (
             "Layers dropped over time",
-            "The number of layers at the input side that were not in the training step.",
+            "The number of first layers that were not in the training step.",
             plots.plot_dropped(records),
         ),
-        _Figure(
+        (
             "Accuracy against time",
-            "Test accuracy after each epoch. Early epochs may lie below the axis.",
+            "Test accuracy after each epoch. Early epochs may be below the axis.",
             plots.plot_accuracy(records),
         ),
     )
-    ended = [run for run in RUNS if run in result]
+    finished = [run for run in RUNS if run in result]
     drops = [
         (
             run,
@@ -212,24 +202,22 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
             _bytes(drop["row_bytes"]),
             drop["tier"],
         )
-        for run in ended
+        for run in finished
         for drop in result[run]["drops"]
     ]
-    epochs: dict[str, int] = {}
-    for record in records:
-        epochs[str(record["run"])] = int(record["epoch"])
+    epochs = {str(record["run"]): int(record["epoch"]) for record in records}
     return render_page(
         "report",
         BODY,
         summary=summarize(result),
         columns=COLUMNS,
-        rows=[table_row(result, run) for run in ended],
-        memory=[(run, _bytes(result[run]["peak_memory_bytes"])) for run in ended],
-        unfinished=[(run, epoch) for run, epoch in epochs.items() if run not in ended],
+        rows=[table_row(result, run) for run in finished],
+        memory=[(run, _bytes(result[run]["peak_memory_bytes"])) for run in finished],
+        unfinished=[(run, epoch) for run, epoch in epochs.items() if run not in finished],
         figures=figures,
         drops=drops,
         changes=_changes(records),
-        ledger=_ledger(records),
+        forecasts=_forecasts(records),
         config=result.get("config", {}),
     )
 
@@ -251,8 +239,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _ledger(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Return lines of forecast and measured seconds: one for each epoch, and one for all epochs of a run."""
+def _forecasts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return the forecast and the measured seconds of each epoch, and their sums over each run."""
     pairs: dict[str, list[tuple[str, float, float]]] = {}
     for record in records:
         if record.get("forecast_seconds") is not None and record.get("epoch_seconds") is not None:
@@ -268,5 +256,5 @@ def _ledger(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def write_report(path: str | Path, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
-    """Write the page of a result and its records, see `render_report`. Raises OSError."""
+    """Write the page of `render_report` to a file."""
     write_page(path, render_report(result, records))

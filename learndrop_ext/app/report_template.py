@@ -1,4 +1,4 @@
-"""The body of a report, a jinja2 template."""
+"""The jinja2 template of a report's body."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ BODY = """\
 <p>{{ summary }}</p>
 {% endif %}
 {% for run, epoch in unfinished %}
-<p class="note">The run {{ run }} has not ended: the plots show it up to epoch {{ epoch }}.</p>
+<p class="note">The run {{ run }} has not finished: the plots show it up to epoch {{ epoch }}.</p>
 {% endfor %}
 {% if rows %}
 <div class="wide"><table>
-<caption>Time includes fills and measurements, but not evaluation. In brackets: against the baseline.</caption>
+<caption>Time includes fills and measurements, but not evaluation. In brackets: compared with the baseline.</caption>
 <thead><tr>{% for column in columns %}<th scope="col">{{ column }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in rows %}
@@ -21,12 +21,12 @@ BODY = """\
 </tbody>
 </table></div>
 {% else %}
-<p class="note">No run has ended.</p>
+<p class="note">No run has finished.</p>
 {% endif %}
-{% for figure in figures %}
-<h2>{{ figure.title }}</h2>
-{% if figure.svg %}
-<figure>{{ figure.svg | safe }}<figcaption>{{ figure.caption }}</figcaption></figure>
+{% for title, caption, svg in figures %}
+<h2>{{ title }}</h2>
+{% if svg %}
+<figure>{{ svg | safe }}<figcaption>{{ caption }}</figcaption></figure>
 {% else %}
 <p>Nothing was measured for this plot.</p>
 {% endif %}
@@ -63,14 +63,14 @@ finite.</caption>
 </tbody>
 </table></div>
 {% endif %}
-{% if ledger %}
-<h2>Forecast and outcome</h2>
+{% if forecasts %}
+<h2>Forecast and measured time</h2>
 <div class="wide"><table>
-<caption>Seconds of each epoch, including the computation of rows: forecast and measured.</caption>
+<caption>Seconds of each epoch, including the computation of rows.</caption>
 <thead><tr><th scope="col">run</th><th scope="col">epoch</th><th scope="col">forecast</th><th scope="col">measured</th>
 <th scope="col">forecast off by</th></tr></thead>
 <tbody>
-{% for row in ledger %}
+{% for row in forecasts %}
 <tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>

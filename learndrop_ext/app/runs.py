@@ -1,4 +1,4 @@
-"""Training runs of the command line: one recipe trained plainly, with dropping, frozen only, or shortened."""
+"""The training runs of the command line: a recipe without dropping, with dropping, freezing only, or shortened."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,20 @@ from learndrop_ext.graph.chain import split_layers
 from learndrop_ext.history import Record
 from learndrop_ext.scheduler import DropScheduler
 
-#: Called with the name of the run, the number of steps done, the total number and a short text.
+#: Called with the name of the run, the number of steps done, the total number of steps and a short text.
 Progress = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """One drop of a run.
+    """A drop.
 
     Args:
-        epoch: number of epochs done before it.
+        epoch: number of epochs done before the drop.
         prefix: number of layers dropped in all.
-        layers: their names.
+        layers: names of the dropped layers.
         reason: the policy's reason.
-        fill_seconds: time spent computing its rows.
+        fill_seconds: time spent computing the rows.
         row_bytes: bytes of one row.
         tier: see `slowest_tier`.
     """
@@ -51,16 +52,16 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Result:
-    """Time, accuracy and drops of a run.
+    """The time, accuracy and drops of a run.
 
     Args:
-        seconds: wall-clock time of training, with fills, measurements and the splitting of the model, without evaluation.
+        seconds: wall-clock time of training, including fills, measurements and splitting the model, without evaluation.
         fill_seconds, measure_seconds: parts of `seconds`.
-        eval_seconds: time of evaluation after each epoch.
+        eval_seconds: total time of the evaluations after each epoch.
         forward_flops: forward FLOPs of all training steps and fills.
         accuracy: accuracy on the test part after the last epoch, in percent.
         peak_memory_bytes: see `peak_bytes`.
-        drops: the drops in order.
+        drops: the drops, in order.
     """
 
     seconds: float
@@ -81,17 +82,17 @@ def train(
     policy: Policy | None = None,
     caches: bool = True,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
-    progress: Progress = lambda name, done, total, words: None,
+    progress: Progress = lambda name, done, total, text: None,
 ) -> tuple[Result, nn.Module]:
-    """Train one model and evaluate it after each epoch.
+    """Train a model and evaluate it after each epoch.
 
     Args:
-        name: name of the run for its records.
+        name: name of the run in its records.
         split: the data.
         recipe: how to train; its policy is not used.
         policy: decides on drops; None for a plain loop without a DropScheduler.
-        caches: whether the outputs of dropped layers are cached; otherwise these layers run at each step.
-        on_epoch: called with a record after each epoch, see `Reporter.add`.
+        caches: whether to cache the outputs of dropped layers; otherwise these layers run at each step.
+        on_epoch: called with the record of each epoch, see `Reporter.add`.
         progress: called after each step.
 
     Returns:
@@ -190,24 +191,23 @@ def _note_drop(drops: list[Dropped], drop: DropScheduler, epoch: int) -> None:
         return
     record = drop.history[-1]
     names, tier = list(drop.chain.names[: drop.prefix]), slowest_tier(drop)
-    # Rows are computed in the epochs that follow, which add their seconds.
+    # Rows are computed in the following epochs; `train` adds that time.
     drops.append(Dropped(epoch, drop.prefix, names, record.reason, 0.0, record.row_bytes, tier))
 
 
 def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
-    """Return the measurements of a record by layer name, and the seconds of the epoch."""
-    out: dict[str, Any] = {
-        key: dict(zip(names, getattr(record, key), strict=True)) for key in ("scores", "relative", "cosine")
+    """Return the measurements of a record by layer name, and the measured and forecast seconds of its epoch."""
+    changes = [c if c is None else {key: getattr(c, key) for key in MEASURED} for c in record.changes]
+    by_layer = {key: getattr(record, key) for key in ("scores", "relative", "cosine")} | {"changes": changes}
+    return {
+        **{key: dict(zip(names, values, strict=True)) for key, values in by_layer.items()},
+        "epoch_seconds": record.epoch_seconds,
+        "forecast_seconds": record.forecast_seconds,
     }
-    out["changes"] = {
-        name: None if change is None else {key: getattr(change, key) for key in MEASURED}
-        for name, change in zip(names, record.changes, strict=True)
-    }
-    return out | {"epoch_seconds": record.epoch_seconds, "forecast_seconds": record.forecast_seconds}
 
 
 def slowest_tier(drop: DropScheduler) -> str:
-    """Return the slowest tier that holds rows: "device", "host" or "disk"; "none" without rows."""
+    """Return the slowest tier that holds rows: "device", "host" or "disk", or "none" if there are no rows."""
     if drop.rows.cache is None:
         return "none"
     plan = drop.rows.cache.plan
@@ -215,15 +215,17 @@ def slowest_tier(drop: DropScheduler) -> str:
 
 
 def warm_up(split: Split, recipe: Recipe) -> None:
-    """Train a model for a few steps, plainly and with half of its layers dropped, and discard it. One-time costs of the
-    process (imports, compiled kernels, memory) are then in no run."""
+    """Train a throwaway model for a few steps, without and with half of its layers dropped.
+
+    One-time costs of the process (imports, kernel compilation, allocation) are then not part of any run.
+    """
     batch = 2 * recipe.batch_size
     few = dataclasses.replace(
         split, train=split.train.subset(range(min(batch, len(split.train)))), test=split.test.subset(range(1))
     )
     short = dataclasses.replace(recipe, epochs=1, steps=None, augment=None, views=1, mirror=False)
     train("warm-up", few, short)
-    # An epoch without drops, one that computes rows and one that reads them.
+    # One epoch without drops, one that computes rows and one that reads them.
     train("warm-up", few, dataclasses.replace(short, epochs=3), policy=_half_after_the_first_epoch)
 
 
@@ -232,7 +234,7 @@ def _half_after_the_first_epoch(situation: Situation) -> Decision:
 
 
 def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | None) -> float:
-    """Return the accuracy of the whole model on an image set, in percent."""
+    """Return the accuracy of a model on an image set, in percent."""
     training = model.training
     model.eval()
     right = torch.zeros((), dtype=torch.int64, device=images.device)
@@ -249,46 +251,46 @@ def compare(
     *,
     rivals: Iterable[str] = (),
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
-    progress: Progress = lambda name, done, total, words: None,
+    progress: Progress = lambda name, done, total, text: None,
 ) -> Iterator[dict[str, Any]]:
-    """Train without and with dropping, then as each rival.
+    """Train without and with dropping, then each rival.
 
     Args:
         split: the data.
         recipe: how to train.
         rivals: "freeze-only" (the same drops, but the frozen layers run at each step) and "short" (the plain recipe with
-            as many steps as fit into the seconds that dropping took).
+            as many steps as fit into the time that dropping took).
         on_epoch, progress: see `train`.
 
     Yields:
-        The result so far, after each run, in the form that `--json` prints.
+        The result so far, after each run, in the format of `--json`.
     """
-    policy = policy_of(recipe)
     out: dict[str, Any] = {"config": dataclasses.asdict(recipe)}
     warm_up(split, recipe)
-    baseline, _ = train("baseline", split, recipe, on_epoch=on_epoch, progress=progress)
+    run = partial(train, split=split, on_epoch=on_epoch, progress=progress)
+    baseline, _ = run("baseline", recipe=recipe)
     out["baseline"] = dataclasses.asdict(baseline)
     yield out
-    dropping, _ = train("learndrop", split, recipe, policy=policy, on_epoch=on_epoch, progress=progress)
+    dropping, _ = run("learndrop", recipe=recipe, policy=policy_of(recipe))
     out["learndrop"] = dataclasses.asdict(dropping)
     out["speedup"] = baseline.seconds / dropping.seconds
     yield out
     for rival in rivals:
         if rival == "freeze-only":
             same = Fixed({d.epoch: d.prefix for d in dropping.drops})
-            result, _ = train(rival, split, recipe, policy=same, caches=False, on_epoch=on_epoch, progress=progress)
+            result, _ = run(rival, recipe=recipe, policy=same, caches=False)
         else:
             batches = -(-len(split.train) // recipe.batch_size)
             steps = max(1, int(min(1.0, dropping.seconds / baseline.seconds) * recipe.epochs * batches))
             short = dataclasses.replace(recipe, epochs=-(-steps // batches), steps=steps)
             out["config"]["short_epochs"] = round(steps / batches, 2)
-            result, _ = train(rival, split, short, on_epoch=on_epoch, progress=progress)
+            result, _ = run(rival, recipe=short)
         out[rival] = dataclasses.asdict(result)
         yield out
 
 
 def save_model(model: nn.Module, path: Path) -> None:
-    """Write the state_dict of the whole model to a temporary file and rename it to `path`, which is never half a file."""
-    aside = path.with_name(path.name + ".part")
-    torch.save(model.state_dict(), aside)
-    aside.replace(path)
+    """Write the model's state_dict to a temporary file and rename it to `path`, so that `path` is never incomplete."""
+    temporary = path.with_name(path.name + ".part")
+    torch.save(model.state_dict(), temporary)
+    temporary.replace(path)

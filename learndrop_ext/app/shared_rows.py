@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from learndrop_ext.app.report import align_columns
 from learndrop_ext.cache import shared
 
 __all__ = ["format_listing", "list_and_remove"]
@@ -14,7 +15,7 @@ DAY_SECONDS = 86400
 
 
 def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: int | None) -> dict[str, Any]:
-    """Remove files of rows that are too old or too many, and list the others.
+    """Remove files of rows that exceed a limit, and list the others.
 
     Args:
         folder: the disk_dir of `CacheConfig(disk_dir=..., shared=True)`.
@@ -22,11 +23,11 @@ def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: 
         keep_bytes: then remove the least recently used files until at most this many bytes are left; None for no limit.
 
     Returns:
-        `{"folder": str, "removed": [...], "in_use": [...], "rows": [...]}`, with a dict per file. Files "in_use" were not
-        removed because a run reads them.
+        `{"folder": str, "removed": [...], "in_use": [...], "rows": [...]}`, with one dict per file. Files "in_use" exceed
+        a limit but are being read by a run.
 
     Raises:
-        ValueError: if `folder` is not a folder.
+        ValueError: If `folder` is not a folder.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -47,7 +48,7 @@ def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: 
 def format_listing(listing: dict[str, Any]) -> str:
     """Format a listing for a terminal, one line per file."""
     lines = [f"removed {len(listing['removed'])} files"] if listing["removed"] else []
-    lines += [f"kept {file['name']}, which a run reads" for file in listing["in_use"]]
+    lines += [f"kept {file['name']}, which a run is reading" for file in listing["in_use"]]
     rows = listing["rows"]
     if not rows:
         return "\n".join([*lines, f"no rows in {listing['folder']}"])
@@ -55,6 +56,4 @@ def format_listing(listing: dict[str, Any]) -> str:
         list(rows[0]),
         *([f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows),
     ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join(lines)
+    return "\n".join([*lines, *align_columns(table)])

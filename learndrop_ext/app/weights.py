@@ -1,4 +1,4 @@
-"""Weights from a file, fitted to a network whose classifier may have another number of classes."""
+"""Weights from a file, matched to a network that may have another number of classes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 __all__ = ["FittedWeights", "fit_weights", "read_weights"]
 
-#: A checkpoint may hold the state_dict under one of these keys, beside the epoch, the optimizer and the like.
+#: Keys under which a checkpoint may hold the state_dict, beside the epoch, the optimizer and so on.
 NESTED = ("state_dict", "model", "model_state_dict")
 
 
 @dataclass(frozen=True)
 class FittedWeights:
-    """Tensors by the network's keys, and a line on what was matched and what was left out."""
+    """Tensors by the keys of the network, and a line about what was matched and what was left out."""
 
     tensors: dict[str, Tensor]
     note: str
@@ -28,14 +28,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a file of weights.
 
     Args:
-        path: a safetensors file, by its ending, or one that `torch.save` wrote. Code in a pickle is never run.
+        path: a file with the suffix .safetensors, or one written by `torch.save`. Code in a pickle is never run.
 
     Returns:
-        Tensors by key, in the order of the file.
+        Tensors by key, in file order.
 
     Raises:
-        ValueError: if the file is missing or damaged, or holds anything but tensors.
-        ImportError: if the file needs safetensors and it is not installed.
+        ValueError: If the file is missing or damaged, or holds anything other than tensors.
+        ImportError: If the file needs safetensors and it is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,7 +48,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"weights: {path} must hold tensors only, got {type(value).__name__} at {key!r}")
-    # DataParallel and DistributedDataParallel add this prefix to each key.
+    # DataParallel and DistributedDataParallel prefix each key with "module.".
     return {str(key).removeprefix("module."): value for key, value in content.items()}
 
 
@@ -70,31 +70,30 @@ def _read_pickle(path: Path) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # A damaged pickle can raise anything.
-        said = str(error)
-        if code := re.search(r"GLOBAL (\S+)", said):
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"weights: {path} must hold tensors only, got a pickle that asks for {code[1]}; it was not run"
             ) from error
-        first = said.strip().splitlines()[0] if said.strip() else type(error).__name__
-        raise ValueError(f"weights: {path} must be a file that torch.save wrote, got: {first}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"weights: {path} must be a file written by torch.save, got: {reason}") from error
 
 
 def fit_weights(
     weights: Mapping[str, Tensor], network: Mapping[str, Tensor], *, classifier: Collection[str], path: str | Path
 ) -> FittedWeights:
-    """Match the tensors of a file to those of a network, by name or, if the names differ, by order and shape.
+    """Match the tensors of a file to those of a network by name or, if the names differ, by order and shape.
 
-    They match by order only if their numbers are equal and the shapes agree one by one. The classifier is left out, and
-    stays new, if its shapes differ or the file has none. Counters of BatchNorm may be missing.
+    Matching by order needs as many tensors as the network has, each of the same shape. A classifier of another shape, or
+    missing in the file, is left out. Batch counters of BatchNorm may be missing.
 
     Args:
-        weights: the file's tensors, in its order.
-        network: the network's state_dict.
-        classifier: the keys of `network` whose shapes depend on the number of classes.
+        weights: tensors of the file, in file order.
+        network: state_dict of the network.
+        classifier: keys of `network` whose shapes depend on the number of classes.
         path: the file, for error messages.
 
     Raises:
-        ValueError: if the weights are of another network; it names the first key that differs.
+        ValueError: If the weights are of another network. The message names the first key that differs.
     """
     wanted = {key: value for key, value in network.items() if not _is_counter(key)}
     given = {key: value for key, value in weights.items() if not _is_counter(key)}

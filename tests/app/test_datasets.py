@@ -62,13 +62,13 @@ def write_photos(folder: Path, counts: dict[str, int]) -> None:
 
 
 def test_load_dataset_digits() -> None:
-    split = load_dataset("digits", augment="standard")
+    split = load_dataset("digits")
     assert isinstance(split, Split)
     assert (len(split.train), len(split.test)) == (1437, 360)
     assert (split.channels, split.size, split.classes) == (1, 8, tuple("0123456789"))
     assert split.train.images.shape == (1437, 1, 8, 8)
     assert split.train.images.max() == 255
-    assert (split.train.augment, split.test.augment) == ("standard", None)
+    assert (split.train.augment, split.test.augment) == (None, None)
     assert not split.train.flip
     pixels = split.train.images.double() / 255
     assert split.mean == (pytest.approx(pixels.mean().item(), abs=5e-5),)

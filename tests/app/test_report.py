@@ -182,7 +182,7 @@ def test_render_report_shows_the_numbers() -> None:
         "Accuracy against time",
     ):
         assert wanted in words
-    assert not any("has not ended" in word for word in words)
+    assert not any("has not finished" in word for word in words)
 
 
 CHANGE = {
@@ -218,13 +218,13 @@ def test_render_report_shows_forecast_against_outcome() -> None:
         in words
     )
     assert "baseline 1 4.00 s" not in words
-    assert "Forecast and outcome" not in render_report(RESULT, RECORDS)
+    assert "Forecast and measured time" not in render_report(RESULT, RECORDS)
 
 
-def test_render_report_before_any_run_has_ended() -> None:
+def test_render_report_before_any_run_has_finished() -> None:
     page = Page(render_report({}, RECORDS[:1]))
-    assert "No run has ended." in page.words
-    assert "The run baseline has not ended: the plots show it up to epoch 1." in page.words
+    assert "No run has finished." in page.words
+    assert "The run baseline has not finished: the plots show it up to epoch 1." in page.words
     assert page.words.count("Nothing was measured for this plot.") == 2
     assert page.tags.count("svg") == 1
     assert Page(render_report({}, [])).tags.count("svg") == 0
@@ -232,7 +232,7 @@ def test_render_report_before_any_run_has_ended() -> None:
 
 def test_render_report_with_the_baseline_only() -> None:
     page = Page(render_report({"config": {}, "baseline": RESULT["baseline"]}, RECORDS))
-    assert "The run learndrop has not ended: the plots show it up to epoch 2." in page.words
+    assert "The run learndrop has not finished: the plots show it up to epoch 2." in page.words
     assert "No layer was dropped." in page.words
     assert page.tags.count("svg") == 3
 
@@ -287,7 +287,7 @@ def test_reporter_writes_each_record_at_once(tmp_path: Path) -> None:
     assert (reporter.folder / "report.html").read_text(encoding="utf-8") == render_report(RESULT, RECORDS)
 
 
-def test_reporter_leaves_a_page_when_cut_short(tmp_path: Path) -> None:
+def test_reporter_leaves_a_page_after_an_interruption(tmp_path: Path) -> None:
     def trains() -> None:
         with Reporter(tmp_path) as reporter:
             for one in RECORDS[:2]:
@@ -300,7 +300,7 @@ def test_reporter_leaves_a_page_when_cut_short(tmp_path: Path) -> None:
         trains()
     words = Page((tmp_path / "report.html").read_text(encoding="utf-8")).words
     assert "60.0 s" in words
-    assert "The run learndrop has not ended: the plots show it up to epoch 1." in words
+    assert "The run learndrop has not finished: the plots show it up to epoch 1." in words
     assert len(read_metrics(tmp_path)) == 3
 
 

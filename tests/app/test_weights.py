@@ -87,7 +87,7 @@ def test_read_weights_refuses_what_cannot_be_read(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (b"", b"hello", whole[: len(whole) // 2]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=re.escape(f"weights: {path} must be a file that torch.save wrote, got: ")):
+        with pytest.raises(ValueError, match=re.escape(f"weights: {path} must be a file written by torch.save, got: ")):
             read_weights(path)
 
 
