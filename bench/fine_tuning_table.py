@@ -56,22 +56,31 @@ def plain_at(methods: Mapping[str, Records], seconds: float) -> float | None:
     return points[-1][1]
 
 
+def with_seeds_of(methods: Mapping[str, Records], records: Records) -> dict[str, list[Mapping[str, Any]]]:
+    """The runs with the seeds of some records: what these are to be compared with."""
+    seeds = {record["seed"] for record in records}
+    kept = {run: [record for record in found if record["seed"] in seeds] for run, found in methods.items()}
+    return {run: found for run, found in kept.items() if found}
+
+
 def table(study: Mapping[str, Any]) -> str:
-    """Means over the seeds, one line a method and set."""
+    """Means over the seeds, one line per method and set. A method is compared with runs of the same seeds."""
     machine = study["machine"]
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     lines = [
-        f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}",
+        f"{machine['gpu'] or machine['cpu']}, {cores}; torch {machine['torch']}, {machine['date']}",
         "",
         "| set | method | epochs | seconds | test accuracy | against full | against the plain recipe of that time | seeds |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for dataset in dict.fromkeys(record["dataset"] for record in study["records"]):
         methods = by_method(study["records"], dataset)
-        full = methods.get("full")
         for run, records in methods.items():
+            same = with_seeds_of(methods, records)
+            full = same.get("full")
             seconds, accuracy = mean(records, "seconds"), mean(records, "accuracy")
             spread = statistics.stdev(r["accuracy"] for r in records) if len(records) > 1 else None
-            plain = None if run in PLAIN else plain_at(methods, seconds)
+            plain = None if run in PLAIN else plain_at(same, seconds)
             cells = [
                 dataset,
                 run,

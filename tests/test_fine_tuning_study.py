@@ -27,7 +27,8 @@ def table(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def record(run: str, seconds: float, accuracy: float, **changes: Any) -> dict[str, Any]:
-    return {"dataset": "clothing", "run": run, "seconds": seconds, "accuracy": accuracy, "epochs": 5} | changes
+    values = {"dataset": "clothing", "run": run, "seconds": seconds, "accuracy": accuracy, "epochs": 5, "seed": 0}
+    return values | changes
 
 
 @pytest.mark.slow
@@ -88,3 +89,18 @@ def test_the_aims_are_means_over_the_sets(table: ModuleType) -> None:
     measured = [line.split("|")[-2].strip() for line in lines[2:]]
     # Of the plain recipe, 25 s give 82.67 and 12 s give 74. Budget reaches 82 after 18.5 s, and after 12.
     assert measured == ["-1.00 points", "+2.33 points", "+7.00 points", "0.76"]
+
+
+def test_a_method_is_compared_with_runs_of_its_seeds(table: ModuleType) -> None:
+    machine = {"gpu": None, "cpu": "a CPU", "cores": 1, "torch": "2.13.0", "date": "2026-11-27"}
+    records = [
+        record("full", 100.0, 80.0, seed=0),
+        record("full", 200.0, 90.0, seed=1),
+        record("short-1", 20.0, 60.0, seed=0),
+        record("budget-2", 60.0, 81.0, seed=0),
+    ]
+    text = table.table({"machine": machine, "records": records})
+    assert text.startswith("a CPU, 1 core; torch 2.13.0, 2026-11-27\n")
+    # 80 % at 100 s with that seed; the plain recipe of 60 s lies between 60 % and 80 %.
+    assert "| clothing | budget-2 | 5 | 60.0 (1.67x) | 81.00 % | +1.00 | +11.00 | 1 |" in text
+    assert "| clothing | full | 5 | 150.0 | 85.00 % ± 7.07 |  |  | 2 |" in text
