@@ -1,9 +1,8 @@
-"""Measures what each codec costs in accuracy: docs/codecs.json, and the table of docs/codecs.md between its markers.
+"""Measures the error of each codec: writes docs/codecs.json, and the table of docs/codecs.md between its markers.
 
     python bench/bench_codecs.py --data-root DIR [--epochs 2] [--width 16] [--limit 5000] [--samples 512]
 
-Trains a ResNet-18 on CIFAR-10, then sends the activations of test images at every cut through each codec, stored and
-read by the package's own row operations.
+Trains a ResNet-18 on CIFAR-10, then stores the activations of test images at every cut with each codec and reads them back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""delta_norms beside what one would write with torch: all forms in one run, on the GPU where there is one.
+"""delta_norms compared with the same in torch, all in one run, on a GPU if there is one.
 
-Each benchmark measures all layers of a network and refreshes the anchors. Times on a GPU are those of many calls in a row,
-waited for at the end, so that they are the device's and not those of a launch.
+Each benchmark measures all layers of a network and refreshes the anchors. On a GPU, many calls in a row are timed with one
+synchronisation at the end, so that times are the device's and not those of a launch.
 
     pytest bench/bench_delta_norms.py --benchmark-only --benchmark-group-by=param:network
 """

@@ -1,12 +1,12 @@
-"""Rows of a file, read in random order and checked, beside plain positioned reads of the same rows.
+"""Rows of a file, read in random order and verified, compared with plain positioned reads of the same rows.
 
     pytest bench/bench_disk_rows.py --benchmark-only
 
-Each round reads the whole file cold: its pages are dropped from the page cache before (POSIX_FADV_DONTNEED; what the
-host of a virtual machine caches stays). The plain reads take the same batches of rows by as many threads, each row by
-one read and with its checksum, so that both sides do the same work. A read of the file from its begin to its end shows
-what the disk gives. All three are taken in turn in the same round, because a shared disk's speed changes from one second
-to the next. LEARNDROP_BENCH_DIR names the folder, on the disk to be measured (default: the temporary one).
+Each round reads the whole file cold: its pages are dropped from the page cache before (POSIX_FADV_DONTNEED; the host of a
+virtual machine may still cache them). The plain reads use the same batches of rows and as many threads, with one read and a
+checksum per row, so that both sides do the same work. A sequential read of the file shows the limit of the disk. All three
+take turns in each round, because the speed of a shared disk changes from second to second. LEARNDROP_BENCH_DIR is the
+folder on the disk to be measured (default: the temporary one).
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The study of fine-tuning: accuracy and seconds of EfficientNet-Lite0 on photos, by what is dropped and when.
+"""The study of fine-tuning: accuracy and time of EfficientNet-Lite0 on photos, by what is dropped and when.
 
     python bench/bench_fine_tuning.py --data-root DIR [--sets clothing cifar10] [--methods full budget-2 ...] [--seeds 3]
 
-DIR holds clothing-160/ (train/, validation/, test/) and cifar-10-batches-py/. Each run is added to the file of this
-machine in bench/results/fine-tuning/ as it ends, and a run that is there already is passed over, so that the study can be
-broken off and gone on with. `bench/fine_tuning_table.py` makes the table and the plot from these files.
+DIR holds clothing-160/ (train/, validation/, test/) and cifar-10-batches-py/. Each run is added to the file of this machine
+in bench/results/fine-tuning/ when it ends, and runs in the file are skipped, so that the study can be interrupted and
+continued. `bench/fine_tuning_table.py` makes the table and the plot from these files.
 
-A recipe is chosen by the validation images and reported by the test images: each record holds both accuracies.
+Recipes are chosen by the validation images and reported on the test images: each record has both accuracies.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ METHODS: dict[str, Method] = {
     "full-flip": Method(recipe={"augment": "flip"}),
     "budget-2-views": budget(2.0, augment="flip", views=4),
     "budget-2-mirror": budget(2.0, mirror=True),
+    "budget-2-flip": budget(2.0, flip_rows=True),
     "budget-2-uint8": budget(2.0, codec="uint8"),
     "budget-2-fp32": budget(2.0, codec="fp32"),
 }

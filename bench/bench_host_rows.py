@@ -1,8 +1,8 @@
-"""Rows in pinned host memory, brought to a GPU by copy engines and by the kernel, beside one pinned copy of as many bytes.
+"""Rows in pinned host memory, read by a GPU's copy engines and by the kernel, compared with one copy of as many bytes.
 
     pytest bench/bench_host_rows.py --benchmark-only
 
-Needs a GPU. The sides are taken in turn: the bus is shared.
+Needs a GPU. The sides take turns, because the bus is shared.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
-"""What the scheduler costs where it drops nothing, and what its loader takes for a batch once it has dropped.
+"""The cost of a scheduler that drops nothing, and of its loader per batch once it has dropped.
 
     python bench/bench_overhead.py [--step-ms 20] [--epochs 16] [--threads 1]
 
-On Linux with glibc, MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ are set so that memory is kept by the process (the
-program starts itself anew for that): else page faults differ by a twentieth of a step from one epoch to the next.
+On Linux with glibc the program restarts itself with MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ set so that freed
+memory stays with the process. Otherwise page faults vary by a twentieth of a step between epochs.
 
-Prints one JSON record a line, suite "overhead":
+Prints one JSON record per line, suite "overhead":
 
-- "never drops": an epoch with a policy that never drops beside a plain one, in turn; `share` is the median of the pairs'
-  differences over the plain median. Seconds are of this process's CPU time, so that other work on the machine does not
-  count; `wall_share` is the same by the clock.
-- "batch of rows": the loader's own time for a batch after a drop, all rows in memory, beside a DataLoader over a
-  TensorDataset of the same rows; and what it takes longer to begin an epoch, when weights, code and some samples are
-  compared.
+- "never drops": an epoch with a policy that never drops and a plain one, in turn; `share` is the median of the pairs'
+  differences over the plain median. Seconds are this process's CPU time, so that other work on the machine does not
+  count; `wall_share` is the same in wall-clock time.
+- "batch of rows": the loader's own time for a batch after a drop, with all rows in memory, compared with a DataLoader over
+  a TensorDataset of the same rows; and the extra time to begin an epoch, when weights, code and some samples are compared.
 """
 
 from __future__ import annotations
@@ -146,7 +145,7 @@ def batch_of_rows(epochs: int, codec: str) -> dict[str, Any]:
 
 
 def keep_memory() -> None:
-    """Start the program anew with an allocator that gives no memory back, unless it was started so."""
+    """Restart the program with an allocator that returns no memory, unless it was started that way."""
     wanted = {name: str(1 << 30) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})

@@ -1,11 +1,11 @@
-"""append_rows and gather_rows beside the torch calls that do the same.
+"""append_rows and gather_rows compared with the torch calls that do the same.
 
-    pytest bench/bench_row_ops.py --benchmark-only          (on the GPU where there is one, else on torch's CPU threads)
+    pytest bench/bench_row_ops.py --benchmark-only          (on a GPU if there is one, else with torch's CPU threads)
 
-The cache is many times larger than the last-level cache, and each call takes another random batch, as an epoch does.
-On a GPU a round is BATCHES calls, waited for at the end, so that the times are the device's and not those of a launch.
-"into out" writes to an existing tensor. The other cases return a new one, whose pages the operating system has to map
-first, except "ActivationCache", which reuses the memory of batches that are no longer held.
+The cache is many times larger than the last-level cache, and each call uses another random batch, as in an epoch. On a GPU
+a round is BATCHES calls with one synchronisation at the end, so that times are the device's and not those of a launch.
+"into out" writes to an existing tensor. The other cases return a new one, whose pages the operating system must map first,
+except "ActivationCache", which reuses the memory of earlier batches.
 """
 
 from __future__ import annotations

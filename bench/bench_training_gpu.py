@@ -1,15 +1,15 @@
-"""Training with dropping beside an expert's baseline on a GPU; a stage of bench/on_gpu.sh.
+"""Training with dropping compared with an expert's baseline on a GPU; a stage of bench/on_gpu.sh.
 
     python bench/bench_training_gpu.py --out FILE [--cases NAME ...] [--seconds 480] [--device cpu --toy]
 
 The baseline is what an expert would run: bf16 autocast, channels_last, images and augmentation on the GPU, a fused
-optimizer, and torch.compile where compiled steps are faster. Dropping trains the same way with DropScheduler. `short` is
-the baseline with as many steps as fit into the seconds that dropping took. Seconds are those of training, with what
-compiling, measuring and filling take, and without evaluation.
+optimizer, and torch.compile if compiled steps are faster. Dropping trains the same way with DropScheduler. `short` is the
+baseline with as many steps as fit into the time that dropping took. Seconds include compiling, measuring and filling, but
+not evaluation.
 
-LEARNDROP_DATA names the folder with MNIST/raw, cifar-10-batches-py and clothing-160; LEARNDROP_WEIGHTS the file of
-EfficientNet-Lite0's published weights. A case whose data or time is missing is written as not run, with the reason. The
-file is written anew after each run, so that a stage that is cut short leaves what it has.
+LEARNDROP_DATA is the folder with MNIST/raw, cifar-10-batches-py and clothing-160; LEARNDROP_WEIGHTS is the file of
+EfficientNet-Lite0's published weights. A case without data or time is recorded as not run, with the reason. The file is
+written after each run, so that an interrupted stage keeps its results.
 """
 
 from __future__ import annotations

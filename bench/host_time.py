@@ -1,8 +1,8 @@
-"""Measures how long the host is busy with one measurement, which is what a training step waits for.
+"""Measures how long a measurement keeps the host busy, for which training waits.
 
     python bench/host_time.py --out FILE [--device cpu]
 
-The parameters are ResNet-50's. The device's own time is not part of it: calls are timed without waiting for it.
+The parameters are those of ResNet-50. Calls are timed without synchronisation, so the device's own time is not included.
 """
 
 from __future__ import annotations

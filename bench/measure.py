@@ -1,4 +1,4 @@
-"""How the benchmark suites time their calls, and what they say of each: what bench/run.py reads."""
+"""How the benchmark suites time calls, and the information they record for bench/run.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def waited_for() -> float:
-    """Return the seconds of a clock, once the device has finished its work."""
+    """Return the time of a clock once the device has finished its work."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

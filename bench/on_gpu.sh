@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Runs one stage of the checks and measurements that need a GPU. Each stage takes less than nine minutes on an H100 or
-# H200, needs no network, and writes as it goes: a stage that is cut short leaves what it has.
+# H200, needs no network, and writes results as it goes, so that an interrupted stage keeps them.
 #
 #   bench/on_gpu.sh check     build, tests, sanitizers, launches, registers, host time of a measurement
-#   bench/on_gpu.sh kernels   the kernels and the host tier beside their peers and a device copy, with a profile
-#   bench/on_gpu.sh training [CASE ...]    an expert's baseline against dropping (bench/bench_training_gpu.py)
-#   ... --device cpu --toy    a rehearsal without a GPU and without nvcc; what needs them is skipped, and said to be
-#   ... --no-build            with the package as it is installed
+#   bench/on_gpu.sh kernels   the kernels and the host tier, their peers and a device copy, with a profile
+#   bench/on_gpu.sh training [CASE ...]    dropping against an expert's baseline (bench/bench_training_gpu.py)
+#   ... --device cpu --toy    a rehearsal without a GPU and nvcc; steps that need them are reported as skipped
+#   ... --no-build            use the installed package
 #
 # Results go to $OUT (bench/results/gpu-STAGE): a log for each step, JSON, and steps.jsonl with exit codes and seconds.
-# $TESTS_PASSED says how many tests passed before `kernels`, $LEARNDROP_COMMIT the commit where the tree has no history.
-# $PYTHON names the interpreter, whose environment has torch, pytest and what pyproject.toml's build requires.
+# $TESTS_PASSED is the number of tests that passed before `kernels`, $LEARNDROP_COMMIT the commit if the tree has no history.
+# $PYTHON is the interpreter, whose environment has torch, pytest and the build requirements of pyproject.toml.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 stage=${1:-}

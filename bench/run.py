@@ -2,8 +2,8 @@
 
     python bench/run.py [--suites kernels training overhead] [--data-root DIR] [--out bench/results] [--name NAME]
 
-With --benchmarks the kernels' times are those of files that pytest-benchmark wrote, as bench/on_gpu.sh makes them.
-A red test gives no number. The form of the file is that of `docs/results.md`; `bench/table.py` makes the tables from it.
+With --benchmarks the kernels' times are read from files of pytest-benchmark, such as those of bench/on_gpu.sh. No number is
+written if a test fails. `docs/results.md` describes the file, from which `bench/table.py` makes the tables.
 """
 
 from __future__ import annotations

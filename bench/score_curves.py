@@ -2,8 +2,8 @@
 
     python bench/score_curves.py --data-root DIR [--dataset mnist] [--model resnet10] [--width 16] ...
 
-Above the change of each layer's weights per epoch, below the cosine between successive changes, then the score made of
-both (`learndrop_ext/scores.py`).
+From top to bottom: the change of each layer's weights per epoch, the cosine between successive changes, and the score
+computed from both (`learndrop_ext/decide/scores.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Writes the tables of README.md between their markers from the files in bench/results/.
+"""Writes the tables of README.md and docs/ between their markers from the files in bench/results/.
 
-python bench/table.py [--check]      with --check: exit 1 when a table is not what the files say
+python bench/table.py [--check]      with --check: exit 1 if a table does not match the files
 """
 
 from __future__ import annotations

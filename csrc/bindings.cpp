@@ -87,7 +87,7 @@ void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes
 #endif
 }
 
-// The position of the first index outside [0, rows), or -1.
+// Returns the position of the first index outside [0, rows), or -1.
 int64_t first_outside(uintptr_t index, int64_t batch, int64_t rows) {
   const int64_t* first = pointer<const int64_t>(index);
   const int64_t* last = first + batch;
@@ -95,7 +95,7 @@ int64_t first_outside(uintptr_t index, int64_t batch, int64_t rows) {
   return found == last ? -1 : found - first;
 }
 
-// A row that occurs twice in the index, or -1.
+// Returns a row that occurs twice in the index, or -1.
 int64_t first_repeated(uintptr_t index, int64_t batch) {
   const int64_t* first = pointer<const int64_t>(index);
   if (std::is_sorted(first, first + batch)) {

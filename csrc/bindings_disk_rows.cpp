@@ -24,7 +24,7 @@ RowFile row_file(const File& file) {
           .row_bytes = file[5]};
 }
 
-// Calls without the GIL. An error of the file becomes the OSError that Python would raise.
+// Calls `body` without the GIL. A file error becomes the OSError that Python would raise.
 template <class Call>
 auto released(const Call& call) {
   try {

@@ -1,8 +1,8 @@
-// How far each layer's parameters are from their anchors: the CPU form of kernels/delta_norms.py, on the same
-// table (kernels/chunks.py).
+// How far each layer's parameters are from their anchors: the CPU version of kernels/delta_norms.py, on the
+// same table (kernels/chunks.py).
 //
-// L layers, C chunks, S bytes of an anchor row, K columns: 6, with persistence 8. Lengths are elements; names
-// that end in _bytes are bytes.
+// L layers, C chunks, S bytes of an anchor row, K columns: 6, or 8 with persistence. Lengths are in elements;
+// names that end in _bytes are in bytes.
 #pragma once
 
 #include <cstdint>
@@ -32,9 +32,9 @@ struct DeltaNorms {
   int64_t chunk_count;    // C
   const int64_t* starts;  // [L + 1, 2]: first chunk and first group of each layer; groups are not used here
   int64_t layers;         // L
-  char* anchors;          // [1 or 2, S]; the row `*role` is the newer one
+  char* anchors;          // [1 or 2, S]; row `*role` is the newer one
   int64_t row_bytes;      // S
-  int32_t* role;          // with persistence and refresh set to the other row
+  int32_t* role;          // set to the other row with persistence and refresh
   double* partials;       // [C, 8], written
   double* out;            // [L, K]
   bool persistence;
@@ -43,9 +43,9 @@ struct DeltaNorms {
 
 namespace cpu {
 
-// delta = w - newer anchor and previous delta = newer - older anchor are rounded once, to float, for fp64 to
-// double. The sums are double. The bits of the result depend neither on the threads nor on the instruction
-// set. With refresh, w is written to the older anchor, without persistence to the only one.
+// delta = w - newer anchor and previous delta = newer - older anchor are rounded once, to float, or to double
+// for fp64. The sums are double. The bits of the result depend neither on the threads nor on the instruction
+// set. With refresh, w is written to the older anchor, or to the only one without persistence.
 void delta_norms(const DeltaNorms& work, int threads);
 
 }  // namespace cpu

@@ -19,11 +19,11 @@ struct HostRows {
 
 namespace cuda {
 
-// Pins host memory for all GPUs, and releases it. pin throws std::runtime_error.
+// Pins host memory for all GPUs, and unpins it. pin throws std::runtime_error.
 void pin(void* address, int64_t bytes, int device);
 void unpin(void* address);
 
-// Both enqueue on `stream` (a cudaStream_t) and throw std::runtime_error when that fails. copy_host_rows has
+// Both enqueue on `stream` (a cudaStream_t) and throw std::runtime_error if that fails. copy_host_rows has
 // read the index when it returns.
 void copy_host_rows(const HostRows& rows, int device, void* stream);
 void gather_host_rows(const HostRows& rows, int device, void* stream);

@@ -2,8 +2,8 @@
 // same bits.
 //
 // B rows in the batch, R rows in the cache, S bytes from one cache row to the next, [H, W, C] the values of
-// one row, channels last. A row that is no image is [1, D, 1]. Offsets and strides are values; names that end
-// in _bytes are bytes.
+// one row, channels last. A row that is not an image is [1, D, 1]. Offsets and strides are in values; names
+// that end in _bytes are in bytes.
 //
 // A cache row is a header, then H*W*C values of the codec. Only uint8 has a header: scale [C] fp32, zero
 // [C] fp32, padded to 16 bytes.
@@ -12,12 +12,12 @@
 //   fp16         the same, after clamping to +-65504 (infinities too)
 //   uint8        for each row and channel: zero = min, scale = (max - min) / 255,
 //                q = round((x - zero) * (255 / (max - min))), decoded as zero + scale * q. A range below
-//                2^-100 is stored as the constant min. A channel that holds a NaN or an infinity, or whose
-//                range overflows fp32, decodes to NaN throughout, so that bad values are seen.
+//                2^-100 is stored as the constant min. A channel with a NaN or an infinity, or whose range
+//                overflows fp32, decodes to NaN throughout, so that bad values do not go unnoticed.
 //
-// gather_rows rounds to nearest even in the requested dtype, without clamping. NaN stays NaN: a copy (same
-// type in and out, bf16 to fp32) keeps its bits, any other conversion gives the quiet NaN 0x7fc00000, 0x7fc0,
-// 0x7e00.
+// gather_rows rounds to nearest even in the requested dtype, without clamping. NaN stays NaN: a copy (the
+// same type in and out, or bf16 to fp32) keeps its bits, any other conversion gives the quiet NaN 0x7fc00000,
+// 0x7fc0 or 0x7e00.
 #pragma once
 
 #include <cstdint>
@@ -78,13 +78,13 @@ struct Gather {
   int64_t batch;  // B
   RowShape shape;
   const int64_t* index;  // [B] cache rows
-  // out[b, y, x] = flipped[y - dy, x - dx] and zero outside; flipped is the row, mirrored in x where flip is
-  // set.
+  // out[b, y, x] = flipped[y - dy, x - dx], and zero outside; flipped is the row, flipped horizontally if
+  // flip is set.
   const uint8_t* flip;   // [B], or null
   const int32_t* shift;  // [B, 2] (dy, dx), or null
 };
 
-// Whether [H, W, C] lies in memory without gaps, in this order.
+// Whether [H, W, C] is contiguous in memory, in this order.
 constexpr bool is_dense(const Append& a) {
   return (a.shape.channels == 1 || a.stride_c == 1) &&
          (a.shape.width == 1 || a.stride_w == a.shape.channels) &&
@@ -102,8 +102,8 @@ void gather_rows(const Gather& gather, int threads);
 
 namespace cuda {
 
-// All pointers are the device's. Enqueues one kernel on `stream` (a cudaStream_t) and allocates nothing, so
-// that it can be captured in a CUDA graph. An index outside [0, R) traps. Throws std::runtime_error when the
+// All pointers are to device memory. Enqueues one kernel on `stream` (a cudaStream_t) and allocates nothing,
+// so it can be captured in a CUDA graph. An index outside [0, R) traps. Throws std::runtime_error if the
 // launch fails.
 void append_rows(const Append& append, int device, void* stream);
 void gather_rows(const Gather& gather, int device, void* stream);

@@ -1,7 +1,7 @@
-"""Chunk tables: the list of pieces of parameters that a delta-norm kernel reads, and the parameters' anchors.
+"""Chunk tables: the pieces of parameters that a delta-norm kernel reads, and the parameters' anchors.
 
-Letters: P parameter tensors, L layers, C chunks, G groups of chunks, S bytes of an anchor row, K columns of
-the sums. Offsets and lengths are elements; names that end in `_bytes` are bytes.
+P parameter tensors, L layers, C chunks, G groups of chunks, S bytes of an anchor row, K columns of the sums. Offsets and
+lengths are in elements; names that end in `_bytes` are in bytes.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ ADDRESS, ANCHOR_BYTES, LENGTH, LAYER, FLAGS = range(5)
 
 ALIGN_BYTES = 16
 
-# One Triton program reduces one chunk (tiles and multiprocessors: delta_norms.py). Small chunks spread the
-# work evenly; large ones need fewer table rows (40 bytes each), partial sums (64) and counter updates. 32 KiB
-# of parameters are 96 KiB of traffic with refresh: the rows add 0.1 %. ResNet-50 in fp32, 102 MB, is 3,120
-# chunks, 23.6 for each of an H200's 132 multiprocessors: 24 on the busiest, 2 % over the mean; 64 KiB would
-# leave 12 over 11.8 in little more than one wave.
+# One Triton program reduces one chunk (tiles and multiprocessors: delta_norms.py). Small chunks balance the work; large
+# ones need fewer table rows (40 bytes each), partial sums (64) and counter updates. 32 KiB of parameters are 96 KiB of
+# traffic with refresh, to which these add 0.1 %. ResNet-50 in fp32, 102 MB, is 3,120 chunks, 23.6 for each of an H200's
+# 132 multiprocessors: 24 on the busiest, 2 % over the mean. With 64 KiB there would be 12 where the mean is 11.8, in little
+# more than one wave.
 CHUNK_BYTES = 32 * 1024
 
-# Chunks whose partial sums are added by one program in one step, before a layer's last program adds those of
-# its groups. Reading them is one round trip to device memory, about 1 us, and nothing hides the two that end
-# the launch. In one level the 15,100 chunks of VGG-16's classifier would be 118 such steps one after the
-# other, a third of its 386 us.
+# Chunks whose partial sums one program adds in one step, before a layer's last program adds those of its groups. Reading
+# them is a round trip to device memory of about 1 us, and the last two of a launch are not hidden. With a single level, the
+# 15,100 chunks of VGG-16's classifier would be 118 such steps in a row, a third of its 386 us.
 GROUP_CHUNKS = 128
 
 Position = tuple[int, int]
@@ -42,9 +41,9 @@ Anchors = Mapping[Position, tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Entry:
-    """One counted parameter: the memory that this rank holds of it, its layer, and where its anchors are."""
+    """One counted parameter: this rank's memory of it, its layer, and the offset of its anchors."""
 
-    # Detached. Held, so that its address cannot go to another tensor while the table lives.
+    # Detached. Kept, so that its address is not reused while the table exists.
     weight: Tensor
     layer: int
     anchor_bytes: int
@@ -57,17 +56,17 @@ class Entry:
 class DeltaTable:
     """Parameters of one device, grouped in layers, with their anchors and the chunk table that kernels read.
 
-    Made by `build_table`. A table serves one launch at a time: two launches on different streams would share
-    its partial sums and counters. A CUDA graph that captured a launch reads this table's memory and must be
-    captured again when `builds` has changed.
+    Made by `build_table`. A table is for one launch at a time: launches on two streams would share its partial sums and
+    counters. A CUDA graph that captured a launch reads this table's memory, and must be captured again when `builds` has
+    changed.
 
     Attributes:
-        device: of the parameters.
+        device: device of the parameters.
         persistence: whether there are two anchors.
-        builds: how often the table was built.
+        builds: number of times the table was built.
         entries: the counted parameters.
         counted: which of them are in this rank's sums.
-        mesh: the device mesh of sharded parameters, or None.
+        mesh: device mesh of sharded parameters, or None.
         chunks: [C, 5] int64, sorted by layer: address of w, offset in an anchor row in bytes, length, layer, flags.
         starts: [L + 1, 2] int64, the first chunk and the first group of each layer.
         anchors: [1 or 2, S] uint8, parameters in their own dtype and storage order, each at a multiple of 16 bytes.
@@ -98,7 +97,7 @@ class DeltaTable:
 
     @property
     def columns(self) -> int:
-        """K, the number of sums of a layer: 6, with persistence 8."""
+        """K, the number of sums per layer: 6, or 8 with persistence."""
         return 8 if self.persistence else 6
 
     @property
@@ -111,15 +110,14 @@ class DeltaTable:
         return len(self._layers)
 
     def stale(self) -> bool:
-        """Return whether a parameter's memory has moved or changed its size since the build. Asks the host only."""
+        """Return whether a parameter's memory has moved or changed its size since the build. Needs no device."""
         locals_ = [local_part(tensor) for tensor in self._flat] if self.mesh is not None else self._flat
         return list(map(Tensor.data_ptr, locals_)) != self._pointers or list(map(Tensor.numel, locals_)) != self._numels
 
     def refresh_pointers(self) -> bool:
-        """Build the table again if it is stale, and return whether it was.
+        """Rebuild the table if it is stale, and return whether it was.
 
-        A parameter keeps its anchors if its shape and dtype are the same, and is measured from its present value
-        otherwise.
+        A parameter keeps its anchors if its shape and dtype are the same; otherwise its current value becomes the anchor.
         """
         if not self.stale():
             return False
@@ -127,10 +125,10 @@ class DeltaTable:
         return True
 
     def anchor_values(self) -> dict[Position, tuple[Tensor, ...]]:
-        """Return the anchors by (layer, place in the layer), in their parameters' shapes, sharing the table's memory.
+        """Return the anchors by (layer, position in the layer), in their parameters' shapes, sharing the table's memory.
 
-        The newer one comes first; with persistence the older one follows. A shared parameter's anchors are under each
-        of its positions.
+        The newer one comes first, with persistence followed by the older one. A shared parameter's anchors are listed under
+        each of its positions.
         """
         role = self.role if self.persistence else 0
         rows = [self.anchors[role], self.anchors[1 - role]] if self.persistence else [self.anchors[0]]
@@ -193,16 +191,15 @@ def build_table(
     """Return the chunk table and the anchors of parameters, grouped in layers.
 
     Args:
-        layers: parameters of one device in fp32, bf16, fp16 or fp64, dense in memory in any order of dimensions. One that
+        layers: parameters on one device in fp32, bf16, fp16 or fp64, dense in memory in any order of dimensions. One that
             occurs twice is counted once, in its first layer. A DTensor is measured on this rank's shard.
-        persistence: whether the anchor before the newest is kept too. Default: False
-        anchors: values that the anchors start with, by (layer, place), where shape and dtype agree. Default: the
-            parameters
+        persistence: also keep the previous anchor. Default: False
+        anchors: initial values of the anchors by (layer, position), used if shape and dtype agree. Default: the parameters
 
     Raises:
-        TypeError: for another dtype.
-        ValueError: for a sparse, freed or misaligned parameter, one with gaps or overlap, parameters on several devices
-            and shards on several meshes.
+        TypeError: if a parameter has another dtype.
+        ValueError: if a parameter is sparse, freed or misaligned, or has gaps or overlap; if parameters are on several
+            devices, or shards on several meshes.
     """
     return DeltaTable(layers, persistence=persistence, anchors=anchors)
 

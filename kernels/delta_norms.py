@@ -69,7 +69,7 @@ def _from_magnitude(bits):
 
 @triton.jit
 def _widen(x):
-    """x in fp32. bf16 is converted by its bits: Triton's interpreter takes its subnormals for 0."""
+    """x in fp32. bf16 is converted by its bits, because Triton's interpreter flushes its subnormals to 0."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -281,7 +281,7 @@ def _add_partials(
 
 @triton.jit
 def _is_last(p_counter, count):
-    """Count this program; true in the last of `count`, which also sets the counter back to 0.
+    """Count this program. Returns true in the last of `count`, which also resets the counter to 0.
 
     All threads of the last program see what the threads of the others stored before.
     """
@@ -375,11 +375,11 @@ def constants(*, refresh: bool, persistence: bool) -> dict[str, int | bool]:
 
 
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
-    """Do as `kernels.reference.delta_norms`, whose arguments, result and errors these are, in one launch on a GPU.
+    """Compute the same as `kernels.reference.delta_norms`, with its arguments, result and errors, in one launch on a GPU.
 
-    The launch is on the current stream, without synchronisation, and allocates only the result, with `out` nothing: it
-    can be captured in a CUDA graph. Two runs give the same bits. The sums are fp64 over fp32 sums of 16 terms, added 6
-    deep: within 8 * 2^-24 of the reference, relative to the sum of the terms' magnitudes.
+    The launch is on the current stream, without synchronisation. It allocates only the result, or nothing with `out`, so it
+    can be captured in a CUDA graph. Two runs give the same bits. The sums are fp64 over fp32 sums of 16 terms, added 6 deep:
+    within 8 * 2^-24 of the reference, relative to the sum of the terms' magnitudes.
     """
     check_out(table, out)
     sums = torch.empty(len(table), table.columns, dtype=torch.float64, device=table.device) if out is None else out

@@ -1,7 +1,4 @@
-"""The plain-torch meaning of the kernels.
-
-Letters: P parameter tensors, L layers, K columns (6, with persistence 8).
-"""
+"""The kernels in plain torch. P parameter tensors, L layers, K columns (6, or 8 with persistence)."""
 
 from __future__ import annotations
 
@@ -14,22 +11,21 @@ from .chunks import DeltaTable, anchor_of
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
     """Return sums over each layer's parameters w of their change since the anchors.
 
-    delta = w - anchor, in float64 for fp64 parameters, else rounded once to float32. The previous delta is the
-    difference of the two anchors. An element is counted as not finite if its delta is NaN or infinite: w or the anchor
-    is, or their difference overflows. It stays in the other columns too, which follow IEEE arithmetic: NaN if any term
-    is NaN.
+    delta = w - anchor, in float64 for fp64 parameters, else rounded once to float32. The previous delta is the difference
+    of the two anchors. An element is counted as not finite if its delta is NaN or infinite: w or the anchor is, or their
+    difference overflows. It is part of the other columns too, which follow IEEE arithmetic: NaN if any term is NaN.
 
     Args:
-        table: must not be stale; `ops.delta_norms` sees to that.
-        refresh: whether the anchor becomes w. With persistence the older anchor is overwritten, and the two swap roles.
-        out: [L, K] float64, contiguous, on the table's device; written instead of a new tensor. Default: None
+        table: a table that is not stale, as `ops.delta_norms` ensures.
+        refresh: make w the anchor. With persistence the older anchor is overwritten, and the two swap roles.
+        out: [L, K] float64, contiguous, on the table's device, to write to. Default: a new tensor
 
     Returns:
-        [L, K] float64, of this rank's shards: l1(delta), l2(delta)^2, max |delta|, l1(w), l2(w)^2, number of elements
+        [L, K] float64, for this rank's shards: l1(delta), l2(delta)^2, max |delta|, l1(w), l2(w)^2, number of elements
         not finite; with persistence also dot(delta, previous delta) and l2(previous delta)^2.
 
     Raises:
-        ValueError: for another `out`.
+        ValueError: if `out` has another form.
     """
     check_out(table, out)
     sums = torch.zeros(len(table), table.columns, dtype=torch.float64, device=table.device)

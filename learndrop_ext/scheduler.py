@@ -310,7 +310,8 @@ class DropScheduler:
             return decision.reason
         choice = choices[decision.prefix]
         self._drop(decision.prefix, choice.cut, situation)
-        return f"{decision.reason}; {choice.reason}"
+        views = f", {self.rows.views} views of each sample" if choice.cut and self.rows.views > 1 else ""
+        return f"{decision.reason}; {choice.reason}{views}"
 
     def _drop(self, prefix: int, cut: int, situation: Situation) -> None:
         """Freeze `prefix` layers, keep rows after `cut` of them, and train the rest.

@@ -17,6 +17,7 @@ def test_views_keep_several_readings_of_each_sample() -> None:
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}), views=4, cache="fp32")
     epoch(drop, optimizer)
     record = drop.step()
+    assert record.reason == "set by hand; rows after conv1, 4 views of each sample"
     assert record.cache_bytes == 24 * 4 * record.row_bytes
     seen = [{float(row.sum()) for x, _ in drop.loader for row in x} for _ in range(8)]
     assert all(len(one) == 24 for one in seen)

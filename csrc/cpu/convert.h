@@ -1,4 +1,4 @@
-// The inner loops of the row ops, once for each instruction set.
+// The inner loops of the row operations, for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@ namespace learndrop::cpu {
 struct Converter {
   // n values.
   using Move = void (*)(const void* in, void* out, int64_t n);
-  // in [pixels, channels]; low, high and magnitude [channels] are updated with the least and the greatest
-  // value and the greatest magnitude as bits, which tells NaN and infinity.
+  // in [pixels, channels]; updates low, high and magnitude [channels] with the smallest and the largest value
+  // and the bits of the largest magnitude, which show NaN and infinity.
   using Extent = void (*)(const void* in, int64_t pixels, int64_t channels, float* low, float* high,
                           uint32_t* magnitude);
   // in [pixels, channels], out [pixels, channels]; zero, inverse [channels].

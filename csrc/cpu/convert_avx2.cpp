@@ -1,4 +1,4 @@
-// Compiled with -mavx2 -mf16c; nothing here may run before the CPU has been asked.
+// Compiled with -mavx2 -mf16c. Nothing here may run before the CPU has been checked.
 #include <immintrin.h>
 
 #include "cpu/convert_loops.h"
@@ -50,7 +50,7 @@ struct Avx2 {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
   }
 
-  // min and max give their second operand where one is NaN.
+  // min and max return their second operand if one is NaN.
   static __m256 saturate(__m256 v) {
     return _mm256_max_ps(_mm256_set1_ps(-kLargestFp16), _mm256_min_ps(_mm256_set1_ps(kLargestFp16), v));
   }

@@ -1,4 +1,4 @@
-// Compiled with -mavx512f -mavx512bw -mavx512vl; nothing here may run before the CPU has been asked.
+// Compiled with -mavx512f -mavx512bw -mavx512vl. Nothing here may run before the CPU has been checked.
 #include <immintrin.h>
 
 #include "cpu/convert_loops.h"
@@ -37,9 +37,9 @@ struct Avx512 {
     return _mm512_cvtps_ph(quiet(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 
-  // In two halves: 128 x 100,352 fp16 to fp32 take 8.0 ms of one core with them, 8.9 ms with whole lines,
-  // and 8.6 ms with stores that bypass the caches, which also leave nothing there for the reader (Xeon 2.5
-  // GHz, Cascade Lake).
+  // In two halves: on one core of a 2.5 GHz Cascade Lake, 128 x 100,352 fp16 to fp32 take 8.0 ms, 8.9 ms
+  // with whole lines, and 8.6 ms with stores that bypass the caches, which leave nothing there for the
+  // reader.
   static void store(float* p, __m512 v) {
     _mm256_storeu_ps(p, _mm512_castps512_ps256(v));
     _mm256_storeu_pd(reinterpret_cast<double*>(p + 8), _mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
@@ -52,7 +52,7 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
   }
 
-  // min and max give their second operand where one is NaN.
+  // min and max return their second operand if one is NaN.
   static __m512 saturate(__m512 v) {
     return _mm512_max_ps(_mm512_set1_ps(-kLargestFp16), _mm512_min_ps(_mm512_set1_ps(kLargestFp16), v));
   }

@@ -1,5 +1,5 @@
-// CRC-32C: eight bytes an instruction where the CPU has SSE4.2, three instructions in flight, else eight
-// table look-ups for eight bytes.
+// CRC-32C: eight bytes per instruction with SSE4.2, three instructions in flight; else eight table look-ups
+// per eight bytes.
 #include <array>
 #include <cstring>
 
@@ -15,7 +15,7 @@ constexpr uint32_t kPolynomial = 0x82f63b78;  // Castagnoli, bit-reversed
 
 using Tables = std::array<std::array<uint32_t, 256>, 8>;
 
-// tables[k][b]: the checksum of byte b with k zero bytes behind it.
+// tables[k][b]: the checksum of byte b followed by k zero bytes.
 constexpr Tables make_tables() {
   Tables tables{};
   for (uint32_t byte = 0; byte < 256; ++byte) {
@@ -42,11 +42,11 @@ uint64_t load(const unsigned char* bytes) {
 }
 
 #if defined(__x86_64__)
-// Bytes of each of the three stretches whose checksums are taken beside each other: the instruction takes
-// three cycles, and one can begin in each.
+// Bytes of each of three stretches whose checksums are computed side by side: the instruction has a latency
+// of three cycles, and one can start in each.
 constexpr std::size_t kStretch = 256;
 
-// What kStretch zero bytes behind it make of a checksum, for each byte of the checksum: the steps are linear.
+// The effect of kStretch zero bytes on a checksum, for each byte of the checksum, since the steps are linear.
 using Shift = std::array<std::array<uint32_t, 256>, 4>;
 
 constexpr Shift make_shift() {

@@ -10,7 +10,7 @@
 namespace learndrop::cpu {
 namespace {
 
-// 8 chunks of 32 KiB: below that, waking a thread costs more than the work.
+// 8 chunks of 32 KiB: with less work, waking a thread costs more than it saves.
 constexpr int64_t kGrain = 8;
 
 const DeltaLoops& loops() {

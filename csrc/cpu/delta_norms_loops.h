@@ -1,4 +1,4 @@
-// The inner loop of the delta norms, once for each instruction set.
+// The inner loop of the delta norms, for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 
 namespace learndrop::cpu {
 
-// Writes the 8 sums of n elements. `target` is the anchor to overwrite with w, or null; older is read with
-// persistence only.
+// Writes the 8 sums of n elements. `target` is the anchor to overwrite with w, or null; older is read only
+// with persistence.
 using ChunkSums = void (*)(const void* w, const void* newer, const void* older, void* target, int64_t n,
                            double* sums);
 
@@ -28,9 +28,8 @@ extern const DeltaLoops kDeltaAvx512;
 // copies.
 namespace {
 
-// 8 running sums for each column on every instruction set, so that all give the same bits: products of two
-// floats are exact in double. The vectors are the compiler's own, kWidth doubles in one register, kGroups of
-// them.
+// 8 running sums per column in every instruction set, so that all give the same bits; products of two floats
+// are exact in double. They are kGroups of the compiler's own vectors, kWidth doubles in a register.
 constexpr int kLanes = 8;
 #if defined(__AVX512F__)
 constexpr int kWidth = 8;
@@ -55,8 +54,8 @@ LEARNDROP_INLINE void reinterpret(const From& from, To& to) {
   std::memcpy(&to, &from, sizeof to);
 }
 
-// The vectors that an element type is computed in, and its magnitude as an integer: ordered like |x|,
-// infinity above every number and NaN above infinity.
+// The vectors in which an element type is computed, and its magnitude as an integer, which is ordered like
+// |x|, with infinity above every number and NaN above infinity.
 struct Single {
   using Real = Floats;
   using Bits = Ints;
@@ -143,7 +142,7 @@ struct Running {
   }
 };
 
-// One column of all lanes, added in an order that the register width does not change.
+// The sum of one column over all lanes, in an order that does not depend on the register width.
 template <class E, bool kPersistence>
 double add_lanes(const Running<E, kPersistence>* running, Doubles Running<E, kPersistence>::* column) {
   double x[kLanes];
@@ -196,7 +195,7 @@ void chunk_sums(const void* w, const void* newer, const void* older, void* targe
     std::memcpy(padded[2], p_older + whole_bytes, rest_bytes);
     add(padded[0], padded[1], padded[2]);
   }
-  // After the loop, from the cache: the chunk is small.
+  // After the loop, while the small chunk is in the cache.
   if (target != nullptr && n > 0) std::memcpy(target, p_w, whole_bytes + rest_bytes);
   write_sums(running, sums);
 }

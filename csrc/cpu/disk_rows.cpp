@@ -16,14 +16,14 @@
 namespace learndrop::cpu {
 namespace {
 
-// Waking a thread costs about 20 us, in which a page-cached read moves 100 KB.
+// Waking a thread costs about 20 us, in which a read from the page cache moves 100 KB.
 constexpr int64_t kSerialBytes = 256 << 10;
-// Eight threads that each wait for a row of 64 KB have 512 KB in flight, five times what a disk of 1 GB/s and
-// 100 us needs. Announcing such rows before they are read would only fill the disk's queue, and then block
-// the threads that could already copy and check.
+// Eight threads waiting for rows of 64 KB have 512 KB in flight, five times what a disk of 1 GB/s and 100 us
+// needs. Announcing such rows in advance would only fill the disk's queue and block threads that could copy
+// and verify.
 constexpr int64_t kLargeRow = 64 << 10;
 
-// Calls body(i) for i in [0, count), begun in this order.
+// Calls body(i) for i in [0, count), started in this order.
 template <class Body>
 void for_each(int64_t count, int threads, const Body& body) {
   const auto each = [&](int64_t first, int64_t last) {
@@ -42,7 +42,7 @@ int cores() {
   return count;
 }
 
-// Returns the bytes moved: fewer than requested only at the end of the file. Throws std::system_error.
+// Returns the bytes moved, fewer than requested only at the end of the file. Throws std::system_error.
 template <class Move, class Pointer>
 int64_t move_all(const Move& move, int descriptor, Pointer at, int64_t bytes, int64_t offset) {
   int64_t done = 0;
@@ -74,8 +74,8 @@ int64_t read_rows(const RowFile& file, const int64_t* slots, int64_t count, void
     for_each(count, working, read);
     return first_bad < count ? first_bad.load() : -1;
   }
-  // Rows that are in the page cache are copied, and all others announced before the first of them is read:
-  // the disk then works on as many requests as rows are missing, not as there are threads.
+  // Copy the rows that are in the page cache, and announce all others before reading the first of them: the
+  // disk then has a request for each missing row, not for each thread.
   std::atomic<int64_t> waiting{0};
   std::vector<int64_t> missing(count);
   for_each(count, std::min(working, cores()), [&](int64_t i) {
@@ -86,7 +86,7 @@ int64_t read_rows(const RowFile& file, const int64_t* slots, int64_t count, void
     }
     const int64_t begin = offset / block_bytes * block_bytes;
     const int64_t end = (offset + file.row_bytes + block_bytes - 1) / block_bytes * block_bytes;
-    // Only advice: an error shows when the row is read.
+    // Only advice: an error will appear when the row is read.
     posix_fadvise(file.descriptor, begin, end - begin, POSIX_FADV_WILLNEED);
     missing[waiting++] = i;
   });

@@ -1,4 +1,4 @@
-// append_rows and gather_rows on the CPU: one piece of work is a few rows, or a slice of one row.
+// append_rows and gather_rows on the CPU. A piece of work is a few rows, or a slice of one row.
 #include "row_ops.h"
 
 #include <algorithm>
@@ -17,19 +17,20 @@
 namespace learndrop::cpu {
 namespace {
 
-// Waking a thread costs 10 to 40 us, in which one core moves 0.2 to 0.6 MB at 16 GB/s. Calls that move less
-// than this stay on the calling thread.
+// Waking a thread costs 10 to 40 us, in which one core moves 0.2 to 0.6 MB at 16 GB/s. Calls that move fewer
+// bytes stay on the calling thread.
 constexpr int64_t kSerialBytes = 1 << 20;
-// Bytes that a thread takes at a time. At 16 GB/s a piece lasts 2 us, twenty times the 0.1 us of taking it.
+// Bytes of a piece of work. At 16 GB/s it takes 2 us, twenty times the 0.1 us of claiming it.
 constexpr int64_t kPieceBytes = 32 << 10;
-// A strided image is collected in blocks of 64 pixels and 64 channels: 16 KB of fp32, half of an L1 cache,
-// read in whole cache lines where the pixels are dense (NCHW).
+// A strided image is gathered in blocks of 64 pixels and 64 channels: 16 KB of fp32, half of an L1 cache,
+// read in whole cache lines if pixels are dense (NCHW).
 constexpr int64_t kBlock = 64;
-// Channels that do not fill a vector are repeated 16 times, which fills the 16 lanes of AVX-512.
+// Channels that do not fill a vector are repeated 16 times, to fill the 16 lanes of AVX-512.
 constexpr int64_t kLanes = 16;
 constexpr int64_t kRepeatBelow = 64;
 
-// Rounds to nearest and keeps subnormals whatever the calling thread was set to (torch.set_flush_denormal).
+// Rounds to nearest and keeps subnormals, whatever the settings of the calling thread
+// (torch.set_flush_denormal).
 class DefaultRounding {
 #if defined(__x86_64__)
  public:
@@ -43,7 +44,7 @@ class DefaultRounding {
 #endif
 };
 
-// How a call is cut into pieces: every row into `slices` of `length` units (pixels, or lines).
+// How a call is divided: each row into `slices` of `length` units (pixels or lines).
 struct Plan {
   int64_t slices, length, grain;
   int threads;
@@ -62,7 +63,7 @@ Plan plan(int64_t batch, int64_t units, int64_t unit_bytes, int threads, bool di
   return p;
 }
 
-// Calls slice(b, first, last), first and last in units, for every slice of every row.
+// Calls slice(b, first, last), with first and last in units, for each slice of each row.
 template <class Slice>
 void for_each_slice(int64_t batch, int64_t units, const Plan& p, const Slice& slice) {
   parallel_for(batch * p.slices, p.grain, p.threads, [&](int64_t first, int64_t last) {
@@ -74,7 +75,7 @@ void for_each_slice(int64_t batch, int64_t units, const Plan& p, const Slice& sl
   });
 }
 
-// How often the channels are repeated so that they fill vectors.
+// How often the channels are repeated to fill vectors.
 int64_t repeats(int64_t channels) { return channels % kLanes != 0 && channels < kRepeatBelow ? kLanes : 1; }
 
 // The per-channel arrays of a uint8 row, repeated.
@@ -94,7 +95,7 @@ class ChannelTable {
     }
   }
 
-  // Calls part(first pixel, pixels, channels) for the part that fills vectors and for the pixels left over.
+  // Calls part(first pixel, pixels, channels) for the part that fills vectors and for the remaining pixels.
   template <class Part>
   void for_each_part(int64_t pixels, const Part& part) const {
     const int64_t times = width_ / channels_;
@@ -108,16 +109,16 @@ class ChannelTable {
   std::vector<float> first_, second_;
 };
 
-// Dense values [pixels, channels] of a part of a row.
+// The dense values [pixels, channels] of a part of a row.
 struct Block {
   int64_t pixel, pixels, channel, channels;
   const void* values;
 };
 
-// Collects a block of a strided row: out [pixels, channels] values of T.
+// Gathers a block of a strided row: out [pixels, channels] values of T.
 template <class T>
 void collect(const Append& a, const T* row, const Block& block, T* out) {
-  // A plane without gaps is one long line.
+  // A plane without gaps is a single line.
   const bool plane = a.stride_h == a.shape.width * a.stride_w || a.shape.height == 1;
   const int64_t width = plane ? a.shape.pixels() : a.shape.width;
   const int64_t last = block.pixel + block.pixels;
@@ -133,8 +134,8 @@ void collect(const Append& a, const T* row, const Block& block, T* out) {
   }
 }
 
-// Calls encode(block) for blocks that cover pixels [first, last) of row b; one, of all channels, if they are
-// dense.
+// Calls encode(block) for blocks that cover pixels [first, last) of row b; a single block of all channels if
+// they are dense.
 template <class Encode>
 void for_each_block(const Append& a, int64_t b, int64_t first, int64_t last, const Encode& encode) {
   const int64_t size = value_bytes(a.dtype), channels = a.shape.channels;
@@ -165,8 +166,8 @@ void for_each_block(const Append& a, int64_t b, int64_t first, int64_t last, con
   }
 }
 
-// Calls write(values, pixel, pixels, channel, channels) for the parts of a block that lie in a row without
-// gaps.
+// Calls write(values, pixel, pixels, channel, channels) for the parts of a block that are contiguous in a
+// row.
 template <class Write>
 void for_each_run(const Append& a, const Block& block, const Write& write) {
   if (block.channels == a.shape.channels) {
@@ -180,7 +181,7 @@ void for_each_run(const Append& a, const Block& block, const Write& write) {
   }
 }
 
-// Turns the extent of each channel into zero and scale (for the header) and inverse (for the encoder).
+// Computes from the extent of each channel zero and scale (for the header) and inverse (for the encoder).
 void fit(const float* low, const float* high, const uint32_t* magnitude, int64_t channels, float* zero,
          float* scale, float* inverse) {
   constexpr uint32_t infinity = 0x7f800000;
@@ -188,7 +189,7 @@ void fit(const float* low, const float* high, const uint32_t* magnitude, int64_t
     const float range = high[c] - low[c];
     const bool finite = magnitude[c] < infinity && range <= std::numeric_limits<float>::max();
     const bool constant = finite && range < kSmallestRange;
-    // The addition turns -0 into 0: which of the two is the minimum would depend on the order of the search.
+    // The addition turns -0 into 0, because which of the two is the minimum depends on the order of search.
     zero[c] = finite ? low[c] + 0.0f : 0.0f;
     scale[c] = !finite ? std::numeric_limits<float>::quiet_NaN() : constant ? 0.0f : range / 255.0f;
     inverse[c] = !finite || constant ? 0.0f : 255.0f / range;
@@ -290,7 +291,7 @@ class RowReader {
   Converter::Dequantise dequantise_ = nullptr;
 };
 
-// Writes lines [first, last) of a flipped and shifted row; `out` is the row's.
+// Writes lines [first, last) of a flipped and shifted row to `out`.
 void gather_lines(const Gather& g, int64_t b, int64_t first, int64_t last, unsigned char* out) {
   const int64_t height = g.shape.height, width = g.shape.width;
   const int64_t pixel_bytes = g.shape.channels * value_bytes(g.dtype);

@@ -1,4 +1,4 @@
-// The meaning of each conversion, one value at a time; the instruction sets give the same bits.
+// Each conversion, one value at a time. All instruction sets give the same bits.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ struct Scalar {
 
   static float load(const float* p) { return *p; }
   static float load(const Bf16* p) { return from_bits(uint32_t{p->bits} << 16); }
-  // Without branches, so that the compiler makes vectors of it, and without subnormal floats, which take 150
+  // Without branches, so that the compiler can vectorise it, and without subnormal floats, which take 150
   // cycles each.
   static float load(const Fp16* p) {
     const uint32_t sign = (p->bits & 0x8000u) << 16;

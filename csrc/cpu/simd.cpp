@@ -7,7 +7,7 @@
 namespace learndrop::cpu {
 namespace {
 
-// The instruction sets that this CPU has, the best first.
+// The instruction sets of this CPU, the best first.
 const std::vector<const Converter*>& admitted() {
   static const std::vector<const Converter*> list = [] {
     std::vector<const Converter*> found;

@@ -1,4 +1,4 @@
-// Which instruction set the row ops use.
+// The instruction set of the row operations.
 #pragma once
 
 #include <string>
@@ -7,10 +7,10 @@
 
 namespace learndrop::cpu {
 
-// The best that this CPU has, until select_simd names another.
+// The best one of this CPU, unless select_simd has chosen another.
 const Converter& converter();
 
-// "portable", "avx2" or "avx512". Throws std::invalid_argument for another name or one that this CPU lacks.
+// "portable", "avx2" or "avx512". Throws std::invalid_argument for any other, or one that this CPU lacks.
 void select_simd(const std::string& name);
 
 }  // namespace learndrop::cpu

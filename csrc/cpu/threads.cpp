@@ -41,7 +41,7 @@ class Pool {
  public:
   const pid_t process = getpid();
 
-  // False when another call uses the threads.
+  // Returns false if another call uses the threads.
   bool run(Job& job, int helpers) {
     const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     if (!turn.owns_lock()) return false;
@@ -55,7 +55,7 @@ class Pool {
     for (int i = 0; i < helpers; ++i) wake_.notify_one();
     job.work();
     std::unique_lock<std::mutex> lock(mutex_);
-    // Threads that wake up later find no place, so that nobody waits for them.
+    // Threads that wake up later do not take part, so nobody waits for them.
     places_ = 0;
     idle_.wait(lock, [this] { return active_ == 0; });
     return true;
@@ -94,7 +94,7 @@ class Pool {
   int workers_ = 0, places_ = 0, active_ = 0;
 };
 
-// A forked child has the parent's pool but not its threads, and its mutexes may be locked for good: it gets a
+// A forked child has the parent's pool but not its threads, and its mutexes may stay locked, so it gets a
 // pool of its own. Pools are never deleted, because their threads sleep in them until the process ends.
 Pool& pool(Threads kind) {
   static std::atomic<Pool*> pools[2];

@@ -8,7 +8,7 @@ namespace learndrop::cuda {
 
 struct Device {
   std::string runtime;            // version the module was built with, "13.0"
-  std::string driver;             // newest version the driver admits, empty without a driver
+  std::string driver;             // newest version that the driver supports, empty without a driver
   std::vector<std::string> gpus;  // their names, empty without a driver
 };
 

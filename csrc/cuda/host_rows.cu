@@ -8,8 +8,8 @@ namespace learndrop::cuda {
 namespace {
 
 // PCIe 5 x16 at 55 GB/s and about 1.5 us needs 83 KB in flight; 16 blocks of 256 threads with four loads of
-// 16 bytes have 262 KB, and leave the other SMs to the training step. An H100 brings 42 GB/s so, where one
-// copy brings 50; 32 blocks bring no more.
+// 16 bytes have 262 KB, and leave the other SMs to the training step. An H100 reads 42 GB/s this way, and 50
+// in a single copy; 32 blocks are no faster.
 constexpr int kHostBlocks = 16;
 constexpr int kHostVectors = kThreads * kUnroll;
 
@@ -20,14 +20,14 @@ struct HostGather {
   int64_t count;
   unsigned char* into;
   int64_t into_stride_bytes;
-  Divider vectors;  // of 16 bytes in a row
-  uint32_t rows;    // that a block brings at once
+  Divider vectors;  // vectors of 16 bytes in a row
+  uint32_t rows;    // rows that a block reads at once
 };
 
-// One block brings a few rows at a time, whole vectors by neighbouring threads. A row of 1 KB has 64 vectors:
-// 16 blocks with one row each would have 16 KB in flight, with 16 rows each they have 262 KB.
+// A block reads a few rows at a time, with neighbouring threads reading whole vectors. A row of 1 KB has 64
+// vectors: 16 blocks with one row each would have 16 KB in flight, with 16 rows each they have 262 KB.
 //
-// Moves row_bytes for each row over the bus: 74 to 84 % of the rate of a pinned copy on an H100.
+// Moves row_bytes per row over the bus, at 74 to 84 % of the rate of a pinned copy on an H100.
 __global__ void __launch_bounds__(kThreads) gather_host_kernel(const __grid_constant__ HostGather g) {
   for (int64_t first = int64_t{blockIdx.x} * g.rows; first < g.count; first += int64_t{gridDim.x} * g.rows) {
     const auto rows = static_cast<uint32_t>(g.count - first < g.rows ? g.count - first : g.rows);
@@ -54,8 +54,9 @@ void* target_of(const HostRows& rows, int64_t i) {
   return static_cast<char*>(rows.into) + i * rows.into_stride_bytes;
 }
 
-// Copies all rows by one call. False where the driver has no such call and for the default stream, which does
-// not admit it. (CUDA 12.8 and 12.9 have it with other arguments: rows are copied one by one there.)
+// Copies all rows with one call. Returns false if the driver has no such call, and for the default stream,
+// which does not support it. (CUDA 12.8 and 12.9 have it with other arguments; rows are copied one by one
+// there.)
 bool copy_batch(const HostRows& rows, cudaStream_t stream, const DeviceGuard& guard) {
 #if CUDART_VERSION >= 13000
   if (stream == nullptr) return false;

@@ -1,4 +1,4 @@
-// What the kernels share: value types, vectors, how a row is divided among threads, the launch.
+// Shared by the kernels: value types, vectors, the division of rows among threads, the launch.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,8 +17,8 @@ namespace learndrop::cuda {
 
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-// Vectors that a thread has in flight. Little's law on an H200: 4.3 TB/s * 0.7 us / 132 SMs = 23 KB to be in
-// flight on each; 2048 threads with four loads of 8 bytes have 64 KB.
+// Vectors that a thread has in flight. By Little's law an H200 needs 4.3 TB/s * 0.7 us / 132 SMs = 23 KB in
+// flight per SM; 2048 threads with four loads of 8 bytes have 64 KB.
 constexpr int kUnroll = 4;
 
 template <int>
@@ -44,7 +44,7 @@ using ValueOf = typename Stored<static_cast<int>(dtype)>::type;
 template <Codec codec>
 using CodeOf = typename Stored<static_cast<int>(codec)>::type;
 
-// Values in a vector of a move between two types: the wider side has 16 bytes.
+// Values per vector of a conversion between two types: the wider side has 16 bytes.
 template <class In, class Out>
 constexpr int kVector = 16 / static_cast<int>(sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));
 
@@ -53,7 +53,7 @@ struct alignas(sizeof(T) * n) Pack {
   T v[n];
 };
 
-// A GPU's arithmetic makes NaN 0x7fffffff, row_ops.h wants 0x7fc00000.
+// NaN is 0x7fffffff in the arithmetic of a GPU, and 0x7fc00000 in row_ops.h.
 __device__ inline float with_quiet_nan(float v) { return v != v ? __uint_as_float(0x7fc00000u) : v; }
 
 __device__ inline float widen(float v) { return v; }
@@ -96,7 +96,7 @@ struct Divider {
   __device__ uint32_t remainder(uint32_t n) const { return n - divide(n) * divisor; }
 };
 
-// The cache row that row b of the batch names. A bad one ends the kernel, as in index_select.
+// The cache row of row b of the batch. A bad index traps, as in index_select.
 __device__ inline int64_t checked_row(const int64_t* index, int64_t b, int64_t rows) {
   const int64_t row = index[b];
   if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(rows)) __trap();
@@ -108,24 +108,24 @@ constexpr T ceil_div(T n, T d) {
   return (n + d - 1) / d;
 }
 
-// The vectors of one thread: first, first + step, ... below last, of row b.
+// The vectors of one thread: first, first + step, ... below last in row b.
 struct Share {
   int64_t b;
   uint32_t first, last, step;
 };
 
-// How rows are divided among blocks. Short rows: 2^log_group threads to a row, 256 / 2^log_group rows to a
-// block. Long rows: one block to a slice of `slice` vectors of one row.
+// The division of rows among blocks. Short rows: 2^log_group threads per row, 256 / 2^log_group rows per
+// block. Long rows: one block per slice of `slice` vectors of a row.
 struct Split {
   int log_group = 0;
   uint32_t vectors, slice = kThreads * kUnroll, slices;
   int64_t batch;
 
-  // resident: blocks of the kernel that the device runs at once.
+  // resident: number of blocks that the device runs at once.
   Split(int64_t batch, int64_t values, int vector, int64_t resident)
       : vectors(static_cast<uint32_t>(values / vector)), batch(batch) {
-    // A row that fits a block's 256 threads at four vectors each is not cut (16 KB on the wider side). A
-    // shorter row gets as many threads as leave each four vectors, or up to a warp with one vector each.
+    // A row of up to four vectors for each of a block's 256 threads is not divided (16 KB on the wider side).
+    // A shorter row gets so many threads that each has four vectors, or up to a warp with one vector each.
     const uint32_t quarter = ceil_div<uint32_t>(vectors, kUnroll);
     const uint32_t wanted = std::max(quarter, std::min<uint32_t>(vectors, kWarp));
     while ((1u << log_group) < wanted && (1 << log_group) < kThreads) ++log_group;
@@ -146,10 +146,10 @@ struct Split {
   }
 
  private:
-  // Shortens the slices to no less than half, so that the last wave of blocks is as full as the others. 128
-  // rows of 25,088 vectors on an H200 (132 SMs with 8 blocks each): 25 slices are 3,200 blocks, 3.03 waves
-  // that take the time of 4 * 1,024 vectors; 33 slices of 768 are 4,224 blocks, 4.00 waves, 4 * 768. From 16
-  // waves on the last one is at most 6 % of the time.
+  // Shortens slices, to no less than half, to fill the last wave of blocks. 128 rows of 25,088 vectors on an
+  // H200 (132 SMs with 8 blocks each): 25 slices are 3,200 blocks, 3.03 waves that take the time of 4 * 1,024
+  // vectors; 33 slices of 768 are 4,224 blocks, 4.00 waves, 4 * 768. With 16 waves or more the last one is at
+  // most 6 % of the time.
   void fill_waves(int64_t resident) {
     constexpr uint32_t kCandidates = 64;
     const uint32_t fewest = slices, most = fewest + std::min(fewest, kCandidates);
@@ -168,7 +168,7 @@ struct Split {
   }
 };
 
-// Calls store(at, load(at)) for each vector of the share, kUnroll loads before the first of their stores.
+// Calls store(at, load(at)) for each vector of the share, with kUnroll loads before their stores.
 template <class Load, class Store>
 __device__ inline void for_each_vector(const Share& share, const Load& load, const Store& store) {
   for (uint32_t v = share.first; v < share.last; v += share.step * kUnroll) {
@@ -186,7 +186,7 @@ __device__ inline void for_each_vector(const Share& share, const Load& load, con
   }
 }
 
-// Makes `device` current and, at its end, the device that was current before.
+// Makes `device` current, and restores the previous device at the end.
 class DeviceGuard {
  public:
   DeviceGuard(const char* caller, int device) : caller_(caller), device_(device) {
@@ -199,7 +199,8 @@ class DeviceGuard {
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
-  // Throws std::runtime_error for an error, and clears it: the runtime would report it to the next call.
+  // Throws std::runtime_error for an error, and clears it, since the runtime would report it to the next
+  // call.
   void check(cudaError_t error) const {
     if (error == cudaSuccess) return;
     cudaGetLastError();
@@ -207,7 +208,7 @@ class DeviceGuard {
                              cudaGetErrorString(error));
   }
 
-  // Blocks of kThreads threads of a kernel that the device runs at once.
+  // The number of blocks of kThreads threads of a kernel that the device runs at once.
   template <class Kernel>
   int64_t resident_blocks(Kernel kernel) const {
     int processors = 0, blocks = 0;
@@ -248,7 +249,7 @@ void for_codec(Codec codec, const Call& call) {
   call(std::integral_constant<Codec, Codec::uint8>());
 }
 
-// Whether vectors of n values of a dense row, of which `divided` lie side by side, lie at multiples of their
+// Whether all vectors of n values in a dense row, of which `divided` are contiguous, are aligned to their
 // size.
 template <class In>
 bool admits_vectors(const Append& a, int n, int64_t divided) {

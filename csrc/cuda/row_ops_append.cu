@@ -1,4 +1,4 @@
-// append_rows on CUDA: dense rows by vectors, strided images by tiles; uint8 is in row_ops_append_uint8.cu.
+// append_rows on CUDA: dense rows by vectors, strided images by tiles. uint8 is in row_ops_append_uint8.cu.
 #include "cuda/tiles.cuh"
 
 namespace learndrop::cuda {
@@ -9,9 +9,9 @@ struct DenseLaunch {
   Split split;
 };
 
-// One group of threads writes one slice of one row, n values to a vector.
+// A group of threads writes a slice of a row, n values per vector.
 //
-// Moves H*W*C * value_bytes(dtype) + row_bytes for each row, read once and written once, and is held to 90 %
+// Moves H*W*C * value_bytes(dtype) + row_bytes per row, each read or written once. Target: 90 % of the rate
 // of a device copy of as many bytes.
 template <Dtype dtype, Codec codec, int n>
 __global__ void __launch_bounds__(kThreads) append_dense_kernel(const __grid_constant__ DenseLaunch launch) {
@@ -34,11 +34,11 @@ __global__ void __launch_bounds__(kThreads) append_dense_kernel(const __grid_con
       });
 }
 
-// One block writes one tile of one row. Three channels fill three quarters of a tile of 4 x 256; of one of
-// 32 x 32 they would fill a tenth.
+// A block writes a tile of a row. Three channels fill three quarters of a tile of 4 x 256, and would fill a
+// tenth of one of 32 x 32.
 //
-// Moves as many bytes as append_dense_kernel, by loads and stores of 2 or 4 bytes: 56 % of a device copy on
-// an H100 for 512 rows of 2048 x 7 x 7.
+// Moves as many bytes as append_dense_kernel, by loads and stores of 2 or 4 bytes, at 56 % of the rate of a
+// device copy on an H100 for 512 rows of 2048 x 7 x 7.
 template <Dtype dtype, Codec codec>
 __global__ void __launch_bounds__(kThreads) append_tile_kernel(const __grid_constant__ TileLaunch launch) {
   using In = ValueOf<dtype>;

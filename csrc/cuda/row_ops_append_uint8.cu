@@ -1,4 +1,4 @@
-// append_rows on CUDA for the codec uint8: dense rows by channels or, for rows of one channel, by vectors;
+// append_rows on CUDA for the codec uint8: dense rows by channels, or by vectors if there is one channel;
 // strided images by tiles.
 #include <math_constants.h>
 
@@ -11,7 +11,7 @@ namespace {
 template <int n>
 struct Extent {
   Pack<float, n> low, high;
-  Pack<uint32_t, n> magnitude;  // as bits, which show NaN and infinity
+  Pack<uint32_t, n> magnitude;  // bits, which show NaN and infinity
 
   static __device__ Extent of_nothing() {
     Extent extent;
@@ -37,7 +37,7 @@ struct Extent {
     for (int i = 0; i < n; ++i) include(i, other.low.v[i], other.high.v[i], other.magnitude.v[i]);
   }
 
-  // Joins the extents of the warp's threads whose numbers are equal modulo `apart`, a power of two.
+  // Joins the extents of all threads of the warp whose lanes are equal modulo `apart`, a power of two.
   __device__ void join_warp(int apart) {
     constexpr unsigned int kAll = 0xffffffffu;
     for (int mask = kWarp / 2; mask >= apart; mask /= 2) {
@@ -51,7 +51,7 @@ struct Extent {
   }
 };
 
-// How a channel is stored.
+// The header and the encoding of a channel.
 struct Fit {
   float zero, scale, inverse;
 
@@ -76,12 +76,12 @@ __device__ inline Fit fit(const Extent<n>& extent, int i) {
 
 struct ByteLaunch {
   Append a;
-  int log_lanes;           // 2^log_lanes threads lie along the channels, the others along the pixels
-  uint32_t channel_tiles;  // blocks to a row
+  int log_lanes;           // 2^log_lanes threads are along the channels, the others along the pixels
+  uint32_t channel_tiles;  // blocks per row
 };
 
-// Writes scale and zero of a channel, and the padding of the header with those of the last one, so that a row
-// is the same bytes whatever lay there.
+// Writes scale and zero of a channel, and with those of the last one the padding of the header, so that a row
+// has the same bytes whatever was there before.
 __device__ inline void write_fit(unsigned char* row, uint32_t channels, uint32_t c, const Fit& of) {
   float* table = reinterpret_cast<float*>(row);
   table[c] = of.scale;
@@ -89,10 +89,10 @@ __device__ inline void write_fit(unsigned char* row, uint32_t channels, uint32_t
   if (c == channels - 1 && channels % 2 == 1) table[2 * channels] = table[2 * channels + 1] = 0.0f;
 }
 
-// One block finds the extent of some channels of one dense row, then reads them again and writes their bytes.
+// A block finds the extents of some channels of a dense row, then reads them again and writes their bytes.
 //
-// Moves H*W*C * value_bytes(dtype) + row_bytes for each row from and to memory, and reads the values once
-// more from L2: 25 KB a block for 128 channels of 7 x 7 fp32. Held to 70 % of a device copy.
+// Moves H*W*C * value_bytes(dtype) + row_bytes per row from and to memory, and reads the values again from
+// L2: 25 KB per block for 128 channels of 7 x 7 fp32. Target: 70 % of the rate of a device copy.
 template <Dtype dtype, int n>
 __global__ void __launch_bounds__(kThreads) append_uint8_kernel(const __grid_constant__ ByteLaunch launch) {
   using In = ValueOf<dtype>;
@@ -140,9 +140,9 @@ __global__ void __launch_bounds__(kThreads) append_uint8_kernel(const __grid_con
   });
 }
 
-// One block finds the extents of a tile's channels of one strided row, a warp a channel at a time along its
-// pixels, then brings the row tile by tile through shared memory: a pixel's bytes lie side by side, a
-// channel's far apart.
+// A block finds the extents of a tile's channels of a strided row, each warp one channel at a time along its
+// pixels. Then it moves the row tile by tile through shared memory, because the bytes of a pixel are
+// contiguous and those of a channel far apart.
 //
 // Moves as many bytes as append_uint8_kernel.
 template <Dtype dtype>
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads)
   uint8_t* payload = row + header_bytes(Codec::uint8, a.shape);
   for (uint32_t pixel_0 = 0; pixel_0 < pixels; pixel_0 += launch.shape.pixels()) {
     const TileOrigin origin{.channel = channel_0, .pixel = pixel_0};
-    __syncthreads();  // the fits are there, and the tile before was written
+    __syncthreads();  // the fits are complete, and the previous tile has been written
     read_tile(a, launch.width, in, launch.shape, origin, tile);
     __syncthreads();
     const Fit of = fits[threadIdx.x & (launch.shape.channels() - 1)];
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A row of one channel takes one block of up to 1,024 threads: with four loads of 16 bytes they have 64 KB in
-// flight, where Little's law wants 23 KB on each SM (row_ops.cuh).
+// flight, and 23 KB per SM are needed (row_ops.cuh).
 constexpr int kMostThreads = 1024;
 
 struct FlatLaunch {
@@ -200,10 +200,10 @@ struct FlatLaunch {
   uint32_t vectors;
 };
 
-// One block finds the extent of one dense row of one channel, n values to a vector, then reads it again.
+// A block finds the extent of a dense row of one channel, n values per vector, then reads it again.
 //
-// Moves D * value_bytes(dtype) + row_bytes for each row from and to memory, and reads the values once more
-// from L2. Held to 70 % of a device copy for batches of at least as many rows as there are SMs.
+// Moves D * value_bytes(dtype) + row_bytes per row from and to memory, and reads the values again from L2.
+// Target: 70 % of the rate of a device copy for batches of at least as many rows as there are SMs.
 template <Dtype dtype, int n>
 __global__ void __launch_bounds__(kMostThreads)
     append_uint8_flat_kernel(const __grid_constant__ FlatLaunch launch) {
@@ -254,8 +254,8 @@ void launch_uint8_tiles(const Append& a, const DeviceGuard& guard, cudaStream_t 
 template <Dtype dtype, int n>
 void launch_uint8(const Append& a, const DeviceGuard& guard, cudaStream_t stream) {
   const auto kernel = append_uint8_kernel<dtype, n>;
-  // A warp across the channels, 512 bytes of a pixel for n = 4 and fp32; fewer channels to a block, down to 8
-  // vectors, while there are not as many blocks as run at once.
+  // A warp across the channels, 512 bytes of a pixel for n = 4 and fp32; fewer channels per block, down to 8
+  // vectors, as long as there are fewer blocks than run at once.
   const int64_t resident = guard.resident_blocks(kernel);
   const auto tiles = [&](int log_lanes) { return ceil_div(a.shape.channels, int64_t{n} << log_lanes); };
   int log_lanes = 0;

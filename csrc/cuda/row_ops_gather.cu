@@ -1,4 +1,4 @@
-// gather_rows on CUDA: one group of threads reads one row, or one block one slice of it.
+// gather_rows on CUDA: a group of threads reads a row, or a block reads a slice of it.
 #include "cuda/row_ops.cuh"
 
 namespace learndrop::cuda {
@@ -13,7 +13,7 @@ struct GatherLaunch {
 
 constexpr uint32_t kOutside = 0xffffffffu;
 
-// What the augmentation does to one row.
+// The flip and the shift of a row.
 struct Move {
   bool flip = false;
   int64_t dy = 0, dx = 0;
@@ -39,7 +39,7 @@ __device__ inline uint32_t moved_offset(const GatherLaunch& launch, uint32_t o, 
   return static_cast<uint32_t>(from * launch.g.shape.channels + (o - pixel * launch.channels.divisor));
 }
 
-// Turns the codes of one row into values, n at a time.
+// Decodes the codes of a row, n at a time.
 template <Codec codec, Dtype dtype, int n>
 class Decoder {
   using Out = ValueOf<dtype>;
@@ -56,8 +56,8 @@ class Decoder {
   }
 };
 
-// Scale and zero of a thread's n channels stay in registers while all its vectors begin at the same channel,
-// as with channel counts that divide the group's threads times n (at most 2,048 for n = 8). Else they are
+// Scale and zero of a thread's n channels stay in registers if all its vectors begin at the same channel, as
+// with channel counts that divide the group's threads times n (at most 2,048 for n = 8). Otherwise they are
 // read for each vector, 16 bytes at a time: on an H200 a warp's 8 * 2 scalar loads, 32 bytes apart, would be
 // 16 * 8 lines, 128 cycles for 768 bytes moved, 1.4 TB/s; four loads of 16 bytes are 32 cycles.
 template <Dtype dtype, int n>
@@ -114,9 +114,10 @@ class Decoder<Codec::uint8, dtype, n> {
   float scale_[n], zero_[n];
 };
 
-// One group of threads reads one slice of one row, n values to a vector; a moved vector lies in one pixel.
+// A group of threads reads a slice of a row, n values per vector; flipped and shifted vectors are within a
+// pixel.
 //
-// Moves row_bytes + H*W*C * value_bytes(dtype) for each row, read once and written once, and is held to 90 %
+// Moves row_bytes + H*W*C * value_bytes(dtype) per row, each read or written once. Target: 90 % of the rate
 // of a device copy of as many bytes.
 template <Codec codec, Dtype dtype, int n, bool moved>
 __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherLaunch launch) {

@@ -1,18 +1,18 @@
-// Strided rows by tiles through shared memory: what the append kernels of both kinds of codec share.
+// Strided rows by tiles through shared memory, for the append kernels of all codecs.
 #pragma once
 
 #include "cuda/row_ops.cuh"
 
 namespace learndrop::cuda {
 
-// A tile is 32 channels by 32 pixels; with fewer channels, the next power of two by as many more pixels. It
-// is read along the pixels, each thread from one pixel, and written along the channels, each thread to one
-// channel, so that a thread computes one address for its values. (With an address for each value the kernel
-// issued about 100 instructions a value, and its time was theirs.)
+// A tile is 32 channels by 32 pixels; with fewer channels, the next power of two by correspondingly more
+// pixels. It is read along the pixels, each thread from one pixel, and written along the channels, each
+// thread to one channel, so that a thread computes one address for all its values. (With an address per value
+// the kernel was bound by its 100 instructions per value.)
 constexpr int kLogTile = 10;
 constexpr int kTile = 1 << kLogTile;
 constexpr int kOfThread = kTile / kThreads;
-// At most 256 pixels: a thread's values then differ in the channel alone.
+// At most 256 pixels, so that a thread's values differ only in the channel.
 constexpr int kFewestLogChannels = 2;
 
 struct TileShape {
@@ -23,12 +23,12 @@ struct TileShape {
   }
   LEARNDROP_HOST_DEVICE uint32_t channels() const { return 1u << log_channels; }
   LEARNDROP_HOST_DEVICE uint32_t pixels() const { return static_cast<uint32_t>(kTile) >> log_channels; }
-  // From one channel to the next, 32 / channels() values more than its pixels: the threads that read down a
-  // column are then in 32 banks.
+  // The stride between channels is 32 / channels() values more than the pixels, so that threads reading down
+  // a column are in 32 banks.
   __device__ uint32_t apart() const { return pixels() + (kWarp >> log_channels); }
 };
 
-// Where a tile begins in its row.
+// The beginning of a tile in its row.
 struct TileOrigin {
   uint32_t channel, pixel;
 };

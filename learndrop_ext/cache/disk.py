@@ -26,7 +26,7 @@ from learndrop_ext.cache.file import (
     Tables,
     check_fingerprint,
     lock,
-    naming_file,
+    naming,
     pack_tables,
     read_tables,
 )
@@ -149,7 +149,7 @@ class DiskTier:
             CacheFileError: if a row does not match its checksum.
             OSError: if the file cannot be read.
         """
-        with naming_file(self.path, f"must give {len(slots)} rows"):
+        with naming(f"cache file {self.path}", f"must give {len(slots)} rows"):
             bad = transfer.read_rows(
                 self.layout.file(self._file.descriptor),
                 slots,
@@ -176,7 +176,9 @@ class DiskTier:
             RuntimeError: in a forked process.
         """
         self._reopen_part()
-        with naming_file(self.path, f"must have disk space for {len(slots)} rows of {self.layout.row_bytes:,} bytes"):
+        with naming(
+            f"cache file {self.path}", f"must have disk space for {len(slots)} rows of {self.layout.row_bytes:,} bytes"
+        ):
             transfer.write_rows(self.layout.file(self._file.descriptor), slots, rows, self.checksums, threads=THREADS)
 
     def commit(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
@@ -196,7 +198,7 @@ class DiskTier:
         page, tail = pack_tables(Tables(manifest, filled, self.checksums[: manifest.slots], sidecar), tail_offset)
         self._reopen_part()
         descriptor = self._file.descriptor
-        with naming_file(self.path, "must have disk space for its tables"):
+        with naming(f"cache file {self.path}", "must have disk space for its tables"):
             os.ftruncate(descriptor, tail_offset)
             self._allocated = range(self._allocated.start, min(self._allocated.stop, tail_offset))
             _write_all(descriptor, tail, tail_offset)
@@ -240,7 +242,7 @@ class DiskTier:
             start, begin, rows = self._allocated.start, self._allocated.stop, slots - self.slots
         if first >= slots or end <= begin:
             return
-        with naming_file(self.path, f"must have {end - begin:,} bytes of disk space for {rows} rows"):
+        with naming(f"cache file {self.path}", f"must have {end - begin:,} bytes of disk space for {rows} rows"):
             os.posix_fallocate(self._file.descriptor, begin, end - begin)
         self._allocated = range(start, end)
 
@@ -251,7 +253,7 @@ class DiskTier:
             return
         if self.aside is not None:
             return self._copy_aside(self.aside)
-        with naming_file(self.path, "must not be read by another process while rows are written"):
+        with naming(f"cache file {self.path}", "must not be read by another process while rows are written"):
             lock(self._file.descriptor, fcntl.LOCK_EX)
             os.rename(self.path, self.part)
             self._file.part = self.part
@@ -262,7 +264,7 @@ class DiskTier:
         copy = _new_part(path)
         size = self.layout.end(self.slots)
         try:
-            with naming_file(path, f"must have {size:,} bytes of disk space for a copy of {self.path.name}"):
+            with naming(f"cache file {path}", f"must have {size:,} bytes of disk space for a copy of {self.path.name}"):
                 os.posix_fallocate(copy.descriptor, 0, size)
                 done = 0
                 while done < size:
@@ -295,7 +297,7 @@ def open_rows(path: Path, fingerprint: Fingerprint, *, aside: Path | None = None
     """
     descriptor = os.open(path, (os.O_RDWR if aside is None else os.O_RDONLY) | os.O_CLOEXEC)
     try:
-        with naming_file(path, "must not be written by another process"):
+        with naming(f"cache file {path}", "must not be written by another process"):
             lock(descriptor, fcntl.LOCK_SH)
         manifest, filled, checksums, sidecar = read_tables(path, descriptor)
         check_fingerprint(path, fingerprint, manifest.fingerprint)
@@ -314,7 +316,7 @@ def _part_of(path: Path) -> Path:
 def _new_part(path: Path) -> _OpenFile:
     """A new, empty part, locked."""
     part = _part_of(path)
-    with naming_file(path, "must be written by one cache at a time, in a folder that is there"):
+    with naming(f"cache file {path}", "must be written by one cache at a time, in a folder that is there"):
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             lock(descriptor, fcntl.LOCK_EX)

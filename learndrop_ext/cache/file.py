@@ -180,12 +180,12 @@ def lock(descriptor: int, kind: int) -> None:
 
 
 @contextlib.contextmanager
-def naming_file(path: Path, wanted: str) -> Iterator[None]:
-    """Add to an OSError the file and what was wanted of it, keeping its type and errno."""
+def naming(subject: str, wanted: str) -> Iterator[None]:
+    """Add to an OSError its subject and what was wanted of it, keeping its type and errno."""
     try:
         yield
     except OSError as error:
-        raise type(error)(error.errno, f"cache file {path}: {wanted}, got {error.strerror}") from error
+        raise type(error)(error.errno, f"{subject}: {wanted}, got {error.strerror}") from error
 
 
 def remove_abandoned(parts: Iterable[Path]) -> None:

@@ -17,7 +17,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from learndrop_ext.cache.file import (
     VERSION,
     CacheFileError,
     check_fingerprint,
+    naming,
     read_manifest,
     remove_abandoned,
     remove_unused,
@@ -118,7 +119,7 @@ def find(folder: Path, fingerprint: Fingerprint) -> Path | None:
     """
     path = shared_path(folder, fingerprint)
     try:
-        with _naming(folder, "must be a folder to read from"):
+        with naming(f"shared rows in {folder}", "must be a folder to read from"):
             check_fingerprint(path, fingerprint, read_manifest(path).fingerprint)
     except FileNotFoundError:
         return None
@@ -171,7 +172,7 @@ def find_or_lock(folder: Path, fingerprint: Fingerprint, *, timeout_seconds: flo
 
 def list_rows(folder: Path) -> list[SharedFile]:
     """Return the files of shared rows in a folder, the most recently used first. Raises OSError if it cannot be read."""
-    with _naming(folder, "must be a folder to read from"):
+    with naming(f"shared rows in {folder}", "must be a folder to read from"):
         names = [entry.name for entry in os.scandir(folder)]
     found = []
     for path in (folder / name for name in sorted(names) if Path(name).match(PATTERN)):
@@ -244,7 +245,7 @@ def _described(path: Path) -> SharedFile:
 def _removed(folder: Path, name: str) -> bool:
     """Delete a file. Returns False if a process is reading it."""
     try:
-        with _naming(folder, f"{name} must be a file to delete"):
+        with naming(f"shared rows in {folder}", f"{name} must be a file to delete"):
             remove_unused(folder / name)
     except FileNotFoundError:
         return True
@@ -262,10 +263,10 @@ def _lock_path(path: Path) -> Path:
 def _try_lock(folder: Path, path: Path) -> FillLock | None:
     """The lock, or None if another run holds it. It is on an empty file, which is deleted when the lock is released."""
     lock_path = _lock_path(path)
-    with _naming(folder, "must be a folder to write to"):
+    with naming(f"shared rows in {folder}", "must be a folder to write to"):
         descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        with _naming(folder, "the file system must have file locks (flock)"):
+        with naming(f"shared rows in {folder}", "the file system must have file locks (flock)"):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(descriptor).st_ino == lock_path.stat().st_ino:
             return FillLock(path, descriptor)
@@ -283,12 +284,3 @@ def _release(lock_path: Path, descriptor: int, process: int) -> None:
     if process == os.getpid():
         lock_path.unlink(missing_ok=True)
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _naming(folder: Path, wanted: str) -> Iterator[None]:
-    """Add to an OSError the folder and what was wanted of it, keeping its type and errno."""
-    try:
-        yield
-    except OSError as error:
-        raise type(error)(error.errno, f"shared rows in {folder}: {wanted}, got {error.strerror}") from error

@@ -19,6 +19,7 @@ from PIL import Image
 import learndrop_ext
 from learndrop_ext.app import cli, forecasts, runs
 from learndrop_ext.app.cli import main
+from learndrop_ext.app.recipe import Recipe, cache_of
 from learndrop_ext.cache import shared
 
 SMALL = ["--epochs", "2", "--limit", "96", "--width", "8", "--batch-size", "32"]
@@ -168,6 +169,32 @@ def test_forecast_prints_and_draws(
         row["bytes"] = []
     assert main(["forecast", *SMALL, "--out", str(tmp_path / "none")]) == 0
     assert (tmp_path / "none" / "forecast.html").read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "views", "mirror", "flip_rows"),
+    [
+        ([], 1, False, False),
+        (["--epochs", "24"], 1, False, False),
+        (["--augment", "flip", "--epochs", "24"], 6, False, False),
+        (["--augment", "standard", "--epochs", "24", "--policy", "budget:3,start=1"], 4, False, False),
+        (["--augment", "flip", "--epochs", "5"], 2, False, False),
+        (["--augment", "flip", "--epochs", "24", "--views", "3"], 3, False, False),
+        (["--mirror"], 1, True, False),
+        (["--flip-rows"], 1, False, True),
+    ],
+)
+def test_options_of_the_rows(
+    arguments: list[str], views: int, mirror: bool, flip_rows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[Recipe] = []
+    made = SimpleNamespace(as_dict=dict, format_table=str)
+    monkeypatch.setattr(forecasts, "make_forecast", lambda split, recipe: recipes.append(recipe) or made)
+    monkeypatch.setattr(forecasts, "draw_forecast", lambda out, found: out)
+    assert main(["forecast", *SMALL, *arguments, "--out", str(tmp_path)]) == 0
+    assert (recipes[0].views, recipes[0].mirror, recipes[0].flip_rows) == (views, mirror, flip_rows)
+    config = cache_of(recipes[0])
+    assert (config.rows_per_sample, config.flip) == (2 if mirror else views, flip_rows)
 
 
 @dataclasses.dataclass

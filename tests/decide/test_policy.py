@@ -139,6 +139,20 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
     ),
     ("patience of one", StoppedLearning(0.2, 1, 0, 0.0), after(TWO_REST), 2, "scores under 0.2 for 1 measurements"),
     (
+        "just the share wanted",
+        QUICK,
+        after(ALL_REST, ALL_REST, fill_seconds=(0, 7, 7, 7), saved_seconds=(0, 0.5, 0.5, 0.5), epoch_seconds=1.0),
+        3,
+        STOPPED,
+    ),
+    (
+        "a score without decimals",
+        QUICK,
+        after((1e-20, 0.9, 0.9, 0.9)),
+        0,
+        "stem may still learn: score 1e-20 is under 0.1 for 1 of 2 measurements",
+    ),
+    (
         "worth it",
         QUICK,
         after(TWO_REST, TWO_REST, fill_seconds=(0, 5, 9, 12), saved_seconds=(0, 1, 2, 3)),

@@ -1,0 +1,117 @@
+"""The plans of Budget against its description, followed by trying all schedules."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from learndrop_ext.decide.costs import LayerCost
+from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
+from learndrop_ext.decide.policy import LARGEST_SUM, Budget, Decision, Situation
+
+
+def cheapest(
+    costs: RunCosts,
+    seen: Situation,
+    seconds: float,
+    weights: tuple[int, ...],
+    *,
+    hold: int,
+    first: tuple[int, ...] = (),
+) -> tuple[int, ...]:
+    """Of all schedules of the epochs left, by trying each: the smallest loss in time, else the shortest."""
+    left = seen.epochs - seen.epoch
+    plans = [
+        plan
+        for plan in itertools.combinations_with_replacement(range(seen.prefix, len(seen.layers)), left)
+        if len(set(plan[:hold])) == 1 and plan[: len(first)] == first
+    ]
+    taken = {plan: total_seconds(plan_prefixes(costs, plan, seen.epochs, past=seen.past)) for plan in plans}
+    in_time = [plan for plan in plans if taken[plan] <= seconds * (1 + 1e-9)]
+    return (
+        min(in_time, key=lambda plan: (sum(sum(weights[:k]) for k in plan), plan))
+        if in_time
+        else min(taken, key=taken.get)
+    )
+
+
+def as_documented(speedup: float, start: int, seen: Situation) -> tuple[int, float]:
+    """The decision of Budget and the forecast of the run, by trying all schedules."""
+    costs, L = seen.costs, len(seen.layers)
+    limit = costs.epoch_seconds(0) * seen.epochs / speedup - seen.elapsed_seconds
+    first_half = 0 if start else -(-seen.epochs // 2) - seen.epoch
+    hold = max(1, first_half)
+
+    def total(plan: tuple[int, ...]) -> float:
+        return total_seconds(plan_prefixes(costs, plan, seen.epochs, past=seen.past))
+
+    def plan_with(weights: tuple[int, ...]) -> tuple[int, ...]:
+        if any(seen.past) and first_half > 0:
+            held = cheapest(costs, seen, limit, weights, hold=1, first=(seen.prefix,) * hold)
+            if total(held) <= limit:
+                return held
+        planned = cheapest(costs, seen, limit, weights, hold=hold)
+        if any(seen.past):
+            return planned
+        for k in range(cheapest(costs, seen, limit * 1.1, weights, hold=hold)[0], planned[0]):
+            cautious = cheapest(costs, seen, limit, weights, hold=1, first=(k,) * hold)
+            shortest = cheapest(costs, seen, 0.0, weights, hold=1, first=(k,) * hold)
+            if total(cautious) <= limit and total(shortest) * 1.1 <= limit:
+                return cautious
+        return planned
+
+    if start:
+        latest = [values[-1] for values in zip(*seen.scores, strict=True)]
+        top = max(value or 0.0 for value in latest)
+        orders = [tuple(1 + round(3 * (value or 0.0) / top) for value in latest)]
+    else:
+        orders = [tuple(range(1, 2 * L, 2)), (1,) * L]
+    for weights in orders:
+        plan = plan_with(weights)
+        if seen.elapsed_seconds + total(plan) > 0.96 * (limit + seen.elapsed_seconds):
+            break
+    return plan[0], seen.elapsed_seconds + total(plan)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_budget_decides_as_documented(seed: int) -> None:
+    draw = random.Random(seed)
+    layers = tuple(
+        LayerCost(str(i), 1, draw.uniform(0.2, 2), draw.uniform(2, 6), (1,), parameters=draw.randint(1, 9))
+        for i in range(5)
+    )
+    costs = RunCosts(layers, (0, 1, 2, 3, 4), (0.0, *(draw.uniform(0, 1) for _ in range(4))), (0.3,) * 5, 1.0, 0.5, 2)
+    epochs, start = draw.randint(1, 6), draw.randint(0, 1)
+    epoch = draw.randint(start, epochs - 1) if start < epochs else start - 1
+    speedup = draw.uniform(1.0, 1.1 * largest_speedup(costs, epochs))
+    dropped = draw.randint(0, 3)
+    past = tuple(sorted(draw.choice((0, dropped)) for _ in range(epoch))) if start else (dropped,) * epoch
+    seen = Situation(
+        epoch=epoch,
+        epochs=epochs,
+        prefix=past[-1] if past else 0,
+        layers=tuple("abcde"),
+        scores=tuple((None,) * k + (0.1, 0.7, 0.4, 0.9, 0.2)[k:] for k in past),
+        costs=costs,
+        elapsed_seconds=draw.uniform(0.9, 1.1) * sum(costs.epoch_seconds(k) for k in past),
+    )
+    if epoch < start:
+        assert Budget(speedup, start)(seen).prefix == 0
+        return
+    prefix, seconds = as_documented(speedup, start, seen)
+    wanted = costs.epoch_seconds(0) * epochs / speedup
+    reason = f"budget {speedup:g}x: {prefix} of 5 layers, forecast {seconds:.1f} s of {wanted:.1f} s"
+    assert Budget(speedup, start)(seen) == Decision(prefix, reason)
+
+
+def test_budget_weighs_layers_by_depth_and_more_coarsely_in_deep_networks() -> None:
+    def weights(count: int) -> tuple[tuple[int, ...], ...]:
+        return Budget()._weights(Situation(0, 5, 0, ("",) * count, ()))
+
+    assert weights(3) == ((1, 3, 5), (1, 1, 1))
+    assert weights(63)[0] == tuple(range(1, 126, 2))
+    deep = weights(100)[0]
+    assert (deep[0], deep[1], deep[50], deep[99]) == (1, 1, 40, 80)  # 1, 3, 101, 199 over 100^2 / 4000
+    assert sum(deep) <= 1.01 * LARGEST_SUM
