@@ -1,6 +1,6 @@
-"""Learn & Drop in a loop of Hugging Face Accelerate: `accelerate launch examples/accelerate_loop.py --out runs/toy`.
+"""Learn & Drop in a Hugging Face Accelerate loop: `accelerate launch examples/accelerate_loop.py --out runs/toy`.
 
-The images are made up (a bright square whose place is the class), so that the example runs anywhere in seconds.
+The images are synthetic (a bright square whose corner is the class), so that the example runs anywhere in seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLASSES = 4
 
 
 def images(count: int, seed: int) -> TensorDataset:
-    """Noise of [count, 3, 16, 16] with a bright square in one of four corners."""
+    """Return noise images [count, 3, 16, 16] with a bright square in one of four corners, and the corners as labels."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 3, 16, 16, generator=generator)
     y = torch.randint(0, CLASSES, (count,), generator=generator)
@@ -31,7 +31,7 @@ def images(count: int, seed: int) -> TensorDataset:
 
 
 def network() -> nn.Module:
-    """Three convolutions and a classifier."""
+    """Return a network of three convolutions and a classifier."""
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
         *(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
@@ -41,15 +41,15 @@ def network() -> nn.Module:
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    """Train, print a line an epoch, and return the loss of each epoch's last batch."""
+    """Train, print one line per epoch, and return the loss of the last batch of each epoch."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--precision", default="no", choices=["no", "bf16"])
-    parser.add_argument("--accumulate", type=int, default=1, help="batches to an optimizer step")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     parser.add_argument("--codec", default="fp16", choices=["fp16", "bf16", "fp32", "uint8"])
-    parser.add_argument("--out", type=Path, help="folder of the checkpoint that is written after each epoch")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--out", type=Path, help="folder for the checkpoint, written after each epoch")
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --out")
     options = parser.parse_args(arguments)
 
     accelerator = Accelerator(mixed_precision=options.precision, gradient_accumulation_steps=options.accumulate)
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model = network().to(accelerator.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     data = images(options.samples, seed=1)
-    # The loader is not prepared: the scheduler's own loader gives batches on the device, each process its share.
+    # The loader is not prepared: the batches of drop.loader are on the device, and each process has its share.
     several = accelerator.num_processes > 1
     sampler = DistributedSampler(data) if several else RandomSampler(data, generator=torch.Generator().manual_seed(2))
     loader = DataLoader(data, batch_size=32, sampler=sampler)
@@ -65,30 +65,30 @@ def main(arguments: list[str] | None = None) -> list[float]:
         model,
         optimizer,
         loader,
-        policy=Fixed({2: 1, 4: 2}),  # leave it out for the layers that have stopped learning
+        policy=Fixed({2: 1, 4: 2}),  # without it: drop layers that have stopped learning
         epochs=options.epochs,
         cache=options.codec,
-        # Not accelerator.prepare: a model that is wrapped before a drop keeps waiting for the layers dropped.
+        # Not accelerator.prepare: a model wrapped before a drop would wait for the gradients of the dropped layers.
         wrap=DistributedDataParallel if several else None,
     )
     trained = accelerator.prepare(optimizer)
     accelerator.register_for_checkpointing(model, optimizer, drop)
-    begun = 0
+    start = 0
     if options.resume:
         accelerator.load_state(str(options.out))
-        begun = drop.epoch
+        start = drop.epoch
 
     losses = []
     model.train()
-    for epoch in range(begun, options.epochs):
-        # The order is a function of the epoch, so that a run that goes on sees what it would have seen.
+    for epoch in range(start, options.epochs):
+        # The order depends on the epoch alone, so that a resumed run sees the same batches.
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(epoch)
         else:
             sampler.generator.manual_seed(epoch)
         for x, y in drop.loader:
             with accelerator.accumulate(drop.model):
-                # The forward pass of the user's model: autocast has to be around drop.model, not inside it.
+                # accelerator.prepare would have wrapped the forward of the model in autocast.
                 with accelerator.autocast():
                     loss = nn.functional.cross_entropy(drop.model(x), y)
                 accelerator.backward(loss)
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model.eval()
     with torch.no_grad():
         right = model(held_out.tensors[0].to(accelerator.device)).argmax(1).cpu() == held_out.tensors[1]
-    accelerator.print(f"held out: {100 * right.float().mean():.1f} % right")
+    accelerator.print(f"held-out accuracy: {100 * right.float().mean():.1f} %")
     return losses
 
 

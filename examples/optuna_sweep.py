@@ -1,11 +1,11 @@
-"""A sweep of ten fine-tunings that share the rows of their frozen layers.
+"""A sweep of ten fine-tuning trials that share the rows of their frozen layers. Requires optuna.
 
-    python examples/optuna_sweep.py --data-root DIR --cache DIR [--weights FILE]      pip install optuna
+    python examples/optuna_sweep.py --data-root DIR --cache DIR [--weights FILE]
     python examples/optuna_sweep.py --toy
 
-The first layers are the same in every trial, and so are their outputs on the same images. Trial 1 makes the rows and
-writes them to the folder; trials 2 to 10 find them there and never run these layers. `learndrop cache DIR` lists and
-removes what is in the folder.
+The first layers, and so their outputs on the same images, are equal in all trials. Trial 1 computes the rows and writes
+them to the folder; trials 2 to 10 read them and never run these layers. `learndrop cache DIR` lists the files in the
+folder and removes old ones.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ import optuna
 import torch
 from torch import nn
 
-from learndrop_ext import CacheConfig, DropScheduler
+from learndrop_ext import CacheConfig, DropScheduler, Fixed
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder, make_loader
 from learndrop_ext.app.networks import build_network
 from learndrop_ext.app.runs import evaluate
-from learndrop_ext.decide.policy import Fixed
 
 
 def fine_tune(
     split: Split, name: str, weights: str | None, folder: str, *, epochs: int, prefix: int, lr: float, decay: float
 ) -> tuple[float, float]:
-    """Train once; return the accuracy in percent and the seconds of training."""
+    """Train once and return the accuracy in percent and the training time in seconds."""
     begin = time.perf_counter()
-    # The same seed in every trial: shared rows need the same weights in the layers before them.
+    # The same seed in every trial: rows are shared only between equal weights of the frozen layers.
     model = build_network(
         name, num_classes=len(split.classes), in_channels=split.channels, width=16, weights=weights, seed=0
     ).model
@@ -50,15 +49,15 @@ def fine_tune(
                 schedule.step()
             drop.step()
     seconds = time.perf_counter() - begin
-    chosen_by = split.validation if split.validation is not None else split.test
-    return evaluate(model, chosen_by, batch_size=256, amp=None), seconds
+    validation = split.validation if split.validation is not None else split.test
+    return evaluate(model, validation, batch_size=256, amp=None), seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data-root")
     parser.add_argument("--weights")
-    parser.add_argument("--cache", help="folder that the trials share (default: one that is removed at the end)")
+    parser.add_argument("--cache", help="folder that the trials share (default: a temporary folder)")
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument("--toy", action="store_true")
     args = parser.parse_args()
@@ -68,16 +67,17 @@ def main() -> None:
         split = load_folder(args.data_root, size=96).map(lambda images: images.decoded())
         name, epochs, prefix = "timm:tf_efficientnet_lite0", 3, 12
 
-    with tempfile.TemporaryDirectory() as own:
+    with tempfile.TemporaryDirectory() as temporary:
         seconds: list[float] = []
 
         def objective(trial: optuna.Trial) -> float:
             lr = trial.suggest_float("lr", 1e-4, 1e-2, log=True)
             decay = trial.suggest_float("weight_decay", 1e-4, 1e-1, log=True)
-            accuracy, took = fine_tune(
-                split, name, args.weights, args.cache or own, epochs=epochs, prefix=prefix, lr=lr, decay=decay
+            folder = args.cache or temporary
+            accuracy, elapsed = fine_tune(
+                split, name, args.weights, folder, epochs=epochs, prefix=prefix, lr=lr, decay=decay
             )
-            seconds.append(took)
+            seconds.append(elapsed)
             return accuracy
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -1,4 +1,4 @@
-"""Fine-tune a network in a plain PyTorch loop, with a budget of half the time.
+"""Fine-tune a network in a plain PyTorch loop in half the time.
 
 python examples/plain_loop.py --data-root DIR [--weights FILE]     photos in DIR/train/CLASS and DIR/test/CLASS
 python examples/plain_loop.py --toy                                the digits of scikit-learn, in seconds
@@ -11,10 +11,9 @@ import argparse
 import torch
 from torch import nn
 
-from learndrop_ext import DropScheduler
+from learndrop_ext import Budget, DropScheduler, Fixed
 from learndrop_ext.app.datasets import load_dataset, load_folder, make_loader
 from learndrop_ext.app.networks import build_network
-from learndrop_ext.decide.policy import Budget, Fixed
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
         split = load_folder(args.data_root, size=96).map(lambda images: images.decoded())
         name, policy = "timm:tf_efficientnet_lite0", Budget(2.0)
 
-    # Any model, optimizer and DataLoader of yours.
+    # Use any model, optimizer and DataLoader here.
     model = build_network(
         name, num_classes=len(split.classes), in_channels=split.channels, width=16, weights=args.weights
     ).model
@@ -50,7 +49,7 @@ def main() -> None:
             record = drop.step()
             print(f"epoch {epoch}: {record.epoch_seconds:.2f} s, {record.prefix} layers dropped: {record.reason}")
 
-    # The model is whole: evaluate it, save it.
+    # The model is whole again for evaluation and saving.
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in make_loader(split.test, 256))

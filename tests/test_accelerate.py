@@ -62,7 +62,7 @@ def test_accelerate_trains_drops_and_goes_on_from_its_checkpoint(
     whole = run("--epochs", "5")
     said = capsys.readouterr().out
     assert [int(k) for k in re.findall(r"(\d) layers dropped", said)] == [0, 1, 1, 2, 2]
-    found = re.search(r"held out: ([\d.]+) % right", said)
+    found = re.search(r"held-out accuracy: ([\d.]+) %", said)
     assert found is not None
     assert float(found[1]) > 90
     # The same in two runs, the second from the checkpoint of the first, with a layer dropped by then.
