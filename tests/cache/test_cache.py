@@ -92,8 +92,9 @@ def test_cache_moves_images_on_the_way_out() -> None:
 
 def test_cache_sizes_are_bytes() -> None:
     # 100 values of 2 bytes, rounded up to a multiple of 128.
-    cache = ActivationCache(10, (4, 5, 5), codec="fp16", device=CPU)
-    assert (cache.row_bytes, cache.nbytes) == (256, 2560)
+    for slots in (0, 10):
+        cache = ActivationCache(slots, (4, 5, 5), codec="fp16", device=CPU)
+        assert (cache.row_bytes, cache.nbytes) == (256, 256 * slots)
 
 
 def test_cache_gather_never_gives_a_row_that_was_not_written() -> None:

@@ -141,12 +141,17 @@ def test_a_last_batch_of_one_sample(drop_last: bool) -> None:
 
 def test_time_spent_on_a_batch_is_counted() -> None:
     drop = scheduler(DataLoader(data(), batch_size=11))
+    assert drop.loader.ledger == (0, 0.0)
+    begin = time.perf_counter()
+    # Ends after the second batch, before the loader is asked for a third.
     for _, (x, _) in zip(range(2), drop.loader, strict=False):
         drop.model(x)
         time.sleep(0.05)
     samples, seconds = drop.loader.ledger
     assert samples == 22
-    assert seconds >= 0.05
+    assert 0.1 <= seconds <= time.perf_counter() - begin
+    drop.loader.forget_ledger()
+    assert drop.loader.ledger == (0, 0.0)
 
 
 def test_excluded_seconds_are_not_counted() -> None:

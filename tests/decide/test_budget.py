@@ -47,7 +47,7 @@ DECISIONS: list[tuple[str, Budget, Situation, int, str]] = [
     # Confirmed costs. 39.9 s less 19.2 s leave 20.7 s: a second epoch with two layers leaves 7.0 s for the last, too few.
     (
         "on time",
-        Budget(2.0),
+        Budget(),
         situation(1, (2,), elapsed_seconds=19.2),
         3,
         "budget 2x: 3 of 4 layers, forecast 36.8 s of 39.9 s",
@@ -81,6 +81,24 @@ DECISIONS: list[tuple[str, Budget, Situation, int, str]] = [
         3,
         "budget 2x: 3 of 4 layers, forecast 42.1 s of 48.0 s",
     ),
+    # 88.7 s: no, no, two and two layers count 8 by depth. No, no, one and three take 87.9 s, and count 10.
+    ("by depth", Budget(1.2), situation(0, epochs=4), 0, "budget 1.2x: 0 of 4 layers, forecast 86.1 s of 88.7 s"),
+    # 16.7 s are left: three layers take 13.8 s, two 18.2 s.
+    (
+        "in the last epoch",
+        Budget(1.2),
+        situation(3, (0, 0, 0), epochs=4, elapsed_seconds=72.0),
+        3,
+        "budget 1.2x: 3 of 4 layers, forecast 85.8 s of 88.7 s",
+    ),
+    # 37 s are left: one and three layers take 34.7 s, and nothing faster can follow one if they take 10 % longer.
+    (
+        "what later drops cannot make up for",
+        Budget(1.2),
+        situation(4, (0, 0, 0, 0), epochs=6, elapsed_seconds=96.0),
+        2,
+        "budget 1.2x: 2 of 4 layers, forecast 128.9 s of 133.0 s",
+    ),
     ("the run has ended", Budget(2.0), situation(3, (2, 2, 3), elapsed_seconds=41.0), 3, "budget 2x: 41.0 s of 39.9 s"),
 ]
 
@@ -89,7 +107,9 @@ DECISIONS: list[tuple[str, Budget, Situation, int, str]] = [
     ("policy", "seen", "prefix", "reason"), [case[1:] for case in DECISIONS], ids=[case[0] for case in DECISIONS]
 )
 def test_budget(policy: Budget, seen: Situation, prefix: int, reason: str) -> None:
-    assert policy(seen) == Decision(prefix, reason)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert policy(seen) == Decision(prefix, reason)
 
 
 FIVE = RunCosts(
@@ -141,6 +161,17 @@ def test_budget_weighs_scores_from_one_to_four() -> None:
     # Smoothed with weight 1/2: 0.4 and 0.9.
     assert Budget(2.0, 1)._weights(situation(1, scores=((0.8, 0.8, 0, 0), (0.0, 1.0, 0, 0)))) == ((2, 4, 1, 1),)
     assert Budget(2.0, 1)._weights(situation(1, scores=((0.0, 0.0, 0.0, 0.0),))) == ((1, 1, 1, 1),)
+
+
+def test_budget_from_the_first_step_weighs_by_depth() -> None:
+    def weights(layers: int) -> tuple[tuple[int, ...], ...]:
+        return Budget()._weights(Situation(0, 3, 0, ("",) * layers, ()))
+
+    assert weights(4) == ((1, 3, 5, 7), (1, 1, 1, 1))
+    assert weights(63)[0] == tuple(range(1, 126, 2))
+    # 100 * 100 / 4000 = 2.5 times coarser, and at least 1.
+    assert weights(100)[0][:5] == (1, 1, 2, 3, 4)
+    assert weights(100)[0][-1] == 80
 
 
 def test_budget_from_the_first_step_does_not_look_at_scores() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from learndrop_ext.decide.costs import LayerCost
 from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
-from learndrop_ext.decide.policy import LARGEST_SUM, Budget, Decision, Situation
+from learndrop_ext.decide.policy import Budget, Decision, Situation
 
 
 def cheapest(
@@ -104,14 +104,3 @@ def test_budget_decides_as_documented(seed: int) -> None:
     wanted = costs.epoch_seconds(0) * epochs / speedup
     reason = f"budget {speedup:g}x: {prefix} of 5 layers, forecast {seconds:.1f} s of {wanted:.1f} s"
     assert Budget(speedup, start)(seen) == Decision(prefix, reason)
-
-
-def test_budget_weighs_layers_by_depth_and_more_coarsely_in_deep_networks() -> None:
-    def weights(count: int) -> tuple[tuple[int, ...], ...]:
-        return Budget()._weights(Situation(0, 5, 0, ("",) * count, ()))
-
-    assert weights(3) == ((1, 3, 5), (1, 1, 1))
-    assert weights(63)[0] == tuple(range(1, 126, 2))
-    deep = weights(100)[0]
-    assert (deep[0], deep[1], deep[50], deep[99]) == (1, 1, 40, 80)  # 1, 3, 101, 199 over 100^2 / 4000
-    assert sum(deep) <= 1.01 * LARGEST_SUM

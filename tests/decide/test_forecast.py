@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,6 +107,7 @@ def test_run_costs_refuses(changed: dict[str, Any], message: str) -> None:
 # costs, drops, epochs, keywords of plan; then prefix, seconds and whether rows are stored, epoch by epoch
 PLANS: list[tuple[RunCosts, Mapping[int, int], int, dict[str, Any], list[tuple[int, float, bool]]]] = [
     (COSTS, {}, 2, {}, [(0, 26.6, False)] * 2),
+    (COSTS, {1: 0}, 2, {}, [(0, 26.6, False)] * 2),
     (COSTS, {0: 3}, 3, {}, [(3, 14.8, True), (3, 7.3, False), (3, 7.3, False)]),
     # Images are read in one epoch only; then rows come from rows.
     (
@@ -200,10 +202,15 @@ def test_plan_refuses(prefix: int) -> None:
         # Rows that take longer than the layers that they stand in for: best not stored, in the last epoch.
         (SLOW_ROWS, 9, 0, 8 * 26.6 + 13.8),
         (COSTS, 3, 1, 26.6 + 14.8 + 7.3),
+        (four_layers(scale=1e-3), 3, 1, 26.6 + 14.8 + 7.3),
     ],
 )
 def test_largest_speedup(costs: RunCosts, epochs: int, start: int, seconds: float) -> None:
     assert largest_speedup(costs, epochs, start=start) == pytest.approx(epochs * 26.6 / seconds)
+
+
+def test_largest_speedup_of_a_run_that_takes_no_time_is_infinite() -> None:
+    assert largest_speedup(four_layers(scale=0.0), 2) == math.inf
 
 
 def test_largest_speedup_is_at_least_that_of_no_drop() -> None:
@@ -213,8 +220,10 @@ def test_largest_speedup_is_at_least_that_of_no_drop() -> None:
 
 @pytest.mark.parametrize("views", [1, 2, 5])
 @pytest.mark.parametrize("prefix", [1, 3])
-def test_one_drops_are_plans_of_a_whole_run(views: int, prefix: int) -> None:
-    costs = four_layers(views=views)
+# Rows of 9 s take longer to read than to make.
+@pytest.mark.parametrize("row", [0.25, 9.0])
+def test_one_drops_are_plans_of_a_whole_run(views: int, prefix: int, row: float) -> None:
+    costs = four_layers(views=views, row_seconds=(0.0, row, row, row))
     for drop in one_drops(costs, 6, prefix=prefix, starts=range(6)):
         entries = plan(costs, {drop.start: prefix}, 6, past=())
         assert drop.seconds == pytest.approx(total_seconds(entries))

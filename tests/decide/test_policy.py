@@ -78,6 +78,13 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
         0,
         "stem still learns: score 0.00001, threshold 0",
     ),
+    (
+        "too little for 16 decimals",
+        StoppedLearning(0.0, 1, 0, 0.0),
+        after((1e-17, 0, 0, 0)),
+        0,
+        "stem still learns: score 1e-17, threshold 0",
+    ),
     ("no measurement", QUICK, after(epoch=1), 0, "no score yet"),
     ("one stopped", QUICK, after(FIRST_RESTS, FIRST_RESTS), 1, STOPPED),
     ("two stopped", QUICK, after(TWO_REST, TWO_REST), 2, STOPPED),
@@ -139,20 +146,6 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
     ),
     ("patience of one", StoppedLearning(0.2, 1, 0, 0.0), after(TWO_REST), 2, "scores under 0.2 for 1 measurements"),
     (
-        "just the share wanted",
-        QUICK,
-        after(ALL_REST, ALL_REST, fill_seconds=(0, 7, 7, 7), saved_seconds=(0, 0.5, 0.5, 0.5), epoch_seconds=1.0),
-        3,
-        STOPPED,
-    ),
-    (
-        "a score without decimals",
-        QUICK,
-        after((1e-20, 0.9, 0.9, 0.9)),
-        0,
-        "stem may still learn: score 1e-20 is under 0.1 for 1 of 2 measurements",
-    ),
-    (
         "worth it",
         QUICK,
         after(TWO_REST, TWO_REST, fill_seconds=(0, 5, 9, 12), saved_seconds=(0, 1, 2, 3)),
@@ -162,7 +155,7 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
     (
         "only the shorter is worth it",
         QUICK,
-        after(TWO_REST, TWO_REST, epochs=7, fill_seconds=(0, 4, 20, 30), saved_seconds=(0, 1, 2, 3)),
+        after(TWO_REST, TWO_REST, epochs=7, fill_seconds=(0, 4.9, 20, 30), saved_seconds=(0, 1, 2, 3)),
         1,
         STOPPED,
     ),
@@ -194,11 +187,11 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
         1,
         STOPPED,
     ),
-    # 18 epochs of 2 s less a fill of 8 s: 28 of 200 s.
+    # 18 epochs of 2 s less a fill of 16 s: 20 of 200 s.
     (
-        "saves enough of the run",
+        "saves just enough of the run",
         QUICK,
-        after(FIRST_RESTS, FIRST_RESTS, fill_seconds=(0, 8, 9, 9), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
+        after(FIRST_RESTS, FIRST_RESTS, fill_seconds=(0, 16, 17, 17), saved_seconds=(0, 2, 2, 2), epoch_seconds=10.0),
         1,
         STOPPED,
     ),
@@ -290,6 +283,7 @@ FIXED: list[tuple[Mapping[int, int], int, int, int, str]] = [
     ({0: 3, 1: 3}, 0, 0, 3, "set by hand"),
     ({0: 2, 1: 3}, 1, 2, 3, "set by hand"),
     ({1: 3}, 0, 0, 0, "nothing set for this epoch"),
+    ({0: 0, 1: 3}, 0, 0, 0, "nothing set for this epoch"),
 ]
 
 

@@ -80,7 +80,8 @@ def random_costs(draw: random.Random, layers: int, views: int) -> RunCosts:
     )
 
 
-@pytest.mark.parametrize("seed", range(40))
+# With the last three and two or three views, layers are dropped while views are being filled, and the first search is wrong.
+@pytest.mark.parametrize("seed", [*range(40), 293, 1252, 1569])
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_best_prefixes_are_the_best_of_all(seed: int, views: int) -> None:
     draw = random.Random(seed)
