@@ -78,7 +78,7 @@ class FrozenPrefix:
         self._slots = tuple(_slots(self._model, self._chain, self.k))
         self._seen = [_identity(owner.get(name)) for _, owner, name in self._slots]
         self._checksums = [_checksum(owner.get(name)) for _, owner, name in self._slots]
-        self._attributes = Attributes(self._called, self._chain.moving, since="its rows were made")
+        self._attributes = Attributes(self._called, self._chain.moving, since="its rows were computed")
 
     def first_changed_attribute(self) -> str | None:
         """Say which attribute of a frozen module (a temperature, a flag, a tensor that is not a buffer) has changed, or

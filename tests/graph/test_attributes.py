@@ -85,12 +85,12 @@ def dropped(prefix: int = 1) -> tuple[nn.Sequential, torch.optim.Optimizer, Drop
 
 
 CHANGES: list[tuple[Callable[[Any], Any], str]] = [
-    (lambda b: setattr(b, "temperature", 0.5), "temperature of 0 was 1.0 when its rows were made, and is 0.5"),
-    (lambda b: setattr(b.inner, "scale", 3.0), "scale of 0.inner was 1.0 when its rows were made, and is 3.0"),
-    (lambda b: b.inner.names.append("c"), r"names of 0.inner was \['a', 'b'\] when its rows were made, and is"),
+    (lambda b: setattr(b, "temperature", 0.5), "temperature of 0 was 1.0 when its rows were computed, and is 0.5"),
+    (lambda b: setattr(b.inner, "scale", 3.0), "scale of 0.inner was 1.0 when its rows were computed, and is 3.0"),
+    (lambda b: b.inner.names.append("c"), r"names of 0.inner was \['a', 'b'\] when its rows were computed, and is"),
     (lambda b: b.inner.shift.add_(1), "shift of 0.inner has changed since its rows were computed"),
     (lambda b: setattr(b.inner, "shift", torch.ones(())), "shift of 0.inner has changed since its rows were computed"),
-    (lambda b: setattr(b, "forward", lambda x: b.conv(x)), "forward of 0 was added after its rows were made"),
+    (lambda b: setattr(b, "forward", lambda x: b.conv(x)), "forward of 0 was added after its rows were computed"),
 ]
 
 
