@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.fingerprint import Fingerprint
 from learndrop_ext.cache.plan import Budgets, TierPlan
 from learndrop_ext.cache.shared import FillLock, find_or_lock
+from learndrop_ext.cache.storage import TierStorage
 from learndrop_ext.ops import transfer
 
 CPU = torch.device("cpu")
@@ -184,6 +186,40 @@ def forked_reader(folder: str, moment: str) -> None:
     assert torch.equal(cache.gather(batch), rows(9)[batch])
     cache.append(torch.tensor([8]), rows(1))
     assert torch.equal(cache.gather(torch.tensor([8])), rows(1))
+    cache.close()
+
+
+def forked_writer(folder: str, first: str) -> None:
+    """A child forked in the middle of a read ahead first appends rows of the host tier, or first reads ahead."""
+    budgets = Budgets((2 + 4) * 6016, 1 << 20, 0, 2)
+    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=budgets)
+    assert cache.plan == TierPlan(2, 7, 0, 2)
+    cache.append(torch.arange(9), rows(9))
+    batch = torch.tensor([8, 0, 3])
+    forked = threading.Event()
+    read = TierStorage.read
+
+    def waiting(self: TierStorage, slots: torch.Tensor, into: torch.Tensor) -> None:
+        forked.wait()
+        read(self, slots, into)
+
+    TierStorage.read = waiting
+    cache.prefetch(batch)
+    process = os.fork()
+    if process == 0:
+        signal.alarm(60)
+        forked = threading.Event()  # the old one's lock may be held by the thread that was not copied
+        forked.set()
+        if first == "append":
+            cache.append(torch.tensor([8]), rows(1))
+        else:
+            cache.prefetch(torch.tensor([8, 3]))
+        assert torch.equal(cache.gather(torch.tensor([8, 3])), rows(9)[[0 if first == "append" else 8, 3]])
+        cache.close()
+        sys.exit(0)
+    assert os.waitpid(process, 0)[1] == 0
+    forked.set()
+    assert torch.equal(cache.gather(batch), rows(9)[batch])
     cache.close()
 
 

@@ -217,3 +217,8 @@ def test_a_forked_child_does_not_take_the_file_away(tmp_path: Path) -> None:
 def test_a_forked_child_reads_rows_and_is_refused_what_it_may_not_write(tmp_path: Path, moment: str) -> None:
     run("forked_reader", tmp_path, moment)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("first", ["append", "prefetch"])
+def test_a_forked_child_does_not_wait_for_the_thread_of_its_parent(tmp_path: Path, first: str) -> None:
+    run("forked_writer", tmp_path, first)

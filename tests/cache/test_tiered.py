@@ -81,10 +81,15 @@ def test_prefetch_reads_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         read(self, slots, into)
 
     monkeypatch.setattr(storage.TierStorage, "read", noting)
+    read_ahead = []
     for batch in (ids(3, 1), ids(2, 4, 2), ids(0)):
         cache.prefetch(batch)
+        assert cache._rows is not None
+        assert cache._rows._prefetch is not None
+        cache._rows._prefetch.future.result()
+        read_ahead.append(asked[-1])
         cache.gather(batch)
-    assert asked == [[1, 3], [2, 4], [0]]
+    assert read_ahead == asked == [[1, 3], [2, 4], [0]]
     cache.close()
 
 

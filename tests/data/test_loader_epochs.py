@@ -120,6 +120,23 @@ def test_one_iteration_at_a_time() -> None:
     assert_rows(found, drop, 1)
 
 
+def test_older_rows_are_freed_though_the_iteration_that_computed_the_new_ones_never_ended() -> None:
+    drop = scheduler(DataLoader(data(), batch_size=4), policy=Fixed({1: 1, 2: 2}))
+    for _ in range(2):
+        labels(drop.loader, drop)
+        drop.step()
+    held = iter(drop.loader)
+    for _ in range(len(drop.loader)):
+        drop.model(next(held)[0])
+    assert drop.rows._older is not None
+    drop.step()
+    after = iter(drop.loader)
+    next(after)
+    assert drop.rows._older is None
+    with pytest.raises(RuntimeError, match=r"drop.loader: wanted one iteration at a time"):
+        next(held)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_iteration_goes_on_through_drops_and_undrop(workers: int) -> None:
     drop = scheduler(
