@@ -91,6 +91,7 @@ class TieredRows:
         self._area = 0
         disk, filled = saved if saved is not None else (None, torch.zeros(slots, dtype=torch.bool))
         nothing = torch.empty(0, layout.stride_bytes, dtype=torch.uint8, device=device)
+        # No row is in memory yet; slots beyond a plan count as on disk.
         self._resources = Resources(TierStorage(TierPlan(0), nothing, None, disk))
         self._finalizer = weakref.finalize(self, self._resources.end)
         self._process = os.getpid()

@@ -195,4 +195,4 @@ def _first_difference(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int, o
         if not rows_agree(made, stored, rows.autocast, error=CODEC_ERROR[rows.config.codec]):
             changed = "the images"
     changed = changed or rows.extras.first_difference(batch, at, others)
-    return changed and f"{changed} of some samples are no longer what the dataset gave when their rows were made"
+    return changed and f"{changed} of some samples are no longer what the dataset gave when their rows were computed"

@@ -217,8 +217,9 @@ def forked_writer(folder: str, first: str) -> None:
         assert torch.equal(cache.gather(torch.tensor([8, 3])), rows(9)[[0 if first == "append" else 8, 3]])
         cache.close()
         sys.exit(0)
-    assert os.waitpid(process, 0)[1] == 0
-    forked.set()
+    ended = os.waitpid(process, 0)[1]
+    forked.set()  # first, so that a failure does not leave the thread waiting
+    assert ended == 0
     assert torch.equal(cache.gather(batch), rows(9)[batch])
     cache.close()
 
