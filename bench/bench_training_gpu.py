@@ -1,11 +1,12 @@
 """Training with dropping compared with an expert's baseline on a GPU; a stage of bench/on_gpu.sh.
 
-    python bench/bench_training_gpu.py --out FILE [--cases NAME ...] [--seconds 480] [--device cpu --toy]
+    python bench/bench_training_gpu.py --out FILE [--cases NAME ...] [--seeds 0 ...] [--seconds 480] [--device cpu --toy]
 
 The baseline is what an expert would run: bf16 autocast, channels_last, images and augmentation on the GPU, a fused
-optimizer, and torch.compile if compiled steps are faster. Dropping trains the same way with DropScheduler. `short` is the
-baseline with as many steps as fit into the time that dropping took. Seconds include compiling, measuring and filling, but
-not evaluation.
+optimizer, and torch.compile if the whole run, compilation included, is then expected to be shorter. Dropping trains the
+same way with DropScheduler. `short` is the baseline with as many steps as fit into the time that dropping took. One epoch
+is trained and thrown away before, so that no side pays for cuDNN's choices and for loading kernels. Seconds include
+compiling, measuring and filling, but not evaluation.
 
 LEARNDROP_DATA is the folder with MNIST/raw, cifar-10-batches-py and clothing-160; LEARNDROP_WEIGHTS is the file of
 EfficientNet-Lite0's published weights. A case without data or time is recorded as not run, with the reason. The file is
@@ -34,6 +35,8 @@ from learndrop_ext.app.models import build_model
 Batch = tuple[Tensor, Tensor]
 #: Steps of which the time is taken, after as many to warm up, before eager or compiled steps are chosen.
 PROBE_STEPS = 10
+#: torch.compile is not tried for eager runs below so many seconds: it takes half a minute for a ResNet-18.
+COMPILE_ABOVE = 60.0
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,19 @@ class Setting:
 
 @dataclass(frozen=True)
 class Work:
-    """A case with its images and a way to make its network with fresh or pretrained weights, always the same."""
+    """A case with its images, a seed, and a way to make its network from a seed, with fresh or pretrained weights."""
 
     case: Case
     train: ImageSet
     test: ImageSet
-    make_model: Callable[[], nn.Module]
+    from_seed: Callable[[int], nn.Module]
     device: torch.device
     policy: Policy = field(default_factory=StoppedLearning)
     compiled: bool = False
+    seed: int = 0
+
+    def make_model(self) -> nn.Module:
+        return self.from_seed(self.seed)
 
 
 class NotRunError(Exception):
@@ -110,10 +117,12 @@ def load(case: Case, setting: Setting) -> Work:
     # Not 4: torch 2.13 writes beyond the gradient of a 1x1 convolution of 4 channels-last channels on some CPUs.
     width = 8 if setting.toy else 64
 
-    def make_model() -> nn.Module:
-        return build_model(case.model, num_classes=len(split.classes), in_channels=split.channels, width=width, seed=0)
+    def from_seed(seed: int) -> nn.Module:
+        return build_model(
+            case.model, num_classes=len(split.classes), in_channels=split.channels, width=width, seed=seed
+        )
 
-    return Work(case, split.train.to(device).augmented(case.augment), split.test.to(device), make_model, device)
+    return Work(case, split.train.to(device).augmented(case.augment), split.test.to(device), from_seed, device)
 
 
 def load_photos(case: Case, setting: Setting) -> Work:
@@ -128,10 +137,11 @@ def load_photos(case: Case, setting: Setting) -> Work:
     if case.workers is None:
         train = train.decoded().to(setting.device)
 
-    def make_model() -> nn.Module:
-        return build_network(case.model, num_classes=len(split.classes), weights=str(setting.weights)).model
+    def from_seed(seed: int) -> nn.Module:
+        found = build_network(case.model, num_classes=len(split.classes), weights=str(setting.weights), seed=seed)
+        return found.model
 
-    return Work(case, train, test, make_model, setting.device, policy=Budget(2.0))
+    return Work(case, train, test, from_seed, setting.device, policy=Budget(2.0))
 
 
 def optimizer_of(work: Work, model: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, Callable[[], object]]:
@@ -164,26 +174,37 @@ def synchronized(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def compile_if_faster(work: Work) -> tuple[Work, dict[str, Any]]:
-    """Time eager and compiled steps of a throw-away network, and keep what is faster; on a CPU steps are eager."""
+def warm_up(work: Work) -> tuple[Work, dict[str, Any]]:
+    """Train an epoch that is thrown away, and choose eager or compiled steps; on a CPU steps are eager."""
+    first = fit(work, work.make_model(), epochs=1, drops=False)["seconds"]
     if work.device.type == "cpu":
         return work, {"compiled": False, "reason": "not tried on a CPU"}
+    run_steps = work.case.epochs * -(-len(work.train) // work.case.batch_size)
+    warm, step = probe_steps(work, compiled=False)
+    found = {"compiled": False, "first_epoch_seconds": first, "eager_step_seconds": step}
+    if run_steps * step < COMPILE_ABOVE:
+        return work, found | {"reason": f"{run_steps * step:.0f} s of eager steps, under {COMPILE_ABOVE:.0f}"}
+    warm, compiled_step = probe_steps(work, compiled=True)
+    faster = warm + run_steps * compiled_step < run_steps * step
+    found |= {"compiled": faster, "compiling_seconds": warm, "compiled_step_seconds": compiled_step}
+    return dataclasses.replace(work, compiled=faster), found
+
+
+def probe_steps(work: Work, *, compiled: bool) -> tuple[float, float]:
+    """Return the seconds of the first steps of a throw-away network, and of one step after them."""
     x = torch.stack([work.train[i][0] for i in range(work.case.batch_size)]).to(work.device)
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.zeros(len(x), dtype=torch.int64, device=work.device)
-    times = {}
-    for name in ("eager", "compiled"):
-        model = on_device(work.make_model(), work.device)
-        live = torch.compile(model) if name == "compiled" else model
-        optimizer, _ = optimizer_of(work, model, 2 * PROBE_STEPS)
-        for step in range(2 * PROBE_STEPS):
-            if step == PROBE_STEPS:
-                begin = synchronized(work.device)
-            train_step(live, optimizer, (x, y), work.device)  # type: ignore[arg-type]
-        times[name] = (synchronized(work.device) - begin) / PROBE_STEPS
-    faster = times["compiled"] < times["eager"]
-    found = {"compiled": faster, **{f"{name}_step_seconds": seconds for name, seconds in times.items()}}
-    return dataclasses.replace(work, compiled=faster), found
+    model = on_device(work.make_model(), work.device)
+    live = torch.compile(model) if compiled else model
+    optimizer, _ = optimizer_of(work, model, 2 * PROBE_STEPS)
+    begin = synchronized(work.device)
+    for _ in range(PROBE_STEPS):
+        train_step(live, optimizer, (x, y), work.device)  # type: ignore[arg-type]
+    middle = synchronized(work.device)
+    for _ in range(PROBE_STEPS):
+        train_step(live, optimizer, (x, y), work.device)  # type: ignore[arg-type]
+    return middle - begin, (synchronized(work.device) - middle) / PROBE_STEPS
 
 
 def fit(
@@ -197,9 +218,9 @@ def fit(
 ) -> dict[str, Any]:
     """Train `model` for some epochs, or some steps of them, and return what it took and reached, as plain values."""
     case, device = work.case, work.device
-    torch.manual_seed(0)
+    torch.manual_seed(work.seed)
     images = work.train if train is None else train
-    loader = make_loader(images, case.batch_size, shuffle=True, seed=0, num_workers=case.workers or 0)
+    loader = make_loader(images, case.batch_size, shuffle=True, seed=work.seed, num_workers=case.workers or 0)
     model = on_device(model, device)
     steps = steps or epochs * len(loader)
     optimizer, after_step = optimizer_of(work, model, steps)
@@ -212,7 +233,15 @@ def fit(
     if drops:
         config = CacheConfig(codec="fp16", views=4 if case.augment else 1)
         scheduler = DropScheduler(
-            model, optimizer, loader, policy=work.policy, epochs=epochs, cache=config, wrap=wrap, seed=0
+            model,
+            optimizer,
+            loader,
+            policy=work.policy,
+            epochs=epochs,
+            cache=config,
+            wrap=wrap,
+            seed=work.seed,
+            autocast=torch.bfloat16 if device.type == "cuda" else None,
         )
     live = model if wrap is None else wrap(model)
     done = 0
@@ -231,6 +260,7 @@ def fit(
     seconds += synchronized(device) - begin
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {
+        "seed": work.seed,
         "epochs": done / len(loader),
         "seconds": seconds,
         "fill_seconds": fill_seconds,
@@ -297,7 +327,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="default: all, in order")
-    parser.add_argument("--seconds", type=float, default=480, help="no case begins after so many")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="each case is run with each of them")
+    parser.add_argument("--seconds", type=float, default=480, help="no case and no further seed begins after so many")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--toy", action="store_true", help="digits, narrow networks, two epochs, one drop: a rehearsal")
     args = parser.parse_args()
@@ -313,6 +344,8 @@ def main() -> int:
         torch.set_float32_matmul_precision("high")
     info = dataclasses.asdict(backend_info())
     result: dict[str, Any] = {"machine": info, "toy": args.toy, "cases": {}}
+    if setting.device.type == "cuda":
+        result["gpu"] = torch.cuda.get_device_name(setting.device)
     begin = time.perf_counter()
     failed = 0
     for case in CASES:
@@ -322,18 +355,21 @@ def main() -> int:
         result["cases"][case.name] = entry
 
         def add(run: str, found: dict[str, Any], entry: dict[str, Any] = entry, name: str = case.name) -> None:
-            entry["runs"][run] = found
+            entry["runs"].setdefault(run, []).append(found)
             write(args.out, result)
             print(f"{name} {run}: {found['seconds']:.1f} s, {found['accuracy']:.2f} %", flush=True)
 
         try:
-            if time.perf_counter() - begin > args.seconds:
-                raise NotRunError(f"the {args.seconds:g} seconds were over")
-            small = dataclasses.replace(case, epochs=2, batch_size=16, workers=case.workers and 1)
-            work, entry["steps"] = compile_if_faster(load(small if args.toy else case, setting))
-            if args.toy:
-                work = dataclasses.replace(work, policy=Fixed({1: 1}))
-            (warm_start if case.name == "warm-start" else compare)(work, add)
+            for seed in args.seeds:
+                if time.perf_counter() - begin > args.seconds:
+                    raise NotRunError(f"the {args.seconds:g} seconds were over before seed {seed}")
+                if seed == args.seeds[0]:
+                    small = dataclasses.replace(case, epochs=2, batch_size=16, workers=case.workers and 1)
+                    work, entry["steps"] = warm_up(load(small if args.toy else case, setting))
+                if args.toy:
+                    work = dataclasses.replace(work, policy=Fixed({1: 1}))
+                compare_sides = warm_start if case.name == "warm-start" else compare
+                compare_sides(dataclasses.replace(work, seed=seed), add)
         except NotRunError as reason:
             entry["not_run"] = str(reason)
             print(f"{case.name}: not run, {reason}", flush=True)

@@ -10,6 +10,7 @@
 #
 # Results go to $OUT (bench/results/gpu-STAGE): a log for each step, JSON, and steps.jsonl with exit codes and seconds.
 # $TESTS_PASSED is the number of tests that passed before `kernels`, $LEARNDROP_COMMIT the commit if the tree has no history.
+# $SEEDS are the random seeds of `training`, "0" if not set.
 # $PYTHON is the interpreter, whose environment has torch, pytest and the build requirements of pyproject.toml.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -133,7 +134,8 @@ case $stage in
     ;;
   training)
     step training $((limit)) "$python" bench/bench_training_gpu.py --out "$OUT/training.json" --device "$device" \
-      --seconds $((limit - SECONDS - 60)) ${toy:+--toy} ${names[@]:+--cases "${names[@]}"}
+      --seconds $((limit - SECONDS - 60)) --seeds ${SEEDS:-0} \
+      ${toy:+--toy} ${names[@]:+--cases "${names[@]}"}
     ;;
 esac
 echo "== $stage: $([ "$failed" -eq 0 ] && echo passed || echo FAILED), $SECONDS s, $OUT"

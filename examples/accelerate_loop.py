@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         policy=Fixed({2: 1, 4: 2}),  # without it: drop layers that have stopped learning
         epochs=options.epochs,
         cache=options.codec,
+        autocast={"fp16": torch.float16, "bf16": torch.bfloat16}.get(options.precision),
         # Not accelerator.prepare: a model wrapped before a drop would wait for the gradients of the dropped layers.
         wrap=DistributedDataParallel if several else None,
     )

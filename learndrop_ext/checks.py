@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from learndrop_ext.cache.config import CacheConfig
@@ -43,12 +44,14 @@ def check_folder(config: CacheConfig) -> None:
         )
 
 
-def check_policy(policy: Any, epochs: Any) -> None:
-    """Raise TypeError or ValueError for a policy that is not callable, or a bad number of epochs."""
+def check_policy(policy: Any, epochs: Any, autocast: Any) -> None:
+    """Raise TypeError or ValueError for a policy that is not callable, a bad number of epochs, or no dtype of autocast."""
     if isinstance(policy, type) or (policy is not None and not callable(policy)):
         raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
         raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise TypeError(f"DropScheduler: autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
 
 
 def input_name(model: nn.Module) -> str:
@@ -109,14 +112,14 @@ def warn_unseen(model: nn.Module, chain: Chain, first: int, prefix: int) -> None
         )
 
 
-def warn_saturated(rows: RowSet, chain: Chain) -> bool:
-    """Warn if rows were clamped to the largest fp16 number, and return whether they were."""
-    if rows.cache is None or not rows.cache.saturated:
-        return False
+def warn_saturated(rows: RowSet, chain: Chain) -> None:
+    """Warn, once in a run, if rows were clamped to the largest fp16 number."""
+    if rows.said_saturated or rows.cache is None or not rows.cache.saturated:
+        return
+    rows.said_saturated = True
     warnings.warn(
         f"drop.step: activations after {chain.names[rows.cut - 1]} are larger than 65504 and were clamped to it by the "
         "codec fp16; use cache='bf16' or 'fp32'",
         RuntimeWarning,
         stacklevel=3,
     )
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +32,7 @@ class Ledger:
     Args:
         chain: the model's layers.
         optimizer: the user's optimizer.
-        rows: the run's rows.
+        rows: the run's rows; layers are timed under their autocast dtype.
         loader: the run's loader.
         keeps_rows: whether rows are cached.
         inputs: batch -> the model's arguments; None for its input alone.
@@ -52,13 +53,14 @@ class Ledger:
         assert chain.call is not None
         image, others = chain.call.first(max(2, min(len(rows.example), loader.batches.batch_size, TIMED_SAMPLES)))
         self.costs = CostBook(
-            costs.measure_layers(chain, image, others=others),
+            costs.measure_layers(chain, image, others=others, autocast=rows.autocast),
             rows.config if keeps_rows else None,
             rows.device,
             samples=rows.source.expected(),
         )
         self._optimizer = optimizer
         self._inputs = inputs
+        self._autocast = rows.autocast
         self._rows = rows
         self._loader = loader
 
@@ -76,8 +78,24 @@ class Ledger:
         batch, read_seconds, workers = self._rows.source.timed(self._loader.batches.batch_size)
         batch = to_device(batch, self._rows.device)
         x = input_of(batch, self._loader.key)
-        step = probe_training_step(model, self._optimizer, x, inputs=arguments_of(self._inputs, batch))
+        given = arguments_of(self._inputs, batch)
+        step = probe_training_step(model, self._optimizer, x, inputs=given, autocast=self._autocast)
         self.costs.probe(step, batch=len(x), read_seconds=read_seconds, workers=workers)
+
+    def check_autocast(self, trained: torch.dtype | None) -> None:
+        """Warn once if training steps were timed, for plans and forecasts, under another autocast dtype than the loop's."""
+        if not self.costs.probed or trained == self._autocast:
+            return
+        said = [
+            "without autocast" if dtype is None else f"under autocast of {dtype}" for dtype in (self._autocast, trained)
+        ]
+        warnings.warn(
+            f"drop.step: training steps were timed {said[0]}, and the loop trains {said[1]}: the plan before the first step "
+            f"and forecasts are of other times; give DropScheduler(autocast={trained})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        self._autocast = trained
 
     def elapsed(self, history: Sequence[Record]) -> float:
         """Return the seconds of the run so far, the construction of the scheduler included."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -19,8 +20,8 @@ from learndrop_ext.scheduler import DropScheduler
 
 __all__ = ["LearnDropCallback"]
 
-#: Precisions that keep weights and images in fp32, which rows require.
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+#: Precisions that keep weights and images in fp32, which rows require, and the autocast dtype of their training steps.
+PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 #: Arguments of DropScheduler that come from the Trainer.
 FROM_TRAINER = ("self", "model", "optimizer", "loader")
 
@@ -111,6 +112,7 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         options = dict(self.options)
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.max_steps < 0:
             options.setdefault("epochs", trainer.max_epochs)
+        options.setdefault("autocast", PRECISIONS.get(trainer.precision))
         source = trainer.fit_loop._data_source
         loader = _training_loader(source.dataloader())
         if int(os.environ.get("PL_SEED_WORKERS", "0")) and loader.worker_init_fn is None:

@@ -58,8 +58,7 @@ class DropScheduler:
             must set `drop.optimizer`.
         loader (Iterable): a DataLoader over a dataset with ids or, with `ids`, any object that gives batches each time it
             is iterated over.
-        policy (Policy, optional): situation -> Decision. It is also asked once before training. Default:
-            `StoppedLearning()`
+        policy (Policy, optional): situation -> Decision, also asked before training. Default: `StoppedLearning()`
         epochs (int, optional): number of `step()` calls in the run. If given, no drop is made that cannot pay for itself
             in the epochs left. Default: None
         cache (CacheConfig, str or None, optional): a configuration, the name of a codec, or None to keep no rows and run
@@ -71,16 +70,15 @@ class DropScheduler:
             `inputs=lambda batch: ((batch[0],), {"labels": batch[1]})`. There are no cuts after the first use of another
             tensor. It is called with batches of images only.
         ids (int, str or tuple, optional): position in a batch of the samples' ids, one int or str per sample: a key, an
-            index or a tuple of these. `loader` is iterated over until all ids are known and have rows; then batches are
-            drawn from the ids. Images are compared with their rows only while they are read.
+            index or a tuple of these. `loader` is read until all ids are known and have rows, then they are drawn.
         layers (Sequence[str], optional): names of modules to split at; see `split_layers`.
         seed (int, optional): random seed of views, flips, shifts, and the order of `ids`. Default: 0
         check_input (bool, optional): raise if the loop changes the input between `loader` and `model`. Default: True
+        autocast (torch.dtype, optional): dtype of the loop's `torch.autocast`, under which layers are timed. Default: None
 
     Raises:
-        TypeError, ValueError: before anything is changed, for a loader without ids, a random dataset with one view, a
-            batch that cannot be stored, an optimizer with none of the model's parameters, a model that cannot be split
-            or has layers dropped by another scheduler, a policy whose target cannot be met.
+        TypeError, ValueError: before anything is changed, for a loader without ids, a batch that cannot be stored, a model
+            that cannot be split, a policy whose target cannot be met, and all else in docs/errors.md.
     """
 
     def __init__(
@@ -100,6 +98,7 @@ class DropScheduler:
         layers: Sequence[str] | None = None,
         seed: int = 0,
         check_input: bool = True,
+        autocast: torch.dtype | None = None,
     ) -> None:
         begin = time.perf_counter()
         config = cache_config(cache, views)
@@ -108,7 +107,7 @@ class DropScheduler:
         check_folder(config)
         check_optimizer(optimizer, model)
         check_free(model)
-        check_policy(policy, epochs)
+        check_policy(policy, epochs, autocast)
         numbers, batch = source.first()
         batch = to_device(batch, device)
         example = input_of(batch, input)
@@ -130,12 +129,10 @@ class DropScheduler:
         self.history: list[Record] = []
         self.prefix = 0
         self.epoch = 0  # how often step() was called
-        self._layer_names = layers
-        self._arguments = given
+        self._layer_names, self._arguments = layers, given
         self._keeps_rows = cache is not None
         self._undropped: int | None = None
         self._forecast_seconds: float | None = None
-        self._said_saturated = False
         self.rows = RowSet(self.chain, model, source, config=config, key=input, ids=numbers, batch=batch, seed=seed)
         self.model = LiveModel(
             live_body(model, self.chain, 0, 0, wrap), model, input_name(model), call=given and self.chain.call
@@ -143,6 +140,8 @@ class DropScheduler:
         self.model.check_input = check_input
         self.model.set_mode(model.training, but=model)
         self.model.image_shape = tuple(example.shape[1:])
+        self.model.autocast = self.model.told_autocast = autocast
+        self.rows.set_autocast(autocast)
         self.loader = DropLoader(self.rows, self.model, key=input, follow_code=weakref.WeakMethod(self._begin_epoch))
         self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None, inputs=inputs)
         self._deltas = self._deltas_from(0)
@@ -178,6 +177,7 @@ class DropScheduler:
         self._check_open("step")
         samples, epoch_seconds = self.loader.ledger
         check_trained(self.model, samples)
+        self.ledger.check_autocast(self.model.autocast)
         follow_model(self.rows)
         self._follow_code("step", run=False)
         changes = self._deltas.measure(refresh=False)
@@ -194,7 +194,7 @@ class DropScheduler:
         self.loader.forget_ledger()
         self.rows.forget_ledger()
         self.model.calls = self.model.eval_calls = 0
-        self._said_saturated = self._said_saturated or warn_saturated(self.rows, self.chain)
+        warn_saturated(self.rows, self.chain)
         record = self._record(
             reason,
             changes=(*gone, *changes),

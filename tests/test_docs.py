@@ -277,7 +277,7 @@ def test_every_public_name_is_in_the_pages() -> None:
 #: What users meet: files of the package, and what their messages begin with.
 SPEAKERS = ("DropScheduler", "drop.", "split_layers:", "CacheConfig:", "StoppedLearning:", "Fixed:", "Budget:")
 SPEAKING = (
-    *("scheduler.py", "checks.py", "checkpoint.py", "data/*.py", "graph/live.py", "graph/freeze.py"),
+    *("scheduler.py", "checks.py", "ledger.py", "checkpoint.py", "data/*.py", "graph/live.py", "graph/freeze.py"),
     *("graph/chain.py", "graph/call.py", "cache/config.py", "decide/policy.py"),
 )
 

@@ -49,7 +49,7 @@ def test_on_gpu_is_rehearsed_on_a_cpu(stage: str, tmp_path: Path) -> None:
     if stage == "training":
         found = json.loads((tmp_path / "training.json").read_text())["cases"]
         assert set(found["cifar10-resnet18"]["runs"]) == {"baseline", "learndrop", "short"}
-        assert found["cifar10-resnet18"]["runs"]["learndrop"]["prefixes"] == [1, 1]
+        assert found["cifar10-resnet18"]["runs"]["learndrop"][0]["prefixes"] == [1, 1]
         assert len(found["warm-start"]["runs"]) == 5
 
 

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "learndrop_ext"
 
 #: In the order the data flows. A module or package imports only what stands before it, and its own siblings.
 FLOW = (
-    *("_C", "kernels", "distributed", "rng", "ops", "graph", "cache", "decide", "data"),
+    *("_C", "kernels", "distributed", "rng", "cudnn", "ops", "graph", "cache", "decide", "data"),
     *("history", "ledger", "checks", "checkpoint", "scheduler", "lightning", "app"),
 )
 WANTS_AN_EXTRA = {"lightning"}  # imported by its own tests

@@ -99,7 +99,7 @@ class ImageSet(Dataset[Batch]):
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(self)):
             wrong = next(i for i in ids.tolist() if not 0 <= i < len(self))
             raise IndexError(f"ImageSet: ids must be in [0, {len(self)}), got {wrong}")
-        rows = ids.to(self.device)
+        rows = ids.to(self.device, non_blocking=True)  # from pageable memory: read before the call returns
         if isinstance(self.images, Tensor):
             x = self.images[rows]
         else:

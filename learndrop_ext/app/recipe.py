@@ -143,4 +143,5 @@ def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool
         epochs=recipe.epochs,
         cache=cache_of(recipe) if caches else None,
         seed=recipe.seed,
+        autocast=None if recipe.amp is None else torch.bfloat16,
     )

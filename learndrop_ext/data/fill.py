@@ -11,18 +11,23 @@ from torch import nn
 
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.graph.chain import Layer, Segment
 from learndrop_ext.rng import fork_rng
 
 
 @contextlib.contextmanager
 def frozen_pass(segment: Segment, autocast: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    """Eval mode, no gradients, and the autocast of the training step. Restores the training flags on leaving."""
+    """Eval mode, no gradients, and the autocast of the training step. Restores the training flags on leaving.
+
+    A row is computed once, and compared in batches of a few samples: cuDNN's timing of its algorithms would not pay.
+    """
     flags = [m for m in segment.modules() if m.training]
     for module in flags:
         module.training = False
     try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        as_trained = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+        with torch.no_grad(), without_benchmark(device), as_trained:
             yield
     finally:
         for module in flags:

@@ -79,7 +79,7 @@ class RowSet:
         self._watch = Stopwatch(self.device)
         self._made = [0, 0]  # rows computed from images and from older rows since `forget_ledger`
         self._stores = True  # whether rows are stored at all
-        self._full = False  # whether the budgets are exhausted
+        self._full = self.said_saturated = False  # whether the budgets are exhausted, and whether a warning was given
         self.cache: ActivationCache | None = None  # the rows by place; None while the model trains on images
         self._older: ActivationCache | None = None  # the rows of the drop before, while some are still needed
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from learndrop_ext import ops
 from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.decide.probes import StepSeconds, shortest_laps
 from learndrop_ext.decide.probes import TierCost as TierCost
 from learndrop_ext.graph.chain import Chain, Layer
@@ -90,7 +91,8 @@ def measure_layers(
     batch, device = len(x), x.device
     costs: list[LayerCost] = []
     seen: dict[Any, LayerCost] = {}
-    with _preserved(chain), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    as_trained = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    with _preserved(chain), without_benchmark(device), as_trained:
         for i in range(len(chain)):
             layer = chain.layer(i)
             inputs = (x, *(others if layer.others else ()))

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.plan import Budgets
+from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.rng import fork_rng
 
 
@@ -152,7 +153,7 @@ def probe_training_step(
         steps.zero_grad()
         loss(outputs).backward()
 
-    with fork_rng(0), torch.enable_grad():
+    with fork_rng(0), without_benchmark(device), torch.enable_grad():
         outputs = forward()
         if not loss(outputs).requires_grad:
             return None

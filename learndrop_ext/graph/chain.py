@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.graph.call import CalledWith, ModelCall
 from learndrop_ext.graph.cuts import Splitter, Subgraph, layer_name, merge_subgraphs, random_modules
 from learndrop_ext.graph.layers import Chain, Layer, Segment
-from learndrop_ext.graph.proof import AS_IT_IS, deterministic_algorithms, difference
+from learndrop_ext.graph.proof import AS_IT_IS, difference
 from learndrop_ext.graph.state import ModelState
 from learndrop_ext.graph.trace import HOOKS, Trace, UntraceableError, ValueTracer
 from learndrop_ext.graph.watch import Watch, is_lazy
@@ -124,7 +125,7 @@ class _Split:
             for training in (True, False):
                 self.model.train(training)
                 # With and without gradients, so that a no_grad or enable_grad in the forward changes one of the modes.
-                with torch.set_grad_enabled(training), deterministic_algorithms(longer[0]):
+                with torch.set_grad_enabled(training), without_benchmark(longer[0].device, deterministic=True):
                     tracer = ValueTracer(self.root, (self.tensors, longer), known)
                     try:
                         made[training] = tracer.run()

@@ -69,6 +69,7 @@ class LiveModel(nn.Module):
         self.eval_calls = 0
         self.foreign: str | None = None
         self.autocast: torch.dtype | None = None
+        self.told_autocast: torch.dtype | None = None  # under which training calls must run, if not None
         self._base = (base,)  # in a tuple, so that it is not a submodule
         self._base_mode = base.training
         self._expected: tuple[torch.Tensor, int] | None = None
@@ -182,6 +183,11 @@ class LiveModel(nn.Module):
         self.calls += 1
         kind = self.device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        if self.told_autocast not in (None, self.autocast):
+            raise RuntimeError(
+                f"drop.model: training steps must run under torch.autocast of {self.told_autocast}, as DropScheduler was "
+                f"told, got {'no autocast' if self.autocast is None else self.autocast}"
+            )
         self.check_frozen()
         if self.calls & (self.calls - 1) == 0:  # at calls 1, 2, 4, 8, ..., because it reads all modules
             self._check_code()

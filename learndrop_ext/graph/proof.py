@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.graph.call import CalledWith
 from learndrop_ext.graph.state import ModelState, flatten
 from learndrop_ext.rng import fork_rng
@@ -41,16 +41,6 @@ class _Run:
     outputs: tuple[tuple[str, Any], ...]
     gradients: dict[str, torch.Tensor | None] | None  # None: the backward pass failed, or nothing requires a gradient
     effects: dict[str, torch.Tensor]  # tensors of the model that were written to
-
-
-@contextlib.contextmanager
-def deterministic_algorithms(x: torch.Tensor) -> Iterator[None]:
-    """Use the same algorithm in each call, so that equal inputs give equal bits on a GPU too."""
-    if x.device.type != "cuda":
-        yield
-        return
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
-        yield
 
 
 def difference(
@@ -113,7 +103,7 @@ def _run(
 ) -> _Run:
     weights: dict[str, torch.Tensor] = {name: p for name, p in model.model.named_parameters() if p.requires_grad}
     try:
-        with fork_rng(situation.seed), deterministic_algorithms(inputs[0]):
+        with fork_rng(situation.seed), without_benchmark(inputs[0].device, deterministic=True):
             if situation.moved:
                 with torch.no_grad():
                     for tensor in state.floating():

@@ -1,0 +1,80 @@
+"""cuDNN times no algorithms in passes that are not the user's, and keeps the user's settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from learndrop_ext import Budget, DropScheduler
+from learndrop_ext.cudnn import without_benchmark
+from small_training import Net, data, epoch
+
+SETTINGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
+
+
+def settings() -> dict[str, bool]:
+    return {name: getattr(torch.backends.cudnn, name) for name in SETTINGS}
+
+
+@pytest.fixture(autouse=True)
+def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in SETTINGS[1:]:
+        monkeypatch.setattr(torch.backends.cudnn, name, settings()[name])
+
+
+@pytest.mark.parametrize("timed", [False, True])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_only_benchmark_changes_and_comes_back(timed: bool, tf32: bool) -> None:
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = timed, tf32
+    before = settings()
+    with without_benchmark(torch.device("cuda")):
+        assert settings() == before | {"benchmark": False}
+    assert settings() == before
+    with without_benchmark(torch.device("cuda"), deterministic=True):
+        assert settings() == before | {"benchmark": False, "deterministic": True}
+    assert settings() == before
+    with pytest.raises(KeyError), without_benchmark(torch.device("cuda"), deterministic=True):
+        raise KeyError
+    assert settings() == before
+
+
+def test_the_users_determinism_stays_inside() -> None:
+    torch.backends.cudnn.deterministic = True
+    with without_benchmark(torch.device("cuda")):
+        assert torch.backends.cudnn.deterministic
+
+
+def test_nothing_changes_for_a_cpu() -> None:
+    torch.backends.cudnn.benchmark = True
+    with without_benchmark(torch.device("cpu"), deterministic=True):
+        assert settings()["benchmark"]
+        assert not settings()["deterministic"]
+
+
+@pytest.mark.cuda
+def test_only_training_steps_have_algorithms_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.backends.cudnn.benchmark = True
+    gpu = torch.device("cuda")
+    torch.manual_seed(0)
+    model = Net().to(gpu)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    seen: list[tuple[bool, bool]] = []
+    convolution = nn.Conv2d._conv_forward
+
+    def recorded(module: nn.Conv2d, *args: Any) -> torch.Tensor:
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark))
+        return convolution(module, *args)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", recorded)
+    loader = torch.utils.data.DataLoader(data(), batch_size=8)
+    with DropScheduler(model, optimizer, loader, policy=Budget(1.2), epochs=3) as drop:
+        assert set(seen) == {(True, False)}
+        drop.forecast()
+        assert set(seen) == {(True, False)}
+        if not drop.prefix:
+            seen.clear()
+            epoch(drop, optimizer)
+            assert (True, True) in seen
