@@ -65,8 +65,8 @@ void append_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes
 }
 
 void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t out,
-                 int dtype, int64_t batch, const Shape& shape, uintptr_t index, uintptr_t flip,
-                 uintptr_t shift, int threads, const Target& target) {
+                 int dtype, int64_t batch, const Shape& shape, uintptr_t index, bool index_on_host,
+                 uintptr_t flip, uintptr_t shift, int threads, const Target& target) {
   const Gather gather{.cache = pointer<const void>(cache),
                       .cache_rows = cache_rows,
                       .cache_stride_bytes = cache_stride_bytes,
@@ -77,7 +77,8 @@ void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes
                       .shape = row_shape(shape),
                       .index = pointer<const int64_t>(index),
                       .flip = pointer<const uint8_t>(flip),
-                      .shift = pointer<const int32_t>(shift)};
+                      .shift = pointer<const int32_t>(shift),
+                      .index_on_host = index_on_host};
   const py::gil_scoped_release release;
   if (target.first < 0) return cpu::gather_rows(gather, threads);
 #ifdef LEARNDROP_CUDA_ARCHITECTURES
@@ -136,6 +137,7 @@ PYBIND11_MODULE(_C, m) {
       "row_bytes",
       [](int codec, const Shape& shape) { return row_bytes(static_cast<Codec>(codec), row_shape(shape)); },
       py::arg("codec"), py::arg("shape"));
+  m.attr("HELD_ROWS") = kHeldRows;
   m.def("first_outside", &first_outside, py::arg("index"), py::arg("batch"), py::arg("rows"));
   m.def("first_repeated", &first_repeated, py::arg("index"), py::arg("batch"));
   m.def("append_rows", &append_rows, py::arg("cache"), py::arg("cache_rows"), py::arg("cache_stride_bytes"),
@@ -143,7 +145,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("strides"), py::arg("index"), py::arg("threads"), py::arg("target"));
   m.def("gather_rows", &gather_rows, py::arg("cache"), py::arg("cache_rows"), py::arg("cache_stride_bytes"),
         py::arg("codec"), py::arg("out"), py::arg("dtype"), py::arg("batch"), py::arg("shape"),
-        py::arg("index"), py::arg("flip"), py::arg("shift"), py::arg("threads"), py::arg("target"));
+        py::arg("index"), py::arg("index_on_host"), py::arg("flip"), py::arg("shift"), py::arg("threads"),
+        py::arg("target"));
   bind_delta_norms(m);
   bind_disk_rows(m);
   bind_host_rows(m);

@@ -26,14 +26,15 @@ void unpin(uintptr_t address) {
 
 void host_rows_to_device(uintptr_t source, int64_t source_stride_bytes, uintptr_t index, int64_t count,
                          uintptr_t into, int64_t into_stride_bytes, int64_t row_bytes, bool kernel,
-                         const Target& target) {
+                         bool index_on_host, const Target& target) {
   const HostRows rows{.source = pointer<const void>(source),
                       .source_stride_bytes = source_stride_bytes,
                       .index = pointer<const int64_t>(index),
                       .count = count,
                       .into = pointer<void>(into),
                       .into_stride_bytes = into_stride_bytes,
-                      .row_bytes = row_bytes};
+                      .row_bytes = row_bytes,
+                      .index_on_host = index_on_host};
   const py::gil_scoped_release release;
   (kernel ? cuda::gather_host_rows : cuda::copy_host_rows)(rows, target.first, pointer<void>(target.second));
 }
@@ -41,7 +42,7 @@ void host_rows_to_device(uintptr_t source, int64_t source_stride_bytes, uintptr_
 constexpr auto kRefusal = "learndrop_ext._C was built without CUDA";
 void pin(uintptr_t, int64_t, int) { throw std::runtime_error(kRefusal); }
 void unpin(uintptr_t) { throw std::runtime_error(kRefusal); }
-void host_rows_to_device(uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, bool,
+void host_rows_to_device(uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, bool, bool,
                          const Target&) {
   throw std::runtime_error(kRefusal);
 }
@@ -54,7 +55,7 @@ void bind_host_rows(py::module_& m) {
   m.def("unpin", &unpin, py::arg("address"));
   m.def("host_rows_to_device", &host_rows_to_device, py::arg("source"), py::arg("source_stride_bytes"),
         py::arg("index"), py::arg("count"), py::arg("into"), py::arg("into_stride_bytes"),
-        py::arg("row_bytes"), py::arg("kernel"), py::arg("target"));
+        py::arg("row_bytes"), py::arg("kernel"), py::arg("index_on_host"), py::arg("target"));
 }
 
 }  // namespace learndrop

@@ -9,12 +9,13 @@ namespace learndrop {
 struct HostRows {
   const void* source;  // [R, source_stride_bytes], pinned by `pin`
   int64_t source_stride_bytes;
-  const int64_t*
-      index;  // [count], checked; host memory for copy_host_rows, device memory for gather_host_rows
+  const int64_t* index;  // [count], checked; in host memory for copy_host_rows
   int64_t count;
   void* into;  // [count, into_stride_bytes] on the device
   int64_t into_stride_bytes;
   int64_t row_bytes;
+  // gather_host_rows: the index is in host memory, and count <= kHeldRows (row_ops.h) and R <= 2^31.
+  bool index_on_host = false;
 };
 
 namespace cuda {

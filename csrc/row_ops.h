@@ -52,6 +52,9 @@ LEARNDROP_HOST_DEVICE constexpr int64_t row_bytes(Codec codec, RowShape shape) {
   return header_bytes(codec, shape) + shape.values() * value_bytes(codec);
 }
 
+// The most rows whose numbers travel with a launch instead of being copied to the device before it.
+constexpr int64_t kHeldRows = 896;
+
 constexpr float kSmallestRange = 0x1p-100f;
 constexpr float kLargestFp16 = 65504.0f;
 
@@ -82,6 +85,8 @@ struct Gather {
   // flip is set.
   const uint8_t* flip;   // [B], or null
   const int32_t* shift;  // [B, 2] (dy, dx), or null
+  // CUDA: the index is in host memory, and B <= kHeldRows and R <= 2^31.
+  bool index_on_host = false;
 };
 
 // Whether [H, W, C] is contiguous in memory, in this order.

@@ -10,6 +10,8 @@ class BuildInfo(TypedDict):
 def build_info() -> BuildInfo: ...
 def select_simd(name: str) -> None: ...
 def row_bytes(codec: int, shape: tuple[int, int, int]) -> int: ...
+HELD_ROWS: int
+
 def first_outside(index: int, batch: int, rows: int) -> int: ...
 def first_repeated(index: int, batch: int) -> int: ...
 def append_rows(
@@ -36,6 +38,7 @@ def gather_rows(
     batch: int,
     shape: tuple[int, int, int],
     index: int,
+    index_on_host: bool,
     flip: int,
     shift: int,
     threads: int,
@@ -86,5 +89,6 @@ def host_rows_to_device(
     into_stride_bytes: int,
     row_bytes: int,
     kernel: bool,
+    index_on_host: bool,
     target: tuple[int, int],
 ) -> None: ...

@@ -96,8 +96,25 @@ struct Divider {
   __device__ uint32_t remainder(uint32_t n) const { return n - divide(n) * divisor; }
 };
 
+// The numbers of a batch's rows, in device memory or in the launch's own parameters. The copy to the device that
+// the latter save costs the host as much as the launch, and the stream a gap. A launch takes at most 4 KB.
+struct RowIndex {
+  const int64_t* device = nullptr;
+  int32_t held[kHeldRows];
+
+  RowIndex(const int64_t* index, int64_t count, bool on_host) {
+    if (on_host) {
+      std::transform(index, index + count, held, [](int64_t row) { return static_cast<int32_t>(row); });
+    } else {
+      device = index;
+    }
+  }
+  __device__ int64_t operator[](int64_t i) const { return device != nullptr ? device[i] : held[i]; }
+};
+
 // The cache row of row b of the batch. A bad index traps, as in index_select.
-__device__ inline int64_t checked_row(const int64_t* index, int64_t b, int64_t rows) {
+template <class Index>
+__device__ inline int64_t checked_row(const Index& index, int64_t b, int64_t rows) {
   const int64_t row = index[b];
   if (static_cast<uint64_t>(row) >= static_cast<uint64_t>(rows)) __trap();
   return row;
@@ -115,34 +132,38 @@ struct Share {
 };
 
 // The division of rows among blocks. Short rows: 2^log_group threads per row, 256 / 2^log_group rows per
-// block. Long rows: one block per slice of `slice` vectors of a row.
+// block. Long rows: `columns` blocks per slice of `slice` vectors of a row, each with every `columns`-th group
+// of 256 vectors.
 struct Split {
   int log_group = 0;
-  uint32_t vectors, slice = kThreads * kUnroll, slices;
+  uint32_t vectors, slice = kThreads * kUnroll, slices, columns = 1;
   int64_t batch;
 
-  // resident: number of blocks that the device runs at once.
-  Split(int64_t batch, int64_t values, int vector, int64_t resident)
+  // resident: number of blocks that the device runs at once. wanted_columns: for rows of at least two vectors
+  // per thread.
+  Split(int64_t batch, int64_t values, int vector, int64_t resident, uint32_t wanted_columns = 1)
       : vectors(static_cast<uint32_t>(values / vector)), batch(batch) {
     // A row of up to four vectors for each of a block's 256 threads is not divided (16 KB on the wider side).
     // A shorter row gets so many threads that each has four vectors, or up to a warp with one vector each.
     const uint32_t quarter = ceil_div<uint32_t>(vectors, kUnroll);
     const uint32_t wanted = std::max(quarter, std::min<uint32_t>(vectors, kWarp));
     while ((1u << log_group) < wanted && (1 << log_group) < kThreads) ++log_group;
+    if (vectors >= 2 * kThreads * uint64_t{wanted_columns}) columns = wanted_columns;
+    slice *= columns;
     slices = ceil_div(vectors, slice);
-    if (slices > 1) fill_waves(resident);
+    if (slices > 1 && columns == 1) fill_waves(resident);
   }
 
-  int64_t blocks() const { return ceil_div<int64_t>(batch, kThreads >> log_group) * slices; }
+  int64_t blocks() const { return ceil_div<int64_t>(batch, kThreads >> log_group) * slices * columns; }
 
   __device__ Share share() const {
     const uint32_t threads = 1u << log_group;
-    const uint32_t begin = blockIdx.x % slices * slice;
-    return {
-        .b = static_cast<int64_t>(blockIdx.x / slices) * (kThreads >> log_group) + (threadIdx.x >> log_group),
-        .first = begin + (threadIdx.x & (threads - 1)),
-        .last = min(begin + slice, vectors),
-        .step = threads};
+    const uint32_t of_row = blockIdx.x % (slices * columns), rows = blockIdx.x / (slices * columns);
+    const uint32_t begin = of_row / columns * slice;
+    return {.b = static_cast<int64_t>(rows) * (kThreads >> log_group) + (threadIdx.x >> log_group),
+            .first = begin + of_row % columns * kThreads + (threadIdx.x & (threads - 1)),
+            .last = min(begin + slice, vectors),
+            .step = threads * columns};
   }
 
  private:

@@ -83,6 +83,11 @@ def append_distinct_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: s
     _append(cache, rows, index, codec, distinct=True)
 
 
+def travels_with_launch(index: Tensor, rows: int) -> bool:
+    """Whether an index [B] (CPU) into `rows` rows is read when a kernel is launched, and needs no copy on the device."""
+    return len(index) <= _C.HELD_ROWS and rows <= 2**31
+
+
 def first_repeated(index: Tensor) -> int | None:
     """Return the smallest number that occurs twice in an index [B] int64 (CPU) of numbers >= 0, or None."""
     index = index.contiguous()
@@ -175,13 +180,16 @@ def gather_rows(
     index = _checked_index(name, cache, index)
     B = index.shape[0]
     _check_moves(name, B, shape, flip, shift)
+    held = cache.is_cuda and index.device.type == "cpu" and travels_with_launch(index, cache.shape[0])
+    if held and torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"{name}: index must be on {cache.device} while a CUDA graph is captured, got one on the CPU")
     if out is None:
         out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=memory_format(shape))
     else:
         _check_out(name, out, (B, *shape), dtype, cache.device)
     # A flip of one pixel changes nothing and a shift leaves nothing. _geometry does not divide such rows into channels.
     one_pixel = len(shape) == 3 and shape[1] * shape[2] == 1
-    index = _on_device(index, cache.device)
+    index = index if held else _on_device(index, cache.device)
     flipped = None if flip is None or one_pixel else _on_device(flip, cache.device).contiguous()
     moved = None if shift is None or one_pixel else _on_device(_int32(shift), cache.device).contiguous()
     _C.gather_rows(
@@ -194,6 +202,7 @@ def gather_rows(
         B,
         image,
         index.data_ptr(),
+        held,
         0 if flipped is None else flipped.data_ptr(),
         0 if moved is None else moved.data_ptr(),
         torch.get_num_threads(),

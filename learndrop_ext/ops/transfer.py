@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learndrop_ext import _C
+from learndrop_ext.ops.rows import travels_with_launch
 
 PAGE_BYTES = 4096
 
@@ -143,15 +144,17 @@ def gather_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
 def _host_rows(source: Tensor, index: Tensor, into: Tensor, *, kernel: bool) -> None:
     stream = torch.cuda.current_stream(into.device)
     index = index.contiguous()
-    on_device = index.pin_memory().to(into.device, non_blocking=True) if kernel else index
+    held = not kernel or travels_with_launch(index, len(source))
+    given = index if held else index.pin_memory().to(into.device, non_blocking=True)
     _C.host_rows_to_device(
         source.data_ptr(),
         source.stride(0),
-        on_device.data_ptr(),
+        given.data_ptr(),
         len(index),
         into.data_ptr(),
         into.stride(0),
         source.shape[1],
         kernel,
+        held,
         (into.get_device(), stream.cuda_stream),
     )

@@ -102,7 +102,9 @@ void check_gather(const Case& c, const Exact& cache, int64_t stride, int64_t R, 
            reinterpret_cast<const int64_t*>(rows.data()), move & 1 ? flips.data() : nullptr, move & 2 ? shift : nullptr};
   cpu::gather_rows(g, 1);
   g.out = got.data();
-  const std::string what = describe(c) + " to " + name(out_dtype) + " move=" + std::to_string(move) + " out_offset=" + std::to_string(offset);
+  g.index_on_host = c.batch <= kHeldRows && cases % 3 != 0;
+  const std::string what = describe(c) + " to " + name(out_dtype) + " move=" + std::to_string(move) + " out_offset=" +
+                           std::to_string(offset) + (g.index_on_host ? " index on host" : "");
   hooks::watch(got.data(), got.size());
   hooks::watch(cache.data(), cache.size());
   in_order(++cases % 2);
@@ -258,6 +260,21 @@ void larger_images() {
         }
 }
 
+// Rows long enough for columns of uint8: 2 * 256 vectors of 4 or of 1 for each of channels / gcd(channels, 256).
+void columns() {
+  Random random{10};
+  for (const RowShape shape : {RowShape{3, 3, 1280}, {2, 3, 2048}, {16, 17, 24}, {13, 20, 40}, {16, 33, 7}, {20, 30, 3},
+                               {5, 5, 1024}, {16, 16, 24}, {8, 8, 320}, {1, 5, 4096}})
+    for (const Dtype dtype : kAllDtypes)
+      for (const int64_t align : {128, 4}) {
+        Case c{Codec::uint8, dtype, shape, random.of<int64_t>({1, 2, 3})};
+        c.values = random.of(kAllValues);
+        c.align = align;
+        c.all_moves = true;
+        check(c, random);
+      }
+}
+
 // Every 16-bit value, many floats, and floats around every place where rounding turns.
 void conversions(int64_t float_rows) {
   Random random{5};
@@ -379,7 +396,7 @@ void divisions(bool all) {
 void host_rows() {
   Random random{9};
   for (const int64_t bytes : {16, 48, 128, 512, 4096, 4112, 16384, 65552})
-    for (const int64_t count : {0, 1, 2, 15, 16, 17, 33, 300}) {
+    for (const int64_t count : {0, 1, 2, 15, 16, 17, 31, 32, 33, 64, 300, 896}) {
       const int64_t R = 20, from_stride = bytes + 16 * random.below(3), into_stride = bytes + 16 * random.below(3);
       if (count * bytes > 4 << 20) continue;
       const Exact source((R - 1) * from_stride + bytes, 0, 0), rows(8 * count, 0, 0);
@@ -389,10 +406,11 @@ void host_rows() {
       cuda::pin(source.data(), source.size(), 1);
       for (int way = 0; way < 5; ++way) {
         const Exact into(std::max<int64_t>(0, count - 1) * into_stride + bytes, 0, 0xcd);
-        const HostRows move{source.data(), from_stride, index, count, into.data(), into_stride, bytes};
+        HostRows move{source.data(), from_stride, index, count, into.data(), into_stride, bytes};
+        move.index_on_host = way == 4;
         hooks::watch(into.data(), into.size());
         in_order(way % 2);
-        // The batch, row by row on the default stream, row by row where the driver has no batch, the kernel twice.
+        // The batch, row by row on the default stream, row by row where the driver has no batch, the kernel with both indices.
         if (way == 2) cudashim::fail_call("cudaMemcpyBatchAsync", cudaErrorNotSupported);
         if (way < 3)
           cuda::copy_host_rows(move, 1, way == 1 ? nullptr : kStream);
@@ -569,6 +587,7 @@ int main(int count, char** arguments) {
     part("images", [&] { images(all); });
     part("batches", batches);
     part("larger images", larger_images);
+    part("columns", columns);
     part("conversions", [&] { conversions(all ? 64 : 4); });
     part("foreign rows", foreign_rows);
     part("bad indices", bad_indices);

@@ -23,6 +23,10 @@ SHAPES = [
     (256, 14, 14),
     (16, 1, 1),
     (1, 28, 28),
+    (1280, 3, 3),
+    (2048, 2, 3),
+    (24, 16, 17),
+    (7, 16, 33),
     (17,),
     (512,),
     (1000,),
@@ -70,8 +74,22 @@ def test_row_ops_give_the_bits_of_the_cpu(dtype: torch.dtype, codec: str) -> Non
         for out in ops.DTYPES:
             for move in ({}, moves) if len(shape) == 3 else ({},):
                 want = ops.gather_rows(cpu, again, shape, codec=codec, dtype=out, **move)
-                got = ops.gather_rows(gpu, again.cuda(), shape, codec=codec, dtype=out, **move)
-                assert torch.equal(bits(got.cpu()), bits(want)), (shape, out, list(move))
+                for given in (again.cuda(), again):
+                    got = ops.gather_rows(gpu, given, shape, codec=codec, dtype=out, **move)
+                    assert torch.equal(bits(got.cpu()), bits(want)), (shape, out, list(move), given.device)
+
+
+@pytest.mark.parametrize("count", [1, 895, 896, 897, 2000])
+def test_an_index_of_the_host_is_read_when_the_call_returns(count: int) -> None:
+    rows = torch.arange(3000, dtype=torch.float32).repeat_interleave(8).view(3000, 8)
+    gpu = torch.zeros(3000, ops.row_stride((8,), "fp32"), dtype=torch.uint8, device="cuda")
+    ops.append_rows(gpu, rows.cuda(), torch.arange(3000), codec="fp32")
+    index = torch.randint(3000, (count,), generator=torch.Generator().manual_seed(count))
+    wanted = index.clone()
+    torch.cuda._sleep(20_000_000)  # the kernel starts after the index has changed
+    got = ops.gather_rows(gpu, index, (8,), codec="fp32")
+    index.fill_(-1)
+    assert torch.equal(got.cpu(), rows[wanted])
 
 
 def test_every_half_and_many_floats_convert_as_on_the_cpu() -> None:
@@ -156,6 +174,14 @@ def test_row_ops_in_a_cuda_graph() -> None:
     flip.fill_(True)
     graph.replay()
     assert torch.equal(out, rows.flip(-1))
+
+
+def test_a_cuda_graph_takes_no_index_of_the_host() -> None:
+    cache = torch.zeros(8, 128, dtype=torch.uint8, device="cuda")
+    out = torch.empty(4, 8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(ValueError, match="index must be on cuda:0 while a CUDA graph is captured"):
+        ops.gather_rows(cache, torch.arange(4), (8,), out=out)
 
 
 def test_gather_rows_leaves_the_current_device() -> None:
