@@ -96,8 +96,9 @@ struct Divider {
   __device__ uint32_t remainder(uint32_t n) const { return n - divide(n) * divisor; }
 };
 
-// The numbers of a batch's rows, in device memory or in the launch's own parameters. The copy to the device that
-// the latter save costs the host as much as the launch, and the stream a gap. A launch takes at most 4 KB.
+// The numbers of a batch's rows, in device memory or in the launch's own parameters. The copy to the device
+// that the latter save costs the host as much as the launch, and the stream a gap. A launch takes at most 4
+// KB.
 struct RowIndex {
   const int64_t* device = nullptr;
   int32_t held[kHeldRows];
@@ -132,8 +133,8 @@ struct Share {
 };
 
 // The division of rows among blocks. Short rows: 2^log_group threads per row, 256 / 2^log_group rows per
-// block. Long rows: `columns` blocks per slice of `slice` vectors of a row, each with every `columns`-th group
-// of 256 vectors.
+// block. Long rows: `columns` blocks per slice of `slice` vectors of a row, each with every `columns`-th
+// group of 256 vectors.
 struct Split {
   int log_group = 0;
   uint32_t vectors, slice = kThreads * kUnroll, slices, columns = 1;

@@ -60,8 +60,8 @@ class Decoder {
 };
 
 // Scale and zero of a thread's n channels stay in registers if all its vectors begin at the same channel, for
-// which long rows are divided into columns. Otherwise they are read for each vector, 16 bytes at a time: on an
-// H200 a warp's 8 * 2 scalar loads, 32 bytes apart, would be 16 * 8 lines, 128 cycles for 768 bytes moved,
+// which long rows are divided into columns. Otherwise they are read for each vector, 16 bytes at a time: on
+// an H200 a warp's 8 * 2 scalar loads, 32 bytes apart, would be 16 * 8 lines, 128 cycles for 768 bytes moved,
 // 1.4 TB/s; four loads of 16 bytes are 32 cycles.
 template <Dtype dtype, int n>
 class Decoder<Codec::uint8, dtype, n> {
@@ -156,8 +156,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
 }
 
 // The fewest columns with which all vectors of a thread begin at the same channel: the stride of a thread,
-// columns * 256 vectors, is a multiple of a pixel's. 512 rows of 7 x 7 x 2048 uint8 to fp32 take 70 us on an H200
-// in two columns and 83 us in one, where scale and zero are read for each vector.
+// columns * 256 vectors, is a multiple of a pixel's. 512 rows of 7 x 7 x 2048 uint8 to fp32 take 70 us on an
+// H200 in two columns and 83 us in one, where scale and zero are read for each vector.
 uint32_t channel_columns(int64_t channels, int n) {
   const auto pixel = static_cast<uint32_t>(channels / n);
   return channels % n == 0 ? pixel / std::gcd<uint32_t>(pixel, kThreads) : 1;
@@ -167,12 +167,13 @@ template <Codec codec, Dtype dtype, int n, bool moved>
 void launch_gather(const Gather& g, const DeviceGuard& guard, cudaStream_t stream) {
   const auto kernel = gather_kernel<codec, dtype, n, moved>;
   const uint32_t columns = codec == Codec::uint8 ? channel_columns(g.shape.channels, n) : 1;
-  const GatherLaunch launch{.g = g,
-                            .index = RowIndex(g.index, g.batch, g.index_on_host),
-                            .split = Split(g.batch, g.shape.values(), n, guard.resident_blocks(kernel), columns),
-                            .channels = Divider(g.shape.channels),
-                            .width = Divider(g.shape.width),
-                            .header = header_bytes(g.codec, g.shape)};
+  const GatherLaunch launch{
+      .g = g,
+      .index = RowIndex(g.index, g.batch, g.index_on_host),
+      .split = Split(g.batch, g.shape.values(), n, guard.resident_blocks(kernel), columns),
+      .channels = Divider(g.shape.channels),
+      .width = Divider(g.shape.width),
+      .header = header_bytes(g.codec, g.shape)};
   gather_kernel<codec, dtype, n, moved><<<guard.grid(launch.split.blocks()), kThreads, 0, stream>>>(launch);
 }
 
