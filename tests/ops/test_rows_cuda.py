@@ -180,8 +180,10 @@ def test_a_cuda_graph_takes_no_index_of_the_host() -> None:
     cache = torch.zeros(8, 128, dtype=torch.uint8, device="cuda")
     out = torch.empty(4, 8, device="cuda")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), pytest.raises(ValueError, match="index must be on cuda:0 while a CUDA graph is captured"):
-        ops.gather_rows(cache, torch.arange(4), (8,), out=out)
+    with torch.cuda.graph(graph):
+        out.fill_(1)
+        with pytest.raises(ValueError, match="index must be on cuda:0 while a CUDA graph is captured"):
+            ops.gather_rows(cache, torch.arange(4), (8,), out=out)
 
 
 def test_gather_rows_leaves_the_current_device() -> None:
