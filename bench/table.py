@@ -59,7 +59,7 @@ def training_table(results: list[dict[str, Any]]) -> str:
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
     if not has_gpu:
-        lines.append("| a GPU: MNIST, CIFAR-10, Imagenette | VGG, ResNet | | | not measured | | | | |")
+        lines.append("| a GPU | see docs/results.md | | | | | | | |")
     return "\n".join(lines)
 
 
@@ -117,6 +117,34 @@ def aims_tables(_: list[dict[str, Any]]) -> str:
     return "\n\n".join(fine_tuning_table.aims(json.loads(file.read_text())) for file in files) or "not measured yet"
 
 
+def gpu_training_table(_: list[dict[str, Any]]) -> str:
+    """What bench/bench_training_gpu.py wrote, means over the seeds."""
+    lines = [
+        "| GPU, run | case | side | epochs | seconds | of which making the scheduler | accuracy | layers dropped | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for file in sorted((ROOT / "bench" / "results").glob("*/training*.json")):
+        result = json.loads(file.read_text())
+        for name, entry in result["cases"].items():
+            for side, runs in entry["runs"].items():
+                seconds = mean(runs, "seconds")
+                base = mean(entry["runs"]["baseline"][: len(runs)], "seconds") if "baseline" in entry["runs"] else seconds
+                setup = [run["setup_seconds"] for run in runs if run.get("setup_seconds") is not None]
+                cells = [
+                    f"{result['gpu']}, `{file.stem}`",
+                    name,
+                    side,
+                    f"{mean(runs, 'epochs'):.2f}",
+                    f"{seconds:.1f}" + ("" if side == "baseline" else f" ({base / seconds:.2f}x)"),
+                    f"{statistics.fmean(setup):.1f}" if setup else "",
+                    f"{mean(runs, 'accuracy'):.2f} %",
+                    "; ".join(f"{run['prefixes'][-1]} of {run['layers']}" for run in runs if run["prefixes"]),
+                    str(len(runs)),
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines if len(lines) > 2 else [*lines, "| a GPU | all | | | not measured | | | | |"])
+
+
 def compare_tables(_: list[dict[str, Any]]) -> str:
     """What `learndrop compare` said of one comparison on each machine."""
     tables = []
@@ -133,7 +161,7 @@ def compare_tables(_: list[dict[str, Any]]) -> str:
 
 TABLES = {
     "README.md": {"training": training_table, "compare": compare_tables, "fine-tuning": fine_tuning_tables},
-    "docs/results.md": {"kernels": kernel_table, "overhead": overhead_table},
+    "docs/results.md": {"kernels": kernel_table, "overhead": overhead_table, "gpu-training": gpu_training_table},
     "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables, "aims": aims_tables},
 }
 

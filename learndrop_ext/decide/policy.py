@@ -66,8 +66,9 @@ Policy = Callable[[Situation], Decision]
 
 #: A plan that uses less than this share of the time asked for is made again with equal weights, which allow more sums.
 USED = 0.96
-#: A plan made before the first step gives a warning if it takes more than this times the time asked for.
-LATE = 1.1
+#: A plan made before the first step, and a run at its end, give a warning if they take more than this times the time asked
+#: for, and the run as many seconds more.
+LATE, LATE_SECONDS = 1.1, 5.0
 #: Largest sum of the weights of all layers. Time and memory of planning grow with it; k^2 is exact up to 63 layers.
 LARGEST_SUM = 4000
 #: How far epochs may be from their forecast, either way, before one with dropped layers has been measured.
@@ -192,7 +193,8 @@ class Budget:
     the fewest layers at first. Such a plan grows only in the second half of the run, unless it would end too late: a layer
     that has been trained for a while is best frozen when the learning rate has fallen.
 
-    Each plan makes up for epochs that took longer or shorter than forecast. Since dropped layers stay dropped, the first
+    Each plan makes up for epochs that took longer or shorter than forecast; a run that ends late all the same ends with a
+    RuntimeWarning. Since dropped layers stay dropped, the first
     drop is no larger than it would be if epochs were 10 % shorter than forecast, as long as later drops can make up for
     epochs that are as forecast or 10 % longer.
 
@@ -237,6 +239,14 @@ class Budget:
             return Decision(situation.prefix, f"{name}: no drop before epoch {self.start}")
         wanted = (situation.full_seconds or costs.epoch_seconds(0) * epochs) / self.speedup
         if situation.epoch >= epochs:
+            if situation.elapsed_seconds > max(LATE * wanted, wanted + LATE_SECONDS):
+                warnings.warn(
+                    f"{name}: the run took {situation.elapsed_seconds:.1f} s, and was asked to take {wanted:.1f} s: without "
+                    f"drops it would take {self.speedup * wanted:.1f} s by estimate. {situation.prefix} of "
+                    f"{len(situation.layers)} layers are dropped; fewer epochs without drops may be better in that time",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return Decision(situation.prefix, f"{name}: {situation.elapsed_seconds:.1f} s of {wanted:.1f} s")
         for weights in self._weights(situation):
             prefixes = self._prefixes(situation, costs, epochs, wanted - situation.elapsed_seconds, weights)

@@ -220,6 +220,25 @@ def test_budget_says_that_making_the_scheduler_leaves_too_little() -> None:
         Budget(2.0)(situation(0, elapsed_seconds=14.6))
 
 
+@pytest.mark.parametrize(("seconds", "late"), [(39.0, False), (44.8, False), (45.0, True), (80.0, True)])
+def test_budget_says_at_the_end_that_a_run_took_too_long(seconds: float, late: bool) -> None:
+    seen = situation(4, (2, 2, 2, 2), elapsed_seconds=seconds)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert Budget(2.0)(seen) == Decision(2, f"budget 2x: {seconds:.1f} s of 39.9 s")
+    assert [str(warning.message) for warning in said] == [
+        f"budget 2x: the run took {seconds:.1f} s, and was asked to take 39.9 s: without drops it would take 79.8 s by "
+        "estimate. 2 of 4 layers are dropped; fewer epochs without drops may be better in that time"
+    ] * late
+
+
+def test_budget_says_nothing_of_a_few_seconds() -> None:
+    seen = dataclasses.replace(situation(4, (2, 2, 2, 2)), full_seconds=0.2, elapsed_seconds=5.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Budget(2.0)(seen)
+
+
 @pytest.mark.parametrize(("policy", "epochs"), [(Budget(2.71), 3), (Budget(1.63, 1), 3), (Budget(1.0, 9), 3)])
 def test_budget_check_admits_what_can_be_reached(policy: Budget, epochs: int) -> None:
     policy.check(COSTS, epochs)

@@ -123,6 +123,7 @@ inline float greatest(float a, float b) { return one_nan(a != a ? b : b != b ? a
 #define gridDim cudashim::grid_size
 #define __syncthreads() cudashim::barrier()
 #define __trap() cudashim::trap()
+using std::isfinite;
 #define fminf(a, b) cudashim::least(a, b)
 #define fmaxf(a, b) cudashim::greatest(a, b)
 
