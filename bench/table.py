@@ -128,7 +128,9 @@ def gpu_training_table(_: list[dict[str, Any]]) -> str:
         for name, entry in result["cases"].items():
             for side, runs in entry["runs"].items():
                 seconds = mean(runs, "seconds")
-                base = mean(entry["runs"]["baseline"][: len(runs)], "seconds") if "baseline" in entry["runs"] else seconds
+                base = (
+                    mean(entry["runs"]["baseline"][: len(runs)], "seconds") if "baseline" in entry["runs"] else seconds
+                )
                 setup = [run["setup_seconds"] for run in runs if run.get("setup_seconds") is not None]
                 cells = [
                     f"{result['gpu']}, `{file.stem}`",
