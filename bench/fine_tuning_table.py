@@ -56,6 +56,12 @@ def plain_at(methods: Mapping[str, Records], seconds: float) -> float | None:
     return points[-1][1]
 
 
+def machine_of(study: Mapping[str, Any]) -> str:
+    machine = study["machine"]
+    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
+    return f"{machine['gpu'] or machine['cpu']}, {cores}"
+
+
 def with_seeds_of(methods: Mapping[str, Records], records: Records) -> dict[str, list[Mapping[str, Any]]]:
     """The runs with the seeds of some records: what these are to be compared with."""
     seeds = {record["seed"] for record in records}
@@ -65,10 +71,8 @@ def with_seeds_of(methods: Mapping[str, Records], records: Records) -> dict[str,
 
 def table(study: Mapping[str, Any]) -> str:
     """Means over the seeds, one line per method and set. A method is compared with runs of the same seeds."""
-    machine = study["machine"]
-    cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     lines = [
-        f"{machine['gpu'] or machine['cpu']}, {cores}; torch {machine['torch']}, {machine['date']}",
+        f"{machine_of(study)}; torch {study['machine']['torch']}, {study['machine']['date']}",
         "",
         "| set | method | epochs | seconds | test accuracy | against full | against the plain recipe of that time | seeds |",
         "|---|---|---|---|---|---|---|---|",

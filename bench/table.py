@@ -114,7 +114,9 @@ def fine_tuning_tables(_: list[dict[str, Any]]) -> str:
 def aims_tables(_: list[dict[str, Any]]) -> str:
     """What the study was to show and shows, see fine_tuning_table.py."""
     files = sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
-    return "\n\n".join(fine_tuning_table.aims(json.loads(file.read_text())) for file in files) or "not measured yet"
+    studies = [json.loads(file.read_text()) for file in files]
+    tables = (f"{fine_tuning_table.machine_of(study)}:\n\n{fine_tuning_table.aims(study)}" for study in studies)
+    return "\n\n".join(tables) or "not measured yet"
 
 
 def gpu_training_table(_: list[dict[str, Any]]) -> str:

@@ -44,8 +44,8 @@ def check_folder(config: CacheConfig) -> None:
         )
 
 
-def check_policy(policy: Any, epochs: Any, autocast: Any) -> None:
-    """Raise TypeError or ValueError for a policy that is not callable, a bad number of epochs, or no dtype of autocast."""
+def check_settings(policy: Any, epochs: Any, autocast: Any) -> None:
+    """Raise TypeError or ValueError for a policy that is not callable, or a bad number of epochs or autocast dtype."""
     if isinstance(policy, type) or (policy is not None and not callable(policy)):
         raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):

@@ -17,7 +17,7 @@ from learndrop_ext.checks import (
     check_finite,
     check_folder,
     check_free,
-    check_policy,
+    check_settings,
     check_trained,
     checked_decision,
     input_name,
@@ -107,7 +107,7 @@ class DropScheduler:
         check_folder(config)
         check_optimizer(optimizer, model)
         check_free(model)
-        check_policy(policy, epochs, autocast)
+        check_settings(policy, epochs, autocast)
         numbers, batch = source.first()
         batch = to_device(batch, device)
         example = input_of(batch, input)

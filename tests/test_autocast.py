@@ -77,7 +77,17 @@ def test_another_dtype_than_planned_for_is_said_once() -> None:
         assert drop.rows.autocast == torch.bfloat16
 
 
-@pytest.mark.parametrize("policy", [Planning(), Fixed({}), Fixed({0: 2})])
+def test_without_dropped_layers_the_loop_may_do_otherwise_than_told() -> None:
+    model, optimizer, loader = parts()
+    with DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), autocast=torch.bfloat16, epochs=3) as drop:
+        for _ in range(2):
+            train(drop, optimizer, None)
+            drop.step()
+        assert drop.prefix == 2
+        assert drop.rows.autocast is None
+
+
+@pytest.mark.parametrize("policy", [Planning(), Fixed({0: 2})])
 def test_a_loop_without_the_autocast_that_was_told_is_refused(policy: Any) -> None:
     model, optimizer, loader = parts()
     drop = DropScheduler(model, optimizer, loader, policy=policy, autocast=torch.bfloat16, epochs=3)

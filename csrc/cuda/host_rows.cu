@@ -21,6 +21,7 @@ struct HostGather {
   Divider vectors;  // vectors of 16 bytes in a row
   uint32_t rows;    // rows that a block reads at once
 };
+static_assert(sizeof(HostGather) <= kMostParameters);
 
 // A block reads a few rows at a time, with neighbouring threads reading whole vectors. A row of 1 KB has 64
 // vectors: 16 blocks with one row each would have 16 KB in flight, with 16 rows each they have 262 KB.

@@ -96,9 +96,11 @@ struct Divider {
   __device__ uint32_t remainder(uint32_t n) const { return n - divide(n) * divisor; }
 };
 
+// A launch takes at most so many bytes of parameters.
+constexpr std::size_t kMostParameters = 4096;
+
 // The numbers of a batch's rows, in device memory or in the launch's own parameters. The copy to the device
-// that the latter save costs the host as much as the launch, and the stream a gap. A launch takes at most 4
-// KB.
+// that the latter save costs the host as much as the launch, and the stream a gap.
 struct RowIndex {
   const int64_t* device = nullptr;
   int32_t held[kHeldRows];

@@ -13,6 +13,7 @@ struct GatherLaunch {
   Divider channels, width;
   int64_t header;  // bytes
 };
+static_assert(sizeof(GatherLaunch) <= kMostParameters);
 
 constexpr uint32_t kOutside = 0xffffffffu;
 

@@ -69,7 +69,7 @@ class LiveModel(nn.Module):
         self.eval_calls = 0
         self.foreign: str | None = None
         self.autocast: torch.dtype | None = None
-        self.told_autocast: torch.dtype | None = None  # under which training calls must run, if not None
+        self.told_autocast: torch.dtype | None = None  # under which the first rows were computed
         self._base = (base,)  # in a tuple, so that it is not a submodule
         self._base_mode = base.training
         self._expected: tuple[torch.Tensor, int] | None = None
@@ -183,7 +183,9 @@ class LiveModel(nn.Module):
         self.calls += 1
         kind = self.device.type
         self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        if self.told_autocast not in (None, self.autocast):
+        if self.frozen is None or self.autocast == self.told_autocast:
+            self.told_autocast = None
+        if self.told_autocast is not None:
             raise RuntimeError(
                 f"drop.model: training steps must run under torch.autocast of {self.told_autocast}, as DropScheduler was "
                 f"told, got {'no autocast' if self.autocast is None else self.autocast}"
