@@ -231,6 +231,12 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out / f"{args.name or file_name(machine)}.json"
     if path.exists():
         study = json.loads(path.read_text())
+        for key in ("gpu", "cpu", "cores"):
+            if study["machine"][key] != machine[key]:
+                sys.exit(
+                    f"bench_fine_tuning: {path.name}: its runs have {key} = {study['machine'][key]!r}, this machine has "
+                    f"{machine[key]!r}, and their seconds do not compare: give --name"
+                )
         study["machine"] = machine
     else:
         study = {"machine": machine, "limits": {"copy_gb_s": copy_limit(args.device)}, "records": []}

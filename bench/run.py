@@ -129,14 +129,31 @@ def run_tests() -> int:
     return count["tests"] - count["skipped"] - count["failures"] - count["errors"]
 
 
+def cpu_name(cpuinfo: str) -> str | None:
+    """The name of a CPU with its family and model: clouds call CPUs of several generations by one name.
+
+    Args:
+        cpuinfo: text of /proc/cpuinfo.
+
+    Returns:
+        For example "AMD EPYC (family 25, model 1)"; the name alone where no numbers are given, None where there is none.
+    """
+    fields = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", cpuinfo, re.MULTILINE))
+    if "model name" not in fields:
+        return None
+    numbers = ", ".join(
+        f"{word} {fields[key]}" for key, word in (("cpu family", "family"), ("model", "model")) if key in fields
+    )
+    return fields["model name"] + (f" ({numbers})" if numbers else "")
+
+
 def describe_machine(passed: int) -> dict[str, Any]:
     info = backend_info()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": cpu_name(Path("/proc/cpuinfo").read_text()) or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "triton": info.triton,
