@@ -128,11 +128,9 @@ class RowSet:
         if self.cache is None:
             return ids
         at = self.slots.places(ids, epoch)
-        there = filled_at(self.cache, at) | filled_at(self._older, at)
-        if not bool(there.any()) and len(ids.unique()) == len(ids):
-            return ids
-        missing: torch.Tensor = ids[~there].unique()
-        return missing
+        missing = ids[~(filled_at(self.cache, at) | filled_at(self._older, at))]
+        each: torch.Tensor = missing.unique() if len(missing) else missing
+        return ids if len(each) == len(ids) else each
 
     def complete(self, seen: torch.Tensor, epoch: int) -> bool:
         """Return whether every sample in `seen` ([N] bool) has its row for an epoch, so that no image is needed."""

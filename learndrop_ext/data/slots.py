@@ -58,15 +58,19 @@ class SlotTable:
     def places(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return the place [B] of each sample's row in an epoch, -1 for samples without a slot."""
         slots = self.table[ids]
+        if self.views == 1:
+            return slots
         return torch.where(slots < 0, -1, slots * self.views + self.view(ids, epoch))
 
     def assign(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return `places`, after assigning slots to samples that have none."""
-        new = ids[self.table[ids] < 0]
-        if len(new):
-            new = torch.as_tensor(list(dict.fromkeys(new.tolist())))
-            self.table[new] = torch.arange(self.used, self.used + len(new))
-            self.used += len(new)
+        at = self.places(ids, epoch)
+        without = at < 0
+        if not bool(without.any()):
+            return at
+        new = torch.as_tensor(list(dict.fromkeys(ids[without].tolist())))
+        self.table[new] = torch.arange(self.used, self.used + len(new))
+        self.used += len(new)
         return self.places(ids, epoch)
 
     def drawn(self) -> torch.Tensor:

@@ -58,7 +58,7 @@ class FrozenPrefix:
             for layer, owner, name in self._slots
             if isinstance(owner[name], nn.Parameter) and not (owner[name].requires_grad and id(owner[name]) in held)
         )
-        self._seen: list[tuple[int, int, int]] = []
+        self._seen: list[tuple[torch.Tensor | None, int, int]] = []
         self._checksums: list[int] = []
         inside = set(chain.prefix(k).modules())
         self._called = tuple((name, module) for name, module in model.named_modules() if module in inside)
@@ -93,8 +93,10 @@ class FrozenPrefix:
     def first_change(self) -> str | None:
         """Return the name of the first layer with a tensor that was written to or replaced, or None. Compares version
         counters and addresses, which is cheap, but misses writes through `.data`."""
-        for (layer, owner, name), seen in zip(self._slots, self._seen, strict=True):
-            if _identity(owner.get(name)) != seen:
+        for (layer, owner, name), (tensor, address, writes) in zip(self._slots, self._seen, strict=True):
+            if owner.get(name) is not tensor or (
+                tensor is not None and (tensor._version != writes or tensor.data_ptr() != address)
+            ):
                 return layer
         return None
 
@@ -186,8 +188,9 @@ def _slots(model: nn.Module, chain: Chain, k: int) -> Iterator[tuple[str, Mappin
                 yield (layer.name, *owners[id(tensor)])
 
 
-def _identity(tensor: torch.Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if tensor is None else (id(tensor), tensor.data_ptr(), tensor._version)
+def _identity(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int]:
+    """A tensor, its address, and the number of writes to it."""
+    return (None, 0, 0) if tensor is None else (tensor, tensor.data_ptr(), tensor._version)
 
 
 def _checksum(tensor: torch.Tensor | None) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -74,7 +75,7 @@ class ModelState:
                 self._take(f"{path}.{name}".lstrip("."), value, seen)
 
     def _take(self, name: str, value: Any, seen: set[int]) -> None:
-        if id(value) in seen:
+        if value is None or isinstance(value, bool | int | float | str) or id(value) in seen:
             return
         if isinstance(value, torch.Tensor):
             self._tensors[id(value)] = (name, value, value.detach().clone(), value.requires_grad)
@@ -131,6 +132,8 @@ class ModelState:
         """
         for module, before in self._attributes:
             now = module.__dict__
+            if _same_items(now, before):
+                continue
             for name, value in now.items():
                 if isinstance(value, torch.Tensor) and value.dim() and before.get(name) is not value:
                     self._stored.add((id(module), name))
@@ -166,9 +169,11 @@ def contents_of(value: Any) -> Any:
 
 def refill(content: Any, copy: Any) -> bool:
     """Restore the contents of a list, dict, set, deque or object, and return whether they had changed."""
+    if isinstance(content, dict) and not content and not copy:
+        return False  # most of a model's dictionaries: hooks
     content = content if (fields := _fields(content)) is None else fields
     if isinstance(content, dict):
-        same = content.keys() == copy.keys() and all(content[key] is copy[key] for key in copy)
+        same = _same_items(content, copy)
     elif isinstance(content, set):
         same = content == copy
     elif isinstance(content, list | deque):
@@ -183,6 +188,14 @@ def refill(content: Any, copy: Any) -> bool:
     else:
         content.extend(copy)
     return True
+
+
+def _same_items(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two dictionaries hold the same objects under the same keys."""
+    if one.keys() != other.keys():
+        return False
+    # In the same order, as nearly always, the comparison runs in C.
+    return all(map(operator.is_, one.values(), other.values())) or all(one[key] is other[key] for key in other)
 
 
 def flatten(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
