@@ -275,10 +275,18 @@ def test_every_public_name_is_in_the_pages() -> None:
 
 
 #: What users meet: files of the package, and what their messages begin with.
-SPEAKERS = ("DropScheduler", "drop.", "split_layers:", "CacheConfig:", "StoppedLearning:", "Fixed:", "Budget:")
+SPEAKERS = (
+    *("DropScheduler", "drop.", "split_layers:", "CacheConfig:", "StoppedLearning:", "Fixed:", "Budget:"),
+    "LearnDropCallback:",
+)
+#: What a variable at the beginning of a message stands for.
+SPEAKER_OF = {
+    "checkpoint.py": ("…:", "DropScheduler.load_state_dict:"),
+    "lightning.py": ("… ", "LearnDropCallback: the Trainer must "),
+}
 SPEAKING = (
     *("scheduler.py", "checks.py", "ledger.py", "checkpoint.py", "data/*.py", "graph/live.py", "graph/freeze.py"),
-    *("graph/chain.py", "graph/call.py", "cache/config.py", "decide/policy.py"),
+    *("graph/chain.py", "graph/call.py", "cache/config.py", "decide/policy.py", "lightning.py"),
 )
 
 
@@ -295,8 +303,9 @@ def messages() -> set[str]:
             skipped |= {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
             for node in nodes:
                 text = None if id(node) in skipped else in_words(node)
-                if text is not None and path.name == "checkpoint.py" and text.startswith("…:"):
-                    text = f"DropScheduler.load_state_dict{text[1:]}"  # the variable there
+                variable, speaker = SPEAKER_OF.get(path.name, ("", ""))
+                if text is not None and variable and text.startswith(variable):
+                    text = speaker + text.removeprefix(variable)
                 if text is not None and text.startswith(SPEAKERS) and " " in text:
                     found.add(text)
     return found
