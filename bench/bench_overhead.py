@@ -1,6 +1,6 @@
 """The cost of a scheduler that drops nothing, and of its loader per batch once it has dropped.
 
-    python bench/bench_overhead.py [--step-ms 20] [--epochs 16] [--threads 1]
+    python bench/bench_overhead.py [--step-ms 20] [--epochs 16] [--threads 1] [--step-on-rows [--device cuda]]
 
 On Linux with glibc the program restarts itself with MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ set so that freed
 memory stays with the process. Otherwise page faults vary by a twentieth of a step between epochs.
@@ -12,6 +12,9 @@ Prints one JSON record per line, suite "overhead":
   count; `wall_share` is the same in wall-clock time.
 - "batch of rows": the loader's own time for a batch after a drop, with all rows in memory, compared with a DataLoader over
   a TensorDataset of the same rows; and the extra time to begin an epoch, when weights, code and some samples are compared.
+- "step on rows": a training step of a deep network of which only the last layer is live, compared with the same step of
+  that layer alone in a plain loop, in wall-clock time: what the scheduler costs the host at each step, whatever the
+  layers cost. `--step-on-rows` measures this alone, also on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learndrop_ext import DropScheduler, Fixed
+from learndrop_ext import DropScheduler, Fixed, split_layers
 from learndrop_ext.app.models import build_model
 
 BATCH = 32
@@ -144,6 +147,52 @@ def batch_of_rows(epochs: int, codec: str) -> dict[str, Any]:
     }
 
 
+def step_on_rows(epochs: int, device: str) -> dict[str, Any]:
+    count = BATCH * 100
+    model = build_model("resnet50", num_classes=10, in_channels=3, width=8, seed=0).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    data = images(count)
+    layers = len(split_layers(model, data.tensors[0][:2].to(device)))
+    drop = DropScheduler(model, optimizer, loader_of(data), policy=Fixed({0: layers - 1}))
+    first = [(x.clone(), y) for x, y in drop.loader]
+    rows, labels = (torch.cat(parts) for parts in zip(*first, strict=True))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(rows[0].numel(), 10)).to(device)
+    beside = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
+
+    def plain() -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        order = torch.randperm(count, device=device)
+        return ((rows[part], labels[part]) for part in order.split(BATCH))
+
+    def run_through(batches: Iterable[Any], net: nn.Module, steps: torch.optim.Optimizer) -> tuple[float, float]:
+        """Seconds of the clock to the first batch, and for each step that follows."""
+        begin = time.perf_counter()
+        left = iter(batches)
+        train([next(left)], net, steps)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        middle = time.perf_counter()
+        train(left, net, steps)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return middle - begin, (time.perf_counter() - middle) / (count // BATCH - 1)
+
+    times = []
+    for i in range(epochs + 1):
+        ours = run_through(drop.loader, drop.model, optimizer)
+        times += [(*ours, *run_through(plain(), head, beside))] if i else []
+    begin, own, plain_begin, alone = (statistics.median(t[k] for t in times) for k in range(4))
+    return {
+        "suite": "overhead",
+        "run": "step on rows",
+        "model": f"resnet50, {layers - 1} of {layers} layers dropped",
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "batch": BATCH,
+        "us_per_step": own * 1e6,
+        "head_us_per_step": alone * 1e6,
+        "epoch_begin_ms": (begin - plain_begin) * 1e3,
+    }
+
+
 def keep_memory() -> None:
     """Restart the program with an allocator that returns no memory, unless it was started that way."""
     wanted = {name: str(1 << 30) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
@@ -156,11 +205,19 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=20.0, help="what a training step should take (default: 20)")
     parser.add_argument("--epochs", type=int, default=16, help="pairs of epochs (default: 16)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--step-on-rows", action="store_true", help="measure the step on rows alone")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the step on rows (default: cpu)")
     args = parser.parse_args()
+    if args.device != "cpu" and not args.step_on_rows:
+        parser.error("--device is for --step-on-rows, the rest runs on the CPU")
     torch.set_num_threads(args.threads)
+    if args.step_on_rows:
+        print(json.dumps(step_on_rows(args.epochs, args.device)))
+        return
     print(json.dumps(never_drops(args.step_ms, args.epochs)), flush=True)
     for codec in ("fp32", "fp16", "uint8"):
         print(json.dumps(batch_of_rows(args.epochs, codec)), flush=True)
+    print(json.dumps(step_on_rows(args.epochs, "cpu")), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Runs one stage of the checks and measurements that need a GPU. Each stage takes less than nine minutes on an H100 or
 # H200, needs no network, and writes results as it goes, so that an interrupted stage keeps them.
 #
-#   bench/on_gpu.sh check     build, tests, sanitizers, launches, registers, host time of a measurement
+#   bench/on_gpu.sh check     build, tests, sanitizers, launches, registers, host time of a measurement and of a step
 #   bench/on_gpu.sh kernels   the kernels and the host tier, their peers and a device copy, with a profile
 #   bench/on_gpu.sh training [CASE ...]    dropping against an expert's baseline (bench/bench_training_gpu.py)
 #   ... --device cpu --toy    a rehearsal without a GPU and nvcc; steps that need them are reported as skipped
@@ -106,6 +106,8 @@ case $stage in
     fi
     wait "$tests_process" || failed=1
     step host-time 60 "$python" bench/host_time.py --device "$device" --out "$OUT/host_time.json"
+    step step-on-rows 60 "$python" bench/bench_overhead.py --step-on-rows --device "$device" \
+      --epochs "$([ -n "$toy" ] && echo 1 || echo 8)"
     ;;
   kernels)
     suites=("$python" -m pytest -q -p no:cacheprovider -n 0 -W default --benchmark-only --benchmark-save-data)
