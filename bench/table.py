@@ -95,6 +95,10 @@ def overhead_table(results: list[dict[str, Any]]) -> str:
                 what = f"a policy that never drops, {record['model']}, batches of {record['batch']}"
                 time = f"{record['us_per_step']:.0f} us a step more"
                 beside = f"a plain step: {record['step_ms']:.1f} ms ({100 * record['share']:+.1f} %)"
+            elif record["run"] == "step on rows":
+                what = f"a step on rows, {record['model']}, batches of {record['batch']}"
+                time = f"{record['us_per_step']:.0f} us a step, {record['epoch_begin_ms']:.0f} ms to begin an epoch"
+                beside = f"the same layer alone: {record['head_us_per_step']:.0f} us a step"
             else:
                 what = (
                     f"the loader, batches of {record['batch']} {record['codec']} rows of {record['row_bytes']:,} bytes"
@@ -109,6 +113,16 @@ def fine_tuning_tables(_: list[dict[str, Any]]) -> str:
     """The study's table of each machine, see fine_tuning_table.py."""
     files = sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
     return "\n\n".join(fine_tuning_table.table(json.loads(file.read_text())) for file in files) or "not measured yet"
+
+
+def fine_tuning_summary(_: list[dict[str, Any]]) -> str:
+    """The plain recipe and Budget on the machine with the most runs."""
+    files = sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
+    studies = [json.loads(file.read_text()) for file in files]
+    if not studies:
+        return "not measured yet"
+    largest = max(studies, key=lambda study: len(study["records"]))
+    return fine_tuning_table.table(largest, only=(*fine_tuning_table.PLAIN, *fine_tuning_table.BUDGETS))
 
 
 def aims_tables(_: list[dict[str, Any]]) -> str:
@@ -150,21 +164,47 @@ def gpu_training_table(_: list[dict[str, Any]]) -> str:
 
 
 def compare_tables(_: list[dict[str, Any]]) -> str:
-    """What `learndrop compare` said of one comparison on each machine."""
+    """What `learndrop compare` said on each machine, as means over its seeds."""
     tables = []
     for file in sorted((ROOT / "bench" / "results" / "compare").glob("*.json")):
         kept = json.loads(file.read_text())
-        machine, result = kept["machine"], kept["result"]
-        rows = [COLUMNS, ("---",) * len(COLUMNS), *(table_row(result, run) for run in RUNS if run in result)]
+        machine, results = kept["machine"], kept["results"]
+        seeds = "1 seed" if len(results) == 1 else f"means over {len(results)} seeds"
+        rows = [COLUMNS, ("---",) * len(COLUMNS), *compare_rows(results)]
         lines = [
-            f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}"
+            f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}; "
+            f"{seeds}"
         ]
         tables.append("\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in rows)]))
     return "\n\n".join(tables) or "not measured yet"
 
 
+def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A comparison's lines with the means over the seeds, the spread of the accuracies, and each seed's drops."""
+    runs = [run for run in RUNS if all(run in result for result in results)]
+    averaged = {
+        run: {
+            "drops": results[0][run]["drops"],
+            **{
+                key: mean([result[run] for result in results], key)
+                for key in ("seconds", "fill_seconds", "forward_flops", "accuracy")
+            },
+        }
+        for run in runs
+    }
+    rows = []
+    for run in runs:
+        name, seconds, fill, flops, accuracy, _ = table_row(averaged, run)
+        if len(results) > 1:
+            spread = statistics.stdev(result[run]["accuracy"] for result in results)
+            accuracy = accuracy.replace(" %", f" ± {spread:.2f} %", 1)
+        drops = dict.fromkeys(table_row(result, run)[-1] for result in results)
+        rows.append((name, seconds, fill, flops, accuracy, "; ".join(drops)))
+    return rows
+
+
 TABLES = {
-    "README.md": {"training": training_table, "compare": compare_tables, "fine-tuning": fine_tuning_tables},
+    "README.md": {"training": training_table, "compare": compare_tables, "fine-tuning": fine_tuning_summary},
     "docs/results.md": {"kernels": kernel_table, "overhead": overhead_table, "gpu-training": gpu_training_table},
     "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables, "aims": aims_tables},
 }

@@ -59,6 +59,20 @@ def test_a_study_runs_each_method_once_and_refuses_other_images(study: ModuleTyp
         SystemExit, match=r"study\.json: the runs on clothing in this file have images = 4, got 2: give --name"
     ):
         run("--methods", "budget-2", "--limit", "2")
+    once["machine"]["cpu"] = "another CPU"
+    (tmp_path / "study.json").write_text(json.dumps(once))
+    with pytest.raises(SystemExit, match=r"study\.json: its runs have cpu = 'another CPU', this machine has .*--name"):
+        run("--methods", "full", "budget-2")
+    assert json.loads((tmp_path / "study.json").read_text()) == once
+
+
+def test_a_cpu_is_named_with_its_family_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    cpu_name = importlib.import_module("run").cpu_name
+    lines = ["processor\t: {}", "cpu family\t: 25", "model\t\t: 1", "model name\t: AMD EPYC", "stepping\t: 1", ""]
+    assert cpu_name("\n".join(lines * 2)) == "AMD EPYC (family 25, model 1)"
+    assert cpu_name("processor: 0\nmodel name: ARM\n") == "ARM"
+    assert cpu_name("processor: 0\n") is None
 
 
 def test_the_plain_recipe_of_a_time_lies_between_its_runs(table: ModuleType) -> None:
@@ -88,7 +102,19 @@ def test_the_aims_are_means_over_the_sets(table: ModuleType) -> None:
     lines = table.aims({"records": records}).splitlines()
     measured = [line.split("|")[-2].strip() for line in lines[2:]]
     # Of the plain recipe, 25 s give 82.67 and 12 s give 74. Budget reaches 82 after 18.5 s, and after 12.
-    assert measured == ["-1.00 points", "+2.33 points", "+7.00 points", "0.76"]
+    assert measured == ["-1.00 points", "+2.33 points", "+7.00 points", "0.76", "not measured"]
+
+
+def test_the_time_to_an_accuracy_ends_with_the_first_epoch_that_has_it(table: ModuleType) -> None:
+    runs = [
+        record("budget-4", 12.0, 84.0, curve=[(5.0, 70.0), (8.0, 82.0), (12.0, 84.0)]),
+        record("budget-4", 14.0, 83.0, curve=[(6.0, 81.9), (10.0, 81.0), (14.0, 83.0)], seed=1),
+    ]
+    assert table.seconds_within(runs, 82.0) == 11.0
+    assert table.seconds_within(runs, 83.5) is None
+    assert table.seconds_within([], 82.0) is None
+    lines = table.aims({"records": [*runs, record("short-2", 20.0, 82.0, epochs=2)]}).splitlines()
+    assert lines[-1].endswith("| 0.5 or less | 0.55 |")
 
 
 def test_a_method_is_compared_with_runs_of_its_seeds(table: ModuleType) -> None:
