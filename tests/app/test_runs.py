@@ -8,7 +8,7 @@ import torch
 
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset
-from learndrop_ext.app.recipe import Recipe
+from learndrop_ext.app.recipe import Recipe, make_scheduler, set_up
 from learndrop_ext.decide.policy import Fixed
 
 RECIPE = Recipe(model="resnet10", stem="small", width=8, epochs=3, batch_size=32, lr=0.05)
@@ -68,6 +68,18 @@ def test_the_first_epoch_is_the_same_in_all_runs(digits: Split) -> None:
         losses[name] = [record["train_loss"] for record in records]
     assert losses["baseline"][0] == losses["learndrop"][0]
     assert losses["baseline"][1] != losses["learndrop"][1]
+
+
+def test_weights_and_rows_are_channels_last(digits: Split) -> None:
+    setup = set_up(digits, RECIPE)
+    filters = [p for p in setup.model.parameters() if p.dim() == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
+    with make_scheduler(setup, RECIPE, Fixed({0: 2})) as drop:
+        for _ in range(2):  # computed, and then read
+            rows, _labels = next(iter(drop.loader))
+            assert rows.shape == (32, 8, 8, 8)
+            assert rows.is_contiguous(memory_format=torch.channels_last)
+            assert not rows.is_contiguous()
 
 
 def test_augmented_training_keeps_views(digits: Split) -> None:
