@@ -165,18 +165,24 @@ def gpu_training_table(_: list[dict[str, Any]]) -> str:
 
 def compare_tables(_: list[dict[str, Any]]) -> str:
     """What `learndrop compare` said on each machine, as means over its seeds."""
-    tables = []
-    for file in sorted((ROOT / "bench" / "results" / "compare").glob("*.json")):
-        kept = json.loads(file.read_text())
-        machine, results = kept["machine"], kept["results"]
-        seeds = "1 seed" if len(results) == 1 else f"means over {len(results)} seeds"
-        rows = [COLUMNS, ("---",) * len(COLUMNS), *compare_rows(results)]
-        lines = [
-            f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}; "
-            f"{seeds}"
-        ]
-        tables.append("\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in rows)]))
-    return "\n\n".join(tables) or "not measured yet"
+    files = sorted((ROOT / "bench" / "results" / "compare").glob("*.json"))
+    return "\n\n".join(compare_table(json.loads(file.read_text())) for file in files) or "not measured yet"
+
+
+def compare_summary(_: list[dict[str, Any]]) -> str:
+    """The comparison with the most seeds."""
+    files = sorted((ROOT / "bench" / "results" / "compare").glob("*.json"))
+    kept = [json.loads(file.read_text()) for file in files]
+    return compare_table(max(kept, key=lambda one: len(one["results"]))) if kept else "not measured yet"
+
+
+def compare_table(kept: dict[str, Any]) -> str:
+    machine, results = kept["machine"], kept["results"]
+    seeds = "1 seed" if len(results) == 1 else f"means over {len(results)} seeds"
+    title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores"
+    title += f"; torch {machine['torch']}, {machine['date']}; {seeds}"
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *compare_rows(results)]
+    return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -194,19 +200,22 @@ def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     }
     rows = []
     for run in runs:
-        name, seconds, fill, flops, accuracy, _ = table_row(averaged, run)
+        *cells, accuracy, drops = table_row(averaged, run)
         if len(results) > 1:
             spread = statistics.stdev(result[run]["accuracy"] for result in results)
-            accuracy = accuracy.replace(" %", f" ± {spread:.2f} %", 1)
-        drops = dict.fromkeys(table_row(result, run)[-1] for result in results)
-        rows.append((name, seconds, fill, flops, accuracy, "; ".join(drops)))
+            accuracy = accuracy.replace(" %", f" % ± {spread:.2f}", 1)
+            made = [result[run]["drops"] for result in results]
+            if all(made):
+                first, last = (", ".join(str(of_seed[at]["prefix"]) for of_seed in made) for at in (0, -1))
+                drops = f"{first} at first, {last} at last"
+        rows.append((*cells, accuracy, drops))
     return rows
 
 
 TABLES = {
-    "README.md": {"training": training_table, "compare": compare_tables, "fine-tuning": fine_tuning_summary},
+    "README.md": {"training": training_table, "compare": compare_summary, "fine-tuning": fine_tuning_summary},
     "docs/results.md": {"kernels": kernel_table, "overhead": overhead_table, "gpu-training": gpu_training_table},
-    "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables, "aims": aims_tables},
+    "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables, "aims": aims_tables, "compare": compare_tables},
 }
 
 
