@@ -15,6 +15,9 @@
 
 using namespace learndrop;
 
+const Codec kAllCodecs[] = {Codec::fp32, Codec::bf16, Codec::fp16, Codec::uint8};
+const Dtype kAllDtypes[] = {Dtype::fp32, Dtype::bf16, Dtype::fp16};
+
 struct Random {
   uint64_t state;
   uint64_t next() {

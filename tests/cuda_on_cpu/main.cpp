@@ -1,6 +1,4 @@
 // Runs the CUDA code on the CPU over many cases and compares it bit for bit with csrc/cpu.
-#include <sys/mman.h>
-
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -14,16 +12,13 @@
 #include "checks.h"
 #include "cpu/simd.h"
 #include "cuda/row_ops.cuh"
+#include "far_cases.h"
 #include "hooks.h"
-#include "host_rows.h"
+#include "host_cases.h"
 #include "inputs.h"
-
-using namespace learndrop;
 
 namespace {
 
-const Codec kAllCodecs[] = {Codec::fp32, Codec::bf16, Codec::fp16, Codec::uint8};
-const Dtype kAllDtypes[] = {Dtype::fp32, Dtype::bf16, Dtype::fp16};
 const std::vector<Values> kAllValues = {Values::normal, Values::any_bits, Values::special, Values::special, Values::small_range,
                                         Values::constant};
 
@@ -242,178 +237,6 @@ void divisions(bool all) {
     const unsigned __int128 power = static_cast<unsigned __int128>(1) << (32 + by.shift);
     if (product < power || (product - power) * top >= power) fail("divider", "of " + std::to_string(d));
   }
-}
-
-void host_rows() {
-  Random random{9};
-  for (const int64_t bytes : {16, 48, 128, 512, 4096, 4112, 16384, 65552})
-    for (const int64_t count : {0, 1, 2, 15, 16, 17, 31, 32, 33, 64, 300, 896}) {
-      const int64_t R = 20, from_stride = bytes + 16 * random.below(3), into_stride = bytes + 16 * random.below(3);
-      if (count * bytes > 4 << 20) continue;
-      const Exact source((R - 1) * from_stride + bytes, 0, 0), rows(8 * count, 0, 0);
-      for (int64_t i = 0; i < source.size(); ++i) source.data()[i] = static_cast<unsigned char>(random.next());
-      auto* const index = reinterpret_cast<int64_t*>(rows.data());
-      for (int64_t i = 0; i < count; ++i) index[i] = random.below(R);
-      cuda::pin(source.data(), source.size(), 1);
-      for (int way = 0; way < 5; ++way) {
-        const Exact into(std::max<int64_t>(0, count - 1) * into_stride + bytes, 0, 0xcd);
-        HostRows move{source.data(), from_stride, index, count, into.data(), into_stride, bytes};
-        move.index_on_host = way == 4;
-        hooks::watch(into.data(), into.size());
-        in_order(way % 2);
-        // The batch, row by row on the default stream, row by row where the driver has no batch, the kernel with both indices.
-        if (way == 2) cudashim::fail_call("cudaMemcpyBatchAsync", cudaErrorNotSupported);
-        if (way < 3)
-          cuda::copy_host_rows(move, 1, way == 1 ? nullptr : kStream);
-        else
-          cuda::gather_host_rows(move, 1, kStream);
-        cudashim::fail_call("cudaMemcpyBatchAsync", cudaSuccess);
-        ++cases;
-        if (way >= 3 && count > 0 && hooks::active) {
-          std::vector<uint32_t> wanted(into.size(), 0);
-          for (int64_t i = 0; i < count; ++i) std::fill_n(wanted.begin() + i * into_stride, bytes, 1);
-          if (hooks::writes(into.data()) != wanted) fail("writes", "gather_host_rows of " + std::to_string(bytes));
-        }
-        hooks::forget();
-        for (int64_t i = 0; i < count; ++i) {
-          if (std::memcmp(into.data() + i * into_stride, source.data() + index[i] * from_stride, bytes))
-            fail("host rows", std::to_string(bytes) + " bytes, way " + std::to_string(way));
-          for (int64_t k = bytes; i + 1 < count && k < into_stride; ++k)
-            if (into.data()[i * into_stride + k] != 0xcd) fail("host rows", "a gap was written");
-        }
-        int device = -1;
-        cudaGetDevice(&device);
-        if (device != 0) fail("device", "host rows leave device " + std::to_string(device));
-      }
-      cuda::unpin(source.data());
-    }
-}
-
-template <class Call>
-bool throws(const Call& call) {
-  try {
-    call();
-  } catch (const std::runtime_error&) {
-    return true;
-  }
-  return false;
-}
-
-// What a failed call leaves behind: the device that was current, and no error for the next call.
-void errors() {
-  alignas(16) unsigned char cache[128], out[512], source[128], into[128];
-  float values[8] = {};
-  const int64_t zero = 0;
-  const RowShape shape{1, 8, 1};
-  const Append a{cache, 1, 128, Codec::fp16, values, Dtype::fp32, 1, shape, 8, 8, 1, 1, &zero};
-  const Gather g{cache, 1, 128, Codec::fp16, out, Dtype::fp32, 1, shape, &zero, nullptr, nullptr};
-  const HostRows rows{source, 128, &zero, 1, into, 128, 128};
-  const auto append = [&] { cuda::append_rows(a, 1, kStream); };
-  const auto gather = [&] { cuda::gather_rows(g, 1, kStream); };
-  const auto check_failure = [&](const char* function, cudaError_t error, const std::function<void()>& call, const char* what) {
-    cudashim::fail_call(function, error);
-    ++cases;
-    if (!throws(call)) fail("error not thrown", what);
-    int device = -1;
-    cudaGetDevice(&device);
-    if (device != 0) fail("device", std::string(what) + " leaves device " + std::to_string(device));
-    if (throws(gather)) fail("the next call throws an error that is not its own", std::string("gather_rows after ") + what);
-    cudaGetLastError();
-  };
-  check_failure("launch", cudaErrorInvalidConfiguration, append, "append_rows whose launch fails");
-  check_failure("launch", cudaErrorInvalidConfiguration, gather, "gather_rows whose launch fails");
-  check_failure("cudaGetDevice", cudaErrorInvalidDevice, append, "append_rows without a device");
-  check_failure("cudaSetDevice", cudaErrorInvalidDevice, append, "append_rows on another device");
-  check_failure("cudaHostRegister", cudaErrorMemoryAllocation, [&] { cuda::pin(source, 128, 1); }, "pin");
-  cuda::pin(source, 128, 0);
-  check_failure("cudaMemcpyBatchAsync", cudaErrorInvalidValue, [&] { cuda::copy_host_rows(rows, 1, kStream); }, "copy_host_rows, batch");
-  check_failure("cudaMemcpyAsync", cudaErrorInvalidValue, [&] { cuda::copy_host_rows(rows, 1, nullptr); }, "copy_host_rows, row by row");
-  check_failure("launch", cudaErrorInvalidConfiguration, [&] { cuda::gather_host_rows(rows, 1, kStream); }, "gather_host_rows");
-  cuda::unpin(source);
-  check_failure("cudaHostGetDevicePointer", cudaErrorInvalidValue, [&] { cuda::gather_host_rows(rows, 1, kStream); },
-                "gather_host_rows of memory that is not pinned");
-  Append many = a;
-  many.batch = int64_t{1} << 42;
-  if (!throws([&] { cuda::append_rows(many, 0, kStream); })) fail("error not thrown", "a grid of more than 2^31 blocks");
-  ++cases;
-}
-
-// Offsets beyond 2^31 and 2^32 values, in memory of which only the pages touched are there.
-unsigned char* sparse(int64_t bytes) {
-  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) std::abort();
-  return static_cast<unsigned char*>(memory);
-}
-
-void far_offsets() {
-  const int64_t far = (int64_t{1} << 32) + 48, index[] = {5, 0};
-  unsigned char *want = sparse(6 * far), *got = sparse(6 * far);
-  Random random{10};
-  for (const Codec codec : kAllCodecs)
-    for (const Dtype dtype : kAllDtypes)
-      for (const Strides s : {Strides{far, 12, 4, 1}, {far, far / 4, far / 16, 1}, {far, 3, 1, far / 8}, {1, 3, far / 16, far / 4}}) {
-        const RowShape shape{2, 3, 4};
-        const int64_t bytes = (s.b + s.h + 2 * s.w + 3 * s.c + 1) * value_bytes(dtype);
-        unsigned char* const in = sparse(bytes);
-        for (int64_t b = 0; b < 2; ++b)
-          for (int64_t y = 0; y < 2; ++y)
-            for (int64_t x = 0; x < 3; ++x)
-              for (int64_t c = 0; c < 4; ++c)
-                fill(in + (b * s.b + y * s.h + x * s.w + c * s.c) * value_bytes(dtype), 1, dtype, Values::normal, random);
-        Append a{want, 6, far, codec, in, dtype, 2, shape, s.b, s.h, s.w, s.c, index};
-        cpu::append_rows(a, 1);
-        a.cache = got;
-        cuda::append_rows(a, 0, kStream);
-        expect_fault(Fault::none, "far rows");
-        for (const int64_t row : index)
-          if (std::memcmp(want + row * far, got + row * far, row_bytes(codec, shape))) fail("far append", name(codec));
-        unsigned char out_want[2 * 24 * 4], out_got[2 * 24 * 4];
-        const uint8_t flip[] = {1, 0};
-        Gather g{got, 6, far, codec, out_want, dtype, 2, shape, index, flip, nullptr};
-        cpu::gather_rows(g, 1);
-        g.out = out_got;
-        cuda::gather_rows(g, 0, kStream);
-        if (std::memcmp(out_want, out_got, 48 * value_bytes(dtype))) fail("far gather", name(codec));
-        cases += 2;
-        munmap(in, bytes);
-      }
-  munmap(want, 6 * far), munmap(got, 6 * far);
-}
-
-// The largest rows there may be: 2^31 - 1 values, and some fewer so that vectors are taken.
-void largest_rows() {
-  for (const int64_t values : {int64_t{INT32_MAX}, int64_t{INT32_MAX} - 7 - 8, int64_t{INT32_MAX} - 3}) {
-    const int64_t zero = 0;
-    unsigned char *cache = sparse(2 * values + 128), *out = sparse(2 * values);
-    const RowShape shape{1, values, 1};
-    const std::vector<int64_t> marks = {0, 1, 1023, values / 2, values - 1025, values - 2, values - 1};
-    for (const int64_t at : marks) reinterpret_cast<uint16_t*>(cache)[at] = static_cast<uint16_t>(at % 997 + 1);
-    const Gather g{cache, 1, 2 * values + 128 - 2 * values % 128, Codec::fp16, out, Dtype::fp16, 1, shape, &zero, nullptr, nullptr};
-    cuda::gather_rows(g, 0, kStream);
-    ++cases;
-    int64_t found = 0;
-    for (int64_t i = 0; i < values; ++i) found += reinterpret_cast<uint16_t*>(out)[i] != 0;
-    for (const int64_t at : marks)
-      if (reinterpret_cast<uint16_t*>(out)[at] != at % 997 + 1) fail("largest row", std::to_string(at));
-    if (found != static_cast<int64_t>(marks.size())) fail("largest row", "other values are not 0");
-    munmap(cache, 2 * values + 128), munmap(out, 2 * values);
-  }
-  // An image of 2^31 - 2^16 values, flipped and moved by one: y = 0 and x = 0 become 0.
-  const RowShape shape{1 << 12, (1 << 13) - 1, 64};
-  const int64_t values = shape.values(), zero = 0, stride = 2 * values;
-  unsigned char *cache = sparse(stride), *out = sparse(2 * values);
-  const int32_t shift[] = {-1, 1};
-  const uint8_t flip[] = {1};
-  auto* const in = reinterpret_cast<uint16_t*>(cache);
-  auto* const moved = reinterpret_cast<uint16_t*>(out);
-  const int64_t H = shape.height, W = shape.width, C = shape.channels;
-  in[values - 1] = 7;             // y = H - 1, x = W - 1, c = C - 1: goes to y = H - 2, x = 1
-  in[((H - 1) * W + 1) * C] = 9;  // goes to y = H - 2, x = W - 1
-  cuda::gather_rows({cache, 1, stride, Codec::bf16, out, Dtype::bf16, 1, shape, &zero, flip, shift}, 0, kStream);
-  ++cases;
-  int64_t found = 0;
-  for (int64_t i = 0; i < values; ++i) found += moved[i] != 0;
-  if (found != 2 || moved[((H - 2) * W + 1) * C + C - 1] != 7 || moved[((H - 2) * W + W - 1) * C] != 9) fail("largest image", "");
 }
 
 void part(const char* what, const std::function<void()>& run) {
