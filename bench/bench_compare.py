@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from run import describe_machine, file_name, write
+from run import describe_machine, file_name, results_to_continue, write
 
 from learndrop_ext.app.report import RUNS
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     machine = describe_machine(args.tests_passed)
     path = args.out / f"{args.name or file_name(machine)}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"machine": machine, "results": []}
+    kept = results_to_continue(path, machine) or {"machine": machine, "results": []}
     for seed in range(args.seeds):
         if seed in (result["config"]["seed"] for result in kept["results"]):
             continue

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import copy_limit, describe_machine, file_name, run_tests, write
+from run import copy_limit, describe_machine, file_name, results_to_continue, run_tests, write
 
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
@@ -229,17 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     args.weights = packaged_weights() if args.weights is None else None if args.weights == "none" else args.weights
     machine = describe_machine(run_tests() if args.tests_passed is None else args.tests_passed)
     path = args.out / f"{args.name or file_name(machine)}.json"
-    if path.exists():
-        study = json.loads(path.read_text())
-        for key in ("gpu", "cpu", "cores"):
-            if study["machine"][key] != machine[key]:
-                sys.exit(
-                    f"bench_fine_tuning: {path.name}: its runs have {key} = {study['machine'][key]!r}, this machine has "
-                    f"{machine[key]!r}, and their seconds do not compare: give --name"
-                )
-        study["machine"] = machine
-    else:
-        study = {"machine": machine, "limits": {"copy_gb_s": copy_limit(args.device)}, "records": []}
+    study = results_to_continue(path, machine) or {"limits": {"copy_gb_s": copy_limit(args.device)}, "records": []}
+    study["machine"] = machine
     for dataset in args.sets:
         split = load_set(dataset, args.data_root, limit=args.limit)
         if statistics := pixel_statistics(args.model):

@@ -32,8 +32,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learndrop_ext import DropScheduler, Fixed, split_layers
+from learndrop_ext import DropScheduler, Fixed
 from learndrop_ext.app.models import build_model
+from learndrop_ext.decide.policy import Decision
 
 BATCH = 32
 BATCHES = 50
@@ -152,8 +153,10 @@ def step_on_rows(epochs: int, device: str) -> dict[str, Any]:
     model = build_model("resnet50", num_classes=10, in_channels=3, width=8, seed=0).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     data = images(count)
-    layers = len(split_layers(model, data.tensors[0][:2].to(device)))
-    drop = DropScheduler(model, optimizer, loader_of(data), policy=Fixed({0: layers - 1}))
+    drop = DropScheduler(
+        model, optimizer, loader_of(data), policy=lambda now: Decision(len(now.layers) - 1, "all but one")
+    )
+    layers = len(drop.chain)
     first = [(x.clone(), y) for x, y in drop.loader]
     rows, labels = (torch.cat(parts) for parts in zip(*first, strict=True))
     head = nn.Sequential(nn.Flatten(), nn.Linear(rows[0].numel(), 10)).to(device)
@@ -163,18 +166,19 @@ def step_on_rows(epochs: int, device: str) -> dict[str, Any]:
         order = torch.randperm(count, device=device)
         return ((rows[part], labels[part]) for part in order.split(BATCH))
 
+    def synchronized() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     def run_through(batches: Iterable[Any], net: nn.Module, steps: torch.optim.Optimizer) -> tuple[float, float]:
         """Seconds of the clock to the first batch, and for each step that follows."""
         begin = time.perf_counter()
         left = iter(batches)
         train([next(left)], net, steps)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        middle = time.perf_counter()
+        middle = synchronized()
         train(left, net, steps)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return middle - begin, (time.perf_counter() - middle) / (count // BATCH - 1)
+        return middle - begin, (synchronized() - middle) / (count // BATCH - 1)
 
     times = []
     for i in range(epochs + 1):

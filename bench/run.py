@@ -109,6 +109,20 @@ def write(path: Path, result: dict[str, Any]) -> None:
     aside.replace(path)
 
 
+def results_to_continue(path: Path, machine: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of a file of results, {} if there is none. Ends the program if another machine wrote it."""
+    if not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text())
+    for key in ("gpu", "cpu", "cores"):
+        if found["machine"][key] != machine[key]:
+            sys.exit(
+                f"{path.name}: its runs have {key} = {found['machine'][key]!r}, this machine has {machine[key]!r}, and "
+                "their seconds do not compare: give --name"
+            )
+    return found
+
+
 def file_name(machine: Mapping[str, Any]) -> str:
     """The name of a machine's file: its GPU, or its CPU where it has none."""
     return re.sub(r"[^a-z0-9]+", "-", (machine["gpu"] or machine["cpu"]).lower()).strip("-")

@@ -66,6 +66,45 @@ def test_a_study_runs_each_method_once_and_refuses_other_images(study: ModuleTyp
     assert json.loads((tmp_path / "study.json").read_text()) == once
 
 
+def test_the_comparison_is_the_command_of_the_readme(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    options = importlib.import_module("bench_compare").OPTIONS
+    typed = (
+        (BENCH.parent / "README.md").read_text().partition("learndrop compare --dataset folder")[2].partition("```")[0]
+    )
+    words = f"--dataset folder {typed}".replace("\\\n", " ").split()
+    for place, value in (("--data-root", "photos"), ("--weights", "FILE")):
+        at = words.index(place)
+        assert words[at : at + 2] == [place, value]
+        del words[at : at + 2]
+    assert sorted(words) == sorted(options)
+
+
+def test_a_comparison_is_the_mean_of_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    rows = importlib.import_module("table").compare_rows
+
+    def run(seconds: float, accuracy: float, *prefixes: int) -> dict[str, Any]:
+        drops = [{"epoch": epoch, "prefix": prefix} for epoch, prefix in enumerate(prefixes)]
+        return {"seconds": seconds, "accuracy": accuracy, "fill_seconds": 1.0, "forward_flops": 2e9, "drops": drops}
+
+    results = [
+        {"baseline": run(40.0, 80.0), "learndrop": run(20.0, 81.0, 3, 5)},
+        {"baseline": run(60.0, 84.0), "learndrop": run(30.0, 83.0, 4)},
+    ]
+    assert rows(results) == [
+        ("baseline", "50.0 s", "-", "2.00 GFLOP", "82.00 % ± 2.83", "none"),
+        (
+            "learndrop",
+            "25.0 s (2.00x)",
+            "1.0 s",
+            "2.00 GFLOP (+0.0 %)",
+            "82.00 % ± 1.41 (+0.00)",
+            "3, 4 at first, 5, 4 at last",
+        ),
+    ]
+
+
 def test_a_cpu_is_named_with_its_family_and_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCH)
     cpu_name = importlib.import_module("run").cpu_name
