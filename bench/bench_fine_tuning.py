@@ -98,7 +98,7 @@ METHODS: dict[str, Method] = {
     **{f"short-{n}": Method(epochs=n) for n in (1, 2, 3)},
     "freeze-only": Method(lambda stages: Before(dict(enumerate(stages))), caches=False),
     "linear-probe": Method(lambda stages: LinearProbe()),
-    **{f"budget-{speedup:g}": budget(speedup) for speedup in (1.5, 2.0, 3.0, 4.0, 5.0)},
+    **{f"budget-{speedup:g}": budget(speedup) for speedup in (1.5, 2.0, 3.0, 4.0, 5.0, 6.0)},
     "budget-2-start-1": budget(2.0, start=1),
     "static": Method(lambda stages: Before({0: stages[-1]})),
     "growing": Method(lambda stages: Before(dict(enumerate(stages)))),

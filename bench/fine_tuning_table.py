@@ -20,7 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Methods that are one curve, from the shortest to the longest run.
 CURVES = {
     "plain recipe, 1, 2, 3 and all epochs": ("short-1", "short-2", "short-3", "full"),
-    "Budget 5, 4, 3, 2 and 1.5, from the first step": ("budget-5", "budget-4", "budget-3", "budget-2", "budget-1.5"),
+    "Budget 6, 5, 4, 3, 2 and 1.5, from the first step": (
+        "budget-6",
+        "budget-5",
+        "budget-4",
+        "budget-3",
+        "budget-2",
+        "budget-1.5",
+    ),
     "Budget 2, after epoch 1": ("budget-2-start-1",),
     "set by hand, growing": ("growing",),
     "set by hand, at once": ("static",),
