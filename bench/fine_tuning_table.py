@@ -35,6 +35,15 @@ CURVES = {
     "linear probe": ("linear-probe",),
 }
 PLAIN, BUDGETS = list(CURVES.values())[:2]
+#: What the flips and the codec are compared in.
+AUGMENTED = {
+    "full-flip": "live flips in every epoch",
+    "budget-2-mirror": "both mirror images, in turn",
+    "budget-2-views": "four stored views of live flips",
+    "budget-2-flip": "flipped rows",
+    "budget-2": "no flips, fp16",
+    "budget-2-uint8": "no flips, uint8",
+}
 COLOURS = ("#555555", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
 
 Records = Sequence[Mapping[str, Any]]
@@ -158,6 +167,24 @@ def aims(study: Mapping[str, Any]) -> str:
     lines.append(
         f"| time of Budget to the accuracy of the plain recipe's 2 epochs, of their time | 0.5 or less | {shown} |"
     )
+    return "\n".join(lines)
+
+
+def augmented(study: Mapping[str, Any]) -> str:
+    """Accuracy of flips and codecs less that of the full run without flips, a column for each set and part of the images."""
+    sets = list(dict.fromkeys(record["dataset"] for record in study["records"]))
+    parts = {"test": "accuracy", "validation": "validation_accuracy"}
+    columns = [f"{name}, {part}" for name in sets for part in parts]
+    lines = [f"| method | | {' | '.join(columns)} |", f"|---|---|{'---|' * len(columns)}"]
+    for run, words in AUGMENTED.items():
+        cells = []
+        for name in sets:
+            methods = by_method(study["records"], name)
+            same = with_seeds_of(methods, methods.get(run, []))
+            for key in parts.values():
+                shown = run in methods and "full" in same
+                cells.append(f"{mean(methods[run], key) - mean(same['full'], key):+.2f}" if shown else "not measured")
+        lines.append(f"| `{run}` | {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -117,12 +117,19 @@ def fine_tuning_tables(_: list[dict[str, Any]]) -> str:
 
 def fine_tuning_summary(_: list[dict[str, Any]]) -> str:
     """The plain recipe and Budget on the machine with the most runs."""
+    study = largest_study()
+    return fine_tuning_table.table(study, only=(*fine_tuning_table.PLAIN, *fine_tuning_table.BUDGETS))
+
+
+def augmented_table(_: list[dict[str, Any]]) -> str:
+    """Flips and codecs on the machine with the most runs."""
+    return fine_tuning_table.augmented(largest_study())
+
+
+def largest_study() -> dict[str, Any]:
     files = sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
-    studies = [json.loads(file.read_text()) for file in files]
-    if not studies:
-        return "not measured yet"
-    largest = max(studies, key=lambda study: len(study["records"]))
-    return fine_tuning_table.table(largest, only=(*fine_tuning_table.PLAIN, *fine_tuning_table.BUDGETS))
+    studies: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
+    return max(studies, key=lambda study: len(study["records"]))
 
 
 def aims_tables(_: list[dict[str, Any]]) -> str:
@@ -215,7 +222,12 @@ def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 TABLES = {
     "README.md": {"training": training_table, "compare": compare_summary, "fine-tuning": fine_tuning_summary},
     "docs/results.md": {"kernels": kernel_table, "overhead": overhead_table, "gpu-training": gpu_training_table},
-    "docs/when-it-pays.md": {"fine-tuning": fine_tuning_tables, "aims": aims_tables, "compare": compare_tables},
+    "docs/when-it-pays.md": {
+        "fine-tuning": fine_tuning_tables,
+        "augmented": augmented_table,
+        "aims": aims_tables,
+        "compare": compare_tables,
+    },
 }
 
 

@@ -157,3 +157,20 @@ def test_a_method_is_compared_with_runs_of_its_seeds(table: ModuleType) -> None:
     # 80 % at 100 s with that seed; the plain recipe of 60 s lies between 60 % and 80 %.
     assert "| clothing | budget-2 | 5 | 60.0 (1.67x) | 81.00 % | +1.00 | +11.00 | 1 |" in text
     assert "| clothing | full | 5 | 150.0 | 85.00 % ± 7.07 |  |  | 2 |" in text
+
+
+def test_flips_and_codecs_are_compared_with_the_full_run_of_their_seeds(table: ModuleType) -> None:
+    records = [
+        record("full", 100.0, 80.0, validation_accuracy=82.0),
+        record("full", 100.0, 90.0, validation_accuracy=92.0, seed=1),
+        record("full-flip", 100.0, 81.0, validation_accuracy=81.5),
+        record("budget-2-flip", 50.0, 84.0, validation_accuracy=87.5, seed=0),
+        record("budget-2-flip", 50.0, 85.0, validation_accuracy=86.5, seed=1),
+        record("full", 100.0, 70.0, validation_accuracy=70.0, dataset="cifar10"),
+    ]
+    lines = table.augmented({"records": records}).splitlines()
+    assert lines[0] == "| method | | clothing, test | clothing, validation | cifar10, test | cifar10, validation |"
+    cells = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[3:-1]] for line in lines[2:]}
+    assert cells["full-flip"] == ["+1.00", "-0.50", "not measured", "not measured"]
+    assert cells["budget-2-flip"] == ["-0.50", "+0.00", "not measured", "not measured"]
+    assert cells["budget-2-uint8"] == ["not measured"] * 4
