@@ -49,7 +49,7 @@ def training_table(results: list[dict[str, Any]]) -> str:
                     machine,
                     f"{dataset}, {model}",
                     run,
-                    f"{mean(records, 'epochs'):g}",
+                    f"{mean(records, 'epochs'):.4g}",
                     f"{seconds:.1f} s" + ("" if run == "baseline" else f" ({base / seconds:.2f}x)"),
                     f"{mean(records, 'fill_seconds'):.2f} s",
                     f"{mean(records, 'forward_flops') / 1e9:,.0f} G"
