@@ -112,6 +112,32 @@ def warn_unseen(model: nn.Module, chain: Chain, first: int, prefix: int) -> None
         )
 
 
+def warn_untrained(model: nn.Module, chain: Chain, prefix: int) -> None:
+    """Warn if the first `prefix` layers, about to be dropped before the first step, have a norm that was never trained."""
+    inside = set(chain.prefix(prefix).modules())
+    for name, module in model.named_modules():
+        if module in inside and _is_as_made(module):
+            warnings.warn(
+                f"DropScheduler: layers dropped before the first step stay as they are, so they must be pretrained, and "
+                f"{name} ({type(module).__name__}), in the first {prefix} of {len(chain)} layers, never was: it has the "
+                "values it was made with. Load the pretrained weights first, or drop after some epochs",
+                RuntimeWarning,
+                stacklevel=6,
+            )
+            return
+
+
+def _is_as_made(module: nn.Module) -> bool:
+    """Whether a norm has the values that a new one has. A single training step changes them."""
+    mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
+    if isinstance(mean, torch.Tensor) and isinstance(variance, torch.Tensor):
+        return not bool(mean.any()) and bool((variance == 1).all())
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) and isinstance(module.weight, torch.Tensor):
+        bias = getattr(module, "bias", None)
+        return bool((module.weight == 1).all()) and (bias is None or not bool(bias.any()))
+    return False
+
+
 def warn_saturated(rows: RowSet, chain: Chain) -> None:
     """Warn, once in a run, if rows were clamped to the largest fp16 number."""
     if rows.said_saturated or rows.cache is None or not rows.cache.saturated:

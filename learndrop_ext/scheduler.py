@@ -23,6 +23,7 @@ from learndrop_ext.checks import (
     input_name,
     warn_saturated,
     warn_unseen,
+    warn_untrained,
 )
 from learndrop_ext.data.drift import follow_code, follow_model
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
@@ -52,15 +53,13 @@ class DropScheduler:
     frees the rows.
 
     Args:
-        model (nn.Module): any model that `split_layers` can split, with one tensor as its input. It stays whole, for
-            evaluation and saving.
+        model (nn.Module): any model that `split_layers` can split. It stays whole, for evaluation and saving.
         optimizer (Optimizer): the optimizer of the model's parameters. It is never changed. A loop that makes a new one
             must set `drop.optimizer`.
         loader (Iterable): a DataLoader over a dataset with ids or, with `ids`, any object that gives batches each time it
             is iterated over.
         policy (Policy, optional): situation -> Decision, also asked before training. Default: `StoppedLearning()`
-        epochs (int, optional): number of `step()` calls in the run. If given, no drop is made that cannot pay for itself
-            in the epochs left. Default: None
+        epochs (int, optional): number of `step()` calls in the run, so that no drop is made too late to pay. Default: None
         cache (CacheConfig, str or None, optional): a configuration, the name of a codec, or None to keep no rows and run
             the frozen layers at each step. Default: "fp16"
         views (int, optional): random augmentations kept of each sample, for a random dataset. Default: as in `CacheConfig`
@@ -251,8 +250,7 @@ class DropScheduler:
         """Return the scheduler's state as plain values and tensors, for `torch.save`.
 
         Model, optimizer and rows are not in it. With `CacheConfig(disk_dir=...)`, rows that changed since the last call
-        are written to a file there if `disk_bytes` holds them all, and the state names it. The file it replaces is
-        deleted.
+        are written to a file there if `disk_bytes` holds them all. The state names it; the one it replaces is deleted.
         """
         self._check_open("state_dict")
         return checkpoint.state_of(self)
@@ -319,15 +317,17 @@ class DropScheduler:
         Everything that can fail comes before the first visible change.
         """
         check_free(self.base_model, self)
-        if situation.epoch and not self.prefix:
+        if not situation.epoch:
+            warn_untrained(self.base_model, self.chain, prefix)
+        elif not self.prefix:
             self._follow_code("step", run=True)
         share_buffers(self.chain.prefix(prefix).buffers())
         body = live_body(self.base_model, self.chain, cut, prefix, self.wrap)
         if cut > self.cut:
             warn_unseen(self.base_model, self.chain, self.cut, cut)
             left = None if self.epochs is None else self.epochs - situation.epoch
-            rows = self.loader.batches.expected_rows()
-            self.rows.advance(cut, rows=rows, stores=left is None or left > self.rows.views)
+            stores = left is None or left > self.rows.views
+            self.rows.advance(cut, rows=self.loader.batches.expected_rows(), stores=stores)
         self._deltas.drop_first(prefix - self.prefix)
         self._freeze(prefix, body)
 

@@ -105,7 +105,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def summarize(result: Mapping[str, Any]) -> str:
-    """Return a sentence that compares dropping with the baseline, or "" until both have finished."""
+    """Return what dropping changed against the baseline, and against `short` if that ran; "" until both have finished."""
     if "baseline" not in result or "learndrop" not in result:
         return ""
     baseline, dropping = result["baseline"], result["learndrop"]
@@ -114,11 +114,19 @@ def summarize(result: Mapping[str, Any]) -> str:
     difference = dropping["accuracy"] - baseline["accuracy"]
     saved = 100 * (1 - dropping["forward_flops"] / baseline["forward_flops"])
     speedup = result.get("speedup", baseline["seconds"] / dropping["seconds"])
-    return (
+    text = (
         f"Dropping took {_seconds(dropping['seconds'])} against {_seconds(baseline['seconds'])} "
         f"({speedup:.2f}x as fast), with {abs(saved):.1f} % {'fewer' if saved >= 0 else 'more'} forward FLOPs "
         f"and a test accuracy {abs(difference):.2f} points {'higher' if difference > 0 else 'lower'}."
     )
+    if "short" not in result:
+        return text
+    short = result["short"]
+    better = short["accuracy"] - dropping["accuracy"]
+    rival = f"The plain recipe, shortened to {_seconds(short['seconds'])}, was "
+    if not better:
+        return f"{text} {rival}as good."
+    return f"{text} {rival}{abs(better):.2f} points {'better: dropping did not pay here' if better > 0 else 'worse'}."
 
 
 def table_row(result: Mapping[str, Any], run: str) -> tuple[str, ...]:

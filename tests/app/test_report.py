@@ -133,6 +133,16 @@ def test_format_table_of_slower_and_better_drops() -> None:
     assert "(0.50x as fast), with 50.0 % more forward FLOPs and a test accuracy 1.00 points higher." in text
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "said"),
+    [(93.5, "2.50 points better: dropping did not pay here."), (90.0, "1.00 points worse."), (91.0, "as good.")],
+)
+def test_format_table_names_the_rival(accuracy: float, said: str) -> None:
+    result = {"baseline": numbers(20.0, 1e12, 90.0), "learndrop": numbers(10.0, 5e11, 91.0, DROP)}
+    text = format_table(result | {"short": numbers(9.5, 5e11, accuracy)})
+    assert text.endswith(f"test accuracy 1.00 points higher. The plain recipe, shortened to 9.5 s, was {said}")
+
+
 def test_format_table_claims_nothing_without_a_drop() -> None:
     text = format_table({"baseline": numbers(10.0, 1e12, 90.0), "learndrop": numbers(5.0, 1e12, 90.0)})
     assert text.endswith("\n\nNo layer was dropped: both runs did the same work, so dropping made no difference.")
