@@ -213,8 +213,8 @@ def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
             accuracy = accuracy.replace(" %", f" % ± {spread:.2f}", 1)
             made = [result[run]["drops"] for result in results]
             if all(made):
-                first, last = (", ".join(str(of_seed[at]["prefix"]) for of_seed in made) for at in (0, -1))
-                drops = f"{first} at first, {last} at last"
+                first, last = ([of_seed[at]["prefix"] for of_seed in made] for at in (0, -1))
+                drops = f"{min(first)} to {max(first)} at first, {min(last)} to {max(last)} at last"
         rows.append((*cells, accuracy, drops))
     return rows
 

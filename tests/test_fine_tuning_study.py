@@ -100,7 +100,7 @@ def test_a_comparison_is_the_mean_of_its_seeds(monkeypatch: pytest.MonkeyPatch) 
             "1.0 s",
             "2.00 GFLOP (+0.0 %)",
             "82.00 % ± 1.41 (+0.00)",
-            "3, 4 at first, 5, 4 at last",
+            "3 to 4 at first, 4 to 5 at last",
         ),
     ]
 
