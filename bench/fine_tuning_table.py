@@ -9,6 +9,7 @@ import argparse
 import io
 import itertools
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +77,11 @@ def machine_of(study: Mapping[str, Any]) -> str:
     machine = study["machine"]
     cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"
     return f"{machine['gpu'] or machine['cpu']}, {cores}"
+
+
+def largest(studies: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The study with the most runs."""
+    return max(studies, key=lambda study: len(study["records"]))
 
 
 def with_seeds_of(methods: Mapping[str, Records], records: Records) -> dict[str, list[Mapping[str, Any]]]:
@@ -188,6 +194,38 @@ def augmented(study: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+#: What Budget gives as the reason of a drop.
+ASKED = re.compile(r"budget ([\d.]+)x: .*forecast [\d.]+ s of ([\d.]+) s")
+
+
+def exactness(study: Mapping[str, Any]) -> str:
+    """How exactly the runs of Budget kept the time asked for, each beside the full run of its seed and its augmentation."""
+    runs = [record for record in study["records"] if record["run"] in ("full", "full-flip")]
+    full = {(record["dataset"], record["seed"], record["recipe"]["augment"]): record["seconds"] for record in runs}
+    kept, estimated, speedups = [], [], []
+    for record in study["records"]:
+        asked = [ASKED.match(drop["reason"]) for drop in record["drops"]]
+        if not asked or asked[0] is None or asked[-1] is None:
+            continue
+        kept.append(record["seconds"] / float(asked[-1][2]))
+        whole = full.get((record["dataset"], record["seed"], record["recipe"]["augment"]))
+        if whole is not None and record["drops"][0]["epoch"] == 0:
+            estimated.append(float(asked[0][1]) * float(asked[0][2]) / whole)
+            speedups += [whole / record["seconds"]] if record["run"] == "budget-2" else []
+    lines = ["| | runs | within 5 % of 1 | least | median | largest |", "|---|---|---|---|---|---|"]
+    for words, found in (
+        ("time taken, of the time asked for at the last drop", kept),
+        ("full run as estimated before the first step, of the one measured", estimated),
+        ("`budget-2`: how many times as fast as the full run", speedups),
+    ):
+        if not found:
+            continue
+        within = "" if found is speedups else str(sum(0.95 <= x <= 1.05 for x in found))
+        cells = (words, str(len(found)), within, *(f"{f(found):.2f}" for f in (min, statistics.median, max)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def plot(study: Mapping[str, Any]) -> str:
     """Draw accuracy against time as SVG, a panel a set and a curve a method; bars span the seeds."""
     from matplotlib import rc_context
@@ -236,7 +274,7 @@ def plot(study: Mapping[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="the study's files (default: bench/results/fine-tuning/)")
-    parser.add_argument("--plot", type=Path, help="where the plot of the first file goes")
+    parser.add_argument("--plot", type=Path, help="where the plot of the largest study goes")
     args = parser.parse_args(argv)
     files = args.files or sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
     if not files:
@@ -244,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     studies = [json.loads(path.read_text()) for path in files]
     print("\n\n".join(table(study) for study in studies))
     if args.plot is not None:
-        args.plot.write_text(plot(studies[0]))
+        args.plot.write_text(plot(largest(studies)))
     return 0
 
 

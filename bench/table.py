@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,34 +110,40 @@ def overhead_table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines if len(lines) > 2 else [*lines, "| all | not measured | | |"])
 
 
+def read(folder: str) -> list[dict[str, Any]]:
+    """The files of a folder in bench/results/, by name."""
+    return [json.loads(file.read_text()) for file in sorted((ROOT / "bench" / "results" / folder).glob("*.json"))]
+
+
 def fine_tuning_tables(_: list[dict[str, Any]]) -> str:
     """The study's table of each machine, see fine_tuning_table.py."""
-    files = sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
-    return "\n\n".join(fine_tuning_table.table(json.loads(file.read_text())) for file in files) or "not measured yet"
+    return "\n\n".join(map(fine_tuning_table.table, read("fine-tuning"))) or "not measured yet"
 
 
 def fine_tuning_summary(_: list[dict[str, Any]]) -> str:
-    """The plain recipe and Budget on the machine with the most runs."""
-    study = largest_study()
-    return fine_tuning_table.table(study, only=(*fine_tuning_table.PLAIN, *fine_tuning_table.BUDGETS))
+    """The plain recipe and Budget in the largest study."""
+    only = (*fine_tuning_table.PLAIN, *fine_tuning_table.BUDGETS)
+    return of_largest_study(lambda study: fine_tuning_table.table(study, only=only))
 
 
 def augmented_table(_: list[dict[str, Any]]) -> str:
-    """Flips and codecs on the machine with the most runs."""
-    return fine_tuning_table.augmented(largest_study())
+    """Flips and codecs in the largest study."""
+    return of_largest_study(fine_tuning_table.augmented)
 
 
-def largest_study() -> dict[str, Any]:
-    files = sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
-    studies: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
-    return max(studies, key=lambda study: len(study["records"]))
+def exactness_table(_: list[dict[str, Any]]) -> str:
+    """How exactly Budget kept its time in the largest study."""
+    return of_largest_study(fine_tuning_table.exactness)
+
+
+def of_largest_study(make: Callable[[dict[str, Any]], str]) -> str:
+    studies = read("fine-tuning")
+    return make(fine_tuning_table.largest(studies)) if studies else "not measured yet"
 
 
 def aims_tables(_: list[dict[str, Any]]) -> str:
     """What the study was to show and shows, see fine_tuning_table.py."""
-    files = sorted((ROOT / "bench" / "results" / "fine-tuning").glob("*.json"))
-    studies = [json.loads(file.read_text()) for file in files]
-    tables = (f"{fine_tuning_table.machine_of(study)}:\n\n{fine_tuning_table.aims(study)}" for study in studies)
+    tables = (f"{fine_tuning_table.machine_of(one)}:\n\n{fine_tuning_table.aims(one)}" for one in read("fine-tuning"))
     return "\n\n".join(tables) or "not measured yet"
 
 
@@ -172,14 +179,12 @@ def gpu_training_table(_: list[dict[str, Any]]) -> str:
 
 def compare_tables(_: list[dict[str, Any]]) -> str:
     """What `learndrop compare` said on each machine, as means over its seeds."""
-    files = sorted((ROOT / "bench" / "results" / "compare").glob("*.json"))
-    return "\n\n".join(compare_table(json.loads(file.read_text())) for file in files) or "not measured yet"
+    return "\n\n".join(map(compare_table, read("compare"))) or "not measured yet"
 
 
 def compare_summary(_: list[dict[str, Any]]) -> str:
     """The comparison with the most seeds."""
-    files = sorted((ROOT / "bench" / "results" / "compare").glob("*.json"))
-    kept = [json.loads(file.read_text()) for file in files]
+    kept = read("compare")
     return compare_table(max(kept, key=lambda one: len(one["results"]))) if kept else "not measured yet"
 
 
@@ -189,7 +194,22 @@ def compare_table(kept: dict[str, Any]) -> str:
     title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores"
     title += f"; torch {machine['torch']}, {machine['date']}; {seeds}"
     rows = [COLUMNS, ("---",) * len(COLUMNS), *compare_rows(results)]
-    return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows)])
+    lines = [title, "", *(f"| {' | '.join(row)} |" for row in rows)]
+    if len(results) > 1:
+        lines += ["", by_seed(results)]
+    return "\n".join(lines)
+
+
+def by_seed(results: list[dict[str, Any]]) -> str:
+    """How far the seeds lie apart, each compared with the other runs of its own seed."""
+    times = [result["baseline"]["seconds"] / result["learndrop"]["seconds"] for result in results]
+    ranges = [f"By seed, learndrop was {min(times):.2f} to {max(times):.2f} times as fast as baseline"]
+    for rival in ("baseline", "short", "freeze-only"):
+        points = [result["learndrop"]["accuracy"] - result[rival]["accuracy"] for result in results if rival in result]
+        if points:
+            mean_of = f"{statistics.fmean(points):+.2f} in mean"
+            ranges.append(f"{min(points):+.2f} to {max(points):+.2f} points ({mean_of}) against {rival}")
+    return ", ".join(ranges) + "."
 
 
 def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -224,6 +244,7 @@ TABLES = {
     "docs/results.md": {"kernels": kernel_table, "overhead": overhead_table, "gpu-training": gpu_training_table},
     "docs/when-it-pays.md": {
         "fine-tuning": fine_tuning_tables,
+        "exactness": exactness_table,
         "augmented": augmented_table,
         "aims": aims_tables,
         "compare": compare_tables,
@@ -239,7 +260,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
+    results = read("")
     stale = []
     for name, tables in TABLES.items():
         path = ROOT / name

@@ -118,7 +118,7 @@ def warn_untrained(model: nn.Module, chain: Chain, prefix: int) -> None:
     for name, module in model.named_modules():
         if module in inside and _is_as_made(module):
             warnings.warn(
-                f"DropScheduler: layers dropped before the first step stay as they are, so they must be pretrained, and "
+                "DropScheduler: layers dropped before the first step stay as they are, so they must be pretrained, and "
                 f"{name} ({type(module).__name__}), in the first {prefix} of {len(chain)} layers, never was: it has the "
                 "values it was made with. Load the pretrained weights first, or drop after some epochs",
                 RuntimeWarning,

@@ -59,7 +59,7 @@ class DropScheduler:
         loader (Iterable): a DataLoader over a dataset with ids or, with `ids`, any object that gives batches each time it
             is iterated over.
         policy (Policy, optional): situation -> Decision, also asked before training. Default: `StoppedLearning()`
-        epochs (int, optional): number of `step()` calls in the run, so that no drop is made too late to pay. Default: None
+        epochs (int, optional): number of `step()` calls in the run. If given, no drop comes too late to pay. Default: None
         cache (CacheConfig, str or None, optional): a configuration, the name of a codec, or None to keep no rows and run
             the frozen layers at each step. Default: "fp16"
         views (int, optional): random augmentations kept of each sample, for a random dataset. Default: as in `CacheConfig`

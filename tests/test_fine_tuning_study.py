@@ -174,3 +174,44 @@ def test_flips_and_codecs_are_compared_with_the_full_run_of_their_seeds(table: M
     assert cells["full-flip"] == ["+1.00", "-0.50", "not measured", "not measured"]
     assert cells["budget-2-flip"] == ["-0.50", "+0.00", "not measured", "not measured"]
     assert cells["budget-2-uint8"] == ["not measured"] * 4
+
+
+def test_budget_is_measured_by_the_time_it_was_asked_to_take(table: ModuleType) -> None:
+    def budget(run: str, seconds: float, *asked: float, epoch: int = 0, **changes: Any) -> dict[str, Any]:
+        reasons = [f"budget 2x: 3 of 8 layers, forecast 1.0 s of {time} s; rows after conv" for time in asked]
+        drops = [{"epoch": epoch + i, "reason": reason} for i, reason in enumerate(reasons)]
+        return record(run, seconds, 80.0, drops=drops) | {"recipe": {"augment": None}} | changes
+
+    records = [
+        budget("full", 40.0),
+        budget("full", 60.0, seed=1),
+        budget("full-flip", 50.0, recipe={"augment": "flip"}),
+        budget("short-1", 10.0),
+        budget("static", 5.0) | {"drops": [{"epoch": 0, "reason": "set by hand; rows after conv"}]},
+        budget("budget-2", 20.0, 25.0, 20.0),  # the full run seemed to take 50 s
+        budget("budget-2", 36.0, 30.0, seed=1),
+        budget("budget-2-views", 22.0, 25.0, 22.0, recipe={"augment": "flip"}),
+        budget("budget-2-start-1", 21.0, 21.0, epoch=1),
+    ]
+    lines = table.exactness({"records": records}).splitlines()
+    assert [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]] == [
+        ["4", "3", "1.00", "1.00", "1.20"],
+        ["3", "2", "1.00", "1.00", "1.25"],
+        ["2", "", "1.67", "1.83", "2.00"],
+    ]
+
+
+def test_the_seeds_of_a_comparison_are_each_compared_with_their_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+    by_seed = importlib.import_module("table").by_seed
+    seeds = [
+        {"baseline": (40.0, 80.0), "learndrop": (20.0, 81.0), "short": (20.0, 81.5)},
+        {"baseline": (60.0, 84.0), "learndrop": (20.0, 83.0), "short": (20.0, 79.0)},
+    ]
+    results = [
+        {run: {"seconds": seconds, "accuracy": accuracy} for run, (seconds, accuracy) in seed.items()} for seed in seeds
+    ]
+    assert by_seed(results) == (
+        "By seed, learndrop was 2.00 to 3.00 times as fast as baseline, -1.00 to +1.00 points (+0.00 in mean) against "
+        "baseline, -0.50 to +4.00 points (+1.75 in mean) against short."
+    )
