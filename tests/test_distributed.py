@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,26 @@ def test_alone_nothing_is_shared() -> None:
     assert buffer.tolist() == [1, 1]
 
 
-def train(rank: int, store: str, out: str) -> None:
-    """One of two ranks; each has a policy of its own mind, and rank 0's counts."""
+def begin(rank: int, store: str, *, seconds: float = 60.0) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    timeout = datetime.timedelta(seconds=seconds)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     torch.manual_seed(0)
+
+
+def in_group(rank: int, work: Callable[..., None], store: str, *arguments: str) -> None:
+    """Run `work` on one of two ranks, and end the group's threads before the interpreter ends.
+
+    Threads of gloo that are still there then may abort the process, and DistributedDataParallel holds its group.
+    """
+    begin(rank, store)
+    work(rank, *arguments)
+    gc.collect()
+    distributed.destroy_process_group()
+
+
+def train(rank: int, out: str) -> None:
+    """One of two ranks; each has a policy of its own mind, and rank 0's counts."""
     model = nn.Sequential(
         *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(64, 5)),
@@ -58,11 +75,10 @@ def train(rank: int, store: str, out: str) -> None:
     with torch.no_grad():
         wanted = drop.chain.prefix(1).eval()(data.tensors[0][ids])
     torch.save(kept | {"right": torch.allclose(rows, wanted, atol=1e-6), "rows": len(ids)}, f"{out}/{rank}.pt")
-    distributed.destroy_process_group()
 
 
 def test_two_ranks_under_ddp_drop_alike(tmp_path: Path) -> None:
-    spawn(train, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    spawn(in_group, (train, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["prefix"] == second["prefix"] == 1
     assert first["reason"] == second["reason"]
@@ -89,16 +105,8 @@ class Counted(TensorDataset):
         return super().__getitem__(index)
 
 
-def begin(rank: int, store: str, *, seconds: float = 60.0) -> None:
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=seconds)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
-    torch.manual_seed(0)
-
-
-def share(rank: int, store: str, out: str, partition: str) -> None:
+def share(rank: int, out: str, partition: str) -> None:
     """One of two ranks: what it draws and reads in each epoch, with a drop after the first and after the third."""
-    begin(rank, store)
     model = nn.Sequential(
         *(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(64, 5)),
@@ -134,7 +142,6 @@ def share(rank: int, store: str, out: str, partition: str) -> None:
         "cache": drop.history[1].cache_bytes // drop.history[1].row_bytes,
     }
     torch.save(kept | {"model": model.state_dict()}, f"{out}/{rank}.pt")
-    distributed.destroy_process_group()
 
 
 def users_order(rank: int, epoch: int) -> list[list[int]]:
@@ -145,7 +152,7 @@ def users_order(rank: int, epoch: int) -> list[list[int]]:
 
 
 def test_each_rank_keeps_a_share_and_draws_from_it(tmp_path: Path) -> None:
-    spawn(share, (str(tmp_path / "store"), str(tmp_path), "share"), nprocs=2)
+    spawn(in_group, (share, str(tmp_path / "store"), str(tmp_path), "share"), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     shares = []
     for rank, seen in enumerate(ranks):
@@ -171,7 +178,7 @@ def test_each_rank_keeps_a_share_and_draws_from_it(tmp_path: Path) -> None:
 
 
 def test_by_choice_each_rank_keeps_the_users_order_and_all_rows(tmp_path: Path) -> None:
-    spawn(share, (str(tmp_path / "store"), str(tmp_path), "all"), nprocs=2)
+    spawn(in_group, (share, str(tmp_path / "store"), str(tmp_path), "all"), nprocs=2)
     for rank in range(2):
         seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert seen["drawn"] == [users_order(rank, epoch) for epoch in range(6)]
