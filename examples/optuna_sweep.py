@@ -4,8 +4,8 @@
     python examples/optuna_sweep.py --toy
 
 The first layers, and so their outputs on the same images, are equal in all trials. Trial 1 computes the rows and writes
-them to the folder; trials 2 to 10 read them and never run these layers. `learndrop cache DIR` lists the files in the
-folder and removes old ones.
+them to the folder; trials 2 to 10 read them and never run these layers: they read the images in their first epoch only,
+for the labels. `learndrop cache DIR` lists the files in the folder and removes old ones.
 """
 
 from __future__ import annotations

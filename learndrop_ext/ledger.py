@@ -101,18 +101,19 @@ class Ledger:
         """Return the seconds of the run so far, the construction of the scheduler included."""
         return self.setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
 
-    def observe(self, prefix: int, *, samples: int, made: int, seconds: float) -> None:
+    def observe(self, prefix: int, *, samples: int, made: int, read: int, seconds: float) -> None:
         """Calibrate the cost model with one measured epoch.
 
         Args:
             prefix: number of layers that were dropped in it.
             samples: number of samples trained.
             made: number of rows computed in it.
+            read: number of samples read in it whose rows were there.
             seconds: its time.
         """
         run = dataclasses.replace(self.run_costs()[0], scale=1.0)
         filling = run.fill_seconds(self.prefix_before, prefix) if made else 0.0
-        modelled = run.epoch_seconds(prefix) * samples + filling * made
+        modelled = run.epoch_seconds(prefix) * samples + filling * made + run.image_seconds * self.costs.samples * read
         self.costs.observe(modelled / max(1, self.costs.samples), seconds)
 
     def flops(self, samples: int, images: int, older: int) -> tuple[int, int]:

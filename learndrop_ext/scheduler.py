@@ -185,7 +185,8 @@ class DropScheduler:
         measured = (*gone, *scores(changes))
         images, older, fill_seconds = self.rows.ledger
         forward_flops, fill_flops = self.ledger.flops(samples, images, older)
-        self.ledger.observe(self.prefix, samples=samples, made=images + older, seconds=epoch_seconds)
+        relabelled = self.rows.relabelled
+        self.ledger.observe(self.prefix, samples=samples, made=images + older, read=relabelled, seconds=epoch_seconds)
         situation, choices = self._situation(self.epoch + 1, measured, epoch_seconds)
         reason = self._follow(situation, choices)
         self._deltas.measure()

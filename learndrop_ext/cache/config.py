@@ -33,7 +33,8 @@ class CacheConfig:
         shift (int, optional): shift each [C, H, W] row by up to this many of its pixels in x and y when it is read,
             filling with zeros. Default: 0
         shared (bool, optional): look in `disk_dir` for rows that another run computed from the same images with the same
-            layers, and leave this run's rows there; `disk_bytes=0` then means "auto". Default: False
+            layers, and leave this run's rows there; `disk_bytes=0` then means "auto". Labels and all else in a batch are
+            read from this run's dataset, whose `repr` must tell it from others. Default: False
         mirror (bool, optional): keep two rows of each sample, one of the image and one of its horizontal flip, and draw
             them in turn. Default: False
         partition ("share" or "all", optional): with several processes, each keeps the rows of the samples it draws in its

@@ -28,7 +28,7 @@ from learndrop_ext.ops import transfer
 from learndrop_ext.ops.transfer import PAGE_BYTES
 
 MAGIC = b"LDROWS\r\n"
-VERSION = 2
+VERSION = 3
 #: The beginning of the header page. The page's last four bytes are its checksum.
 HEADER = struct.Struct("<8sIQQQI")
 

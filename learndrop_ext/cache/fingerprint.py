@@ -11,6 +11,9 @@ import torch
 
 from learndrop_ext.graph.chain import Chain
 
+#: In the repr of an object that is described by its type alone.
+ADDRESS = r" at 0x[0-9a-fA-F]+"
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -47,9 +50,26 @@ class Fingerprint:
 
 def describe(dataset: Any) -> str:
     """Return a dataset's type, repr and transforms, without memory addresses, so that they are the same in the next run."""
-    parts = [f"{type(dataset).__module__}.{type(dataset).__qualname__}", repr(dataset)]
-    parts += [f"{name}={getattr(dataset, name)!r}" for name in ("transform", "transforms") if hasattr(dataset, name)]
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(parts))
+    return re.sub(ADDRESS, "", " ".join(_described(dataset)))
+
+
+def tells_apart(dataset: Any) -> bool:
+    """Return whether `describe` can tell a dataset from others of its type.
+
+    It cannot if the repr has no more than the type's name, if it or a transform names an object by its type and address, or
+    if values are left out ("..."). A function that has a name is described by it.
+    """
+    kind, own, *transforms = _described(dataset)
+    text = re.sub(rf"<function [\w.]+{ADDRESS}>", "", " ".join([own, *transforms]))
+    more = set(re.findall(r"\w+", own)) - set(re.findall(r"\w+", kind))
+    return bool(more) and re.search(ADDRESS, text) is None and "..." not in text
+
+
+def _described(dataset: Any) -> list[str]:
+    """The type of a dataset, its repr, and its transforms; the datasets of Hugging Face have a fingerprint."""
+    names = [name for name in ("transform", "transforms", "_fingerprint") if hasattr(dataset, name)]
+    kind = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+    return [kind, repr(dataset), *(f"{name}={getattr(dataset, name)!r}" for name in names)]
 
 
 def weights_digest(chain: Chain, prefix: int) -> str:

@@ -194,5 +194,6 @@ def _first_difference(rows: RowSet, batch: Any, ids: torch.Tensor, epoch: int, o
             made = made.clamp(-65504, 65504)
         if not rows_agree(made, stored, rows.autocast, error=CODEC_ERROR[rows.config.codec]):
             changed = "the images"
-    changed = changed or rows.extras.first_difference(batch, at, others)
+    if changed is None and bool(filled_at(rows.extras, at).all()):  # not those of shared rows that were not drawn yet
+        changed = rows.extras.first_difference(batch, at, others)
     return changed and f"{changed} of some samples are no longer what the dataset gave when their rows were computed"

@@ -98,6 +98,7 @@ class BatchExtras:
         self._spec: Any = None
         self._entries: list[_Entry] = []
         self._stacks: list[Any] = []
+        self.filled = torch.empty(0, dtype=torch.bool)  # which places hold extras; its length grows in steps
 
     def check(self, batch: Any) -> None:
         """Raise ValueError for a batch that cannot be stored, naming the entry."""
@@ -130,6 +131,7 @@ class BatchExtras:
                 for place, sample in zip(at.tolist(), chosen, strict=True):
                     stack.extend([None] * (place + 1 - len(stack)))
                     stack[place] = leaf[sample]
+        self.filled = _put_rows(self.filled, at, torch.ones(len(at), dtype=torch.bool))
 
     def get(self, at: torch.Tensor, model_input: torch.Tensor) -> Any:
         """Return the batch at places [B] int64 (CPU), with `model_input` in place of the images."""
@@ -173,7 +175,7 @@ class BatchExtras:
             spec = pytree.treespec_dumps(self._spec)
         except NotImplementedError as error:
             raise TypeError(f"BatchExtras.state: batches must be of plain containers, got {error}") from None
-        stacks, tensors = [], []
+        stacks, tensors = [], [self.filled]
         for entry, stack in zip(self._entries, self._stacks, strict=True):
             if entry.kind in ("tensor", "array"):
                 tensors.append(torch.as_tensor(stack).cpu())
@@ -190,7 +192,8 @@ class BatchExtras:
         extras = cls(key=key, device=device)
         extras._spec = pytree.treespec_loads(values["spec"])
         extras._entries = [_Entry(_path_of(path), kind, form) for path, kind, form in values["entries"]]
-        left = iter(tensors)
+        extras.filled, *stored = tensors
+        left = iter(stored)
         for entry, stack in zip(extras._entries, values["stacks"], strict=True):
             if entry.kind == "tensor":
                 stack = next(left).to(device)

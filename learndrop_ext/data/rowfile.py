@@ -19,7 +19,7 @@ from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cache.file import CacheFileError, Sidecar, remove_abandoned
 from learndrop_ext.cache.fingerprint import Fingerprint, weights_digest
 from learndrop_ext.cache.plan import budgets_of
-from learndrop_ext.cache.shared import FillLock, find_or_lock
+from learndrop_ext.cache.shared import PATTERN, FillLock, find_or_lock
 from learndrop_ext.data.extras import BatchExtras, InputKey
 from learndrop_ext.data.source import Source
 from learndrop_ext.distributed import several_processes
@@ -28,11 +28,11 @@ from learndrop_ext.graph.chain import Chain
 
 @dataclass(frozen=True)
 class FoundRows:
-    """The contents of a file of rows. slots: [N] int64, -1 for samples without rows."""
+    """The contents of a file of rows. slots: [N] int64, -1 for samples without rows; extras: None for shared rows."""
 
     cache: ActivationCache
     slots: torch.Tensor
-    extras: BatchExtras
+    extras: BatchExtras | None
 
 
 def fingerprint(
@@ -125,22 +125,22 @@ class RowFileKeeper:
             return None
         return _found(cache, device=device, key=key)
 
-    def share(
-        self, cache: ActivationCache, slots: torch.Tensor, extras: BatchExtras, made_of: Callable[[], Fingerprint]
-    ) -> None:
-        """Leave complete rows to other runs, if this run holds the lock. A full disk is a RuntimeWarning."""
+    def share(self, cache: ActivationCache, slots: torch.Tensor, made_of: Callable[[], Fingerprint]) -> None:
+        """Leave complete rows to other runs, if this run holds the lock. A full disk is a RuntimeWarning.
+
+        Labels and all else in a batch stay with this run: another may have its own for the same images.
+        """
         if self._lock is None:
             return
         try:
-            values, tensors = extras.state()
-            cache.save(made_of(), Sidecar(values, (slots, *tensors)))
+            cache.save(made_of(), Sidecar(None, (slots,)))
             path = self._lock.path
             self.release()
             aside = self.new_path(0)
             assert aside is not None
             cache.share(aside)
             self._name = path.name
-        except (OSError, TypeError) as error:
+        except OSError as error:
             warnings.warn(f"drop: the rows are not shared with other runs ({error})", RuntimeWarning, stacklevel=4)
         finally:
             self.release()
@@ -163,8 +163,8 @@ class RowFileKeeper:
         The file they replace is deleted.
 
         Returns:
-            The file's name. None without rows, with several processes, if the disk budget does not hold all rows, and,
-            with a RuntimeWarning, if the file cannot be written.
+            The file's name. None without rows, with several processes, if the disk budget does not hold all rows, for rows
+            to share until they are complete, and, with a RuntimeWarning, if the file cannot be written.
         """
         if self._config.disk_dir is None or several_processes():
             return None
@@ -185,7 +185,8 @@ class RowFileKeeper:
         try:
             # An existing file may stay as large as it is.
             budgets = dataclasses.replace(budgets, disk=max(budgets.disk, path.stat().st_size))
-            cache = ActivationCache.open(path, made_of(), device=device, budgets=budgets)
+            aside = self.new_path(0) if path.match(PATTERN) else None
+            cache = ActivationCache.open(path, made_of(), device=device, budgets=budgets, aside=aside)
         except (OSError, CacheFileError) as error:
             warnings.warn(
                 f"DropScheduler.load_state_dict: the rows are computed again ({error})", RuntimeWarning, stacklevel=4
@@ -196,7 +197,7 @@ class RowFileKeeper:
 
     def delete(self) -> None:
         """Delete the file last written or found."""
-        if self._name is not None and self._config.disk_dir is not None and not self._config.shared:
+        if self._name is not None and self._config.disk_dir is not None and not Path(self._name).match(PATTERN):
             with contextlib.suppress(OSError):
                 (Path(self._config.disk_dir) / self._name).unlink()
         self._name = None
@@ -207,6 +208,8 @@ class RowFileKeeper:
         if cache.path is None or not cache.fits_file or not bool(cache.filled.any()):
             return None
         if not cache.saved:
+            if cache.path.match(PATTERN):  # `share` writes it, without the extras
+                return None
             try:
                 values, tensors = extras.state()
                 cache.save(made_of(), Sidecar(values, (slots, *tensors)))
@@ -222,6 +225,6 @@ class RowFileKeeper:
 
 def _found(cache: ActivationCache, *, device: torch.device, key: InputKey) -> FoundRows:
     slots, *tensors = cache.sidecar.tensors
-    extras = BatchExtras.from_state(cache.sidecar.values, tensors, key=key, device=device)
-    cache.sidecar = Sidecar()
+    values, cache.sidecar = cache.sidecar.values, Sidecar()
+    extras = None if values is None else BatchExtras.from_state(values, tensors, key=key, device=device)
     return FoundRows(cache, slots, extras)

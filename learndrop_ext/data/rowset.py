@@ -73,11 +73,12 @@ class RowSet:
         self.file = rowfile.RowFileKeeper(config)
         self.frozen: FrozenPrefix | None = None  # the layers that compute the rows
         self.like = batch  # all batches have its structure
-        self.extras = BatchExtras(key=key, device=self.device, like=batch)
+        self.extras = self._no_extras()
         self._stages = Stages(config, self.device)
         self._moves = Moves(config, self.generator)
         self._watch = Stopwatch(self.device)
         self._made = [0, 0]  # rows computed from images and from older rows since `forget_ledger`
+        self.relabelled = 0  # samples with shared rows that were read for the rest of their batch since then
         self._stores = True  # whether rows are stored at all
         self._full = self.said_saturated = False  # whether the budgets are exhausted, and whether a warning was given
         self.cache: ActivationCache | None = None  # the rows by place; None while the model trains on images
@@ -119,16 +120,18 @@ class RowSet:
         self._stages.segments.append(segment)
         if found is not None:
             self._drop_older()
-            self.slots.load(found.slots)
-            self.extras = found.extras
+            if not torch.equal(found.slots, self.slots.table):
+                self.slots.load(found.slots)
+                self.extras = self._no_extras()
         self._stores, self._full = stores, False
 
     def missing(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Return those of the samples `ids` [B] whose rows have to be computed from images, each once."""
+        """Return those of the samples `ids` [B] that have to be read, for their rows or the rest of the batch, each once."""
         if self.cache is None:
             return ids
         at = self.slots.places(ids, epoch)
-        missing = ids[~(filled_at(self.cache, at) | filled_at(self._older, at))]
+        rows = filled_at(self.cache, at) | filled_at(self._older, at)
+        missing = ids[~(rows & filled_at(self.extras, at))]
         each: torch.Tensor = missing.unique() if len(missing) else missing
         return ids if len(each) == len(ids) else each
 
@@ -142,8 +145,8 @@ class RowSet:
         Args:
             ids: [B] int64 (CPU).
             epoch: number of epochs begun; it decides which view of a sample is drawn.
-            read: the batch of images of the samples `read_ids` [n], on the device. Samples with neither a row nor an
-                image are read here.
+            read: the batch of images of the samples `read_ids` [n], on the device. Samples of `missing` that are not among
+                them are read here.
 
         Raises:
             ValueError: what BatchExtras and ActivationCache raise for a batch unlike the first.
@@ -151,12 +154,19 @@ class RowSet:
         assert self.cache is not None
         at = self.slots.assign(ids, epoch)
         have = filled_at(self.cache, at)
-        if bool(have.all()):
+        if bool((have & filled_at(self.extras, at)).all()):
             return self.extras.get(at, self._moves.gather(self.cache, at))
         begin = self._watch.now()
+        missing = self.missing(ids, epoch)
+        if len(missing):
+            if read is None or read_ids is None or not bool(torch.isin(missing, read_ids).all()):
+                read, read_ids = self.read(missing, epoch), missing
+            self.extras.put(read, *first_of_each(self.slots.assign(read_ids, epoch)))
+        if bool(have.all()):
+            self.relabelled += len(missing)
+            return self.extras.get(at, self._moves.gather(self.cache, at))
         wanted, inverse = at[~have].unique(return_inverse=True)
-        order = torch.empty_like(wanted).scatter_(0, inverse, ids[~have])  # the sample of each place
-        made = self._make(order, wanted, epoch, read, read_ids)
+        made = self._make(wanted, epoch, read, read_ids)
         stored = self._stores and self._store(wanted, made)
         self._watch.add(begin)
         if stored:
@@ -253,7 +263,7 @@ class RowSet:
                 self._drop_older()
         cache = self.cache
         if cache is not None and not cache.saved and self._stores and bool(cache.filled.all()):
-            self.file.share(cache, self.slots.table, self.extras, partial(self._fingerprint, self.cuts))
+            self.file.share(cache, self.slots.table, partial(self._fingerprint, self.cuts))
 
     @property
     def ledger(self) -> tuple[int, int, float]:
@@ -262,7 +272,7 @@ class RowSet:
 
     def forget_ledger(self) -> None:
         """Reset the counters."""
-        self._made = [0, 0]
+        self._made, self.relabelled = [0, 0], 0
         self._watch.reset()
 
     @property
@@ -291,7 +301,7 @@ class RowSet:
             return
         self.cache = found.cache
         self.slots.load(found.slots)
-        self.extras = found.extras
+        self.extras = found.extras or self.extras
 
     def clear(self) -> None:
         """Free the rows; the model trains on images again."""
@@ -305,7 +315,10 @@ class RowSet:
             self.cache.close()
         self.cache, self._full = None, False
         self.slots.clear()
-        self.extras = BatchExtras(key=self.key, device=self.device, like=self.like)
+        self.extras = self._no_extras()
+
+    def _no_extras(self) -> BatchExtras:
+        return BatchExtras(key=self.key, device=self.device, like=self.like)
 
     def _drop_older(self) -> None:
         if self._older is not None:
@@ -330,16 +343,12 @@ class RowSet:
         x = self.example[:8]
         return self._stages.run(x, 0) if self.cuts else x
 
-    def _make(
-        self, ids: torch.Tensor, at: torch.Tensor, epoch: int, read: Any, read_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The rows [n, ...] at distinct places `at` [n], of samples `ids` [n]."""
+    def _make(self, at: torch.Tensor, epoch: int, read: Any, read_ids: torch.Tensor | None) -> torch.Tensor:
+        """The rows [n, ...] at distinct places `at` [n]. Those that are not made of older rows are made of `read`."""
         from_older = filled_at(self._older, at)
         if bool(from_older.all()):
             return self._of_older(at)
-        if read is None or read_ids is None or not bool(torch.isin(ids[~from_older], read_ids).all()):
-            read_ids = ids[~from_older]
-            read = self.read(read_ids, epoch)
+        assert read_ids is not None
         made, places = self._of_images(read, read_ids, epoch)
         order = torch.searchsorted(places, at[~from_older])
         if not bool(from_older.any()):
@@ -355,9 +364,8 @@ class RowSet:
         return self._stages.run(self._older.gather(at), len(self._stages.segments) - 1)
 
     def _of_images(self, read: Any, read_ids: torch.Tensor, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of a batch of images in ascending order of place, and their places. Stores the rest of the batch."""
-        places, order = first_of_each(self.slots.assign(read_ids, epoch))
-        self.extras.put(read, places, order)
+        """Rows of a batch of images in ascending order of place, and their places."""
+        places, order = first_of_each(self.slots.places(read_ids, epoch))
         # Run the batch in its own order, so that rows are the same to the bit wherever they are stored.
         made = self._stages.run(input_of(self.images(read, read_ids, epoch), self.key), 0)
         self._made[0] += len(order)

@@ -6,6 +6,7 @@ import torch
 
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.plan import lengthened
+from learndrop_ext.data.extras import BatchExtras
 
 
 class SlotTable:
@@ -86,9 +87,9 @@ def first_of_each(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ascending[keep], order[keep]
 
 
-def filled_at(cache: ActivationCache | None, at: torch.Tensor) -> torch.Tensor:
-    """Return which places [B] (-1 for none) have a row in a cache."""
-    if cache is None or not len(cache.filled):
+def filled_at(store: ActivationCache | BatchExtras | None, at: torch.Tensor) -> torch.Tensor:
+    """Return which places [B] (-1 for none) have a row in a cache, or their extras."""
+    if store is None or not len(store.filled):
         return torch.zeros(len(at), dtype=torch.bool)
-    inside = (at >= 0) & (at < len(cache.filled))
-    return inside & cache.filled[at.clamp(0, len(cache.filled) - 1)]
+    inside = (at >= 0) & (at < len(store.filled))
+    return inside & store.filled[at.clamp(0, len(store.filled) - 1)]

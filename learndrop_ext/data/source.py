@@ -10,12 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.cache.fingerprint import describe
+from learndrop_ext.cache.fingerprint import describe, tells_apart
 from learndrop_ext.cache.plan import budgets_of
-from learndrop_ext.data.extras import InputKey
+from learndrop_ext.data.extras import BatchExtras, InputKey
 from learndrop_ext.data.id_source import IdSource
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.reading import (
+    SEEDS,
     check_loader,
     first_ids,
     is_function_of_id,
@@ -126,6 +127,20 @@ class DatasetSource:
             "a dataset and a collate_fn without randomness"
         )
 
+    def check_rest(self) -> None:
+        """Raise ValueError if anything in a batch but the model's input is random, and may not fit another run's image."""
+        ids, batch = self.first()
+        at = torch.arange(len(ids))
+        rest = BatchExtras(key=self._key, device=torch.device("cpu"))
+        rest.put(batch, at)
+        for seed in range(1, SEEDS):
+            if name := rest.first_difference(self.read(ids, self._seed + seed), at):
+                raise ValueError(
+                    "DropScheduler: loader must give the same labels for the same id each time where runs share random "
+                    f"views, got a different one at {name}, which may not fit the view of another run; use "
+                    "CacheConfig(mirror=True) and a dataset without randomness, or leave out shared=True"
+                )
+
     def read(self, ids: Sequence[int], seed: int) -> Any:
         """Return the batch that the loader would make of some samples."""
         with fork_rng(seed):
@@ -181,17 +196,20 @@ def settle_views(
         device: the model's device.
 
     Raises:
-        ValueError: samples are random, and views is 1, or E is not known, or the samples of a batch are random together.
+        ValueError: samples are random, and views is 1, or E is not known, or the samples of a batch are random together;
+            or more than the images is random where runs share rows.
     """
-    if config.views not in (1, "auto"):
-        return config
-    may_choose = config.views == "auto" and not config.mirror and epochs is not None
-    views = 1
-    if not source.check_repeats(accept_random=may_choose) and epochs is not None:
-        budgets = budgets_of(config, device)
-        held = (budgets.device or 0) + budgets.host + budgets.disk
-        views = max(2, min(views_within(epochs, speedup), held // max(1, len(source) * row_bytes)))
-    return dataclasses.replace(config, views=from_rank_zero(views) if may_choose else views)
+    if config.views in (1, "auto"):
+        may_choose = config.views == "auto" and not config.mirror and epochs is not None
+        views = 1
+        if not source.check_repeats(accept_random=may_choose) and epochs is not None:
+            budgets = budgets_of(config, device)
+            held = (budgets.device or 0) + budgets.host + budgets.disk
+            views = max(2, min(views_within(epochs, speedup), held // max(1, len(source) * row_bytes)))
+        config = dataclasses.replace(config, views=from_rank_zero(views) if may_choose else views)
+    if config.shared and config.views != 1 and isinstance(source, DatasetSource):
+        source.check_rest()
+    return config
 
 
 def source_of(
@@ -208,10 +226,18 @@ def source_of(
 
     Raises:
         TypeError, ValueError: the loader or `ids` cannot be used, or `ids` is given with several processes or with rows
-            shared between runs, each of which would number the ids in its own way.
+            shared between runs, each of which would number the ids in its own way; or the dataset of rows to share is not
+            told from others.
     """
     if ids is None:
-        return DatasetSource(loader, key=key, seed=seed)
+        source = DatasetSource(loader, key=key, seed=seed)
+        if config.shared and not tells_apart(loader.dataset):
+            raise ValueError(
+                "DropScheduler: loader must be over a dataset that its repr tells from others where runs share their rows, "
+                f"got {source.describe()[:200]}; give it a __repr__ that names its samples and its transforms with all "
+                "their values, or leave out shared=True"
+            )
+        return source
     if several_processes():
         raise ValueError(
             f"DropScheduler: ids must be None where several processes train one model, got {ids!r}; give a DataLoader "

@@ -13,7 +13,7 @@ from learndrop_ext.cache import file
 from learndrop_ext.cache.cache import ActivationCache
 from learndrop_ext.cache.disk import DiskTier
 from learndrop_ext.cache.file import CacheFileError, Sidecar
-from learndrop_ext.cache.fingerprint import Fingerprint, describe
+from learndrop_ext.cache.fingerprint import Fingerprint, describe, tells_apart
 from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.cache.plan import Budgets
 from learndrop_ext.ops import transfer
@@ -268,8 +268,8 @@ def test_open_refuses_a_file_that_is_none_of_ours(tmp_path: Path) -> None:
 def test_open_refuses_another_version_and_rows_of_another_size(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     saved(path)
-    headed(path, version=3)
-    with pytest.raises(CacheFileError, match="the version must be 2, got 3"):
+    headed(path, version=file.VERSION + 1)
+    with pytest.raises(CacheFileError, match=f"the version must be {file.VERSION}, got {file.VERSION + 1}"):
         ActivationCache.open(path, PRINT, device=CPU)
     saved(path)
     content = path.read_bytes()
@@ -390,3 +390,15 @@ def test_describe_is_the_same_in_the_next_run() -> None:
     assert first == second
     assert first.startswith(f"{__name__}.")
     assert "transform=<object object>" in first
+
+
+def test_describe_has_the_fingerprint_of_a_hugging_face_dataset() -> None:
+    class Arrow:
+        def __init__(self, fingerprint: str) -> None:
+            self._fingerprint = fingerprint
+
+        def __repr__(self) -> str:
+            return "Dataset({ features: ['image', 'label'], num_rows: 160 })"
+
+    assert tells_apart(Arrow("a"))
+    assert describe(Arrow("a")) == describe(Arrow("a")) != describe(Arrow("b"))
