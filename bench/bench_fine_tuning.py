@@ -105,7 +105,6 @@ METHODS: dict[str, Method] = {
     "full-flip": Method(recipe={"augment": "flip"}),
     "budget-2-views": budget(2.0, augment="flip", views=4),
     "budget-2-mirror": budget(2.0, mirror=True),
-    "budget-2-flip": budget(2.0, flip_rows=True),
     "budget-2-uint8": budget(2.0, codec="uint8"),
     "budget-2-fp32": budget(2.0, codec="fp32"),
 }

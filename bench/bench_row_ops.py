@@ -197,25 +197,6 @@ def test_gather_uint8(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...
     time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
 
 
-@pytest.mark.parametrize("contender", ["learndrop", "gather_rows without flip and shift"])
-@pytest.mark.parametrize(("B", "shape"), CASES[1:], ids=str)
-def test_gather_moved(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...], contender: str) -> None:
-    d = data(B, shape, "fp16")
-    flip = torch.rand(B, device=DEVICE) < 0.5
-    shift = torch.randint(-2, 3, (B, 2), device=DEVICE, dtype=torch.int32)
-    out = torch.empty(B, *shape, device=DEVICE).to(memory_format=torch.channels_last)
-
-    def ours(i: int) -> object:
-        return ops.gather_rows(d.cache, d.on_host[i], shape, flip=flip, shift=shift, out=out)
-
-    def plain(i: int) -> object:
-        return ops.gather_rows(d.cache, d.on_host[i], shape, out=out)
-
-    case = name("gather", B, shape, "fp16 to float32 with flip and shift, into out")
-    call = ours if contender == "learndrop" else plain
-    time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
-
-
 @pytest.mark.parametrize("contender", ["learndrop", "index_copy_ of to"])
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
 @pytest.mark.parametrize(("B", "shape"), CASES, ids=str)

@@ -66,7 +66,7 @@ void append_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes
 
 void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t out,
                  int dtype, int64_t batch, const Shape& shape, uintptr_t index, bool index_on_host,
-                 uintptr_t flip, uintptr_t shift, int threads, const Target& target) {
+                 int threads, const Target& target) {
   const Gather gather{.cache = pointer<const void>(cache),
                       .cache_rows = cache_rows,
                       .cache_stride_bytes = cache_stride_bytes,
@@ -76,8 +76,6 @@ void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes
                       .batch = batch,
                       .shape = row_shape(shape),
                       .index = pointer<const int64_t>(index),
-                      .flip = pointer<const uint8_t>(flip),
-                      .shift = pointer<const int32_t>(shift),
                       .index_on_host = index_on_host};
   const py::gil_scoped_release release;
   if (target.first < 0) return cpu::gather_rows(gather, threads);
@@ -145,8 +143,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("strides"), py::arg("index"), py::arg("threads"), py::arg("target"));
   m.def("gather_rows", &gather_rows, py::arg("cache"), py::arg("cache_rows"), py::arg("cache_stride_bytes"),
         py::arg("codec"), py::arg("out"), py::arg("dtype"), py::arg("batch"), py::arg("shape"),
-        py::arg("index"), py::arg("index_on_host"), py::arg("flip"), py::arg("shift"), py::arg("threads"),
-        py::arg("target"));
+        py::arg("index"), py::arg("index_on_host"), py::arg("threads"), py::arg("target"));
   bind_delta_norms(m);
   bind_disk_rows(m);
   bind_host_rows(m);

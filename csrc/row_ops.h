@@ -81,10 +81,6 @@ struct Gather {
   int64_t batch;  // B
   RowShape shape;
   const int64_t* index;  // [B] cache rows
-  // out[b, y, x] = flipped[y - dy, x - dx], and zero outside; flipped is the row, flipped horizontally if
-  // flip is set.
-  const uint8_t* flip;   // [B], or null
-  const int32_t* shift;  // [B, 2] (dy, dx), or null
   // CUDA: the index is in host memory, and B <= kHeldRows and R <= 2^31.
   bool index_on_host = false;
 };

@@ -40,8 +40,6 @@ def gather_rows(
     shape: tuple[int, int, int],
     index: int,
     index_on_host: bool,
-    flip: int,
-    shift: int,
     threads: int,
     target: tuple[int, int],
 ) -> None: ...

@@ -71,7 +71,7 @@ class DropScheduler:
         ids (int, str or tuple, optional): position in a batch of the samples' ids, one int or str per sample: a key, an
             index or a tuple of these. `loader` is read until all ids are known and have rows, then they are drawn.
         layers (Sequence[str], optional): names of modules to split at; see `split_layers`.
-        seed (int, optional): random seed of views, flips, shifts, and the order of `ids`. Default: 0
+        seed (int, optional): random seed of views and the order of `ids`. Default: 0
         check_input (bool, optional): raise if the loop changes the input between `loader` and `model`. Default: True
         autocast (torch.dtype, optional): dtype of the loop's `torch.autocast`, under which layers are timed. Default: None
 
@@ -117,7 +117,7 @@ class DropScheduler:
         self._chooses_views = config.views == "auto"
         if cache is not None:
             speedup = policy.speedup if isinstance(policy, Budget) else Budget.speedup
-            row = costs.smallest_row(self.chain, config)
+            row = costs.smallest_row(self.chain, config.codec)
             config = settle_views(config, source, epochs=epochs, speedup=speedup, row_bytes=row, device=device)
         self.base_model = model
         self.optimizer = optimizer

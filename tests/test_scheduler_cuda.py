@@ -166,7 +166,7 @@ def test_images_that_lie_on_the_gpu() -> None:
     assert run(images) == run(data())
 
 
-@pytest.mark.parametrize("kind", ["flip", "mirror", "views"])
+@pytest.mark.parametrize("kind", ["mirror", "views"])
 def test_rows_are_those_of_the_images_or_of_their_flips(kind: str) -> None:
     config = CacheConfig("fp32", **{kind: 2 if kind == "views" else True})  # type: ignore[arg-type]
     model, optimizer, loader = run_parts()
@@ -178,7 +178,7 @@ def test_rows_are_those_of_the_images_or_of_their_flips(kind: str) -> None:
         prefix = drop.chain.prefix(2).eval()
         with torch.no_grad():
             plain = prefix(images)
-            other = {"flip": plain.flip(-1), "mirror": prefix(images.flip(-1)), "views": plain}[kind]
+            other = prefix(images.flip(-1)) if kind == "mirror" else plain
         choices = torch.stack([plain, other], 1).flatten(0, 1).flatten(1)
         seen = torch.cat([x for _ in range(2) for x, _ in drop.loader]).flatten(1)
         assert_all_among(seen, choices, 1e-5)

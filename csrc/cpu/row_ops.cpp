@@ -44,7 +44,7 @@ class DefaultRounding {
 #endif
 };
 
-// How a call is divided: each row into `slices` of `length` units (pixels or lines).
+// How a call is divided: each row into `slices` of `length` pixels.
 struct Plan {
   int64_t slices, length, grain;
   int threads;
@@ -248,74 +248,27 @@ void append_uint8(const Append& a, int64_t b, unsigned char* row) {
   });
 }
 
-// Reads runs of pixels of one cache row.
-class RowReader {
- public:
-  RowReader(const Gather& g, int64_t b)
-      : g_(g),
-        row_(static_cast<const unsigned char*>(g.cache) + g.index[b] * g.cache_stride_bytes),
-        payload_(row_ + header_bytes(g.codec, g.shape)),
-        table_(g.codec == Codec::uint8 ? g.shape.channels : 0) {
-    const int codec = static_cast<int>(g.codec), dtype = static_cast<int>(g.dtype);
-    if (g.codec != Codec::uint8) {
-      decode_ = converter().decode[codec][dtype];
-      return;
-    }
-    dequantise_ = converter().dequantise[dtype];
-    const int64_t channels = g.shape.channels;
-    const float* scale = reinterpret_cast<const float*>(row_);
-    std::copy_n(scale + channels, channels, table_.first());
-    std::copy_n(scale, channels, table_.second());
-    table_.repeat();
+// Decodes pixels [first, first + pixels) of row b to `out`.
+void decode_pixels(const Gather& g, int64_t b, int64_t first, int64_t pixels, unsigned char* out) {
+  const auto* const row = static_cast<const unsigned char*>(g.cache) + g.index[b] * g.cache_stride_bytes;
+  const int64_t channels = g.shape.channels;
+  const unsigned char* const in =
+      row + header_bytes(g.codec, g.shape) + first * channels * value_bytes(g.codec);
+  const Converter& convert = converter();
+  const int dtype = static_cast<int>(g.dtype);
+  if (g.codec != Codec::uint8) {
+    convert.decode[static_cast<int>(g.codec)][dtype](in, out, pixels * channels);
+    return;
   }
-
-  void read(int64_t first, int64_t pixels, void* out) {
-    const int64_t channels = g_.shape.channels;
-    const unsigned char* in = payload_ + first * channels * value_bytes(g_.codec);
-    if (g_.codec != Codec::uint8) {
-      decode_(in, out, pixels * channels);
-      return;
-    }
-    table_.for_each_part(pixels, [&](int64_t start, int64_t count, int64_t across) {
-      auto* to = static_cast<unsigned char*>(out) + start * channels * value_bytes(g_.dtype);
-      dequantise_(in + start * channels, to, count, across, table_.first(), table_.second());
-    });
-  }
-
- private:
-  const Gather& g_;
-  const unsigned char* row_;
-  const unsigned char* payload_;
-  ChannelTable table_;
-  Converter::Move decode_ = nullptr;
-  Converter::Dequantise dequantise_ = nullptr;
-};
-
-// Writes lines [first, last) of a flipped and shifted row to `out`.
-void gather_lines(const Gather& g, int64_t b, int64_t first, int64_t last, unsigned char* out) {
-  const int64_t height = g.shape.height, width = g.shape.width;
-  const int64_t pixel_bytes = g.shape.channels * value_bytes(g.dtype);
-  const bool flip = g.flip != nullptr && g.flip[b] != 0;
-  const int64_t dy = g.shift == nullptr ? 0 : g.shift[2 * b],
-                dx = g.shift == nullptr ? 0 : g.shift[2 * b + 1];
-  const int64_t left = std::clamp<int64_t>(dx, 0, width), right = std::clamp<int64_t>(width + dx, 0, width);
-  RowReader reader(g, b);
-  for (int64_t y = first; y < last; ++y) {
-    unsigned char* const line = out + y * width * pixel_bytes;
-    const int64_t from = y - dy;
-    if (from < 0 || from >= height || left >= right) {
-      std::memset(line, 0, width * pixel_bytes);
-      continue;
-    }
-    std::memset(line, 0, left * pixel_bytes);
-    std::memset(line + right * pixel_bytes, 0, (width - right) * pixel_bytes);
-    if (!flip) {
-      reader.read(from * width + left - dx, right - left, line + left * pixel_bytes);
-      continue;
-    }
-    for (int64_t x = left; x < right; ++x)
-      reader.read(from * width + width - 1 - (x - dx), 1, line + x * pixel_bytes);
-  }
+  const float* const scale = reinterpret_cast<const float*>(row);
+  ChannelTable table(channels);
+  std::copy_n(scale + channels, channels, table.first());
+  std::copy_n(scale, channels, table.second());
+  table.repeat();
+  table.for_each_part(pixels, [&](int64_t start, int64_t count, int64_t across) {
+    convert.dequantise[dtype](in + start * channels, out + start * channels * value_bytes(g.dtype), count,
+                              across, table.first(), table.second());
+  });
 }
 
 }  // namespace
@@ -344,19 +297,13 @@ void append_rows(const Append& a, int threads) {
 
 void gather_rows(const Gather& g, int threads) {
   if (g.batch == 0 || g.shape.values() == 0) return;
-  const bool moved = g.flip != nullptr || g.shift != nullptr;
+  const int64_t pixels = g.shape.pixels();
   const int64_t pixel_bytes = g.shape.channels * value_bytes(g.dtype);
-  const int64_t pixel_work = pixel_bytes + g.shape.channels * value_bytes(g.codec);
-  const int64_t units = moved ? g.shape.height : g.shape.pixels();
-  const Plan p = plan(g.batch, units, moved ? g.shape.width * pixel_work : pixel_work, threads, true);
+  const int64_t unit_bytes = pixel_bytes + g.shape.channels * value_bytes(g.codec);
+  const Plan p = plan(g.batch, pixels, unit_bytes, threads, true);
   auto* const out = static_cast<unsigned char*>(g.out);
-  for_each_slice(g.batch, units, p, [&](int64_t b, int64_t first, int64_t last) {
-    unsigned char* const row = out + b * g.shape.pixels() * pixel_bytes;
-    if (moved) {
-      gather_lines(g, b, first, last, row);
-    } else {
-      RowReader(g, b).read(first, last - first, row + first * pixel_bytes);
-    }
+  for_each_slice(g.batch, pixels, p, [&](int64_t b, int64_t first, int64_t last) {
+    decode_pixels(g, b, first, last - first, out + (b * pixels + first) * pixel_bytes);
   });
 }
 

@@ -10,38 +10,10 @@ struct GatherLaunch {
   Gather g;
   RowIndex index;
   Split split;
-  Divider channels, width;
+  Divider channels;
   int64_t header;  // bytes
 };
 static_assert(sizeof(GatherLaunch) <= kMostParameters);
-
-constexpr uint32_t kOutside = 0xffffffffu;
-
-// The flip and the shift of a row.
-struct Move {
-  bool flip = false;
-  int64_t dy = 0, dx = 0;
-
-  __device__ Move(const Gather& g, int64_t b) {
-    if (g.flip != nullptr) flip = g.flip[b] != 0;
-    if (g.shift != nullptr) {
-      dy = g.shift[2 * b];
-      dx = g.shift[2 * b + 1];
-    }
-  }
-};
-
-// The offset in the cached row of the value at offset `o` of the output row, or kOutside.
-__device__ inline uint32_t moved_offset(const GatherLaunch& launch, uint32_t o, const Move& move) {
-  const uint32_t pixel = launch.channels.divide(o);
-  const uint32_t line = launch.width.divide(pixel);
-  const int64_t width = launch.g.shape.width;
-  const int64_t y = static_cast<int64_t>(line) - move.dy;
-  const int64_t x = static_cast<int64_t>(pixel) - line * width - move.dx;
-  if (y < 0 || y >= launch.g.shape.height || x < 0 || x >= width) return kOutside;
-  const int64_t from = y * width + (move.flip ? width - 1 - x : x);
-  return static_cast<uint32_t>(from * launch.g.shape.channels + (o - pixel * launch.channels.divisor));
-}
 
 // Decodes the codes of a row, n at a time.
 template <Codec codec, Dtype dtype, int n>
@@ -129,14 +101,13 @@ class Decoder<Codec::uint8, dtype, n> {
   float scale_[n], zero_[n];
 };
 
-// A group of threads reads a slice of a row, n values per vector; flipped and shifted vectors are within a
-// pixel.
+// A group of threads reads a slice of a row, n values per vector.
 //
 // Moves row_bytes + H*W*C * value_bytes(dtype) per row, each read or written once. Target: 90 % of the rate
 // of a device copy of as many bytes.
-template <Codec codec, Dtype dtype, int n, bool moved>
+template <Codec codec, Dtype dtype, int n>
 __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherLaunch launch) {
-  using In = CodeOf<codec>;
+  using In = Pack<CodeOf<codec>, n>;
   using Out = ValueOf<dtype>;
   const Gather& g = launch.g;
   const Share share = launch.split.share();
@@ -144,25 +115,12 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   const auto* row = static_cast<const unsigned char*>(g.cache) +
                     checked_row(launch.index, share.b, g.cache_rows) * g.cache_stride_bytes;
   const In* in = reinterpret_cast<const In*>(row + launch.header);
-  Out* out = static_cast<Out*>(g.out) + share.b * g.shape.values();
-  const Move move(g, share.b);
+  auto* out = reinterpret_cast<Pack<Out, n>*>(static_cast<Out*>(g.out) + share.b * g.shape.values());
   Decoder<codec, dtype, n> decode(launch, row, share);
-  struct Codes {
-    bool inside;
-    Pack<In, n> pack;
-  };
-  const auto load = [&](uint32_t at) {
-    const uint32_t from = moved ? moved_offset(launch, at * n, move) : at * n;
-    Codes codes;
-    codes.inside = !moved || from != kOutside;
-    if (codes.inside) codes.pack = *reinterpret_cast<const Pack<In, n>*>(in + from);
-    return codes;
-  };
+  const auto load = [&](uint32_t at) { return in[at]; };
   const auto decode_all = [&](auto finite) {
-    for_each_vector(share, load, [&](uint32_t at, const Codes& codes) {
-      Pack<Out, n> values{};
-      if (codes.inside) values = decode.template decoded<decltype(finite)::value>(at, codes.pack);
-      *reinterpret_cast<Pack<Out, n>*>(out + static_cast<int64_t>(at) * n) = values;
+    for_each_vector(share, load, [&](uint32_t at, const In& codes) {
+      out[at] = decode.template decoded<decltype(finite)::value>(at, codes);
     });
   };
   if constexpr (codec == Codec::uint8 && dtype == Dtype::fp32) {
@@ -181,18 +139,17 @@ uint32_t channel_columns(int64_t channels, int n) {
   return channels % n == 0 ? pixel / std::gcd<uint32_t>(pixel, kThreads) : 1;
 }
 
-template <Codec codec, Dtype dtype, int n, bool moved>
+template <Codec codec, Dtype dtype, int n>
 void launch_gather(const Gather& g, const DeviceGuard& guard, cudaStream_t stream) {
-  const auto kernel = gather_kernel<codec, dtype, n, moved>;
+  const auto kernel = gather_kernel<codec, dtype, n>;
   const uint32_t columns = codec == Codec::uint8 ? channel_columns(g.shape.channels, n) : 1;
   const GatherLaunch launch{
       .g = g,
       .index = RowIndex(g.index, g.batch, g.index_on_host),
       .split = Split(g.batch, g.shape.values(), n, guard.resident_blocks(kernel), columns),
       .channels = Divider(g.shape.channels),
-      .width = Divider(g.shape.width),
       .header = header_bytes(g.codec, g.shape)};
-  gather_kernel<codec, dtype, n, moved><<<guard.grid(launch.split.blocks()), kThreads, 0, stream>>>(launch);
+  gather_kernel<codec, dtype, n><<<guard.grid(launch.split.blocks()), kThreads, 0, stream>>>(launch);
 }
 
 }  // namespace
@@ -201,18 +158,15 @@ void gather_rows(const Gather& g, int device, void* stream) {
   if (g.batch == 0 || g.shape.values() == 0) return;
   const DeviceGuard guard("gather_rows", device);
   const auto to = static_cast<cudaStream_t>(stream);
-  const bool moved = g.flip != nullptr || g.shift != nullptr;
   for_codec(g.codec, [&](auto codec) {
     for_dtype(g.dtype, [&](auto dtype) {
       constexpr int n = kVector<CodeOf<codec()>, ValueOf<dtype()>>;
       const int64_t channels = g.shape.channels;
-      const bool by_channel = moved || (g.codec == Codec::uint8 && channels > 1);
+      const bool by_channel = g.codec == Codec::uint8 && channels > 1;
       const bool vectors = (by_channel ? channels : g.shape.values()) % n == 0 &&
                            g.cache_stride_bytes % 16 == 0 && aligned(g.cache, 16) && aligned(g.out, 16);
-      if (vectors && moved) return launch_gather<codec(), dtype(), n, true>(g, guard, to);
-      if (vectors) return launch_gather<codec(), dtype(), n, false>(g, guard, to);
-      if (moved) return launch_gather<codec(), dtype(), 1, true>(g, guard, to);
-      launch_gather<codec(), dtype(), 1, false>(g, guard, to);
+      if (vectors) return launch_gather<codec(), dtype(), n>(g, guard, to);
+      launch_gather<codec(), dtype(), 1>(g, guard, to);
     });
   });
   guard.check(cudaGetLastError());

@@ -77,7 +77,6 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
         codec=args.codec,
         views=args.views or views,
         mirror=args.mirror,
-        flip_rows=args.flip_rows,
         policy=args.policy,
         **{name: getattr(args, name) for name in STOPPED_OPTIONS},
     )

@@ -164,9 +164,6 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
     dropping.add_argument(
         "--mirror", action="store_true", help="keep each image and its mirror image, without --augment"
     )
-    dropping.add_argument(
-        "--flip-rows", action="store_true", help="flip rows at random when they are read, without --augment"
-    )
     stopped = parser.add_argument_group("the policy stopped")
     stopped.add_argument(
         "--threshold", type=float, default=Recipe.threshold, metavar="X", help="score below which a layer has stopped"

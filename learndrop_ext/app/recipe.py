@@ -37,7 +37,7 @@ class Recipe:
         device: device of the model and the images.
         amp: "bf16" for autocast, or None.
         augment: see `ImageSet`.
-        codec, views, mirror, flip_rows: see `CacheConfig`, whose `flip` is `flip_rows`.
+        codec, views, mirror: see `CacheConfig`.
         policy: see `parse_policy`.
         threshold, patience, warmup, max_dropped, min_saving: see `StoppedLearning`.
     """
@@ -58,7 +58,6 @@ class Recipe:
     codec: str = "fp16"
     views: int = 1
     mirror: bool = False
-    flip_rows: bool = False
     policy: str = "stopped"
     threshold: float = StoppedLearning.threshold
     patience: int = StoppedLearning.patience
@@ -79,7 +78,7 @@ class Recipe:
 
 def cache_of(recipe: Recipe) -> CacheConfig:
     """Return the cache settings of a recipe."""
-    return CacheConfig(codec=recipe.codec, views=recipe.views, mirror=recipe.mirror, flip=recipe.flip_rows)
+    return CacheConfig(codec=recipe.codec, views=recipe.views, mirror=recipe.mirror)
 
 
 def policy_of(recipe: Recipe) -> Policy:

@@ -223,7 +223,7 @@ def warm_up(split: Split, recipe: Recipe) -> None:
     few = dataclasses.replace(
         split, train=split.train.subset(range(min(batch, len(split.train)))), test=split.test.subset(range(1))
     )
-    short = dataclasses.replace(recipe, epochs=1, steps=None, augment=None, views=1, mirror=False, flip_rows=False)
+    short = dataclasses.replace(recipe, epochs=1, steps=None, augment=None, views=1, mirror=False)
     train("warm-up", few, short)
     # One epoch without drops, one that computes rows and one that reads them.
     train("warm-up", few, dataclasses.replace(short, epochs=3), policy=_half_after_the_first_epoch)

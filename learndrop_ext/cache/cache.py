@@ -25,16 +25,15 @@ SATURATION_BATCHES = 16
 class ActivationCache:
     """R rows of one shape by slot. It never returns a row that was not written, or not as it was written.
 
-    Rows are returned in the dtype and memory format of the first rows stored; with the codec "uint8", and with `augmented`,
-    4-D batches are channels-last. If a tier cannot allocate its memory, the next tier takes its rows, with a
-    RuntimeWarning. A forked process can read rows, except those in pinned memory.
+    Rows are returned in the dtype and memory format of the first rows stored; with the codec "uint8" 4-D batches are
+    channels-last. If a tier cannot allocate its memory, the next tier takes its rows, with a RuntimeWarning. A forked
+    process can read rows, except those in pinned memory.
 
     Args:
         slots (int): R.
         shape (sequence of int): shape of a row, without the batch dimension.
         codec (str): how a row is stored: "fp32", "bf16", "fp16" or "uint8".
         device (torch.device): device of the rows stored and returned.
-        augmented (bool, optional): whether [C, H, W] rows can be flipped and shifted. Default: False
         budgets (Budgets, optional): bytes of rows in each tier, see `plan_tiers`. Default: all rows on the device
         path (Path, optional): the file of rows. It is deleted with the cache unless it was saved. Default: None
 
@@ -57,7 +56,6 @@ class ActivationCache:
         *,
         codec: str,
         device: torch.device,
-        augmented: bool = False,
         budgets: Budgets | None = None,
         path: Path | None = None,
         _saved: SavedRows | None = None,
@@ -73,7 +71,6 @@ class ActivationCache:
         self.saved = _saved is not None
         self.sidecar = Sidecar() if _saved is None else _saved.sidecar
         self.dtype: torch.dtype | None = None
-        self.augmented = augmented
         self.path = path
         self._filled_table = self.filled  # `filled`, with room for more slots
         self._stored_shape = self.shape
@@ -122,7 +119,6 @@ class ActivationCache:
                 manifest.shape,
                 codec=manifest.codec,
                 device=device,
-                augmented=manifest.augmented,
                 budgets=budgets,
                 path=path,
                 _saved=saved,
@@ -195,17 +191,13 @@ class ActivationCache:
             self.filled[slots] = True
         self._note_saturation(rows)
 
-    def gather(
-        self, slots: torch.Tensor, *, flip: torch.Tensor | None = None, shift: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def gather(self, slots: torch.Tensor) -> torch.Tensor:
         """Return a batch of rows from all tiers, in the order of the slots.
 
         On a CPU the memory of a large batch is reused once nothing refers to it.
 
         Args:
             slots (Tensor): [B] int64 (CPU).
-            flip (Tensor, optional): [B] bool, which [C, H, W] rows to flip horizontally. Default: None
-            shift (Tensor, optional): [B, 2] integers (dy, dx), the pixels to shift each [C, H, W] row by. Default: None
 
         Returns:
             Tensor: [B, *shape].
@@ -220,9 +212,9 @@ class ActivationCache:
         form, dtype = self._stored_shape, self.dtype or torch.float32
         out = self._outputs.take((len(slots), *form), dtype, ops.memory_format(form))
         if tiers.plan.staging:
-            self._gather_tiered(tiers, slots, out, flip, shift)
+            self._gather_tiered(tiers, slots, out)
         else:
-            ops.gather_rows(tiers.data, slots, form, codec=self.codec, dtype=dtype, flip=flip, shift=shift, out=out)
+            ops.gather_rows(tiers.data, slots, form, codec=self.codec, dtype=dtype, out=out)
         return out.view(len(slots), *self.shape) if form != self.shape else out
 
     def prefetch(self, slots: torch.Tensor) -> None:
@@ -302,7 +294,6 @@ class ActivationCache:
             shape=self.shape,
             stored_shape=self._stored_shape,
             dtype="" if self.dtype is None else str(self.dtype).removeprefix("torch."),
-            augmented=self.augmented,
             slots=len(self.filled),
             row_bytes=tiers.layout.row_bytes,
             stride_bytes=tiers.layout.stride_bytes,
@@ -346,26 +337,10 @@ class ActivationCache:
             tiers.write_back(part)
             self.filled[slots[part.begin : part.end]] = True
 
-    def _gather_tiered(
-        self,
-        tiers: TieredRows,
-        slots: torch.Tensor,
-        out: torch.Tensor,
-        flip: torch.Tensor | None,
-        shift: torch.Tensor | None,
-    ) -> None:
+    def _gather_tiered(self, tiers: TieredRows, slots: torch.Tensor, out: torch.Tensor) -> None:
         for part in tiers.staged(slots, load=True):
-            these = slice(part.begin, part.end)
-            ops.gather_rows(
-                tiers.data,
-                part.index,
-                self._stored_shape,
-                codec=self.codec,
-                dtype=out.dtype,
-                flip=None if flip is None else flip[these],
-                shift=None if shift is None else shift[these],
-                out=out[these],
-            )
+            into = out[part.begin : part.end]
+            ops.gather_rows(tiers.data, part.index, self._stored_shape, codec=self.codec, dtype=out.dtype, out=into)
 
     def _change(self, tiers: TieredRows) -> None:
         """Note that the file at `path` no longer holds these rows."""
@@ -392,8 +367,4 @@ class ActivationCache:
         if self.dtype is not None:
             return self._stored_shape
         plain = len(self.shape) != 3 or rows.is_contiguous()
-        return (
-            self.shape
-            if self.codec == "uint8" or self.augmented or not plain
-            else (int(torch.Size(self.shape).numel()),)
-        )
+        return self.shape if self.codec == "uint8" or not plain else (int(torch.Size(self.shape).numel()),)

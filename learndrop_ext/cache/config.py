@@ -29,9 +29,6 @@ class CacheConfig:
         disk_bytes (int or "auto", optional): limit on the bytes of further rows in a file. If it holds all rows, a run
             that resumes from a checkpoint finds them there. Default: 0
         disk_dir (str, optional): the folder of the file. Default: None
-        flip (bool, optional): flip each [C, H, W] row horizontally with probability 1/2 when it is read. Default: False
-        shift (int, optional): shift each [C, H, W] row by up to this many of its pixels in x and y when it is read,
-            filling with zeros. Default: 0
         shared (bool, optional): look in `disk_dir` for rows that another run computed from the same images with the same
             layers, and leave this run's rows there; `disk_bytes=0` then means "auto". Labels and all else in a batch are
             read from this run's dataset, whose `repr` must tell it from others. Default: False
@@ -51,8 +48,6 @@ class CacheConfig:
     host_bytes: int | str = 0
     disk_bytes: int | str = 0
     disk_dir: str | None = None
-    flip: bool = False
-    shift: int = 0
     shared: bool = False
     mirror: bool = False
     partition: str = "share"
@@ -61,11 +56,6 @@ class CacheConfig:
     def rows_per_sample(self) -> int:
         """V, the rows kept of each sample; 1 while `views` is "auto"."""
         return 2 if self.mirror else self.views if isinstance(self.views, int) else 1
-
-    @property
-    def augmented(self) -> bool:
-        """Whether rows are flipped or shifted when they are read."""
-        return self.flip or self.shift > 0
 
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
@@ -78,7 +68,7 @@ class CacheConfig:
             value = getattr(self, name)
             if value != "auto" and not (_is_whole(value) and value >= 0):
                 raise ValueError(f"CacheConfig: {name} must be bytes >= 0 or 'auto', got {value!r}")
-        for name in ("flip", "shared", "mirror"):
+        for name in ("shared", "mirror"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"CacheConfig: {name} must be True or False, got {getattr(self, name)!r}")
         for name in ("disk_bytes", "shared"):
@@ -86,12 +76,8 @@ class CacheConfig:
                 raise ValueError(
                     f"CacheConfig: disk_dir must be a folder where {name} is {getattr(self, name)!r}, got None"
                 )
-        if not _is_whole(self.shift) or self.shift < 0:
-            raise ValueError(f"CacheConfig: shift must be pixels >= 0, got {self.shift!r}")
         if self.mirror and self.views not in (1, "auto"):
             raise ValueError(f"CacheConfig: views must be 1 if mirror is True, got {self.views}")
-        if self.mirror and self.flip:
-            raise ValueError("CacheConfig: flip must be False if mirror is True, got True")
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

@@ -46,7 +46,6 @@ class Manifest:
         shape (tuple of int): shape of a row.
         stored_shape (tuple of int): shape of a row for the row operations: `shape`, or flat.
         dtype (str): dtype of the rows stored and returned; "" before the first.
-        augmented (bool): whether rows can be flipped and shifted.
         slots (int): R.
         row_bytes (int): bytes of a row without padding.
         stride_bytes (int): bytes from one row to the next.
@@ -57,7 +56,6 @@ class Manifest:
     shape: tuple[int, ...]
     stored_shape: tuple[int, ...]
     dtype: str
-    augmented: bool
     slots: int
     row_bytes: int
     stride_bytes: int

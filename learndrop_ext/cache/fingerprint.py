@@ -28,7 +28,6 @@ class Fingerprint:
         dataset (str): description of the dataset and its transforms, see `describe`.
         autocast (str, optional): autocast dtype under which the rows were computed; "" for none. Default: ""
         seed (int, optional): random seed of the views. Default: 0
-        augmented (bool, optional): whether rows are stored as [C, H, W], to be flipped or shifted. Default: False
         layers (str, optional): SHA-256 of the dropped layers' code. Default: ""
         images (str, optional): SHA-256 of a few model inputs of the dataset. Default: ""
         mirror (bool, optional): whether every second row is of the flipped image. Default: False
@@ -42,7 +41,6 @@ class Fingerprint:
     dataset: str
     autocast: str = ""
     seed: int = 0
-    augmented: bool = False
     layers: str = ""
     images: str = ""
     mirror: bool = False

@@ -58,9 +58,7 @@ class Stages:
 
     def _as_stored(self, x: torch.Tensor) -> torch.Tensor:
         at = torch.arange(len(x))
-        scratch = ActivationCache(
-            len(x), x.shape[1:], codec=self._config.codec, device=self._device, augmented=self._config.augmented
-        )
+        scratch = ActivationCache(len(x), x.shape[1:], codec=self._config.codec, device=self._device)
         scratch.append(at, x)
         stored = scratch.gather(at)
         scratch.close()

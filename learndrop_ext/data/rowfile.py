@@ -62,7 +62,6 @@ def fingerprint(
         dataset=source.describe(),
         autocast="" if autocast is None else str(autocast).removeprefix("torch."),
         seed=0 if config.mirror or config.rows_per_sample == 1 else seed,
-        augmented=config.augmented,
         layers=hashlib.sha256(f"{list(cuts)}{code}".encode()).hexdigest(),
         images=images,
         mirror=config.mirror,

@@ -22,7 +22,6 @@ from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.data import rowfile
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
 from learndrop_ext.data.fill import Stages, check_purity
-from learndrop_ext.data.moves import Moves, mirrored
 from learndrop_ext.data.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.data.source import Source
 from learndrop_ext.data.stopwatch import Stopwatch
@@ -75,7 +74,6 @@ class RowSet:
         self.like = batch  # all batches have its structure
         self.extras = self._no_extras()
         self._stages = Stages(config, self.device)
-        self._moves = Moves(config, self.generator)
         self._watch = Stopwatch(self.device)
         self._made = [0, 0]  # rows computed from images and from older rows since `forget_ledger`
         self.relabelled = 0  # samples with shared rows that were read for the rest of their batch since then
@@ -108,8 +106,6 @@ class RowSet:
         """
         segment = self.chain.segment(self.cut, cut)
         check_purity(segment, self._probe(), self.model, self._stages.autocast)
-        # Rows are flipped and shifted only on their way out of a cache.
-        stores = stores or self.config.augmented
         made_of = partial(self._fingerprint, [*self.cuts, cut])
         found = self.file.find_shared(made_of, cut, device=self.device, key=self.key) if stores else None
         room = max(rows, self.slots.used * self.views) if stores else 0
@@ -155,7 +151,7 @@ class RowSet:
         at = self.slots.assign(ids, epoch)
         have = filled_at(self.cache, at)
         if bool((have & filled_at(self.extras, at)).all()):
-            return self.extras.get(at, self._moves.gather(self.cache, at))
+            return self.extras.get(at, self.cache.gather(at))
         begin = self._watch.now()
         missing = self.missing(ids, epoch)
         if len(missing):
@@ -170,11 +166,11 @@ class RowSet:
         stored = self._stores and self._store(wanted, made)
         self._watch.add(begin)
         if stored:
-            return self.extras.get(at, self._moves.gather(self.cache, at))
-        x = made = self._moves.take(made, inverse)
+            return self.extras.get(at, self.cache.gather(at))
+        x = made = _taken(made, inverse)
         if bool(have.any()):
             x = made.new_empty((len(at), *made.shape[1:]))
-            x[have] = self._moves.gather(self.cache, at[have]).to(made.dtype)
+            x[have] = self.cache.gather(at[have]).to(made.dtype)
             x[~have] = made
         return self.extras.get(at, x)
 
@@ -191,7 +187,7 @@ class RowSet:
         """Return a batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""
         if not self.config.mirror:
             return batch
-        return with_input(batch, self.key, mirrored(input_of(batch, self.key), self.slots.view(ids, epoch).bool()))
+        return with_input(batch, self.key, _mirrored(input_of(batch, self.key), self.slots.view(ids, epoch).bool()))
 
     def follow_size(self) -> int:
         """Make room for new samples of the source, and return their number.
@@ -333,7 +329,6 @@ class RowSet:
             shape,
             codec=self.config.codec,
             device=self.device,
-            augmented=self.config.augmented,
             budgets=budgets_of(self.config, self.device),
             path=self.file.new_path(cut),
         )
@@ -352,7 +347,7 @@ class RowSet:
         made, places = self._of_images(read, read_ids, epoch)
         order = torch.searchsorted(places, at[~from_older])
         if not bool(from_older.any()):
-            return made if torch.equal(order, torch.arange(len(made))) else made[order.to(made.device)]
+            return _taken(made, order)
         rows = made.new_empty((len(at), *made.shape[1:]))
         rows[from_older] = self._of_older(at[from_older])
         rows[~from_older] = made[order.to(made.device)]
@@ -369,8 +364,7 @@ class RowSet:
         # Run the batch in its own order, so that rows are the same to the bit wherever they are stored.
         made = self._stages.run(input_of(self.images(read, read_ids, epoch), self.key), 0)
         self._made[0] += len(order)
-        in_order = torch.equal(order, torch.arange(len(read_ids)))
-        return made if in_order else made[order.to(made.device)], places
+        return _taken(made, order), places
 
     def _store(self, at: torch.Tensor, rows: torch.Tensor) -> bool:
         """Store rows at distinct places; return False if the budgets do not hold them."""
@@ -404,3 +398,15 @@ class RowSet:
             autocast=self._stages.autocast,
             seed=self.seed,
         )
+
+
+def _taken(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return rows[index] of rows [n, ...] and index [B] (CPU); `rows` itself if that is all of them in their order."""
+    in_order = torch.equal(index, torch.arange(len(rows)))
+    return rows if in_order else rows[index.to(rows.device)]
+
+
+def _mirrored(x: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Return images [B, C, H, W], those in `flip` [B] bool (CPU) flipped horizontally."""
+    where = flip.to(x.device).view(-1, *[1] * (x.dim() - 1))
+    return torch.where(where, x.flip(-1), x)

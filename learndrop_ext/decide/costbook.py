@@ -57,15 +57,8 @@ class CostBook:
             return list(self._choices)
         found: list[costs.CutChoice] = []
         for k in range(len(self.layers)):
-            choice = costs.choose_cut(
-                self.layers,
-                k,
-                kept=cut if k >= cut else 0,
-                rows=rows,
-                codec=config.codec,
-                tiers=tiers,
-                augmented=config.augmented,
-            )
+            kept = cut if k >= cut else 0
+            choice = costs.choose_cut(self.layers, k, kept=kept, rows=rows, codec=config.codec, tiers=tiers)
             # A longer prefix keeps its rows no earlier than a shorter one.
             found.append(found[-1] if found and found[-1].cut > choice.cut else choice)
         self._asked, self._choices = asked, tuple(found)

@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from learndrop_ext import ops
-from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.decide.probes import StepSeconds, shortest_laps
 from learndrop_ext.decide.probes import TierCost as TierCost
@@ -193,22 +192,14 @@ def row_seconds(shape: Sequence[int], rows: int, codec: str, tiers: Sequence[Tie
     return seconds + sum(count / rows * stride / tier.bytes_per_second for count, tier in slower if count)
 
 
-def smallest_row(chain: Chain, config: CacheConfig) -> int:
-    """Return the bytes of the smallest row that a configuration can keep of a chain's layers; 0 if there is none."""
+def smallest_row(chain: Chain, codec: str) -> int:
+    """Return the bytes of the smallest row that can be kept of a chain's layers."""
     shapes = [chain.layer(i).shape for i in range(len(chain) - 1)]
-    kept = [shape for shape in shapes if shape is not None and (not config.augmented or len(shape) == 3)]
-    return min((ops.row_stride(shape, config.codec) for shape in kept), default=0)
+    return min(ops.row_stride(shape, codec) for shape in shapes if shape is not None)
 
 
 def choose_cut(
-    layers: Sequence[LayerCost],
-    prefix: int,
-    *,
-    kept: int,
-    rows: int,
-    codec: str,
-    tiers: Sequence[TierCost],
-    augmented: bool = False,
+    layers: Sequence[LayerCost], prefix: int, *, kept: int, rows: int, codec: str, tiers: Sequence[TierCost]
 ) -> CutChoice:
     """Choose the cut within a prefix whose rows fit into the tiers and make the training step shortest.
 
@@ -222,7 +213,6 @@ def choose_cut(
         rows: number of rows: samples x views.
         codec: codec of the rows.
         tiers: budgets and speeds, the fastest first.
-        augmented: allow only [C, H, W] rows, which can be flipped and shifted.
     """
     kept = kept if kept <= prefix else 0
 
@@ -240,7 +230,7 @@ def choose_cut(
     smallest: int | None = None
     for cut in range(kept + 1, prefix + 1):
         shape = layers[cut - 1].shape
-        if shape is None or (augmented and len(shape) != 3):
+        if shape is None:
             continue
         row = ops.row_stride(shape, codec)
         smallest = row if smallest is None else min(smallest, row)
@@ -250,7 +240,7 @@ def choose_cut(
             best = CutChoice(cut, row, f"rows after {layers[cut - 1].name}")
     if best.cut == 0 and prefix > 0:
         if smallest is None:
-            return CutChoice(0, 0, "no rows: no cut within the prefix has rows that can be kept as asked")
+            return CutChoice(0, 0, "no rows: no cut within the prefix has rows that can be kept")
         wanted, held = smallest * rows, sum(tier.budget_bytes for tier in tiers)
         texts = format_bytes(wanted), format_bytes(held)
         if texts[0] == texts[1]:

@@ -19,7 +19,6 @@ from learndrop_ext import _C
 CODECS = ("fp32", "bf16", "fp16", "uint8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_ROW = 2**31 - 1
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 CUDA_COMPILED = bool(_C.build_info()["cuda_architectures"])
 
@@ -139,14 +138,12 @@ def gather_rows(
     *,
     codec: str = "fp16",
     dtype: torch.dtype = torch.float32,
-    flip: Tensor | None = None,
-    shift: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Decode rows index[b] of `cache`.
 
-    On CUDA the work is enqueued on the current stream. With index, flip, shift (int32) and out on the device, the call can
-    be captured in a CUDA graph.
+    On CUDA the work is enqueued on the current stream. With index and out on the device, the call can be captured in a CUDA
+    graph.
 
     Args:
         cache: [R, S] uint8, written by `append_rows` with the same shape and codec.
@@ -155,9 +152,6 @@ def gather_rows(
         shape: shape of one row.
         codec: the codec that the rows were written with.
         dtype: dtype of the result, float32, bfloat16 or float16, with any codec.
-        flip: [B] bool or uint8, rows to flip horizontally. For rows [C, H, W] only.
-        shift: [B, 2] integers (dy, dx), pixels by which to move the row down and right after the flip, filling with zeros.
-            For rows [C, H, W] only.
         out: [B, *shape] of `dtype`, dense (channels last for rows [C, H, W]), to write to. Default: a new tensor
 
     Returns:
@@ -179,7 +173,6 @@ def gather_rows(
     _check_cache(name, cache, shape, codec, used)
     index = _checked_index(name, cache, index)
     B = index.shape[0]
-    _check_moves(name, B, shape, flip, shift)
     held = cache.is_cuda and index.device.type == "cpu" and travels_with_launch(index, cache.shape[0])
     if held and torch.cuda.is_current_stream_capturing():
         raise ValueError(f"{name}: index must be on {cache.device} while a CUDA graph is captured, got one on the CPU")
@@ -187,11 +180,7 @@ def gather_rows(
         out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=memory_format(shape))
     else:
         _check_out(name, out, (B, *shape), dtype, cache.device)
-    # A flip of one pixel changes nothing and a shift leaves nothing. _geometry does not divide such rows into channels.
-    one_pixel = len(shape) == 3 and shape[1] * shape[2] == 1
     index = index if held else _on_device(index, cache.device)
-    flipped = None if flip is None or one_pixel else _on_device(flip, cache.device).contiguous()
-    moved = None if shift is None or one_pixel else _on_device(_int32(shift), cache.device).contiguous()
     _C.gather_rows(
         cache.data_ptr(),
         cache.shape[0],
@@ -203,13 +192,9 @@ def gather_rows(
         image,
         index.data_ptr(),
         held,
-        0 if flipped is None else flipped.data_ptr(),
-        0 if moved is None else moved.data_ptr(),
         torch.get_num_threads(),
         _target(name, cache),
     )
-    if one_pixel and shift is not None:
-        out.masked_fill_(_on_device((shift != 0).any(1), cache.device)[:, None, None, None], 0)
     return out
 
 
@@ -287,21 +272,6 @@ def _checked_index(name: str, cache: Tensor, index: Tensor) -> Tensor:
     return index
 
 
-def _check_moves(name: str, B: int, shape: Sequence[int], flip: Tensor | None, shift: Tensor | None) -> None:
-    if (flip is not None or shift is not None) and len(shape) != 3:
-        raise ValueError(f"{name}: flip and shift need rows of shape [C, H, W], got {tuple(shape)}")
-    if flip is not None:
-        if flip.dtype not in (torch.bool, torch.uint8):
-            raise TypeError(f"{name}: flip must be bool or uint8, got {flip.dtype}")
-        if flip.shape != (B,):
-            raise ValueError(f"{name}: flip must be [{B}], got {_shape(flip)}")
-    if shift is not None:
-        if shift.dtype not in INTEGERS:
-            raise TypeError(f"{name}: shift must be of an integer type, got {shift.dtype}")
-        if shift.shape != (B, 2):
-            raise ValueError(f"{name}: shift must be [{B}, 2], got {_shape(shift)}")
-
-
 def _check_out(name: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if out.dtype != dtype:
         raise TypeError(f"{name}: out must be {dtype}, got {out.dtype}")
@@ -329,13 +299,6 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
     if values.device == device:
         return values
     return values.to(device, non_blocking=not values.is_pinned())
-
-
-def _int32(shift: Tensor) -> Tensor:
-    # No row is longer than LARGEST_ROW, so a longer shift has the same result.
-    if shift.dtype == torch.int64:
-        shift = shift.clamp(-LARGEST_ROW, LARGEST_ROW)
-    return shift.to(torch.int32)
 
 
 def _target(name: str, cache: Tensor) -> tuple[int, int]:

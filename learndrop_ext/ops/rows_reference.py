@@ -30,8 +30,6 @@ def gather_rows(
     *,
     codec: str = "fp16",
     dtype: torch.dtype = torch.float32,
-    flip: Tensor | None = None,
-    shift: Tensor | None = None,
 ) -> Tensor:
     """Decode rows index[b] of `cache` to [B, *shape] of `dtype`. Arguments as in `ops.gather_rows`."""
     B, D = len(index), math.prod(shape)
@@ -43,14 +41,7 @@ def gather_rows(
         stored = STORED[codec]
         values = bytes_[:, : D * stored.itemsize].contiguous().view(stored)
     rows = _convert(values, dtype).reshape(B, D // channels, channels).transpose(1, 2).reshape(B, *shape)
-    if len(shape) != 3:
-        return rows
-    for b in range(B):
-        if flip is not None and bool(flip[b]):
-            rows[b] = rows[b].flip(-1)
-        if shift is not None:
-            rows[b] = _shifted(rows[b], *shift[b].tolist())
-    return rows.contiguous(memory_format=torch.channels_last)
+    return rows.contiguous(memory_format=torch.channels_last) if len(shape) == 3 else rows
 
 
 def _channels_last(rows: Tensor) -> Tensor:
@@ -99,13 +90,3 @@ def _convert(values: Tensor, dtype: torch.dtype) -> Tensor:
         return values.to(dtype)
     converted: Tensor = torch.where(values.isnan(), torch.nan, values.to(dtype))
     return converted
-
-
-def _shifted(image: Tensor, dy: int, dx: int) -> Tensor:
-    """[C, H, W] moved down by dy and right by dx, filled with zeros."""
-    out = torch.zeros_like(image)
-    H, W = image.shape[1:]
-    if abs(dy) < H and abs(dx) < W:
-        kept = image[:, max(0, -dy) : H - max(0, dy), max(0, -dx) : W - max(0, dx)]
-        out[:, max(0, dy) : H - max(0, -dy), max(0, dx) : W - max(0, -dx)] = kept
-    return out

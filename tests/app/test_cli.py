@@ -172,29 +172,27 @@ def test_forecast_prints_and_draws(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "views", "mirror", "flip_rows"),
+    ("arguments", "views", "mirror"),
     [
-        ([], 1, False, False),
-        (["--epochs", "24"], 1, False, False),
-        (["--augment", "flip", "--epochs", "24"], 6, False, False),
-        (["--augment", "standard", "--epochs", "24", "--policy", "budget:3,start=1"], 4, False, False),
-        (["--augment", "flip", "--epochs", "5"], 2, False, False),
-        (["--augment", "flip", "--epochs", "24", "--views", "3"], 3, False, False),
-        (["--mirror"], 1, True, False),
-        (["--flip-rows"], 1, False, True),
+        ([], 1, False),
+        (["--epochs", "24"], 1, False),
+        (["--augment", "flip", "--epochs", "24"], 6, False),
+        (["--augment", "standard", "--epochs", "24", "--policy", "budget:3,start=1"], 4, False),
+        (["--augment", "flip", "--epochs", "5"], 2, False),
+        (["--augment", "flip", "--epochs", "24", "--views", "3"], 3, False),
+        (["--mirror"], 1, True),
     ],
 )
 def test_options_of_the_rows(
-    arguments: list[str], views: int, mirror: bool, flip_rows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], views: int, mirror: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes: list[Recipe] = []
     made = SimpleNamespace(as_dict=dict, format_table=str)
     monkeypatch.setattr(forecasts, "make_forecast", lambda split, recipe: recipes.append(recipe) or made)
     monkeypatch.setattr(forecasts, "draw_forecast", lambda out, found: out)
     assert main(["forecast", *SMALL, *arguments, "--out", str(tmp_path)]) == 0
-    assert (recipes[0].views, recipes[0].mirror, recipes[0].flip_rows) == (views, mirror, flip_rows)
-    config = cache_of(recipes[0])
-    assert (config.rows_per_sample, config.flip) == (2 if mirror else views, flip_rows)
+    assert (recipes[0].views, recipes[0].mirror) == (views, mirror)
+    assert cache_of(recipes[0]).rows_per_sample == (2 if mirror else views)
 
 
 @dataclasses.dataclass

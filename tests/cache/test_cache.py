@@ -16,9 +16,8 @@ def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", [(5,), (4, 6), (3, 4, 5), (2, 1, 1), (1, 3, 3), (2, 3, 4, 5)], ids=str)
-@pytest.mark.parametrize("augmented", [False, True])
-def test_cache_gives_fp32_rows_back_to_the_bit(shape: tuple[int, ...], augmented: bool) -> None:
-    cache = ActivationCache(6, shape, codec="fp32", device=CPU, augmented=augmented)
+def test_cache_gives_fp32_rows_back_to_the_bit(shape: tuple[int, ...]) -> None:
+    cache = ActivationCache(6, shape, codec="fp32", device=CPU)
     stored = rows(6, *shape)
     order = ids(4, 0, 5, 2, 1, 3)
     cache.append(order[:4], stored[:4])
@@ -75,21 +74,6 @@ def test_cache_is_as_exact_as_its_codec(codec: str, most: float) -> None:
     assert float((cache.gather(ids(0, 1, 2)) - stored).abs().max()) <= most
 
 
-def test_cache_moves_images_on_the_way_out() -> None:
-    image = torch.tensor([[[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]]])
-    cache = ActivationCache(1, (1, 2, 3), codec="fp32", device=CPU, augmented=True)
-    cache.append(ids(0), image)
-    flip = torch.tensor([False, True, False, True])
-    shift = torch.tensor([[0, 0], [0, 0], [1, -1], [0, 1]])
-    got = cache.gather(ids(0, 0, 0, 0), flip=flip, shift=shift)
-    assert got[:, 0].tolist() == [
-        [[1, 2, 3], [4, 5, 6]],
-        [[3, 2, 1], [6, 5, 4]],
-        [[0, 0, 0], [2, 3, 0]],
-        [[0, 3, 2], [0, 6, 5]],
-    ]
-
-
 def test_cache_sizes_are_bytes() -> None:
     # 100 values of 2 bytes, rounded up to a multiple of 128.
     for slots in (0, 10):
@@ -143,7 +127,6 @@ REFUSED: list[tuple[Callable[[ActivationCache], Any], type[Exception], str]] = [
     (lambda c: c.append(ids(0).int(), rows(1, 5, 4)), TypeError, "append: slots must be int64, got torch.int32"),
     (lambda c: c.gather(ids(3)), IndexError, r"gather: slots must be within 0\.\.2, got 3\.\.3"),
     (lambda c: c.gather(ids(2, -1)), IndexError, r"gather: slots must be within 0\.\.2, got -1\.\.2"),
-    (lambda c: c.gather(ids(2), flip=torch.ones(1).bool()), ValueError, "gather_rows: flip"),
 ]
 
 

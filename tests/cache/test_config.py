@@ -10,7 +10,7 @@ from learndrop_ext.cache.config import CacheConfig, cache_config
 def test_cache_config_defaults() -> None:
     config = CacheConfig()
     assert (config.codec, config.views, config.budget_bytes) == ("fp16", "auto", "auto")
-    assert (config.flip, config.shift, config.shared, config.mirror) == (False, 0, False, False)
+    assert (config.shared, config.mirror, config.partition) == (False, False, "share")
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,7 @@ def test_cache_config_defaults() -> None:
         {"budget_bytes": 1 << 40},
         {"host_bytes": "auto", "disk_bytes": 5, "disk_dir": "rows"},
         {"disk_dir": "rows"},
-        {"flip": True, "shift": 2},
         {"shared": True, "disk_dir": "rows"},
-        {"mirror": True, "shift": 2},
         {"mirror": True, "views": 1},
         {"partition": "all"},
     ],
@@ -54,11 +52,7 @@ def test_cache_config_takes(arguments: dict[str, Any]) -> None:
         ({"shared": True}, "CacheConfig: disk_dir must be a folder where shared is True, got None"),
         ({"shared": 1, "disk_dir": "rows"}, "CacheConfig: shared must be True or False, got 1"),
         ({"mirror": "yes"}, "CacheConfig: mirror must be True or False, got 'yes'"),
-        ({"flip": None}, "CacheConfig: flip must be True or False, got None"),
         ({"mirror": True, "views": 2}, "CacheConfig: views must be 1 if mirror is True, got 2"),
-        ({"mirror": True, "flip": True}, "CacheConfig: flip must be False if mirror is True, got True"),
-        ({"shift": -1}, "CacheConfig: shift must be pixels >= 0, got -1"),
-        ({"shift": 0.5}, r"CacheConfig: shift must be pixels >= 0, got 0\.5"),
     ],
 )
 def test_cache_config_refuses(arguments: dict[str, Any], message: str) -> None:
@@ -77,8 +71,8 @@ MEANT: list[tuple[CacheConfig | str | None, int | None, CacheConfig]] = [
     (None, 4, CacheConfig(views=4)),
     ("uint8", None, CacheConfig(codec="uint8")),
     ("fp32", 2, CacheConfig(codec="fp32", views=2)),
-    (CacheConfig(flip=True, views=3), None, CacheConfig(flip=True, views=3)),
-    (CacheConfig(flip=True, views=3), 5, CacheConfig(flip=True, views=5)),
+    (CacheConfig(host_bytes=9, views=3), None, CacheConfig(host_bytes=9, views=3)),
+    (CacheConfig(host_bytes=9, views=3), 5, CacheConfig(host_bytes=9, views=5)),
 ]
 
 
@@ -98,8 +92,3 @@ def test_cache_config_of_other_arguments_is_refused() -> None:
         cache_config(None, 0)
     with pytest.raises(ValueError, match="CacheConfig: views must be 1 if mirror is True, got 3"):
         cache_config(CacheConfig(mirror=True), 3)
-
-
-@pytest.mark.parametrize(("flip", "shift", "augmented"), [(False, 0, False), (True, 0, True), (False, 1, True)])
-def test_cache_config_is_augmented_by_flips_and_shifts(flip: bool, shift: int, augmented: bool) -> None:
-    assert CacheConfig(flip=flip, shift=shift).augmented is augmented

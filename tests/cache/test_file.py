@@ -216,7 +216,6 @@ OTHERS = {
     "dataset": "x",
     "autocast": "y",
     "seed": 1,
-    "augmented": True,
     "layers": "z",
     "images": "w",
     "mirror": True,
@@ -295,7 +294,7 @@ def test_every_flipped_bit_is_refused_or_in_no_row(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     stored = saved(path)
     content = path.read_bytes()
-    header, tail = 4096, content.index(b'{"augmented"')
+    header, tail = 4096, content.index(b'{"codec"')
     spots = [*range(0, 48), 4091, 4095, *range(header, header + 40), *range(tail - 1, len(content), 5)]
     refused = 0
     for i, spot in enumerate(spots):

@@ -45,7 +45,7 @@ def test_a_manifest_that_cannot_be_understood_is_damage(tmp_path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"sidecar"', b'"sidebar"'))
     assert "the manifest must be JSON with the known keys, got 'sidecar'" in list_rows(tmp_path)[0].damage
-    path.write_bytes(content.replace(b'{"augmented"', b'["augmented"'))
+    path.write_bytes(content.replace(b'{"codec"', b'["codec"'))
     assert "the manifest must be JSON with the known keys" in list_rows(tmp_path)[0].damage
 
 

@@ -54,7 +54,7 @@ struct Case {
   int64_t in_offset = 0;     // values
   int64_t cache_offset = 0;  // bytes
   int64_t align = 128;       // of the cache's rows
-  bool gathers = true, all_moves = false;
+  bool gathers = true;
 };
 
 std::string describe(const Case& c) {
@@ -74,28 +74,20 @@ bool both_nan(Dtype dtype, const unsigned char* a, const unsigned char* b) {
   return nan(a) && nan(b);
 }
 
-void check_gather(const Case& c, const Exact& cache, int64_t stride, int64_t R, Dtype out_dtype, int move, Random& random) {
+void check_gather(const Case& c, const Exact& cache, int64_t stride, int64_t R, Dtype out_dtype, Random& random) {
   std::vector<int64_t> index(c.batch);
   for (int64_t& row : index) row = random.below(R);
-  Exact flips(c.batch, 0, 0), shifts(8 * c.batch, 0, 0), rows(8 * c.batch, 0, 0);
+  const Exact rows(8 * c.batch, 0, 0);
   std::copy(index.begin(), index.end(), reinterpret_cast<int64_t*>(rows.data()));
-  auto* const shift = reinterpret_cast<int32_t*>(shifts.data());
-  for (int64_t b = 0; b < c.batch; ++b) {
-    flips.data()[b] = random.of<int>({0, 1, 1, 2, 255, 0});
-    const int64_t H = c.shape.height, W = c.shape.width;
-    const bool far = random.below(16) == 0;
-    shift[2 * b] = far ? random.of<int>({INT32_MIN, INT32_MAX, -int(H), int(H)}) : int(random.below(2 * H + 3) - H - 1);
-    shift[2 * b + 1] = far ? random.of<int>({INT32_MIN, INT32_MAX, -int(W), int(W)}) : int(random.below(2 * W + 3) - W - 1);
-  }
   const int64_t row_out = c.shape.values() * value_bytes(out_dtype);
   const int64_t offset = random.below(4) == 0 ? value_bytes(out_dtype) : 0;
   const Exact want(c.batch * row_out, offset, 0x32), got(c.batch * row_out, offset, 0xcd);
   Gather g{cache.data(), R, stride, c.codec, want.data(), out_dtype, c.batch, c.shape,
-           reinterpret_cast<const int64_t*>(rows.data()), move & 1 ? flips.data() : nullptr, move & 2 ? shift : nullptr};
+           reinterpret_cast<const int64_t*>(rows.data())};
   cpu::gather_rows(g, 1);
   g.out = got.data();
   g.index_on_host = c.batch <= kHeldRows && cases % 3 != 0;
-  const std::string what = describe(c) + " to " + name(out_dtype) + " move=" + std::to_string(move) + " out_offset=" +
+  const std::string what = describe(c) + " to " + name(out_dtype) + " out_offset=" +
                            std::to_string(offset) + (g.index_on_host ? " index on host" : "");
   hooks::watch(got.data(), got.size());
   hooks::watch(cache.data(), cache.size());
@@ -156,9 +148,5 @@ void check(const Case& c, Random& random) {
     }
   }
   if (!c.gathers) return;
-  for (const Dtype out : {Dtype::fp32, Dtype::bf16, Dtype::fp16}) {
-    check_gather(c, want, stride, R, out, 0, random);
-    if (c.all_moves)
-      for (int move = 1; move < 4; ++move) check_gather(c, want, stride, R, out, move, random);
-  }
+  for (const Dtype out : kAllDtypes) check_gather(c, want, stride, R, out, random);
 }

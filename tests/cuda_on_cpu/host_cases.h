@@ -76,7 +76,7 @@ void errors() {
   const int64_t zero = 0;
   const RowShape shape{1, 8, 1};
   const Append a{cache, 1, 128, Codec::fp16, values, Dtype::fp32, 1, shape, 8, 8, 1, 1, &zero};
-  const Gather g{cache, 1, 128, Codec::fp16, out, Dtype::fp32, 1, shape, &zero, nullptr, nullptr};
+  const Gather g{cache, 1, 128, Codec::fp16, out, Dtype::fp32, 1, shape, &zero};
   const HostRows rows{source, 128, &zero, 1, into, 128, 128};
   const auto append = [&] { cuda::append_rows(a, 1, kStream); };
   const auto gather = [&] { cuda::gather_rows(g, 1, kStream); };

@@ -69,7 +69,6 @@ void images(bool all) {
             c.values = random.of(kAllValues);
             c.in_offset = random.below(4) == 0;
             c.align = random.of<int64_t>({128, 128, 16, table_bytes(codec)});
-            c.all_moves = true;
             check(c, random);
             c.layout = Layout::dense;
             c.in_offset = 0;
@@ -85,7 +84,6 @@ void batches() {
       for (const Codec codec : kAllCodecs)
         for (const Dtype dtype : kAllDtypes) {
           Case c{codec, dtype, shape, B, Layout::dense, Values::special};
-          c.all_moves = true;
           check(c, random);
           c.layout = Layout::planes;
           c.gathers = false;
@@ -100,7 +98,6 @@ void larger_images() {
       for (const Dtype dtype : kAllDtypes)
         for (const Layout layout : {Layout::dense, Layout::planes, Layout::sliced_channels}) {
           Case c{codec, dtype, shape, 2, layout, random.of(kAllValues)};
-          c.all_moves = layout == Layout::dense;
           c.gathers = layout == Layout::dense;
           check(c, random);
         }
@@ -116,7 +113,6 @@ void columns() {
         Case c{Codec::uint8, dtype, shape, random.of<int64_t>({1, 2, 3})};
         c.values = random.of(kAllValues);
         c.align = align;
-        c.all_moves = true;
         check(c, random);
       }
 }
@@ -152,7 +148,7 @@ void conversions(int64_t float_rows) {
         // The other way: what was put in, read as a cache row.
         const auto source = static_cast<Codec>(static_cast<int>(dtype));
         const auto target = static_cast<Dtype>(static_cast<int>(codec));
-        Gather g{in.data(), 1, n * value_bytes(source), source, want.data(), target, 1, shape, &zero, nullptr, nullptr};
+        Gather g{in.data(), 1, n * value_bytes(source), source, want.data(), target, 1, shape, &zero};
         cpu::gather_rows(g, 1);
         g.out = got.data();
         cuda::gather_rows(g, 0, kStream);
@@ -176,8 +172,7 @@ void foreign_rows() {
           float& value = reinterpret_cast<float*>(cache.data() + row * stride)[k];
           value = i % 2 ? value_of(random, Values::normal) : std::isfinite(value) ? value : cudashim::bits<float>(0x7fc00000u);
         }
-      for (const Dtype out : kAllDtypes)
-        for (int move = 0; move < 4; ++move) check_gather(c, cache, stride, 12, out, move, random);
+      for (const Dtype out : kAllDtypes) check_gather(c, cache, stride, 12, out, random);
     }
 }
 
@@ -197,9 +192,7 @@ void bad_indices() {
             const Append a{cache.data(), 5, stride, codec, in.data(), dtype, B, shape, s.b, s.h, s.w, s.c, index};
             cuda::append_rows(a, 0, kStream);
             expect_fault(Fault::trap, "append of a bad index");
-            const Exact flips(B, 0, 1);
-            const Gather g{cache.data(), 5, stride, codec, in.data(), dtype, B, shape, index,
-                           layout == Layout::planes ? flips.data() : nullptr, nullptr};
+            const Gather g{cache.data(), 5, stride, codec, in.data(), dtype, B, shape, index};
             cuda::gather_rows(g, 0, kStream);
             expect_fault(Fault::trap, "gather of a bad index");
             cases += 2;

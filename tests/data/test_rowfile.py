@@ -188,7 +188,6 @@ def test_rows_are_made_again_where_the_file_is_gone_or_spoilt(
     ("options", "dataset", "message"),
     [
         ({"codec": "fp32"}, None, "rows must be of codec 'fp32', got rows of codec 'fp16'"),
-        ({"flip": True}, None, "rows must be of augmented True, got rows of augmented False"),
         ({"views": 2}, None, "rows must be of views 2, got rows of views 1"),
         ({}, Other, "rows must be of images"),
     ],

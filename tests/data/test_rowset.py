@@ -190,8 +190,7 @@ def test_mirror_draws_the_image_and_its_flip_in_turn_before_and_after_a_drop() -
     assert int(drop.rows.cache.filled.sum()) == 48
 
 
-@pytest.mark.parametrize("options", [{}, {"flip": True}])
-def test_a_sampler_that_draws_more_than_the_budgets_hold(options: dict[str, Any]) -> None:
+def test_a_sampler_that_draws_more_than_the_budgets_hold() -> None:
     drawn = list(range(8))
 
     class Chosen:
@@ -205,7 +204,7 @@ def test_a_sampler_that_draws_more_than_the_budgets_hold(options: dict[str, Any]
     model, optimizer, _ = parts()
     loader = DataLoader(dataset, batch_size=4, sampler=Chosen())
     # A row of 6 x 4 x 4 fp32 values is 384 bytes: 12 rows.
-    config = CacheConfig(codec="fp32", budget_bytes=12 * 384, **options)
+    config = CacheConfig(codec="fp32", budget_bytes=12 * 384)
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache=config)
     trained(drop, optimizer)
     drop.step()
@@ -213,7 +212,6 @@ def test_a_sampler_that_draws_more_than_the_budgets_hold(options: dict[str, Any]
     trained(drop, optimizer)
     drawn.extend(range(8, 24))
     wanted = prefix_rows(drop, 2)
-    flips = 0
     for turn in range(3):
         dataset.reads.clear()
         with warnings.catch_warnings(record=True) as said:
@@ -224,16 +222,10 @@ def test_a_sampler_that_draws_more_than_the_budgets_hold(options: dict[str, Any]
         assert [i for _, y in batches for i in y.tolist()] == list(range(24))
         for x, y in batches:
             for i, row in zip(y.tolist(), x, strict=True):
-                straight = torch.allclose(row, wanted[i], atol=1e-5)
-                flips += not straight
-                assert straight or (options and torch.allclose(row.flip(-1), wanted[i], atol=1e-5))
+                assert torch.allclose(row, wanted[i], atol=1e-5)
         # Those that do not fit are read each time.
         assert set(range(12, 24)) <= set(dataset.reads)
     assert int(drop.rows.cache.filled.sum()) == 12
-    if options:
-        assert 18 < flips < 54  # of 72: half, within 4 standard deviations
-    else:
-        assert flips == 0
 
 
 @pytest.mark.parametrize("drops", [{0: 2}, {1: 1, 3: 2}])
