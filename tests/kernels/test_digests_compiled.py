@@ -130,3 +130,19 @@ def test_digests_do_not_wait_for_the_device() -> None:
         digests.measure()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_digests_on_a_gpu_are_those_of_the_cpu() -> None:
+    tensors = [tensor.cpu() for tensor in cuda_tensors()]
+    tensors += [tensor[1:] for tensor in tensors if len(tensor)] + [torch.tensor(3.0)]
+    tensors.append(torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last))
+    assert torch.equal(ops.digests([tensor.cuda() for tensor in tensors]).cpu(), ops.digests(tensors))
+
+
+@pytest.mark.cuda
+def test_digests_refuse_tensors_on_several_devices() -> None:
+    with pytest.raises(
+        ValueError, match=r"digests: tensors\[1\] must lie on the device of the others, cpu, got cuda:0"
+    ):
+        ops.digests([torch.ones(1), torch.ones(1, device="cuda")])
