@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  set -- tests/ops/test_rows{,_refusals}.py tests/kernels/test_delta_norms.py tests/cache/test_{file,tiered,cache,cache_sequences}.py
+  set -- tests/ops/test_rows{,_refusals}.py tests/kernels/test_{delta_norms,digests}.py tests/cache/test_{file,tiered,cache,cache_sequences}.py
 fi
 python=$(command -v python)
 site=$(mktemp -d)

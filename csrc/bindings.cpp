@@ -21,6 +21,7 @@ using namespace learndrop;
 
 namespace learndrop {
 void bind_delta_norms(py::module_& m);
+void bind_digest(py::module_& m);
 void bind_disk_rows(py::module_& m);
 void bind_host_rows(py::module_& m);
 }  // namespace learndrop
@@ -145,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("codec"), py::arg("out"), py::arg("dtype"), py::arg("batch"), py::arg("shape"),
         py::arg("index"), py::arg("index_on_host"), py::arg("threads"), py::arg("target"));
   bind_delta_norms(m);
+  bind_digest(m);
   bind_disk_rows(m);
   bind_host_rows(m);
 }

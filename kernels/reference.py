@@ -1,4 +1,7 @@
-"""The kernels in plain torch. P parameter tensors, L layers, K columns (6, or 8 with persistence)."""
+"""The kernels in plain torch.
+
+P parameter tensors, L layers, K columns (6, or 8 with persistence); n tensors of any kind.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .chunks import DeltaTable, anchor_of
+from .digest_table import BLOCK_WORDS, WORD_BYTES, DigestTable
 
 
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
@@ -67,3 +71,67 @@ def check_out(table: DeltaTable, out: Tensor | None) -> None:
             f"delta_norms: out must be a contiguous {list(wanted)} float64 tensor on {table.device}, "
             f"got {list(out.shape)} {out.dtype} with strides {out.stride()} on {out.device}"
         )
+
+
+def digests(table: DigestTable) -> Tensor:
+    """Return a 64-bit digest of each tensor's bits: values that compare equal, such as 0.0 and -0.0, are told apart.
+
+    A tensor's bytes, in the order of its memory, are 32-bit words w_i, the last one filled up with zeros. They form blocks
+    of 4,096. The digest is sum_i w_i * a_(i mod 4096) * b_(i div 4096) + seed, modulo 2^64. a_j are odd keys of 32 bits and
+    b_j of 64 bits: pseudo-random numbers that depend on the position only. The seed is a hash of the number of bytes and,
+    unless the tensor is in row-major order, of its sizes and strides.
+
+    What it sees: a change of bits within one word, two different words of one block that swap their places, and another
+    number of zeros always change the digest. Other changes, if made without regard to the keys, cancel out with a
+    probability of about 2^-31 at most, which changes of two words can reach. It is near 2^-64 where many words change by
+    various amounts, as in a step of an optimizer. The keys are no secret: this is no protection against intent.
+
+    Two tensors with the same digest need not have the same dtype or shape. The same values in another order of dimensions,
+    such as channels_last, have another digest. A tensor whose memory has gaps or overlap is digested as a row-major copy.
+
+    Args:
+        table: a table that was refreshed, as `ops.digests` ensures.
+
+    Returns:
+        [n] int64, on the tensors' device.
+    """
+    sums = [word_sum(tensor) for tensor in table.memory]
+    return table.seeds + torch.stack(sums) if sums else table.seeds.clone()
+
+
+def word_sum(
+    tensor: Tensor,  # dense in memory
+) -> Tensor:
+    """Return the sum over a tensor's words, each times its key, as one int64 number modulo 2^64."""
+    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    padded = flat.new_zeros(-(-len(flat) // WORD_BYTES) * WORD_BYTES)
+    padded[: len(flat)] = flat
+    words = padded.view(torch.int32).long() & 0xFFFFFFFF
+    i = torch.arange(len(words), device=words.device)
+    return (words * word_keys(i % BLOCK_WORDS) * block_keys(i // BLOCK_WORDS)).sum()
+
+
+def word_keys(j: Tensor) -> Tensor:
+    """Return the key of each position in a block: the finaliser of MurmurHash3, made odd."""
+    x = j + 1
+    x = (x ^ x >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+    x = (x ^ x >> 13) * 0xC2B2AE35 & 0xFFFFFFFF
+    return (x ^ x >> 16) | 1
+
+
+def block_keys(block: Tensor) -> Tensor:
+    """Return the key of each block: the finaliser of SplitMix64, made odd."""
+    x = block + signed(0x9E3779B97F4A7C15)
+    x = (x ^ shifted(x, 30)) * signed(0xBF58476D1CE4E5B9)
+    x = (x ^ shifted(x, 27)) * signed(0x94D049BB133111EB)
+    return (x ^ shifted(x, 31)) | 1
+
+
+def signed(x: int) -> int:
+    """Return the signed number with the same 64 bits."""
+    return x - (x >> 63 << 64)
+
+
+def shifted(x: Tensor, bits: int) -> Tensor:
+    """Return x >> bits of int64 taken as unsigned."""
+    return (x >> bits) & ((1 << 64 - bits) - 1)

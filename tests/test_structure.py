@@ -96,7 +96,8 @@ def test_only_the_scheduler_changes_the_model() -> None:
 
 def test_only_ops_sees_the_compiled_extension_and_the_triton_kernels() -> None:
     for path in modules():
-        sees = {"learndrop_ext._C", "learndrop_ext.kernels.delta_norms", "triton"} & imports(path)
+        kernels = {"learndrop_ext.kernels.delta_norms", "learndrop_ext.kernels.digests"}
+        sees = {"learndrop_ext._C", "triton", *kernels} & imports(path)
         assert not sees or place(path) == "ops", path
 
 

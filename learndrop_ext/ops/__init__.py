@@ -2,6 +2,7 @@
 
 from learndrop_ext.ops.backend import BackendInfo, backend_info, free_bytes
 from learndrop_ext.ops.delta_norms import delta_norms
+from learndrop_ext.ops.digests import TensorDigests, digests
 from learndrop_ext.ops.rows import (
     CODECS,
     DTYPES,
@@ -18,10 +19,12 @@ __all__ = [
     "CODECS",
     "DTYPES",
     "BackendInfo",
+    "TensorDigests",
     "append_distinct_rows",
     "append_rows",
     "backend_info",
     "delta_norms",
+    "digests",
     "first_repeated",
     "free_bytes",
     "gather_rows",

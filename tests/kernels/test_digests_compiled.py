@@ -1,0 +1,148 @@
+"""The Triton form of digests as machine code: what its PTX holds, and what only a GPU can show."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from learndrop_ext import ops
+from learndrop_ext.ops import TensorDigests
+
+COMPILE = """
+import json
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from learndrop_ext.kernels import digests
+
+constants = digests.constants()
+types = {"p_chunks": "*i64", "p_out": "*i64"} | dict.fromkeys(constants, "constexpr")
+source = ASTSource(fn=digests.digests_kernel, signature=types, constexprs=constants)
+compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=digests.OPTIONS)
+print(json.dumps({"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
+    """PTX and bytes of shared memory of the kernel for sm_90.
+
+    Compiled in a process of its own: in this one Triton may be its interpreter. A warning there is an error.
+    """
+    pytest.importorskip("triton")
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    cache: Path = tmp_path_factory.mktemp("triton")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMPILE],
+        env=inherited | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    found = json.loads(done.stdout)
+    return found["ptx"], found["shared"]
+
+
+def test_digests_kernel_reads_vectors_of_16_bytes(compiled: tuple[str, int]) -> None:
+    # A full block takes 4 vectors a thread.
+    assert len(re.findall(r"\bld\.global\S*\.(?:v4\.b32|v2\.b64)", compiled[0])) == 4
+
+
+def test_digests_kernel_uses_no_local_memory(compiled: tuple[str, int]) -> None:
+    assert ".local" not in compiled[0]
+
+
+def test_digests_kernel_adds_once_for_a_chunk(compiled: tuple[str, int]) -> None:
+    atomics = re.findall(r"\b(?:atom|red)\.\S+", compiled[0])
+    assert len(atomics) == 1
+    assert atomics[0].endswith((".add.u64", ".add.s64"))
+
+
+def test_digests_kernel_exchanges_only_sums_between_threads(compiled: tuple[str, int]) -> None:
+    # One number of 8 bytes from each of 8 warps.
+    assert compiled[1] <= 8 * 8
+
+
+def cuda_tensors() -> list[torch.Tensor]:
+    sizes = [200_000, 64, 0, 3_000_001, 77]
+    dtypes = (torch.float32, torch.bfloat16, torch.uint8)
+    return [torch.randn(n, device="cuda").to(dtypes[i % 3]) for i, n in enumerate(sizes)]
+
+
+@pytest.mark.cuda
+def test_digests_are_one_launch_after_a_copy() -> None:
+    digests = TensorDigests(cuda_tensors())
+    digests.measure()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
+        digests.measure()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+    assert len(names) == 2
+    assert names[-1] == "digests_kernel"
+
+
+@pytest.mark.cuda
+def test_digests_run_in_a_cuda_graph() -> None:
+    tensors = cuda_tensors()
+    digests = TensorDigests(tensors)
+    digests.measure()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = digests.measure()
+    for _ in range(2):
+        for tensor in tensors:
+            tensor += 1
+        graph.replay()
+        assert torch.equal(found.cpu(), ops.digests([tensor.cpu() for tensor in tensors]))
+
+
+@pytest.mark.cuda
+def test_digests_of_more_than_2_to_the_31_elements() -> None:
+    n = 2**31 + 5
+    w = torch.zeros(n, dtype=torch.uint8, device="cuda")
+    digests = TensorDigests([w])
+    found = [int(digests.measure())]
+    for i in (0, 2**31 - 1, 2**31, n - 1):
+        w[i] = 1
+        found.append(int(digests.measure()))
+        w[i] = 0
+    assert len(set(found)) == 5
+    assert found[0] == int(digests.measure())
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+def test_digests_do_not_wait_for_the_device() -> None:
+    digests = TensorDigests(cuda_tensors())
+    digests.measure()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        digests.measure()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_digests_on_a_gpu_are_those_of_the_cpu() -> None:
+    tensors = [tensor.cpu() for tensor in cuda_tensors()]
+    tensors += [tensor[1:] for tensor in tensors if len(tensor)] + [torch.tensor(3.0)]
+    tensors.append(torch.randn(8, 3, 5, 5).to(memory_format=torch.channels_last))
+    assert torch.equal(ops.digests([tensor.cuda() for tensor in tensors]).cpu(), ops.digests(tensors))
+
+
+@pytest.mark.cuda
+def test_digests_refuse_tensors_on_several_devices() -> None:
+    with pytest.raises(
+        ValueError, match=r"digests: tensors\[1\] must lie on the device of the others, cpu, got cuda:0"
+    ):
+        ops.digests([torch.ones(1), torch.ones(1, device="cuda")])
