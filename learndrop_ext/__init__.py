@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = version("learndrop_ext")
 
 if TYPE_CHECKING:
-    from learndrop_ext.cache.cache import ActivationCache
-    from learndrop_ext.cache.config import CacheConfig
     from learndrop_ext.decide.deltas import Deltas, LayerChange
     from learndrop_ext.decide.forecast import Forecast, RunCosts
     from learndrop_ext.decide.policy import Budget, Decision, Fixed, Policy, Situation, StoppedLearning
     from learndrop_ext.decide.scores import score, scores
-    from learndrop_ext.graph.chain import Chain, Layer, split_layers
+    from learndrop_ext.forward.chain import Chain, split_layers
     from learndrop_ext.history import Record
     from learndrop_ext.ops import backend_info
+    from learndrop_ext.rows.cache import ActivationCache
+    from learndrop_ext.rows.config import CacheConfig
     from learndrop_ext.scheduler import DropScheduler
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "DropScheduler",
     "Fixed",
     "Forecast",
-    "Layer",
     "LayerChange",
     "Policy",
     "Record",
@@ -47,13 +46,13 @@ __all__ = [
 #: Where each public name is defined. A name is imported when it is first asked for, and torch with it: the command line
 #: can then take Ctrl-C while torch is imported.
 HOMES = {
-    "cache.cache": ("ActivationCache",),
-    "cache.config": ("CacheConfig",),
+    "rows.cache": ("ActivationCache",),
+    "rows.config": ("CacheConfig",),
     "decide.deltas": ("Deltas", "LayerChange"),
     "decide.forecast": ("Forecast", "RunCosts"),
     "decide.policy": ("Budget", "Decision", "Fixed", "Policy", "Situation", "StoppedLearning"),
     "decide.scores": ("score", "scores"),
-    "graph.chain": ("Chain", "Layer", "split_layers"),
+    "forward.chain": ("Chain", "split_layers"),
     "history": ("Record",),
     "ops": ("backend_info",),
     "scheduler": ("DropScheduler",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 import os
 import warnings
@@ -13,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.decide.deltas import LayerChange
 from learndrop_ext.decide.policy import Decision
-from learndrop_ext.graph.chain import Chain, user_hooks
-from learndrop_ext.graph.live import LiveModel
+from learndrop_ext.forward.bypass import Bypass
+from learndrop_ext.forward.chain import Chain
+from learndrop_ext.guards import held_by
+from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.rowset import RowSet
 
 #: Model -> the scheduler that has dropped layers of it.
 HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
@@ -44,19 +44,14 @@ def check_folder(config: CacheConfig) -> None:
         )
 
 
-def check_settings(policy: Any, epochs: Any, autocast: Any) -> None:
-    """Raise TypeError or ValueError for a policy that is not callable, or a bad number of epochs or autocast dtype."""
+def check_settings(policy: Any, epochs: Any, call: Any) -> None:
+    """Raise TypeError or ValueError for a policy or a call that is not callable, or a bad number of epochs."""
     if isinstance(policy, type) or (policy is not None and not callable(policy)):
         raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
         raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise TypeError(f"DropScheduler: autocast must be torch.bfloat16, torch.float16 or None, got {autocast!r}")
-
-
-def input_name(model: nn.Module) -> str:
-    """Return the name of the first argument of the model's forward."""
-    return next(iter(inspect.signature(model.forward).parameters), "x")
+    if call is not None and not callable(call):
+        raise TypeError(f"DropScheduler: call must be a function of the model and a batch, got {call!r}")
 
 
 def checked_decision(decision: Any, prefix: int, last: int) -> Decision:
@@ -72,19 +67,35 @@ def checked_decision(decision: Any, prefix: int, last: int) -> Decision:
     return Decision(wanted, decision.reason)
 
 
-def check_trained(model: LiveModel, samples: int) -> None:
+def check_trained(bypass: Bypass, samples: int) -> None:
     """Raise RuntimeError if nothing was trained, or the model was not called on the loader's batches."""
     if not samples:
         raise RuntimeError("drop.step: wanted batches of drop.loader since the last step, got none")
-    if model.calls == 0:
-        got = "calls of it in eval mode only: call model.train()" if model.eval_calls else "no call of it"
-        raise RuntimeError(f"drop.step: wanted drop.model to be trained on drop.loader's batches, got {got}")
-    if foreign := model.take_foreign():
+    if bypass.cuts and not bypass.calls:
         raise RuntimeError(
-            f"drop.step: drop.model must get the batch's input as drop.loader gave it, got {foreign}; what the loop "
-            "does to images it would also do to cached rows: move it into the dataset or the model, or set "
-            "check_input=False if it is meant for both"
+            "drop.step: wanted the model to be trained on drop.loader's batches, got no call of it on one in train mode"
         )
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise TypeError or ValueError for an optimizer with none of the model's parameters."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"DropScheduler: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    held = held_by(optimizer)
+    own = list(model.parameters())
+    if not any(id(p) in held for p in own):
+        raise ValueError(f"DropScheduler: optimizer must hold the model's parameters, got none of its {len(own)}")
+
+
+def check_precision(chain: Chain) -> None:
+    """Raise ValueError for a model whose rows no codec holds."""
+    for layer in chain:
+        dtype = None if layer.cut is None else layer.cut.call.output.dtype
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"DropScheduler: model must compute in float32, bfloat16 or float16 where rows are kept, got {dtype} after "
+                f"{layer.name}; give cache=None to freeze layers without rows"
+            )
 
 
 def check_finite(names: Sequence[str], changes: Sequence[LayerChange]) -> None:
@@ -92,24 +103,6 @@ def check_finite(names: Sequence[str], changes: Sequence[LayerChange]) -> None:
     for name, change in zip(names, changes, strict=True):
         if change.nonfinite:
             raise ValueError(f"drop.step: weights must be finite, got {change.nonfinite} NaN or inf in layer {name}")
-
-
-def warn_unseen(model: nn.Module, chain: Chain, first: int, prefix: int) -> None:
-    """Warn about hooks in layers first..prefix-1, and about tensors that their forward stores in attributes."""
-    inside = set(chain.segment(first, prefix).modules())
-    found = []
-    for name, module in model.named_modules():
-        if module in inside:
-            if any(user_hooks(module).values()):
-                found.append(f"the hooks of {name}")
-            found += [f"{name}.{attribute}" for key, attribute in sorted(chain.stored) if key == id(module)]
-    if found:
-        warnings.warn(
-            f"drop.step: dropped layers run only to compute rows, so a loss must not use {', '.join(found)}, which "
-            "may be of another batch",
-            RuntimeWarning,
-            stacklevel=6,
-        )
 
 
 def warn_untrained(model: nn.Module, chain: Chain, prefix: int) -> None:
@@ -138,14 +131,14 @@ def _is_as_made(module: nn.Module) -> bool:
     return False
 
 
-def warn_saturated(rows: RowSet, chain: Chain) -> None:
-    """Warn, once in a run, if rows were clamped to the largest fp16 number."""
-    if rows.said_saturated or rows.cache is None or not rows.cache.saturated:
-        return
-    rows.said_saturated = True
+def warn_saturated(rows: RowSet, chain: Chain, *, said: bool) -> bool:
+    """Warn, once in a run, if rows were clamped to the largest fp16 number. said: whether it was; returns the new value."""
+    if said or rows.cache is None or not rows.cache.saturated:
+        return said
     warnings.warn(
         f"drop.step: activations after {chain.names[rows.cut - 1]} are larger than 65504 and were clamped to it by the "
         "codec fp16; use cache='bf16' or 'fp32'",
         RuntimeWarning,
         stacklevel=3,
     )
+    return True

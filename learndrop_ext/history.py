@@ -15,7 +15,6 @@ class Record:
     Args:
         epoch: number of `step()` calls so far; 0 for layers dropped before the first step.
         prefix: number of layers dropped from here on.
-        cut: number of layers after which rows are kept.
         reason: the policy's reason.
         learning_rate: learning rate of the optimizer's first group.
         changes: the measured change of each layer.
@@ -28,11 +27,11 @@ class Record:
         forward_flops: forward FLOPs of the training steps.
         fill_flops: FLOPs spent computing rows.
         row_bytes, cache_bytes: bytes of one row and of all rows after this step.
+        tier: the slowest tier that holds rows: "device", "host" or "disk"; "none" if there are no rows.
     """
 
     epoch: int
     prefix: int
-    cut: int
     reason: str
     learning_rate: float
     changes: tuple[LayerChange | None, ...]
@@ -40,6 +39,7 @@ class Record:
     forecast_seconds: float | None
     row_bytes: int
     cache_bytes: int
+    tier: str = "none"
     epoch_seconds: float = 0.0
     fill_seconds: float = 0.0
     measure_seconds: float = 0.0

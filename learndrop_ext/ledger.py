@@ -1,128 +1,118 @@
-"""The costs of a run, measured and expected."""
+"""The costs of the run, measured and expected."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
 
-from learndrop_ext.data.extras import input_of, to_device
 from learndrop_ext.data.loader import DropLoader
-from learndrop_ext.data.rowset import RowSet
+from learndrop_ext.data.source import Source
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.costbook import CostBook
 from learndrop_ext.decide.forecast import RunCosts
-from learndrop_ext.decide.probes import probe_training_step
-from learndrop_ext.graph.call import Inputs, arguments_of
-from learndrop_ext.graph.chain import Chain
+from learndrop_ext.decide.timing import time_step, untimed
+from learndrop_ext.forward.chain import Chain
 from learndrop_ext.history import Record
-
-#: The most samples on which layers are timed. A small batch does not represent a large one: with 8 samples the first half
-#: of EfficientNet-Lite0 (96 px, CPU) takes 29 % of a step, with 32 samples 50 %, because late layers mostly read weights.
-TIMED_SAMPLES = 32
+from learndrop_ext.rows.rowset import RowSet
 
 
 class Ledger:
-    """The costs of a run. Layers are timed at construction, whole training steps by `probe`.
+    """The costs of a run.
 
     Args:
         chain: the model's layers.
-        optimizer: the user's optimizer.
-        rows: the run's rows; layers are timed under their autocast dtype.
+        rows: the run's rows.
         loader: the run's loader.
-        keeps_rows: whether rows are cached.
-        inputs: batch -> the model's arguments; None for its input alone.
+        source: the samples.
+        keeps_rows: whether rows are kept.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        optimizer: torch.optim.Optimizer,
-        rows: RowSet,
-        loader: DropLoader,
-        *,
-        keeps_rows: bool,
-        inputs: Inputs | None,
-    ) -> None:
-        self.setup_seconds = 0.0  # time spent constructing the scheduler
-        self.prefix_before = 0  # layers that were dropped before the last drop
-        assert chain.call is not None
-        image, others = chain.call.first(max(2, min(len(rows.example), loader.batches.batch_size, TIMED_SAMPLES)))
-        self.costs = CostBook(
-            costs.measure_layers(chain, image, others=others, autocast=rows.autocast),
-            rows.config if keeps_rows else None,
-            rows.device,
-            samples=rows.source.expected(),
-        )
-        self._optimizer = optimizer
-        self._inputs = inputs
-        self._autocast = rows.autocast
-        self._rows = rows
-        self._loader = loader
+    def __init__(self, chain: Chain, rows: RowSet, loader: DropLoader, source: Source, *, keeps_rows: bool) -> None:
+        self._chain, self._rows, self._loader, self._source = chain, rows, loader, source
+        self._setup_seconds = 0.0  # time spent constructing the scheduler
+        self._prefix_before = 0  # layers that were dropped before the last drop
+        config = rows.config if keeps_rows else None
+        self._costs = CostBook(untimed(chain), config, rows.device, samples=source.expected())
+
+    @property
+    def measured(self) -> bool:
+        """Whether training steps were timed."""
+        return self._costs.measured
+
+    @property
+    def scale(self) -> float:
+        """Measured over modelled seconds so far."""
+        return self._costs.scale
+
+    def note_setup(self, seconds: float) -> None:
+        """Note the time that it took to construct the scheduler."""
+        self._setup_seconds = seconds
+
+    def note_drop(self, before: int) -> None:
+        """Note a drop from `before` layers."""
+        self._prefix_before = before
+
+    def resume(self, scale: float) -> None:
+        """Go on with the scale of another process."""
+        self._costs.scale = scale
+
+    def forget_times(self) -> None:
+        """Time training steps again when costs are next asked for."""
+        self._costs.measured = False
+
+    def tiers(self) -> Sequence[costs.TierCost]:
+        """Return the budgets and speeds of the tiers."""
+        return self._costs.tiers()
+
+    def measure(self, run: Callable[[], Any], optimizer: torch.optim.Optimizer, *, batch: int) -> None:
+        """Time training steps: `run` calls the model on a batch of `batch` samples."""
+        step = time_step(self._chain, run, optimizer, batch=batch, device=self._rows.device)
+        read_seconds, workers = self._source.reading()
+        self._costs.note_step(step, read_seconds=read_seconds, workers=workers, batch=batch)
 
     def run_costs(self) -> tuple[RunCosts, list[costs.CutChoice]]:
         """Return the costs that policies see, and for each prefix length where its rows would be kept."""
         count = self._loader.batches.expected_rows()
-        self.costs.samples = self._rows.source.expected()
-        choices = self.costs.choices(self._rows.cut, count)
-        return self.costs.run_costs(choices, count, views=self._rows.views), choices
-
-    def probe(self, model: nn.Module) -> None:
-        """Time training steps on a copy of the model, and reading a batch, once."""
-        if self.costs.probed:
-            return
-        batch, read_seconds, workers = self._rows.source.timed(self._loader.batches.batch_size)
-        batch = to_device(batch, self._rows.device)
-        x = input_of(batch, self._loader.key)
-        given = arguments_of(self._inputs, batch)
-        step = probe_training_step(model, self._optimizer, x, inputs=given, autocast=self._autocast)
-        self.costs.probe(step, batch=len(x), read_seconds=read_seconds, workers=workers)
-
-    def check_autocast(self, trained: torch.dtype | None) -> None:
-        """Warn once if training steps were timed, for plans and forecasts, under another autocast dtype than the loop's."""
-        if not self.costs.probed or trained == self._autocast:
-            return
-        said = [
-            "without autocast" if dtype is None else f"under autocast of {dtype}" for dtype in (self._autocast, trained)
-        ]
-        warnings.warn(
-            f"drop.step: training steps were timed {said[0]}, and the loop trains {said[1]}: the plan before the first step "
-            f"and forecasts are of other times; give DropScheduler(autocast={trained})",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        self._autocast = trained
+        self._costs.samples = self._source.expected()
+        choices = self._costs.choices(self._rows.cut, count)
+        return self._costs.run_costs(choices, count, views=self._rows.views), choices
 
     def elapsed(self, history: Sequence[Record]) -> float:
         """Return the seconds of the run so far, the construction of the scheduler included."""
-        return self.setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
+        return self._setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
 
-    def observe(self, prefix: int, *, samples: int, made: int, read: int, seconds: float) -> None:
+    def observe(self, prefix: int, *, samples: int, made: int, seconds: float) -> None:
         """Calibrate the cost model with one measured epoch.
 
         Args:
             prefix: number of layers that were dropped in it.
             samples: number of samples trained.
             made: number of rows computed in it.
-            read: number of samples read in it whose rows were there.
             seconds: its time.
         """
-        run = dataclasses.replace(self.run_costs()[0], scale=1.0)
-        filling = run.fill_seconds(self.prefix_before, prefix) if made else 0.0
-        modelled = run.epoch_seconds(prefix) * samples + filling * made + run.image_seconds * self.costs.samples * read
-        self.costs.observe(modelled / max(1, self.costs.samples), seconds)
+        if not self.measured:
+            return
+        if prefix and not made:
+            self._costs.fixed_seconds = self._loader.counts[2]
+        fixed = self._costs.fixed_seconds if prefix else 0.0
+        run = dataclasses.replace(self.run_costs()[0], scale=1.0, fixed_seconds=0.0)
+        filling = run.fill_seconds(self._prefix_before, prefix) if made else 0.0
+        modelled = run.epoch_seconds(prefix) * samples + filling * made
+        self._costs.observe(modelled / max(1, self._costs.samples), seconds - fixed)
 
-    def flops(self, samples: int, images: int, older: int) -> tuple[int, int]:
-        """Return the FLOPs of training `samples` (forward), and of computing rows from `images` and from `older` rows."""
-        layers, cut = self.costs.layers, self._rows.cut
-        fill = images * costs.forward_flops(layers[:cut]) + older * costs.forward_flops(
-            layers[self._rows.older_cut : cut]
-        )
-        return samples * costs.forward_flops(layers[cut:]), fill
+    def flops(self, prefix: int, samples: int, images: int, older: int) -> tuple[int, int]:
+        """Return the FLOPs of training `samples` (forward) behind a prefix, and of computing rows from `images` and from
+        `older` rows."""
+        layers = self._costs.layers
+        cuts = self._rows.cuts
+        fill = images * costs.forward_flops(layers[:prefix])
+        if older:
+            fill += older * costs.forward_flops(layers[cuts[0] if len(cuts) > 1 else self._prefix_before : prefix])
+        return samples * costs.forward_flops(layers[prefix:]), fill
 
     def full_epoch_seconds(self, history: Sequence[Record], newest: float | None) -> float:
         """Return the seconds of an epoch without drops: the median of those in the run, or an estimate.
@@ -136,15 +126,20 @@ class Ledger:
         seconds += [newest] if newest is not None else []
         if seconds:
             return statistics.median(seconds)
+        if not self.measured:
+            return 0.0
         # Training steps are timed for only a second or two before the run. If epochs with dropped layers then take longer
         # than forecast, an epoch without drops would take at least as many seconds longer.
         run = self.run_costs()[0]
         plain, prefix = dataclasses.replace(run, scale=1.0), history[-1].prefix if history else 0
         return plain.epoch_seconds(0) + run.epoch_seconds(prefix) - plain.epoch_seconds(prefix)
 
-    def expect(self, prefix: int) -> float:
-        """Return the expected seconds of the next epoch."""
+    def expect(self, prefix: int) -> float | None:
+        """Return the expected seconds of the next epoch; None if no training step was timed."""
+        if not self.measured:
+            return None
         run = self.run_costs()[0]
-        if prefix and not self._rows.complete(self._loader.batches.needed(), self._loader.epochs):
-            return run.filling_seconds(self.prefix_before, prefix)
+        rows = self._rows
+        if prefix and rows.cache is not None and not bool(rows.cache.filled.all()):
+            return run.filling_seconds(self._prefix_before, prefix)
         return run.epoch_seconds(prefix)

@@ -4,56 +4,61 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from learndrop_ext import checkpoint
-from learndrop_ext.cache.config import CacheConfig, cache_config
 from learndrop_ext.checks import (
     HOLDERS,
     check_finite,
     check_folder,
     check_free,
+    check_optimizer,
+    check_precision,
     check_settings,
     check_trained,
     checked_decision,
-    input_name,
     warn_saturated,
-    warn_unseen,
     warn_untrained,
 )
-from learndrop_ext.data.drift import follow_code, follow_model
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, some_of, to_device, with_input
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.loader import DropLoader
-from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.data.source import settle_views, source_of
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.deltas import Deltas
 from learndrop_ext.decide.forecast import Forecast, forecast
-from learndrop_ext.decide.policy import Budget, Policy, Situation, StoppedLearning
+from learndrop_ext.decide.policy import Budget, PlanningPolicy, Policy, Situation, StoppedLearning, uses_costs
 from learndrop_ext.decide.scores import scores
 from learndrop_ext.distributed import from_rank_zero, share_buffers
-from learndrop_ext.graph.call import Inputs, arguments_of
-from learndrop_ext.graph.chain import Chain, split_layers
-from learndrop_ext.graph.freeze import FrozenPrefix, check_optimizer, device_of
-from learndrop_ext.graph.live import LiveModel, Wrap, live_body
+from learndrop_ext.forward.bypass import Bypass
+from learndrop_ext.forward.chain import Chain, split_layers
+from learndrop_ext.forward.proof import check_cut
+from learndrop_ext.forward.wrapped import Wrap, WrappedModel, device_of
+from learndrop_ext.guards import Guards
 from learndrop_ext.history import Record
 from learndrop_ext.ledger import Ledger
+from learndrop_ext.rows.config import CacheConfig, cache_config
+from learndrop_ext.rows.rowset import RowSet
+from learndrop_ext.rows.store.fingerprint import Fingerprint, code_digest, images_digest, weights_digest
+
+#: Samples on which a cut is tried before layers are dropped.
+TRIED = 4
 
 
 class DropScheduler:
     """Drops layers that have stopped learning from the training step, forward and backward.
 
-    Use `loader` and `model` of this object in the training loop, and call `step()` after each epoch or every so many
-    batches. `history` holds one `Record` per step. `close()`, or leaving the context, restores the model as it was and
-    frees the rows.
+    Use `loader` of this object in the training loop, call your own model on its batches, and call `step()` after each epoch
+    or every so many batches. `history` holds one `Record` per step. `close()`, or leaving the context, restores the model as
+    it was and frees the rows.
 
     Args:
-        model (nn.Module): any model that `split_layers` can split. It stays whole, for evaluation and saving.
+        model (nn.Module): the model that the loop calls. It stays whole, for evaluation and saving.
         optimizer (Optimizer): the optimizer of the model's parameters. It is never changed. A loop that makes a new one
             must set `drop.optimizer`.
         loader (Iterable): a DataLoader over a dataset with ids or, with `ids`, any object that gives batches each time it
@@ -62,22 +67,18 @@ class DropScheduler:
         epochs (int, optional): number of `step()` calls in the run. If given, no drop comes too late to pay. Default: None
         cache (CacheConfig, str or None, optional): a configuration, the name of a codec, or None to keep no rows and run
             the frozen layers at each step. Default: "fp16"
-        views (int, optional): random augmentations kept of each sample, for a random dataset. Default: as in `CacheConfig`
-        wrap (Callable, optional): applied to the live model now and after every drop, such as `torch.compile`.
-        input (int or str, optional): key of the model's input in a batch that is not a tensor. Default: 0
-        inputs (Callable, optional): batch -> (args, kwargs), how the loop calls the model, if with more than its input:
-            `inputs=lambda batch: ((batch[0],), {"labels": batch[1]})`. There are no cuts after the first use of another
-            tensor. It is called with batches of images only.
+        wrap (Callable, optional): applied to the live part of the model now and after every drop, such as `torch.compile`;
+            the loop then calls `drop.model`. Default: None
+        input (int or str, optional): key of the images in a batch that is not a tensor. Default: 0
+        call (Callable, optional): (model, batch) -> what the model returns, if the loop calls the model otherwise than on
+            the images alone: `call=lambda model, batch: model(pixel_values=batch["image"], scale=batch["scale"])`. It is
+            called on the first batch, to find the layers and to time them. Default: `model(images)`
         ids (int, str or tuple, optional): position in a batch of the samples' ids, one int or str per sample: a key, an
             index or a tuple of these. `loader` is read until all ids are known and have rows, then they are drawn.
-        layers (Sequence[str], optional): names of modules to split at; see `split_layers`.
-        seed (int, optional): random seed of views and the order of `ids`. Default: 0
-        check_input (bool, optional): raise if the loop changes the input between `loader` and `model`. Default: True
-        autocast (torch.dtype, optional): dtype of the loop's `torch.autocast`, under which layers are timed. Default: None
 
     Raises:
         TypeError, ValueError: before anything is changed, for a loader without ids, a batch that cannot be stored, a model
-            that cannot be split, a policy whose target cannot be met, and all else in docs/errors.md.
+            without cuts, a policy whose target cannot be met, and all else in docs/errors.md.
     """
 
     def __init__(
@@ -89,78 +90,125 @@ class DropScheduler:
         policy: Policy | None = None,
         epochs: int | None = None,
         cache: CacheConfig | str | None = "fp16",
-        views: int | None = None,
         wrap: Wrap | None = None,
         input: InputKey = 0,
-        inputs: Inputs | None = None,
+        call: Callable[[nn.Module, Any], Any] | None = None,
         ids: IdKey | None = None,
-        layers: Sequence[str] | None = None,
-        seed: int = 0,
-        check_input: bool = True,
-        autocast: torch.dtype | None = None,
     ) -> None:
         begin = time.perf_counter()
-        config = cache_config(cache, views)
-        source = source_of(loader, ids, key=input, seed=seed, config=config)
+        config = cache_config(cache)
+        source = source_of(loader, ids, key=input, seed=config.seed, config=config)
         device = device_of(model)
         check_folder(config)
         check_optimizer(optimizer, model)
         check_free(model)
-        check_settings(policy, epochs, autocast)
-        numbers, batch = source.first()
-        batch = to_device(batch, device)
-        example = input_of(batch, input)
+        check_settings(policy, epochs, call)
+        first_ids, first = source.first()
+        first = to_device(first, device)
+        images = input_of(first, input)
         if cache is not None:
-            BatchExtras(key=input, device=device).check(batch)
-        given = arguments_of(inputs, batch)
-        self.chain: Chain = split_layers(model, example, layers=layers, inputs=given)
+            BatchExtras(key=input, device=device).check(first)
+        self._call = call or (lambda model, batch: model(input_of(batch, input)))
+        head = some_of(first, torch.arange(max(2, min(len(images), TRIED))) % len(images), key=input, like=first)
+        pair = some_of(first, torch.arange(2) % len(images), key=input, like=first)
+        chain = split_layers(model, input_of(pair, input), call=lambda: self._call(model, pair))
         self._chooses_views = config.views == "auto"
         if cache is not None:
-            speedup = policy.speedup if isinstance(policy, Budget) else Budget.speedup
-            row = costs.smallest_row(self.chain, config.codec)
+            check_precision(chain)
+            speedup = policy.speedup if isinstance(policy, PlanningPolicy) else Budget.speedup
+            row = costs.smallest_row(chain, config)
             config = settle_views(config, source, epochs=epochs, speedup=speedup, row_bytes=row, device=device)
-        self.base_model = model
-        self.optimizer = optimizer
-        self.policy: Policy = StoppedLearning() if policy is None else policy
-        self.epochs = epochs
-        self.wrap = wrap
-        self.device = device
-        self.history: list[Record] = []
-        self.prefix = 0
-        self.epoch = 0  # how often step() was called
-        self._layer_names, self._arguments = layers, given
+        self._base, self._optimizer, self._wrap_of = model, optimizer, wrap
+        self._policy: Policy = StoppedLearning() if policy is None else policy
+        self._epochs, self._device, self._input = epochs, device, input
+        self._head, self._first, self._first_ids = head, first, first_ids
+        self._chain, self._source = chain, source
+        self._history: list[Record] = []
+        self._prefix = self._epoch = 0
         self._keeps_rows = cache is not None
         self._undropped: int | None = None
         self._forecast_seconds: float | None = None
-        self.rows = RowSet(self.chain, model, source, config=config, key=input, ids=numbers, batch=batch, seed=seed)
-        self.model = LiveModel(
-            live_body(model, self.chain, 0, 0, wrap), model, input_name(model), call=given and self.chain.call
+        self._said_saturated = False
+        extras = BatchExtras(key=input, device=device, like=first)
+        self._extras = extras
+        self._rows = RowSet(len(source), config=config, device=device, made_of=self._made_of)
+        self._bypass = Bypass(
+            model, chain.recorded, keep=self._rows.keep, watch=lambda images: self._guards.check_step(images)
         )
-        self.model.check_input = check_input
-        self.model.set_mode(model.training, but=model)
-        self.model.image_shape = tuple(example.shape[1:])
-        self.model.autocast = self.model.told_autocast = autocast
-        self.rows.set_autocast(autocast)
-        self.loader = DropLoader(self.rows, self.model, key=input, follow_code=weakref.WeakMethod(self._begin_epoch))
-        self.ledger = Ledger(self.chain, optimizer, self.rows, self.loader, keeps_rows=cache is not None, inputs=inputs)
+        self._guards = Guards(
+            chain,
+            source,
+            self._rows,
+            extras,
+            key=input,
+            like=first,
+            run=self._run_on,
+            modules=self._bypass.modules_before,
+        )
+        self._loader = DropLoader(
+            source, self._rows, extras, key=input, like=first, bypass=self._bypass, guards=self._guards
+        )
+        self._model = model if wrap is None else WrappedModel(model, chain, self._bypass, wrap)
+        self._ledger = Ledger(chain, self._rows, self._loader, source, keeps_rows=self._keeps_rows)
         self._deltas = self._deltas_from(0)
-        check = getattr(self.policy, "check", None)  # Budget refuses a speedup that cannot be reached
-        if check is not None:
-            self.ledger.probe(model)
-            check(self.ledger.run_costs()[0], epochs)
-        self.ledger.setup_seconds = time.perf_counter() - begin
+        if isinstance(self._policy, PlanningPolicy):
+            self._measure_costs()
+            self._policy.check(self._ledger.run_costs()[0], epochs)
+        self._ledger.note_setup(time.perf_counter() - begin)
         self._decide_before_training()
-        self.ledger.setup_seconds = time.perf_counter() - begin
+        self._ledger.note_setup(time.perf_counter() - begin)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model to train: the user's own or, with `wrap`, an object that calls what `wrap` has made of it."""
+        return self._model
+
+    @property
+    def loader(self) -> DropLoader:
+        """The loader to iterate over."""
+        return self._loader
+
+    @property
+    def history(self) -> tuple[Record, ...]:
+        """One record per step, and one of layers dropped before training."""
+        return tuple(self._history)
+
+    @property
+    def chain(self) -> Chain:
+        """The layers of the model; see `split_layers`."""
+        return self._chain
+
+    @property
+    def prefix(self) -> int:
+        """The number of layers dropped now."""
+        return self._prefix
+
+    @property
+    def epoch(self) -> int:
+        """How often `step()` was called."""
+        return self._epoch
+
+    @property
+    def policy(self) -> Policy:
+        """The policy."""
+        return self._policy
 
     @property
     def config(self) -> CacheConfig:
         """How rows are kept, with the number of views that was given or chosen."""
-        return self.rows.config
+        return self._rows.config
 
     @property
-    def cut(self) -> int:
-        """The number of layers after which rows are kept; 0 while the model trains on images."""
-        return self.rows.cut
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer; a loop that makes a new one sets it here."""
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        check_optimizer(optimizer, self._base)
+        self._optimizer = optimizer
+        self._guards.follow_optimizer(optimizer)
+        self._ledger.forget_times()
 
     def step(self) -> Record:
         """Measure how the layers have changed since the last step, ask the policy, and drop layers as it decides.
@@ -168,33 +216,32 @@ class DropScheduler:
         Rows are computed when their samples are next drawn. A step that raises can be called again.
 
         Raises:
-            RuntimeError: `drop.model` was not trained on batches of `drop.loader` since the last step.
+            RuntimeError: the model was not trained on batches of `drop.loader` since the last step.
             ValueError: weights are not finite (the layer is named), or the decision cannot be followed. The model, the
                 optimizer and the rows are not changed.
         """
         begin = time.perf_counter()
         self._check_open("step")
-        samples, epoch_seconds = self.loader.ledger
-        check_trained(self.model, samples)
-        self.ledger.check_autocast(self.model.autocast)
-        follow_model(self.rows)
-        self._follow_code("step", run=False)
+        samples, epoch_seconds, _ = self._loader.counts
+        check_trained(self._bypass, samples)
+        self._guards.look("step")
         changes = self._deltas.measure(refresh=False)
-        check_finite(self.chain.names[self.prefix :], changes)
-        gone: tuple[None, ...] = (None,) * self.prefix
+        check_finite(self._chain.names[self._prefix :], changes)
+        gone: tuple[None, ...] = (None,) * self._prefix
         measured = (*gone, *scores(changes))
-        images, older, fill_seconds = self.rows.ledger
-        forward_flops, fill_flops = self.ledger.flops(samples, images, older)
-        relabelled = self.rows.relabelled
-        self.ledger.observe(self.prefix, samples=samples, made=images + older, read=relabelled, seconds=epoch_seconds)
-        situation, choices = self._situation(self.epoch + 1, measured, epoch_seconds)
+        images, older, fill_seconds = self._rows.counts
+        forward_flops, fill_flops = self._ledger.flops(self._prefix, samples, images, older)
+        if uses_costs(self._policy):
+            self._measure_costs()
+        self._ledger.observe(self._prefix, samples=samples, made=images + older, seconds=epoch_seconds)
+        situation, choices = self._situation(self._epoch + 1, measured, epoch_seconds)
         reason = self._follow(situation, choices)
         self._deltas.measure()
-        self.epoch += 1
-        self.loader.forget_ledger()
-        self.rows.forget_ledger()
-        self.model.calls = self.model.eval_calls = 0
-        warn_saturated(self.rows, self.chain)
+        self._epoch += 1
+        self._loader.forget_counts()
+        self._rows.forget_counts()
+        self._bypass.forget_calls()
+        self._said_saturated = warn_saturated(self._rows, self._chain, said=self._said_saturated)
         record = self._record(
             reason,
             changes=(*gone, *changes),
@@ -206,14 +253,14 @@ class DropScheduler:
             forward_flops=forward_flops,
             fill_flops=fill_flops,
         )
-        self.history.append(record)
-        self._forecast_seconds = self.ledger.expect(self.prefix)
+        self._history.append(record)
+        self._forecast_seconds = self._ledger.expect(self._prefix)
         return record
 
     def forecast(self, epochs: int | None = None) -> Forecast:
         """Forecast the run without drops, and with one drop of each number of layers after each epoch.
 
-        Times some training steps on a copy of the model and the optimizer.
+        Times some training steps of the model, which is left as it was.
 
         Args:
             epochs (int, optional): length of the run. Default: `epochs` of the constructor
@@ -221,20 +268,28 @@ class DropScheduler:
         Raises:
             ValueError: the length is not known.
         """
-        epochs = self.epochs if epochs is None else epochs
+        epochs = self._epochs if epochs is None else epochs
         if epochs is None:
             raise ValueError("drop.forecast: epochs must be known, give forecast(epochs) or DropScheduler(epochs=...)")
-        if not self.prefix:  # with frozen layers the timed step would be too short
-            self.ledger.probe(self.base_model)
-        run, choices = self.ledger.run_costs()
-        tiers = self.ledger.costs.tiers() if self._keeps_rows else ()
+        self._measure_costs()
+        run, choices = self._ledger.run_costs()
+        tiers = self._ledger.tiers() if self._keeps_rows else ()
         return forecast(run, epochs, row_bytes=[choice.row_bytes for choice in choices], tiers=tiers)
 
     def undrop(self) -> None:
         """Train the whole model on images again: dropped layers become live and the rows are freed."""
         self._check_open("undrop")
-        self._undropped = self.epoch
+        self._undropped = self._epoch
         self._release()
+
+    def refresh(self, ids: Iterable[int] | None = None) -> None:
+        """Compute the rows of samples again, and read their labels again, when they are next drawn.
+
+        Args:
+            ids (iterable of int, optional): numbers of samples in the dataset. Default: all
+        """
+        self._check_open("refresh")
+        self._guards.refresh(None if ids is None else torch.as_tensor(list(ids), dtype=torch.int64))
 
     def close(self) -> None:
         """End the run: restore the model as it was, free the rows and delete their files."""
@@ -274,128 +329,157 @@ class DropScheduler:
         """Ask the policy before training, as epoch 0 without scores."""
         situation, choices = self._situation(0, None, 0.0)
         reason = self._follow(situation, choices)
-        if self.prefix:
-            nothing = (None,) * len(self.chain)
-            self.history.append(self._record(reason, changes=nothing, scores=nothing))
+        if self._prefix:
+            nothing = (None,) * len(self._chain)
+            self._history.append(self._record(reason, changes=nothing, scores=nothing))
+
+    def _measure_costs(self) -> None:
+        if not self._ledger.measured and not self._prefix:  # with frozen layers the timed step would be too short
+            run = partial(self._call, self._base, self._first)
+            self._ledger.measure(run, self._optimizer, batch=len(input_of(self._first, self._input)))
 
     def _situation(
         self, epoch: int, measured: tuple[float | None, ...] | None, epoch_seconds: float
     ) -> tuple[Situation, list[costs.CutChoice]]:
-        run, choices = self.ledger.run_costs()
-        fill_seconds, saved_seconds = run.drop_estimates(self.prefix)
-        whole = self.ledger.full_epoch_seconds(self.history, None if self.prefix or not epoch else epoch_seconds)
+        run, choices = self._ledger.run_costs()
+        known = self._ledger.measured
+        fill_seconds, saved_seconds = run.drop_estimates(self._prefix) if known else ((), ())
+        whole = self._ledger.full_epoch_seconds(self._history, None if self._prefix or not epoch else epoch_seconds)
         situation = Situation(
             epoch=epoch,
-            epochs=self.epochs,
-            prefix=self.prefix,
-            layers=self.chain.names,
-            scores=(*(r.scores for r in self.history if r.epoch), *([measured] if measured is not None else [])),
-            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            epochs=self._epochs,
+            prefix=self._prefix,
+            layers=self._chain.names,
+            scores=(*(r.scores for r in self._history if r.epoch), *([measured] if measured is not None else [])),
+            learning_rate=float(self._optimizer.param_groups[0]["lr"]),
             fill_seconds=fill_seconds,
             saved_seconds=saved_seconds,
             epoch_seconds=whole,
-            costs=run,
-            elapsed_seconds=self.ledger.elapsed(self.history) + epoch_seconds,
-            full_seconds=whole * (self.epochs or 0),
+            costs=run if known else None,
+            elapsed_seconds=self._ledger.elapsed(self._history) + epoch_seconds,
+            full_seconds=whole * (self._epochs or 0),
             undropped=self._undropped,
         )
         return situation, choices
 
     def _follow(self, situation: Situation, choices: list[costs.CutChoice]) -> str:
         """Ask the policy, carry out its decision, and return the reason."""
-        decision = checked_decision(self.policy(situation), self.prefix, len(self.chain) - 1)
+        decision = checked_decision(self._policy(situation), self._prefix, len(self._chain) - 1)
         decision, choices = from_rank_zero((decision, choices))
-        if decision.prefix <= self.prefix:
-            return decision.reason
-        choice = choices[decision.prefix]
-        self._drop(decision.prefix, choice.cut, situation)
-        views = f", {self.rows.views} views of each sample" if choice.cut and self.rows.views > 1 else ""
-        return f"{decision.reason}; {choice.reason}{views}"
+        prefix, reason = decision.prefix, decision.reason
+        while prefix > self._prefix:
+            with self._bypass.away():
+                refused = check_cut(self._chain, prefix, self._run_on, input_of(self._head, self._input))
+            if refused is None:
+                break
+            reason = f"{reason}; not {prefix} layers: {refused}"
+            prefix -= 1
+        if prefix == self._prefix:
+            return reason
+        choice = choices[prefix]
+        self._drop(prefix, choice, situation)
+        views = f", {self._rows.views} views of each sample" if self._rows.cut and self._rows.views > 1 else ""
+        return f"{reason}; {choice.reason}{views}"
 
-    def _drop(self, prefix: int, cut: int, situation: Situation) -> None:
-        """Freeze `prefix` layers, keep rows after `cut` of them, and train the rest.
+    def _drop(self, prefix: int, choice: costs.CutChoice, situation: Situation) -> None:
+        """Freeze `prefix` layers, keep their rows if they fit, and train the rest.
 
         Everything that can fail comes before the first visible change.
         """
-        check_free(self.base_model, self)
+        check_free(self._base, self)
         if not situation.epoch:
-            warn_untrained(self.base_model, self.chain, prefix)
-        elif not self.prefix:
-            self._follow_code("step", run=True)
-        share_buffers(self.chain.prefix(prefix).buffers())
-        body = live_body(self.base_model, self.chain, cut, prefix, self.wrap)
-        if cut > self.cut:
-            warn_unseen(self.base_model, self.chain, self.cut, cut)
-            left = None if self.epochs is None else self.epochs - situation.epoch
-            stores = left is None or left > self.rows.views
-            self.rows.advance(cut, rows=self.loader.batches.expected_rows(), stores=stores)
-        self._deltas.drop_first(prefix - self.prefix)
+            warn_untrained(self._base, self._chain, prefix)
+        share_buffers(b for m in self._bypass.modules_before(prefix) for b in m.buffers())
+        body = self._body(prefix)
+        left = None if self._epochs is None else self._epochs - situation.epoch
+        # Rows that would not be read again are not kept; those of an earlier drop stay.
+        if choice.cut == prefix and (left is None or left > self._rows.views):
+            shape = self._chain[prefix - 1].shape
+            assert shape is not None
+            if self._rows.advance(prefix, shape, rows=self._loader.batches.expected_rows()):
+                self._guards.forget_extras()
+        self._deltas.drop_first(prefix - self._prefix)
         self._freeze(prefix, body)
 
-    def _freeze(self, prefix: int, body: nn.Module) -> None:
-        frozen = FrozenPrefix(self.base_model, self.chain, prefix, self.optimizer, before=self.rows.frozen)
-        self.rows.frozen = self.model.frozen = frozen
-        self.ledger.prefix_before, self.prefix = self.prefix, prefix
-        HOLDERS[self.base_model] = weakref.ref(self)
-        self._show(body)
+    def _freeze(self, prefix: int, body: nn.Module | None) -> None:
+        self._ledger.note_drop(self._prefix)
+        self._prefix = prefix
+        self._bypass.put([*(cut for cut in self._rows.cuts if cut < prefix), prefix])
+        self._guards.drop(prefix, self._bypass.frozen, self._optimizer)
+        HOLDERS[self._base] = weakref.ref(self)
+        if isinstance(self._model, WrappedModel) and body is not None:
+            self._model.show(body)
+
+    def _body(self, prefix: int) -> nn.Module | None:
+        return self._model.wrapped(prefix) if isinstance(self._model, WrappedModel) else None
 
     def _release(self) -> None:
         """Make all layers live again."""
-        if self.rows.frozen is not None:
-            self.rows.frozen.release()
-        self.rows.frozen = self.model.frozen = None
-        self.rows.clear()
-        self.prefix = 0
-        HOLDERS.pop(self.base_model, None)
-        self._show(live_body(self.base_model, self.chain, 0, 0, self.wrap))
+        body = self._body(0)
+        self._bypass.release()
+        self._guards.release()
+        self._rows.stop()
+        self._guards.forget_extras()
+        self._prefix = 0
+        HOLDERS.pop(self._base, None)
+        if isinstance(self._model, WrappedModel) and body is not None:
+            self._model.show(body)
         self._deltas = self._deltas_from(0)
 
     def _close(self, *, keep_files: bool) -> None:
-        if self.loader.closed:
+        if not self._loader.close():
             return
-        self.loader.closed = True
-        if self.prefix:
+        if self._prefix:
             self._release()
         if not keep_files:
-            self.rows.file.delete()
+            self._rows.file.delete()
 
-    def _show(self, body: nn.Module) -> None:
-        self.model.body = body
-        self.model.set_mode(self.model.training, but=self.base_model)
-        if self.rows.frozen is not None:
-            self.rows.frozen.hold_eval()
-        self.model.row_shape = self.chain.layer(self.cut - 1).shape if self.cut else None
-        self.model.stale = self.chain.stale if self.prefix else None
+    def _run_on(self, x: torch.Tensor) -> Any:
+        """Call the model on images [n, ...], in the loop's way."""
+        n = len(x)
+        batch = some_of(
+            self._head, torch.arange(n) % len(input_of(self._head, self._input)), key=self._input, like=self._first
+        )
+        return self._call(self._base, with_input(batch, self._input, x))
 
-    def _begin_epoch(self) -> None:
-        if self.rows.frozen is not None:
-            self.rows.frozen.optimizer = self.optimizer
-            self._follow_code("loader", run=True)
-
-    def _follow_code(self, where: str, *, run: bool) -> None:
-        if follow_code(self.rows, where, run=run, layers=self._layer_names, inputs=self._arguments):
-            self.chain = self.rows.chain
-            if self.prefix:
-                self._freeze(self.prefix, live_body(self.base_model, self.chain, self.cut, self.prefix, self.wrap))
+    def _made_of(self, path: list[int]) -> Fingerprint:
+        """Everything that rows depend on which went through these cuts."""
+        k, config = path[-1], self._rows.config
+        modules = self._bypass.modules_before(k)
+        # The images of rows that several runs share, and of a loader with ids, differ from run to run.
+        same_images = self._source.readable and not config.shared
+        return Fingerprint(
+            weights=weights_digest(modules, self._chain.parameters(0, k)),
+            cut=k,
+            codec=config.codec,
+            views=config.rows_per_sample,
+            samples=len(self._source),
+            dataset=self._source.describe(),
+            loop=self._guards.loop.describe(),
+            seed=0 if config.mirror or config.rows_per_sample == 1 else config.seed,
+            layers=f"{path} {self._chain.names[:k]} {code_digest(modules)}",
+            images=images_digest(input_of(self._first, self._input)) if same_images else "",
+            mirror=config.mirror,
+        )
 
     def _record(self, reason: str, **values: Any) -> Record:
-        cache = self.rows.cache
+        cache = self._rows.cache
         return Record(
-            epoch=self.epoch,
-            prefix=self.prefix,
-            cut=self.cut,
+            epoch=self._epoch,
+            prefix=self._prefix,
             reason=reason,
-            learning_rate=float(self.optimizer.param_groups[0]["lr"]),
+            learning_rate=float(self._optimizer.param_groups[0]["lr"]),
             forecast_seconds=self._forecast_seconds,
             row_bytes=cache.row_bytes if cache is not None else 0,
             cache_bytes=cache.nbytes if cache is not None else 0,
+            tier=self._rows.tier,
             **values,
         )
 
     def _deltas_from(self, first: int) -> Deltas:
-        layers = [list(self.chain.layer(i).parameters()) for i in range(first, len(self.chain))]
-        return Deltas(layers, model=self.base_model)
+        layers = [list(self._chain.parameters(i, i + 1)) for i in range(first, len(self._chain))]
+        return Deltas(layers, model=self._base)
 
     def _check_open(self, name: str) -> None:
-        if self.loader.closed:
+        if self._loader.closed:
             raise RuntimeError(f"drop.{name}: the DropScheduler must be open, and it was closed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,8 @@ from torch.utils.data import DataLoader
 from learndrop_ext.app.datasets import ImageSet, Split, make_loader
 from learndrop_ext.app.networks import Network, build_network, check_network
 from learndrop_ext.app.policies import parse_policy
-from learndrop_ext.cache.config import CacheConfig
 from learndrop_ext.decide.policy import Policy, StoppedLearning
+from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.scheduler import DropScheduler
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -133,6 +134,12 @@ def set_up(split: Split, recipe: Recipe) -> Setup:
 
 def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool = True) -> DropScheduler:
     """Build the DropScheduler of a run. If `caches` is false, no rows are kept and frozen layers run at each step."""
+    device = recipe.device.partition(":")[0]
+
+    def call(model: nn.Module, batch: Any) -> Any:
+        with torch.autocast(device, torch.bfloat16, enabled=recipe.amp is not None):
+            return model(batch[0])
+
     return DropScheduler(
         setup.model,
         setup.optimizer,
@@ -140,6 +147,5 @@ def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool
         policy=policy,
         epochs=recipe.epochs,
         cache=cache_of(recipe) if caches else None,
-        seed=recipe.seed,
-        autocast=None if recipe.amp is None else torch.bfloat16,
+        call=call,
     )

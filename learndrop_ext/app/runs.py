@@ -17,9 +17,8 @@ from learndrop_ext.app.datasets import ImageSet, Split, make_loader
 from learndrop_ext.app.memory import peak_bytes, reset_peak
 from learndrop_ext.app.recipe import Recipe, make_scheduler, policy_of, set_up
 from learndrop_ext.app.report import MEASURED
-from learndrop_ext.decide import costs
 from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation
-from learndrop_ext.graph.chain import split_layers
+from learndrop_ext.forward.chain import split_layers
 from learndrop_ext.history import Record
 from learndrop_ext.scheduler import DropScheduler
 
@@ -116,17 +115,16 @@ def train(
     else:
         example = setup.train[0][0][None]
         chain = split_layers(setup.model, example)
-        layers, flops = len(chain), costs.forward_flops(costs.measure_layers(chain, example, repeats=1))
+        layers, flops = len(chain), sum(layer.flops for layer in chain)
     for epoch in range(1, recipe.epochs + 1):
         begin = time.perf_counter()
         setup.model.train()
         total_loss, samples, begun = torch.zeros((), device=device), 0, done
         batches: Iterable[Any] = setup.loader if drop is None else drop.loader
-        live = setup.model if drop is None else drop.model
         lr = setup.optimizer.param_groups[0]["lr"]
         for x, y in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp is not None):
-                loss = criterion(live(x), y)
+                loss = criterion(setup.model(x), y)
             setup.optimizer.zero_grad()
             loss.backward()
             setup.optimizer.step()
@@ -190,9 +188,9 @@ def _note_drop(drops: list[Dropped], drop: DropScheduler, epoch: int) -> None:
     if drop.prefix == (drops[-1].prefix if drops else 0):
         return
     record = drop.history[-1]
-    names, tier = list(drop.chain.names[: drop.prefix]), slowest_tier(drop)
+    names = list(drop.chain.names[: drop.prefix])
     # Rows are computed in the following epochs; `train` adds that time.
-    drops.append(Dropped(epoch, drop.prefix, names, record.reason, 0.0, record.row_bytes, tier))
+    drops.append(Dropped(epoch, drop.prefix, names, record.reason, 0.0, record.row_bytes, record.tier))
 
 
 def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
@@ -204,14 +202,6 @@ def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
         "epoch_seconds": record.epoch_seconds,
         "forecast_seconds": record.forecast_seconds,
     }
-
-
-def slowest_tier(drop: DropScheduler) -> str:
-    """Return the slowest tier that holds rows: "device", "host" or "disk", or "none" if there are no rows."""
-    if drop.rows.cache is None:
-        return "none"
-    plan = drop.rows.cache.plan
-    return "disk" if plan.disk else "host" if plan.host else "device"
 
 
 def warm_up(split: Split, recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from learndrop_ext.app.report import align_columns
-from learndrop_ext.cache import shared
+from learndrop_ext.rows.store import shared
 
 __all__ = ["format_listing", "list_and_remove"]
 

@@ -5,37 +5,36 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
 
-from learndrop_ext.cache.plan import lengthened
-from learndrop_ext.data.drift import follow_batch
 from learndrop_ext.data.extras import to_device
 from learndrop_ext.data.id_source import IdSource, length_of
 from learndrop_ext.data.reading import id_of, rebuilt
-from learndrop_ext.data.rowset import RowSet
 from learndrop_ext.data.share import Share
+from learndrop_ext.data.source import DatasetSource, Source
 from learndrop_ext.distributed import process_rank, several_processes
+from learndrop_ext.rows.plan import lengthened
+from learndrop_ext.rows.rowset import RowSet
+
+#: batch of images, ids [B], positions of ids that came before in the epoch -> whether any of them has a row
+Compare = Callable[[Any, torch.Tensor, "torch.Tensor | None"], bool]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A batch of samples `ids` [B]; the images of `read` [n] are read."""
+    """A batch of samples `ids` [B], and whether its images are read."""
 
     ids: torch.Tensor
-    read: torch.Tensor
+    read: bool
 
 
 class Batches(Protocol):
     """The batches of an epoch, and the samples that have been drawn."""
-
-    @property
-    def epoch(self) -> int:
-        """Number of epochs begun."""
 
     @property
     def seen(self) -> torch.Tensor:
@@ -50,9 +49,6 @@ class Batches(Protocol):
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch; the dataset may have grown."""
-
-    def needed(self) -> torch.Tensor:
-        """Return the samples that later epochs may draw, as far as they are known: [N] bool."""
 
     def reads_images(self) -> bool:
         """Return whether the epoch that begins reads images."""
@@ -74,34 +70,41 @@ class Batches(Protocol):
 
 
 class Planner:
-    """The batch sampler of the image loader: of each of the user's batches, the samples that have no row yet.
+    """The batch sampler of the image loader: those of the user's batches that have no rows yet.
 
-    It checks ids and records which were drawn. The plans of whole batches wait in `plans`, in order.
+    It checks ids and records which were drawn. The plans of all batches wait in `plans`, in order.
+
+    Args:
+        batch_sampler: the user's.
+        size: number of samples.
+        needs_images: whether a batch of samples [B] has to be read.
+        share: this rank's share of the samples, with several processes.
     """
 
-    def __init__(self, batch_sampler: Any, rows: RowSet) -> None:
+    def __init__(
+        self, batch_sampler: Any, size: int, needs_images: Callable[[torch.Tensor], bool], share: Share | None
+    ) -> None:
         self.batch_sampler = batch_sampler
-        self.rows = rows
-        self.seen = torch.zeros(len(rows.slots), dtype=torch.bool)
+        self.needs_images = needs_images
+        self.share = share
+        self.seen = torch.zeros(size, dtype=torch.bool)
         self.plans: deque[Plan] = deque()
         self.epoch = 0
-        self.share: Share | None = None  # this rank's, with several processes
-        if several_processes() and rows.config.partition == "share":
-            self.share = Share(seed=rows.seed, rank=process_rank())
+        self.dropped = False  # whether rows are kept
 
     def __iter__(self) -> Iterator[list[int]]:
-        for plan in self.draw(self.order()):
+        for plan in self.draw():
             self.plans.append(plan)
-            if len(plan.read):
-                yield plan.read.tolist()
+            if plan.read:
+                yield plan.ids.tolist()
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def draw(self, batches: Iterator[Any]) -> Iterator[Plan]:
-        """Yield a plan for each batch."""
+    def draw(self) -> Iterator[Plan]:
+        """Yield a plan for each batch of the epoch."""
         size = len(self.seen)
-        for batch in batches:
+        for batch in self._order():
             ids = [id_of(i) for i in batch]
             if ids and (min(ids) < 0 or max(ids) >= size):
                 outside = next(i for i in ids if not 0 <= i < size)
@@ -110,33 +113,42 @@ class Planner:
                 )
             index = torch.tensor(ids, dtype=torch.int64)
             self.seen[index] = True
-            yield Plan(index, self.rows.missing(index, self.epoch))
+            yield Plan(index, self.needs_images(index))
 
-    def order(self) -> Iterator[Any]:
-        """Return the batches of an epoch: the user's, or those of this rank's share."""
-        if self.share is None or not self.rows.cut:
+    def needed(self) -> torch.Tensor:
+        """Return the samples drawn so far, or those of this rank's share: [N] bool."""
+        if self.share is None or self.share.ids is None:
+            return self.seen
+        return torch.zeros_like(self.seen).index_fill_(0, self.share.ids, True)
+
+    def begin(self, epoch: int, *, more: int, dropped: bool) -> None:
+        """Begin an epoch, with `more` new samples. Discards plans of an epoch that was broken off."""
+        if more:
+            self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
+        if self.share is not None and (more or not dropped):
+            self.share.forget()
+        self.epoch, self.dropped = epoch, dropped
+        self.plans.clear()
+
+    def _order(self) -> Iterator[Any]:
+        """The batches of an epoch: the user's, or those of this rank's share."""
+        if self.share is None or not self.dropped:
             return iter(self.batch_sampler)
         if self.share.ids is not None:
             return self.share.batches(self.epoch)
         return self.share.note(self.batch_sampler, len(self) if hasattr(self.batch_sampler, "__len__") else None)
 
-    def begin(self, epoch: int) -> None:
-        """Begin an epoch: follow the size of the dataset, and discard plans of an epoch that was broken off."""
-        more = self.rows.follow_size()
-        if more:
-            self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
-        if self.share is not None and (more or not self.rows.cut):
-            self.share.forget()
-        self.epoch = epoch
-        self.plans.clear()
-
 
 class PlannedBatches:
-    """The batches of a DataLoader's sampler. Only samples without a row are read."""
+    """The batches of a DataLoader's sampler. A batch is read whole, or not at all."""
 
-    def __init__(self, loader: DataLoader[Any], rows: RowSet) -> None:
-        self.planner = Planner(loader.batch_sampler, rows)
-        self._rows = rows
+    def __init__(self, source: DatasetSource, rows: RowSet, needs_images: Callable[[torch.Tensor], bool]) -> None:
+        share = None
+        if several_processes() and rows.config.partition == "share":
+            share = Share(seed=rows.config.seed, rank=process_rank())
+        loader = source.loader
+        self.planner = Planner(loader.batch_sampler, len(source), needs_images, share)
+        self._source, self._rows = source, rows
         self._generator = loader.generator
         # The planner does not refer to this loader: without a reference cycle its workers end with it.
         self._images: DataLoader[Any] = rebuilt(loader, self.planner)
@@ -144,11 +156,6 @@ class PlannedBatches:
 
     def __len__(self) -> int:
         return len(self.planner)
-
-    @property
-    def epoch(self) -> int:
-        """Number of epochs begun."""
-        return self.planner.epoch
 
     @property
     def seen(self) -> torch.Tensor:
@@ -163,36 +170,30 @@ class PlannedBatches:
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch."""
-        self.planner.begin(epoch)
-
-    def needed(self) -> torch.Tensor:
-        """Return the samples drawn so far, or those of this rank's share: [N] bool."""
-        share = self.planner.share
-        if share is None or share.ids is None:
-            return self.seen
-        return torch.zeros_like(self.seen).index_fill_(0, share.ids, True)
+        more = self._rows.follow_size(len(self._source))
+        self.planner.begin(epoch, more=more, dropped=self._rows.cache is not None)
 
     def reads_images(self) -> bool:
-        """Return whether a sample drawn so far has no row, or none was drawn yet."""
-        needed = self.needed()
-        return not (bool(needed.any()) and self._rows.complete(needed, self.epoch))
+        """Return whether a sample drawn so far has to be read, or none was drawn yet."""
+        needed = torch.nonzero(self.planner.needed()).flatten()
+        return not len(needed) or self.planner.needs_images(needed)
 
     def images(self) -> Iterator[tuple[Plan, Any]]:
-        """Yield the plans in the sampler's order, each with the batch of its samples without a row."""
+        """Yield the plans in the sampler's order, each with its batch if it is read."""
         self._start_workers()
         read = iter(self._images)
         plans = self.planner.plans
         ended = False
         while plans or not ended:
             # The image loader asks for batches some steps ahead, which adds their plans.
-            if not plans or len(plans[0].read):
+            if not plans or plans[0].read:
                 batch = next(read, None)
                 ended = batch is None
                 if ended and not plans:
                     return
             else:
                 batch = None
-            while plans and not len(plans[0].read):
+            while plans and not plans[0].read:
                 yield plans.popleft(), None
             if batch is not None:
                 yield plans.popleft(), batch
@@ -204,7 +205,7 @@ class PlannedBatches:
             # one of training on images. Persistent workers get their seed in the first epoch only.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         self._start_workers()
-        yield from self.planner.draw(self.planner.order())
+        yield from self.planner.draw()
 
     def rest(self, plan: Plan, given: int) -> None:
         """Return None: samples without a row are read by index."""
@@ -234,10 +235,10 @@ class PassingBatches:
     comes twice in one epoch.
     """
 
-    def __init__(self, source: IdSource, rows: RowSet) -> None:
-        self.epoch = 0
-        self._source = source
-        self._rows = rows
+    def __init__(
+        self, source: IdSource, rows: RowSet, needs_images: Callable[[torch.Tensor], bool], compare: Compare
+    ) -> None:
+        self._source, self._rows, self._needs_images, self._compare = source, rows, needs_images, compare
         self._seen = torch.zeros(0, dtype=torch.bool)  # grows in steps
         self._follow_size()
         self._said_repeats = False
@@ -262,19 +263,14 @@ class PassingBatches:
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch."""
-        self.epoch = epoch
         self._source.follow_length()
         first = self._source.first_numbers()
         self._follow_size()
         unchecked, self._source.unchecked = self._source.unchecked, False
         if unchecked and self._rows.stores:
             batch = to_device(self._source.first_batch, self._rows.device)
-            if not follow_batch(self._rows, batch, first, epoch):
+            if not self._compare(batch, first, None):
                 self._source.whole = False
-
-    def needed(self) -> torch.Tensor:
-        """Return `seen`."""
-        return self.seen
 
     def reads_images(self) -> bool:
         """Return whether the loader is iterated over: until every id is known and has its row."""
@@ -298,18 +294,17 @@ class PassingBatches:
             batch = to_device(read, self._rows.device)
             again = self._source.again
             if self._rows.stores and (i & (i + 1) == 0 or len(again)):  # 0, 1, 3, 7, ...
-                follow_batch(self._rows, batch, ids, self.epoch, again)
-            yield Plan(ids, ids), batch
+                self._compare(batch, ids, again)
+            yield Plan(ids, True), batch
 
     def rows(self) -> Iterator[Plan]:
         """Yield the plans of an epoch of all known samples, shuffled."""
-        nothing = torch.empty(0, dtype=torch.int64)
-        for ids in self._source.order(torch.nonzero(self.seen).flatten(), self.epoch):
-            yield Plan(ids, nothing)
+        for ids in self._source.order(torch.nonzero(self.seen).flatten(), self._rows.epoch):
+            yield Plan(ids, False)
 
     def rest(self, plan: Plan, given: int) -> Iterator[tuple[Plan, Any]] | None:
         """Return the remaining number of batches from the loader, if rows have gone since the epoch began."""
-        if self._rows.cache is not None and not len(self._rows.missing(plan.ids, self.epoch)):
+        if self._rows.cache is not None and not self._needs_images(plan.ids):
             return None
         warnings.warn(
             "drop.loader: the rest of the epoch comes from loader, in its order: rows have been freed, and "
@@ -331,15 +326,16 @@ class PassingBatches:
 
     def _has_rows(self) -> bool:
         """Whether every known sample has its row for the epoch."""
-        return bool(self.seen.any()) and self._rows.complete(self.seen, self.epoch)
+        return bool(self.seen.any()) and not self._needs_images(torch.nonzero(self.seen).flatten())
 
     def _follow_size(self) -> None:
-        self._rows.follow_size()
+        self._rows.follow_size(len(self._source))
         self._seen = lengthened(self._seen, len(self._rows.slots))
 
 
-def batches_of(rows: RowSet) -> Batches:
-    """Return the batches of the rows' source."""
-    if isinstance(rows.source, IdSource):
-        return PassingBatches(rows.source, rows)
-    return PlannedBatches(rows.source.loader, rows)
+def batches_of(source: Source, rows: RowSet, needs_images: Callable[[torch.Tensor], bool], compare: Compare) -> Batches:
+    """Return the batches of a source."""
+    if isinstance(source, IdSource):
+        return PassingBatches(source, rows, needs_images, compare)
+    assert isinstance(source, DatasetSource)
+    return PlannedBatches(source, rows, needs_images)

@@ -151,6 +151,11 @@ class BatchExtras:
                 leaves.append(stack)
         return pytree.tree_unflatten(leaves, self._spec)
 
+    def clear(self) -> None:
+        """Forget all that was stored."""
+        self._spec, self._entries, self._stacks = None, [], []
+        self.filled = torch.empty(0, dtype=torch.bool)
+
     def first_difference(self, batch: Any, at: torch.Tensor, others: Sequence[Any] = ()) -> str | None:
         """Return the name of the first entry of a batch that differs from what is stored at places [B], or None.
 
@@ -184,23 +189,19 @@ class BatchExtras:
         entries = [[_plain_path(entry.path), entry.kind, entry.form] for entry in self._entries]
         return {"spec": spec, "entries": entries, "stacks": stacks}, tensors
 
-    @classmethod
-    def from_state(
-        cls, values: dict[str, Any], tensors: Sequence[torch.Tensor], *, key: InputKey, device: torch.device
-    ) -> BatchExtras:
-        """Restore from `state`, on a device."""
-        extras = cls(key=key, device=device)
-        extras._spec = pytree.treespec_loads(values["spec"])
-        extras._entries = [_Entry(_path_of(path), kind, form) for path, kind, form in values["entries"]]
-        extras.filled, *stored = tensors
+    def load(self, values: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
+        """Replace what is stored by a `state`."""
+        self._spec = pytree.treespec_loads(values["spec"])
+        self._entries = [_Entry(_path_of(path), kind, form) for path, kind, form in values["entries"]]
+        self.filled, *stored = tensors
         left = iter(stored)
-        for entry, stack in zip(extras._entries, values["stacks"], strict=True):
+        self._stacks = []
+        for entry, stack in zip(self._entries, values["stacks"], strict=True):
             if entry.kind == "tensor":
-                stack = next(left).to(device)
+                stack = next(left).to(self.device)
             elif entry.kind == "array":
                 stack = next(left).numpy()
-            extras._stacks.append(stack)
-        return extras
+            self._stacks.append(stack)
 
     def _leaves(self, batch: Any) -> list[Any]:
         """The leaves of a batch with the structure of the first one."""

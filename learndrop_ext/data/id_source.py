@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import statistics
 import time
@@ -15,16 +14,13 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from learndrop_ext.cache.plan import lengthened
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, some_of
 from learndrop_ext.data.ids import IdKey, IdTable, check_key, ids_of
-from learndrop_ext.rng import fork_rng
+from learndrop_ext.data.reading import left_alone
+from learndrop_ext.rows.plan import lengthened
 
 #: The time to read a batch is the median over this many.
 TIMED_BATCHES = 32
-#: Batches read to measure that time before the first epoch.
-PROBED_BATCHES = 3
-
 _END = object()
 
 
@@ -95,7 +91,7 @@ class IdSource:
         Raises:
             ValueError: the loader has no batch, or there is no input or no ids in it where `input` and `ids` say.
         """
-        with _left_alone(self.loader, self._seed):
+        with left_alone(self.loader, self._seed):
             begin = time.perf_counter()
             iterator = iter(self.loader)
             batch = next(iterator, _END)
@@ -203,17 +199,13 @@ class IdSource:
         shuffled = numbers[torch.randperm(len(numbers), generator=generator)]
         yield from shuffled.split(self.batch_size)[: self.batches(len(numbers))]
 
-    def timed(self, size: int) -> tuple[Any, float, int]:
-        """Return the first batch, the seconds that training waits for a batch, and 0.
-
-        Before the first epoch the loader is asked for a few batches, unless it is its own iterator; the time is then
-        that of one worker, and the 0 the number of workers.
-        """
+    def reading(self) -> tuple[float, int]:
+        """Return the seconds that training waits for a sample, and 0; before the first epoch, those that the first batch
+        took, and the number of workers."""
         if self._waits:
-            return self._first, statistics.median(self._waits), 0
+            return statistics.median(self._waits) / self.batch_size, 0
         workers = self.loader.num_workers if isinstance(self.loader, DataLoader) else 0
-        seconds = self._first_wait if self._is_iterator else self._probe()
-        return self._first, seconds * max(1, workers), workers
+        return self._first_wait / self.batch_size, workers
 
     def state(self) -> dict[str, Any]:
         """Return the ids in the order of their numbers, and what the last iteration has shown."""
@@ -275,19 +267,6 @@ class IdSource:
                 "sample an id of its own, and views=V to keep V random views of each sample, or a loader without randomness"
             )
 
-    def _probe(self) -> float:
-        """The median seconds of a few batches after the first one."""
-        waits = []
-        with _left_alone(self.loader, self._seed):
-            iterator = iter(self.loader)
-            next(iterator, None)  # starts workers
-            for _ in range(PROBED_BATCHES):
-                begin = time.perf_counter()
-                if next(iterator, _END) is _END:
-                    break
-                waits.append(time.perf_counter() - begin)
-        return statistics.median(waits) if waits else self._first_wait
-
 
 def length_of(loader: Any) -> int | None:
     """Return the length of a loader in batches, or None if it has none."""
@@ -295,19 +274,6 @@ def length_of(loader: Any) -> int | None:
         return len(loader)
     except (TypeError, AttributeError, NotImplementedError):
         return None
-
-
-@contextlib.contextmanager
-def _left_alone(loader: Any, seed: int) -> Iterator[None]:
-    """Seed the random state inside; restore the run's own and that of a DataLoader's generator on leaving."""
-    generator = loader.generator if isinstance(loader, DataLoader) else None
-    state = None if generator is None else generator.get_state()
-    with fork_rng(seed):
-        try:
-            yield
-        finally:
-            if generator is not None and state is not None:
-                generator.set_state(state)
 
 
 def _copied(batch: Any) -> Any:

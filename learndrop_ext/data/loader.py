@@ -1,22 +1,33 @@
-"""The loader of the training loop: the user's batches and, after a drop, the same batches as cached rows."""
+"""The loader of the training loop: the user's batches and, after a drop, the same batches without their images."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from learndrop_ext.data.batches import Plan, batches_of
-from learndrop_ext.data.drift import follow_data, follow_model
-from learndrop_ext.data.extras import InputKey, input_of, to_device
-from learndrop_ext.data.rowset import RowSet
-from learndrop_ext.graph.live import LiveModel
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
+from learndrop_ext.data.source import Source
+from learndrop_ext.forward.bypass import Bypass
+from learndrop_ext.forward.images import Form, Images, Standing, form_of
+from learndrop_ext.rows.rowset import RowSet
+from learndrop_ext.rows.slots import filled_at
+
+if TYPE_CHECKING:
+    from learndrop_ext.guards import Guards
+
+#: Attributes of the user's loader that loops and trainers ask for.
+FORWARDED = (
+    *("dataset", "batch_size", "sampler", "batch_sampler", "num_workers", "drop_last", "collate_fn", "generator"),
+    *("pin_memory", "persistent_workers", "prefetch_factor", "timeout", "worker_init_fn", "multiprocessing_context"),
+)
 
 
 class DropLoader:
-    """Iterates over the user's batches on the model's device. After a drop, the input of each batch is cached rows.
+    """Iterates over the user's batches on the model's device. After a drop, the images of a batch are `Images`.
 
     Batch size, sampler, order, drop_last, collate_fn and the rest of the batch are the user's, and the order draws the same
     random numbers before and after a drop. With `ids`, the order is the loader's own as long as images are read; see
@@ -24,115 +35,175 @@ class DropLoader:
     """
 
     def __init__(
-        self, rows: RowSet, live: LiveModel, *, key: InputKey, follow_code: Callable[[], Any] | None = None
+        self,
+        source: Source,
+        rows: RowSet,
+        extras: BatchExtras,
+        *,
+        key: InputKey,
+        like: Any,
+        bypass: Bypass,
+        guards: Guards,
     ) -> None:
-        self.user: Any = rows.source.loader
-        self.rows = rows
-        self.key = key
-        self.batches = batches_of(rows)
-        self.epochs = 0  # begun
-        self.closed = False
-        self._live = live
-        self._follow_code = follow_code  # returns the function to call when an epoch begins
+        self._user: Any = source.loader
+        self._source, self._rows, self._extras, self._key, self._like = source, rows, extras, key, like
+        self._bypass, self._guards = bypass, guards
+        self.batches = batches_of(source, rows, self._needs_images, guards.compare)
+        self._epochs = 0  # begun
+        self._closed = False
         self._position = 0  # batches given in this epoch
         self._iteration = object()  # identifies the latest iteration
-        self._given = [0, 0.0]  # samples and seconds since `forget_ledger`
+        self._given, self._seconds = 0, 0.0  # samples and seconds since `forget_counts`
+        self._beginning = 0.0  # seconds that the last epoch took to begin
 
     def __len__(self) -> int:
         return len(self.batches)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in FORWARDED:
+            return getattr(self._user, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs begun."""
+        return self._epochs
+
     def __iter__(self) -> Iterator[Any]:
-        if self.closed:
+        if self._closed:
             raise RuntimeError("drop.loader: the DropScheduler must be open, and it was closed")
         begin = time.perf_counter()
         self._begin_epoch()
+        self._beginning = time.perf_counter() - begin
         this = self._iteration = object()
         try:
-            for batch in self._given_batches():
-                x = input_of(batch, self.key)
-                self._live.expect(x)
-                self._given[0] += len(x)
+            for batch in self._batches():
                 self._position += 1
                 yield batch
                 if self._iteration is not this:
                     raise RuntimeError(
                         "drop.loader: wanted one iteration at a time, got a second one before this one ended"
                     )
-                self._given[1] += time.perf_counter() - begin
-                begin = time.perf_counter()
+                now = time.perf_counter()
+                self._seconds += now - begin
+                begin = now
         finally:
             # An epoch that is broken off ends here too, after the step of its last batch.
             if self._iteration is this:
-                if self.rows.device.type == "cuda":
-                    torch.cuda.synchronize(self.rows.device)
-                self._given[1] += time.perf_counter() - begin
-                self.rows.end_epoch()
+                if self._rows.device.type == "cuda":
+                    torch.cuda.synchronize(self._rows.device)
+                self._seconds += time.perf_counter() - begin
+                self._end_epoch()
 
     @property
-    def ledger(self) -> tuple[int, float]:
-        """Samples given and seconds spent in the loop since `forget_ledger`."""
-        return int(self._given[0]), float(self._given[1])
+    def counts(self) -> tuple[int, float, float]:
+        """Samples given and seconds spent in the loop since `forget_counts`, and those the last epoch took to begin."""
+        return self._given, self._seconds, self._beginning
 
-    def forget_ledger(self) -> None:
+    def forget_counts(self) -> None:
         """Reset the counters."""
-        self._given = [0, 0.0]
+        self._given, self._seconds = 0, 0.0
 
     def exclude(self, seconds: float) -> None:
         """Take seconds that were not spent on training out of the current epoch's time."""
-        self._given[1] -= seconds
+        self._seconds -= seconds
+
+    def resume(self, epochs: int, seen: torch.Tensor) -> None:
+        """Go on after `epochs` epochs of another process, which has drawn the samples `seen` [N] bool."""
+        self._epochs = epochs
+        self.batches.load(seen)
+
+    def close(self) -> bool:
+        """Give no batches any more; return whether the loader was open."""
+        was, self._closed = self._closed, True
+        return not was
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def _needs_images(self, ids: torch.Tensor) -> bool:
+        """Whether samples [n] have to be read: for their images, or for the rest of their batches."""
+        return not self._rows.level(ids) or not bool(filled_at(self._extras, self._rows.places(ids)).all())
+
+    def _end_epoch(self) -> None:
+        if self._rows.end_epoch():
+            self._bypass.put(self._bypass.cuts[-1:])
 
     def _begin_epoch(self) -> None:
-        self.rows.end_epoch()  # the epoch before may have been broken off
-        self.rows.set_autocast(self._live.autocast)
-        follow_model(self.rows)
-        follow_code = self._follow_code() if self._follow_code is not None else None
-        if follow_code is not None:
-            follow_code()
-        self.batches.begin(self.epochs)
-        follow_data(self.rows, self.epochs)
-        self.epochs += 1
+        self._end_epoch()  # the epoch before may have been broken off
+        self._rows.epoch = self._epochs
+        self.batches.begin(self._epochs)
+        self._guards.begin_epoch(self._epochs)
+        self._epochs += 1
         self._position = 0
 
-    def _given_batches(self) -> Iterator[Any]:
-        return self._from_images(self.batches.images()) if self.batches.reads_images() else self._from_rows()
-
-    def _from_images(self, pairs: Iterator[tuple[Plan, Any]]) -> Iterator[Any]:
-        """Batches as the user's loader reads them: images or, after a drop, the rows computed from them."""
-        for plan, read in pairs:
-            yield self._batch(plan, read)
+    def _batches(self) -> Iterator[Any]:
+        if self.batches.reads_images():
+            for plan, read in self.batches.images():
+                yield self._batch(plan, read)
+        else:
+            yield from self._from_rows()
 
     def _from_rows(self) -> Iterator[Any]:
         """Batches of stored rows. Rows of slower tiers are read while the batch before them trains."""
         plans = self.batches.rows()
         ahead = next(plans, None)
         while ahead is not None:
-            self._follow_autocast()
             rest = self.batches.rest(ahead, self._position)
             if rest is not None:
-                yield from self._from_images(rest)
+                for plan, read in rest:
+                    yield self._batch(plan, read)
                 return
             batch = self._batch(ahead, None)
-            ahead = next(plans, None) if (self.rows.cache is not None and self.rows.cache.plan.staging > 0) else None
+            cache = self._rows.cache
+            ahead = next(plans, None) if cache is not None and cache.plan.staging > 0 else None
             if ahead is not None:
-                self.rows.prefetch(ahead.ids, self.batches.epoch)
+                self._rows.prefetch(ahead.ids)
             yield batch
             if ahead is None:
                 ahead = next(plans, None)
 
-    def _follow_autocast(self) -> None:
-        """Adopt the autocast dtype of the training step, which is known after its first call."""
-        if self._position == 1 and self.rows.cache is not None:
-            self.rows.set_autocast(self._live.autocast)
-
     def _batch(self, plan: Plan, read: Any) -> Any:
-        epoch = self.batches.epoch
+        ids, rows = plan.ids, self._rows
+        self._given += len(ids)
         if read is not None:
-            read = to_device(read, self.rows.device)
-        if self.rows.cache is None:
-            if read is None or plan.read is not plan.ids:  # undrop() has freed rows during this epoch
-                read = self.rows.read(plan.ids, epoch)
-            return self.rows.images(read, plan.ids, epoch)
-        self._follow_autocast()
-        if self.rows.frozen is not None:
-            self.rows.frozen.hold_eval()
-        return self.rows.batch(plan.ids, epoch, read, plan.read)
+            read = to_device(read, rows.device)
+        level = rows.level(ids)
+        if read is None and not level:  # undrop() or a guard has freed rows during this epoch
+            read = to_device(self._source.read(ids.tolist(), rows.epoch), rows.device)
+        if rows.cache is None:
+            return self._mirrored(read, ids)
+        if read is not None:
+            places, order = rows.first_places(ids)
+            self._extras.put(read, places, order)
+            if not level:
+                self._guards.note(read, ids)
+                read = self._mirrored(read, ids)
+        make = self._reader(ids)
+        if not level:
+            x = input_of(read, self._key)
+            standing = Standing(self._bypass, ids, None, 0, make)
+            return with_input(read, self._key, Images(form_of(x), x.device, standing, x))
+        like = input_of(self._like if read is None else read, self._key)
+        form = Form((len(ids), *like.shape[1:]), like.stride(), like.dtype)
+        row = rows.gather(ids, level)
+        images = Images(form, row.device, Standing(self._bypass, ids, row, level, make))
+        if read is not None:
+            return with_input(read, self._key, images)
+        return self._extras.get(rows.places(ids), images)
+
+    def _reader(self, ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        if not self._source.readable:
+            return None
+        source, rows, key = self._source, self._rows, self._key
+        return lambda ids: input_of(to_device(source.read(ids.tolist(), rows.epoch), rows.device), key)
+
+    def _mirrored(self, batch: Any, ids: torch.Tensor) -> Any:
+        """A batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""
+        if not self._rows.config.mirror:
+            return batch
+        x = input_of(batch, self._key)
+        flip = self._rows.view(ids).bool().to(x.device).view(-1, *[1] * (x.dim() - 1))
+        return with_input(batch, self._key, torch.where(flip, x.flip(-1), x))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of
 from learndrop_ext.rng import fork_rng
 
-#: Random seeds with which samples are read to find out whether they are random. An augmentation with p = 0.5 is missed if
-#: all eight readings of a sample are alike: once in 2^7 times.
-SEEDS = 8
+#: Samples that are read a second time to find out whether they are random. An augmentation with p = 0.5 is missed if no
+#: sample changes: once in 2^8 times. Each later epoch looks at other samples.
+PROBED = 8
 
 
 def check_loader(loader: DataLoader[Any]) -> None:
@@ -48,12 +48,68 @@ def check_loader(loader: DataLoader[Any]) -> None:
         raise ValueError("DropScheduler: loader must have samples, got an empty dataset")
 
 
-def read_batch(loader: DataLoader[Any], ids: Sequence[int]) -> Any:
-    """Return the batch of these samples as the loader makes it, read in this process."""
-    dataset: Any = loader.dataset
-    many = getattr(dataset, "__getitems__", None)
-    samples = many(list(ids)) if callable(many) else [dataset[i] for i in ids]
-    return loader.collate_fn(samples)
+def read_batches(loader: DataLoader[Any], batches: Sequence[Sequence[int]], seed: int) -> list[tuple[Any, float]]:
+    """Return batches of these samples as the loader makes them, and the seconds that each took to read.
+
+    A loader with workers reads them in one worker of its own, so that a dataset which opens its files where it is first
+    read does so there. The random state of the run and of the loader's generator stay.
+    """
+    with left_alone(loader, seed):
+        if not loader.num_workers:
+            found = []
+            for ids in batches:
+                begin = time.perf_counter()
+                many = getattr(loader.dataset, "__getitems__", None)
+                samples = many(list(ids)) if callable(many) else [loader.dataset[i] for i in ids]
+                found.append((loader.collate_fn(samples), time.perf_counter() - begin))
+            return found
+        timed = _Timed(loader)
+        one = DataLoader(
+            loader.dataset,
+            batch_sampler=[list(ids) for ids in batches],
+            collate_fn=timed.collate,
+            num_workers=1,
+            worker_init_fn=timed.begin,
+            multiprocessing_context=loader.multiprocessing_context,
+            timeout=loader.timeout,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return list(one)
+
+
+class _Timed:
+    """Times the reading of each batch within a worker."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._collate, self._init = loader.collate_fn, loader.worker_init_fn
+        self._begun = 0.0
+
+    def begin(self, worker: int) -> None:
+        if self._init is not None:
+            self._init(worker)
+        # The worker has its own copy of the loader's function.
+        _Timed.started = time.perf_counter()
+
+    started = 0.0
+
+    def collate(self, samples: Any) -> tuple[Any, float]:
+        batch = self._collate(samples)
+        now = time.perf_counter()
+        seconds, _Timed.started = now - _Timed.started, now
+        return batch, seconds
+
+
+@contextlib.contextmanager
+def left_alone(loader: Any, seed: int) -> Iterator[None]:
+    """Seed the random state inside; restore the run's own and that of a DataLoader's generator on leaving."""
+    generator = loader.generator if isinstance(loader, DataLoader) else None
+    state = None if generator is None else generator.get_state()
+    with fork_rng(seed):
+        try:
+            yield
+        finally:
+            if generator is not None and state is not None:
+                generator.set_state(state)
 
 
 def id_of(value: Any) -> int:
@@ -67,42 +123,53 @@ def id_of(value: Any) -> int:
         ) from None
 
 
-def first_ids(loader: DataLoader[Any], count: int) -> list[int]:
-    """Return up to `count` different ids that the loader's sampler draws.
+def first_batch_ids(loader: DataLoader[Any]) -> list[int]:
+    """Return the ids of the first batch that the loader's sampler draws.
 
     They are drawn from a copy of the sampler, so the run's own order is not changed. A sampler that cannot be copied is
     assumed to draw every id.
     """
     size = len(loader.dataset)  # type: ignore[arg-type]
-    every = list(range(min(count, size)))
     try:
         # Do not copy a dataset that the sampler holds.
         sampler: Any = copy.deepcopy(loader.batch_sampler, {id(loader.dataset): loader.dataset})
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
-        return every
-    found: dict[int, None] = {}
-    with fork_rng(0):
-        # A sampler with replacement repeats ids, so more batches may be needed.
-        for ids, _ in zip(sampler, range(4 * count), strict=False):
-            found |= dict.fromkeys(i for i in map(id_of, ids) if 0 <= i < size)
-            if len(found) >= count:
-                break
-    return list(found)[:count] or every
+        with fork_rng(0):
+            found = [i for i in map(id_of, next(iter(sampler), [])) if 0 <= i < size]
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        if "whole numbers" in str(error):
+            raise
+        found = []
+    return found or list(range(min(loader.batch_size or 32, size)))
 
 
-def is_function_of_id(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]) -> bool:
+def is_function_of_id(loader: DataLoader[Any], key: InputKey, ids: Sequence[int], batch: Any, seed: int) -> bool:
     """Return whether the batches of these samples depend on the samples' ids alone.
 
-    The samples are read with SEEDS random seeds, and once in two halves, because a `collate_fn` may make a sample depend
-    on the others in its batch. Model inputs and all other entries must be equal to the bit.
+    Some samples are read again, with another random seed and in two smaller batches, because a `collate_fn` may make a
+    sample depend on the others in its batch. Model inputs and all other entries must be equal to the bit.
+
+    Args:
+        loader: the user's loader.
+        key: position of the model's input in a batch.
+        ids: [B] samples.
+        batch: their batch.
+        seed: random seed with which the batch was read.
     """
-    return _is_function(lambda part, seed: _read(loader, [ids[i] for i in part], seed), key, len(ids))
+    extras = BatchExtras(key=key, device=torch.device("cpu"))
+    images = input_of(batch, key).clone()
+    extras.put(batch, torch.arange(len(images)))
+    parts = [part for part in torch.arange(min(PROBED, len(ids))).chunk(2) if len(part)]
+    again = read_batches(loader, [[ids[i] for i in part] for part in parts], seed + 1)
+    return all(
+        _same(input_of(other, key), images[part]) and extras.first_difference(other, part) is None
+        for part, (other, _) in zip(parts, again, strict=True)
+    )
 
 
 def is_random_by_sample(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]) -> bool:
     """Return whether each sample is drawn independently of the others, so that `collate_fn` adds no randomness.
 
-    The samples are read once, and collated with SEEDS random seeds and in two halves, compared as in `is_function_of_id`.
+    The samples are read once, and collated with two random seeds and in two halves, compared as in `is_function_of_id`.
     False for a dataset with `__getitems__`, which may draw the samples of a batch together.
     """
     inner = loader.dataset
@@ -110,24 +177,27 @@ def is_random_by_sample(loader: DataLoader[Any], key: InputKey, ids: Sequence[in
         inner = inner.dataset
     if callable(getattr(inner, "__getitems__", None)):
         return False
-    with fork_rng(0):
-        samples = [loader.dataset[i] for i in ids]
+    like = copy.copy(loader)
+    like.collate_fn = list
+    ids = list(ids)[:PROBED]
+    (samples, _), *_ = read_batches(like, [ids], 0)
 
     def collated(part: Sequence[int], seed: int) -> Any:
         with fork_rng(seed):  # a collate_fn may change what it is given
             return loader.collate_fn([copy.deepcopy(samples[i]) for i in part])
 
-    return _is_function(collated, key, len(samples))
-
-
-def seconds_to_read(loader: DataLoader[Any], ids: Sequence[int], *, repeats: int = 3) -> float:
-    """Return the median seconds it takes to read a batch of these samples in this process."""
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        _read(loader, ids, 0)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    extras = BatchExtras(key=key, device=torch.device("cpu"))
+    first = collated(range(len(samples)), 0)
+    images = input_of(first, key).clone()
+    extras.put(first, torch.arange(len(images)))
+    half = len(samples) // 2
+    for part, seed in ((range(len(samples)), 1), (range(half), 0), (range(half, len(samples)), 0)):
+        if not len(part):
+            continue
+        batch, at = collated(part, seed), torch.as_tensor(part)
+        if not _same(input_of(batch, key), images[at]) or extras.first_difference(batch, at) is not None:
+            return False
+    return True
 
 
 def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
@@ -150,28 +220,6 @@ def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
         generator=loader.generator,
         **options,
     )
-
-
-def _is_function(batch_of: Callable[[Sequence[int], int], Any], key: InputKey, count: int) -> bool:
-    """Whether `batch_of(positions, seed)` gives the same `count` samples with every seed and in smaller batches."""
-    extras = BatchExtras(key=key, device=torch.device("cpu"))
-    first = batch_of(range(count), 0)
-    images = input_of(first, key).clone()
-    extras.put(first, torch.arange(len(images)))
-    half = count // 2
-    again = [(range(count), seed) for seed in range(1, SEEDS)]
-    for part, seed in [*again, (range(half), 0), (range(half, count), 0)]:
-        if not len(part):
-            continue
-        batch, at = batch_of(part, seed), torch.as_tensor(part)
-        if not _same(input_of(batch, key), images[at]) or extras.first_difference(batch, at) is not None:
-            return False
-    return True
-
-
-def _read(loader: DataLoader[Any], ids: Sequence[int], seed: int) -> Any:
-    with fork_rng(seed):
-        return read_batch(loader, ids)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -9,26 +9,20 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.cache.fingerprint import describe, tells_apart
-from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.data.extras import BatchExtras, InputKey
 from learndrop_ext.data.id_source import IdSource
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.reading import (
-    SEEDS,
     check_loader,
-    first_ids,
+    first_batch_ids,
     is_function_of_id,
     is_random_by_sample,
-    read_batch,
-    seconds_to_read,
+    read_batches,
 )
 from learndrop_ext.distributed import from_rank_zero, several_processes
-from learndrop_ext.rng import fork_rng
-
-#: Samples read when a scheduler is constructed.
-FIRST = 32
+from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.plan import budgets_of
+from learndrop_ext.rows.store.fingerprint import describe, tells_apart
 
 
 class Source(Protocol):
@@ -68,8 +62,8 @@ class Source(Protocol):
     def read(self, ids: Sequence[int], seed: int) -> Any:
         """Return the batch of some samples, read in this process with the random seed `seed`."""
 
-    def timed(self, size: int) -> tuple[Any, float, int]:
-        """Return a batch of up to `size` samples, the seconds it takes to read, and the number of workers reading."""
+    def reading(self) -> tuple[float, int]:
+        """Return the seconds that one process takes to read a sample, and the number of processes reading."""
 
     def state(self) -> dict[str, Any] | None:
         """Return how samples are numbered, for a checkpoint; None if the dataset numbers them."""
@@ -110,46 +104,43 @@ class DatasetSource:
         return describe(self.loader.dataset)
 
     def first(self) -> tuple[list[int], Any]:
-        """Return some samples that the sampler draws, and their batch."""
-        ids = first_ids(self.loader, FIRST)
-        return ids, self.read(ids, self._seed)
+        """Return the samples of the first batch that the sampler draws, and their batch."""
+        self._first_ids = first_batch_ids(self.loader)
+        ((self._first, self._seconds),) = read_batches(self.loader, [self._first_ids], self._seed)
+        return self._first_ids, self._first
 
     def check_repeats(self, *, accept_random: bool = False) -> bool:
-        """Read some samples again, with other random seeds and in other batches; see `Source.check_repeats`."""
-        ids = first_ids(self.loader, FIRST)[:16]
-        if is_function_of_id(self.loader, self._key, ids):
+        """Read some samples again, with another random seed and in other batches; see `Source.check_repeats`."""
+        if is_function_of_id(self.loader, self._key, self._first_ids, self._first, self._seed):
             return True
-        if accept_random and is_random_by_sample(self.loader, self._key, ids):
+        if accept_random and is_random_by_sample(self.loader, self._key, self._first_ids):
             return False
         raise ValueError(
             "DropScheduler: loader must give the same sample for the same id each time and in any batch, got a "
-            "different one, and a cached row would freeze it; give views=V to keep V random views of each sample, or "
-            "a dataset and a collate_fn without randomness"
+            "different one, and a cached row would freeze it; give CacheConfig(views=V) to keep V random views of each "
+            "sample, or a dataset and a collate_fn without randomness"
         )
 
     def check_rest(self) -> None:
         """Raise ValueError if anything in a batch but the model's input is random, and may not fit another run's image."""
-        ids, batch = self.first()
-        at = torch.arange(len(ids))
+        at = torch.arange(len(self._first_ids))
         rest = BatchExtras(key=self._key, device=torch.device("cpu"))
-        rest.put(batch, at)
-        for seed in range(1, SEEDS):
-            if name := rest.first_difference(self.read(ids, self._seed + seed), at):
-                raise ValueError(
-                    "DropScheduler: loader must give the same labels for the same id each time where runs share random "
-                    f"views, got a different one at {name}, which may not fit the view of another run; use "
-                    "CacheConfig(mirror=True) and a dataset without randomness, or leave out shared=True"
-                )
+        rest.put(self._first, at)
+        if name := rest.first_difference(self.read(self._first_ids, 1), at):
+            raise ValueError(
+                "DropScheduler: loader must give the same labels for the same id each time where runs share random "
+                f"views, got a different one at {name}, which may not fit the view of another run; use "
+                "CacheConfig(mirror=True) and a dataset without randomness, or shared=False"
+            )
 
     def read(self, ids: Sequence[int], seed: int) -> Any:
         """Return the batch that the loader would make of some samples."""
-        with fork_rng(seed):
-            return read_batch(self.loader, ids)
+        ((batch, _),) = read_batches(self.loader, [ids], self._seed + seed)
+        return batch
 
-    def timed(self, size: int) -> tuple[Any, float, int]:
-        """Return a batch, the seconds this process takes to read it, and the loader's number of workers."""
-        ids = first_ids(self.loader, size)
-        return self.read(ids, self._seed), seconds_to_read(self.loader, ids), self.loader.num_workers
+    def reading(self) -> tuple[float, int]:
+        """Return the seconds that a process took to read a sample of the first batch, and the number of workers."""
+        return self._seconds / max(1, len(self._first_ids)), self.loader.num_workers
 
     def state(self) -> None:
         """Return None: the dataset numbers its samples."""
@@ -196,8 +187,7 @@ def settle_views(
         device: the model's device.
 
     Raises:
-        ValueError: samples are random, and views is 1, or E is not known, or the samples of a batch are random together;
-            or more than the images is random where runs share rows.
+        ValueError: samples are random, and views is 1, or E is not known, or the samples of a batch are random together.
     """
     if config.views in (1, "auto"):
         may_choose = config.views == "auto" and not config.mirror and epochs is not None
@@ -226,8 +216,7 @@ def source_of(
 
     Raises:
         TypeError, ValueError: the loader or `ids` cannot be used, or `ids` is given with several processes or with rows
-            shared between runs, each of which would number the ids in its own way; or the dataset of rows to share is not
-            told from others.
+            shared between runs, each of which would number the ids in its own way.
     """
     if ids is None:
         source = DatasetSource(loader, key=key, seed=seed)

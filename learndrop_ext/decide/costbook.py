@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.cache.plan import budgets_of
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.forecast import RunCosts
-from learndrop_ext.decide.probes import StepSeconds, tier_costs, tier_speeds
+from learndrop_ext.decide.probes import tier_costs, tier_speeds
+from learndrop_ext.decide.timing import StepCosts
+from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.plan import budgets_of
 
 #: Weight of the newest epoch in the correction of the cost model.
 NEWEST = 0.5
@@ -37,7 +39,8 @@ class CostBook:
         self.other_seconds = 0.0
         self.optimizer_seconds = 0.0
         self.scale = 1.0
-        self.probed = False
+        self.measured = False
+        self.fixed_seconds = 0.0  # that an epoch with dropped layers takes before its first batch
         self._config = config
         self._device = device
         self._speeds: tuple[float, float, float] | None = None
@@ -59,8 +62,7 @@ class CostBook:
         for k in range(len(self.layers)):
             kept = cut if k >= cut else 0
             choice = costs.choose_cut(self.layers, k, kept=kept, rows=rows, codec=config.codec, tiers=tiers)
-            # A longer prefix keeps its rows no earlier than a shorter one.
-            found.append(found[-1] if found and found[-1].cut > choice.cut else choice)
+            found.append(choice)
         self._asked, self._choices = asked, tuple(found)
         return found
 
@@ -80,20 +82,22 @@ class CostBook:
             views=views,
             scale=self.scale,
             optimizer_seconds=self.optimizer_seconds,
+            fixed_seconds=self.fixed_seconds,
         )
 
-    def probe(self, step: StepSeconds | None, *, batch: int, read_seconds: float, workers: int) -> None:
-        """Fit the costs to the time of a whole training step of `batch` samples, and to the time of reading them.
+    def note_step(self, step: StepCosts, *, read_seconds: float, workers: int, batch: int) -> None:
+        """Take the costs of a timed training step of `batch` samples, and the seconds that a process reads a sample.
 
         Workers read during the step, so training waits only for what reading takes longer.
         """
-        self.probed = True
-        step_seconds = 0.0
-        if step is not None:
-            self.layers, self.other_seconds, self.optimizer_seconds = costs.fit_to_step(self.layers, step, batch=batch)
-            step_seconds = step.step
-        read = read_seconds if workers == 0 else max(0.0, read_seconds / workers - step_seconds)
-        self.image_seconds = read / batch
+        self.measured = True
+        self.layers, self.other_seconds, self.optimizer_seconds = (
+            step.layers,
+            step.other_seconds,
+            step.optimizer_seconds,
+        )
+        waits = read_seconds if workers == 0 else max(0.0, read_seconds / workers - step.step_seconds / batch)
+        self.image_seconds = waits
 
     def observe(self, modelled: float, measured: float) -> None:
         """Correct the cost model by the time of an epoch. modelled: its seconds at a scale of 1."""
@@ -104,9 +108,11 @@ class CostBook:
             self._observed = True
 
     def tiers(self) -> list[costs.TierCost]:
-        """Return the current costs of each tier. Speeds are measured once."""
+        """Return the current costs of each tier. Speeds are measured once layers are timed; until then they are infinite."""
         assert self._config is not None
         budgets = budgets_of(self._config, self._device)
+        if not self.measured:
+            return tier_costs(budgets, (math.inf,) * 3)
         if self._speeds is None:
             self._speeds = tier_speeds(budgets, self._config, self._device)
         return tier_costs(budgets, self._speeds)

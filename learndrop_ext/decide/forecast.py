@@ -34,9 +34,10 @@ class RunCosts:
         views: number of rows of each sample.
         scale: measured over modelled seconds so far; all seconds are multiplied by it.
         optimizer_seconds: seconds of the optimizer with all layers live, per sample; proportional to live parameters.
+        fixed_seconds: seconds that an epoch with dropped layers takes before its first batch.
 
     Raises:
-        ValueError: a table does not have L entries, or cuts do not grow with the prefix within 0..prefix.
+        ValueError: a table does not have L entries, or a cut is not within 0..prefix.
     """
 
     layers: tuple[LayerCost, ...]
@@ -49,6 +50,7 @@ class RunCosts:
     views: int = 1
     scale: float = 1.0
     optimizer_seconds: float = 0.0
+    fixed_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("cuts", "row_seconds", "write_seconds"):
@@ -57,15 +59,15 @@ class RunCosts:
                     f"RunCosts: {name} must have an entry for each of the {len(self.layers)} layers, "
                     f"got {len(getattr(self, name))}"
                 )
-        if any(not 0 <= cut <= k for k, cut in enumerate(self.cuts)) or list(self.cuts) != sorted(self.cuts):
-            raise ValueError(f"RunCosts: cuts must grow with the prefix and lie within it, got {list(self.cuts)}")
+        if any(not 0 <= cut <= k for k, cut in enumerate(self.cuts)):
+            raise ValueError(f"RunCosts: cuts must lie within the prefix, got {list(self.cuts)}")
         if self.views < 1:
             raise ValueError(f"RunCosts: views must be at least 1, got {self.views}")
 
     def epoch_seconds(self, prefix: int) -> float:
         """Return the seconds of an epoch with `prefix` layers dropped and all of its rows stored."""
         frozen = self._frozen_seconds(self.cuts[prefix], prefix)
-        return self._seconds(self.source_seconds(prefix) + frozen + self.live_seconds(prefix))
+        return self._seconds(self.source_seconds(prefix) + frozen + self.live_seconds(prefix), prefix)
 
     def filling_seconds(self, before: int, after: int, *, stored: bool = True) -> float:
         """Return the seconds of an epoch that reads what prefix `before` reads and trains behind prefix `after`.
@@ -76,7 +78,7 @@ class RunCosts:
         frozen = self._frozen_seconds(self.cuts[before], after)
         made = self.cuts[after] > self.cuts[before] and stored
         written = self.write_seconds[after] if made else 0.0
-        return self._seconds(self.source_seconds(before) + frozen + written + self.live_seconds(after))
+        return self._seconds(self.source_seconds(before) + frozen + written + self.live_seconds(after), after)
 
     def fill_seconds(self, before: int, after: int) -> float:
         """Return the extra seconds of an epoch that computes the rows of `after` over one that reads them; at least 0."""
@@ -114,8 +116,8 @@ class RunCosts:
         optimizer = self.optimizer_seconds * (live / parameters if parameters else 1.0)
         return live_seconds(self.layers[prefix:]) + optimizer + self.other_seconds
 
-    def _seconds(self, per_sample: float) -> float:
-        return per_sample * self.samples * self.scale
+    def _seconds(self, per_sample: float, prefix: int = 0) -> float:
+        return per_sample * self.samples * self.scale + (self.fixed_seconds if prefix else 0.0)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, runtime_checkable
 
 from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
 from learndrop_ext.decide.schedules import best_prefixes
@@ -28,7 +29,7 @@ class Situation:
         fill_seconds: for every prefix length 0..L-1, what a drop to it costs once.
         saved_seconds: for every prefix length, what a drop to it saves per epoch.
         epoch_seconds: time of an epoch without drops.
-        costs: costs of this run, if they were measured.
+        costs: costs of this run; None before they were measured, as before training under a policy without `check`.
         elapsed_seconds: wall-clock time of the run so far, including the work of drops.
         full_seconds: time of the whole run without drops; 0.0 to take it from `costs`.
         undropped: number of epochs done when `undrop()` was last called, or None.
@@ -63,6 +64,27 @@ class Decision:
 
 
 Policy = Callable[[Situation], Decision]
+
+
+@runtime_checkable
+class PlanningPolicy(Protocol):
+    """A policy that plans a run's time: layers are timed before training, and it may refuse what they say."""
+
+    @property
+    def speedup(self) -> float:
+        """Time of the run without drops over the time asked for."""
+
+    def check(self, costs: RunCosts, epochs: int | None) -> None:
+        """Raise ValueError if the target cannot be met."""
+
+    def __call__(self, situation: Situation) -> Decision:
+        """Decide."""
+
+
+def uses_costs(policy: Policy) -> bool:
+    """Return whether a policy reads the costs of a situation; one that does not says so by `uses_costs = False`."""
+    return bool(getattr(policy, "uses_costs", True))
+
 
 #: A plan that uses less than this share of the time asked for is made again with equal weights, which allow more sums.
 USED = 0.96
@@ -160,6 +182,7 @@ class Fixed:
     """
 
     prefixes: Mapping[int, int] = field(default_factory=dict)
+    uses_costs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         before = 0

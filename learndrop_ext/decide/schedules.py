@@ -189,7 +189,9 @@ def _filling(costs: RunCosts, *, stored: bool) -> Table:
     frozen = np.cumsum([0.0, *(layer.seconds for layer in costs.layers)])
     made = (cuts[None, :] > cuts[:, None]) & stored
     per_sample = source[:, None] + frozen[:-1] - frozen[cuts][:, None] + np.where(made, costs.write_seconds, 0.0) + live
-    table: Table = np.triu(per_sample) * (costs.samples * costs.scale)
+    table: Table = np.triu(
+        per_sample * (costs.samples * costs.scale) + np.where(np.arange(len(cuts)) > 0, costs.fixed_seconds, 0.0)
+    )
     return table
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learndrop_ext.cache.disk import DiskTier
-from learndrop_ext.cache.host import CopyStream, HostTier
-from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.plan import TierPlan
+from learndrop_ext.rows.disk import DiskTier
+from learndrop_ext.rows.host import CopyStream, HostTier
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.plan import TierPlan
 
 HOST = 1
 

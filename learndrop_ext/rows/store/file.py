@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from learndrop_ext import ops
-from learndrop_ext.cache.fingerprint import Fingerprint
 from learndrop_ext.ops import transfer
 from learndrop_ext.ops.transfer import PAGE_BYTES
+from learndrop_ext.rows.store.fingerprint import Fingerprint
 
 MAGIC = b"LDROWS\r\n"
 VERSION = 3

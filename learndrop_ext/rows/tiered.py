@@ -18,12 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learndrop_ext.cache.disk import DiskTier
-from learndrop_ext.cache.file import Manifest, Sidecar
-from learndrop_ext.cache.host import CopyStream
-from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.plan import STAGING_ROWS, Budgets, TierPlan, add_reserve, plan_tiers, room_for
-from learndrop_ext.cache.storage import Resources, TierMemoryError, TierStorage, allocate_storage
+from learndrop_ext.rows.disk import DiskTier
+from learndrop_ext.rows.host import CopyStream
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.plan import STAGING_ROWS, Budgets, TierPlan, add_reserve, plan_tiers, room_for
+from learndrop_ext.rows.storage import Resources, TierMemoryError, TierStorage, allocate_storage
+from learndrop_ext.rows.store.file import Manifest, Sidecar
 
 
 @dataclass(frozen=True)

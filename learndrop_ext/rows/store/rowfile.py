@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import re
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.cache.file import CacheFileError, Sidecar, remove_abandoned
-from learndrop_ext.cache.fingerprint import Fingerprint, weights_digest
-from learndrop_ext.cache.plan import budgets_of
-from learndrop_ext.cache.shared import PATTERN, FillLock, find_or_lock
-from learndrop_ext.data.extras import BatchExtras, InputKey
-from learndrop_ext.data.source import Source
 from learndrop_ext.distributed import several_processes
-from learndrop_ext.graph.chain import Chain
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.plan import budgets_of
+from learndrop_ext.rows.store.file import CacheFileError, Sidecar, remove_abandoned
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.store.shared import PATTERN, FillLock, find_or_lock
+
+#: What is kept of the batches beside their rows: plain values and tensors.
+Extras = tuple[Any, list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -32,46 +31,7 @@ class FoundRows:
 
     cache: ActivationCache
     slots: torch.Tensor
-    extras: BatchExtras | None
-
-
-def fingerprint(
-    chain: Chain,
-    cuts: Sequence[int],
-    config: CacheConfig,
-    *,
-    source: Source,
-    images: str,
-    autocast: torch.dtype | None,
-    seed: int,
-) -> Fingerprint:
-    """Return everything that the rows after the last of `cuts` depend on; earlier cuts matter, as rows were encoded there.
-
-    images is the digest of some images. It is "" for rows that several runs share and for loaders with ids: there the
-    first samples differ from run to run, and a few are compared with their rows instead.
-    """
-    cut = cuts[-1]
-    # Strip addresses: they differ between processes.
-    code = re.sub(r" at 0x[0-9a-fA-F]+", "", "".join(str(chain.layer(i).eval_graph) for i in range(cut)))
-    return Fingerprint(
-        weights=weights_digest(chain, cut),
-        cut=cut,
-        codec=config.codec,
-        views=config.rows_per_sample,
-        samples=len(source),
-        dataset=source.describe(),
-        autocast="" if autocast is None else str(autocast).removeprefix("torch."),
-        seed=0 if config.mirror or config.rows_per_sample == 1 else seed,
-        layers=hashlib.sha256(f"{list(cuts)}{code}".encode()).hexdigest(),
-        images=images,
-        mirror=config.mirror,
-    )
-
-
-def digest(images: torch.Tensor) -> str:
-    """Return the SHA-256 of some images."""
-    pixels = images.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(pixels.tobytes()).hexdigest()
+    extras: Extras | None
 
 
 class RowFileKeeper:
@@ -96,9 +56,7 @@ class RowFileKeeper:
         remove_abandoned(folder.glob("rows-*-*.bin.part"))
         return folder / f"rows-{uuid.uuid4().hex[:12]}-{cut}.bin"
 
-    def find_shared(
-        self, made_of: Callable[[], Fingerprint], cut: int, *, device: torch.device, key: InputKey
-    ) -> FoundRows | None:
+    def find_shared(self, made_of: Callable[[], Fingerprint], cut: int, *, device: torch.device) -> FoundRows | None:
         """Return the rows that another run left in the shared folder.
 
         If there are none, this run leaves its own there once they are complete, unless another run is computing the same.
@@ -122,7 +80,7 @@ class RowFileKeeper:
         except CacheFileError as error:
             warnings.warn(f"drop: the shared rows are not used ({error})", RuntimeWarning, stacklevel=4)
             return None
-        return _found(cache, device=device, key=key)
+        return _found(cache)
 
     def share(self, cache: ActivationCache, slots: torch.Tensor, made_of: Callable[[], Fingerprint]) -> None:
         """Leave complete rows to other runs, if this run holds the lock. A full disk is a RuntimeWarning.
@@ -154,7 +112,7 @@ class RowFileKeeper:
         self,
         cache: ActivationCache | None,
         slots: torch.Tensor,
-        extras: BatchExtras,
+        extras: Callable[[], Extras],
         made_of: Callable[[], Fingerprint],
     ) -> str | None:
         """Write the rows of all tiers and the extras of their batches to a file, if they have changed.
@@ -173,9 +131,7 @@ class RowFileKeeper:
         self._name = name or self._name
         return name
 
-    def find(
-        self, name: str | None, made_of: Callable[[], Fingerprint], *, device: torch.device, key: InputKey
-    ) -> FoundRows | None:
+    def find(self, name: str | None, made_of: Callable[[], Fingerprint], *, device: torch.device) -> FoundRows | None:
         """Return the rows that `save` wrote, or None, with a RuntimeWarning, if they are missing or do not fit this run."""
         if self._config.disk_dir is None or name is None or several_processes():
             return None
@@ -192,7 +148,7 @@ class RowFileKeeper:
             )
             return None
         self._name = name
-        return _found(cache, device=device, key=key)
+        return _found(cache)
 
     def delete(self) -> None:
         """Delete the file last written or found."""
@@ -202,7 +158,11 @@ class RowFileKeeper:
         self._name = None
 
     def _written(
-        self, cache: ActivationCache, slots: torch.Tensor, extras: BatchExtras, made_of: Callable[[], Fingerprint]
+        self,
+        cache: ActivationCache,
+        slots: torch.Tensor,
+        extras: Callable[[], Extras],
+        made_of: Callable[[], Fingerprint],
     ) -> str | None:
         if cache.path is None or not cache.fits_file or not bool(cache.filled.any()):
             return None
@@ -210,7 +170,7 @@ class RowFileKeeper:
             if cache.path.match(PATTERN):  # `share` writes it, without the extras
                 return None
             try:
-                values, tensors = extras.state()
+                values, tensors = extras()
                 cache.save(made_of(), Sidecar(values, (slots, *tensors)))
             except (OSError, TypeError) as error:
                 warnings.warn(
@@ -222,8 +182,7 @@ class RowFileKeeper:
         return cache.path.name
 
 
-def _found(cache: ActivationCache, *, device: torch.device, key: InputKey) -> FoundRows:
+def _found(cache: ActivationCache) -> FoundRows:
     slots, *tensors = cache.sidecar.tensors
     values, cache.sidecar = cache.sidecar.values, Sidecar()
-    extras = None if values is None else BatchExtras.from_state(values, tensors, key=key, device=device)
-    return FoundRows(cache, slots, extras)
+    return FoundRows(cache, slots, None if values is None else (values, tensors))

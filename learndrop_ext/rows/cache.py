@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 from learndrop_ext import ops
-from learndrop_ext.cache.disk import SavedRows, open_rows
-from learndrop_ext.cache.file import Manifest, Sidecar
-from learndrop_ext.cache.fingerprint import Fingerprint
-from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.output_pool import OutputPool
-from learndrop_ext.cache.plan import Budgets, TierPlan, lengthened
-from learndrop_ext.cache.slots import check_filled, check_form, check_range, check_unique
-from learndrop_ext.cache.tiered import TieredRows
+from learndrop_ext.rows.checks import check_filled, check_form, check_range, check_unique
+from learndrop_ext.rows.disk import SavedRows, open_rows
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.output_pool import OutputPool
+from learndrop_ext.rows.plan import Budgets, TierPlan, lengthened
+from learndrop_ext.rows.store.file import Manifest, Sidecar
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.tiered import TieredRows
 
 LARGEST_FP16 = torch.finfo(torch.float16).max
 #: Batches in which to look for values out of fp16's range. Later batches of the same layers have the same range.

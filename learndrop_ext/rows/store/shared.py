@@ -21,7 +21,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from learndrop_ext.cache.file import (
+from learndrop_ext.rows.store.file import (
     VERSION,
     CacheFileError,
     check_fingerprint,
@@ -30,7 +30,7 @@ from learndrop_ext.cache.file import (
     remove_abandoned,
     remove_unused,
 )
-from learndrop_ext.cache.fingerprint import Fingerprint
+from learndrop_ext.rows.store.fingerprint import Fingerprint
 
 PATTERN = "shared-*.rows"
 POLL_SECONDS = 0.2

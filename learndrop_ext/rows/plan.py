@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.cache.layout import RowLayout
 from learndrop_ext.ops import free_bytes
+from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.layout import RowLayout
 
 #: Rows of the slower tiers that are read ahead at once: a typical batch.
 STAGING_ROWS = 256

@@ -19,7 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from learndrop_ext.cache.file import (
+from learndrop_ext.ops import free_bytes, transfer
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.plan import lengthened
+from learndrop_ext.rows.store.file import (
     CacheFileError,
     Manifest,
     Sidecar,
@@ -30,10 +33,7 @@ from learndrop_ext.cache.file import (
     pack_tables,
     read_tables,
 )
-from learndrop_ext.cache.fingerprint import Fingerprint
-from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.plan import lengthened
-from learndrop_ext.ops import free_bytes, transfer
+from learndrop_ext.rows.store.fingerprint import Fingerprint
 
 #: Eight reads at a time keep the queue of an NVMe disk filled; the threads sleep meanwhile.
 THREADS = 8

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from learndrop_ext.graph.chain import Chain
+from torch import nn
 
 #: In the repr of an object that is described by its type alone.
 ADDRESS = r" at 0x[0-9a-fA-F]+"
@@ -26,9 +27,9 @@ class Fingerprint:
         views (int): number of rows of each sample.
         samples (int): length of the dataset.
         dataset (str): description of the dataset and its transforms, see `describe`.
-        autocast (str, optional): autocast dtype under which the rows were computed; "" for none. Default: ""
+        loop (str, optional): what the loop did to images, and the autocast dtype. Default: ""
         seed (int, optional): random seed of the views. Default: 0
-        layers (str, optional): SHA-256 of the dropped layers' code. Default: ""
+        layers (str, optional): SHA-256 of the dropped layers' names and code. Default: ""
         images (str, optional): SHA-256 of a few model inputs of the dataset. Default: ""
         mirror (bool, optional): whether every second row is of the flipped image. Default: False
     """
@@ -39,7 +40,7 @@ class Fingerprint:
     views: int
     samples: int
     dataset: str
-    autocast: str = ""
+    loop: str = ""
     seed: int = 0
     layers: str = ""
     images: str = ""
@@ -70,12 +71,32 @@ def _described(dataset: Any) -> list[str]:
     return [kind, repr(dataset), *(f"{name}={getattr(dataset, name)!r}" for name in names)]
 
 
-def weights_digest(chain: Chain, prefix: int) -> str:
-    """Return the SHA-256 over the names, shapes and bytes of the first layers' parameters and buffers."""
+def weights_digest(modules: Iterable[nn.Module], parameters: Iterable[torch.Tensor]) -> str:
+    """Return the SHA-256 over the shapes and bytes of the dropped layers' parameters, and of their modules' buffers."""
     digest = hashlib.sha256()
-    for i in range(prefix):
-        layer = chain.layer(i)
-        for tensor in [*layer.parameters(), *layer.buffers()]:
-            digest.update(f"{layer.name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    buffers = (buffer for module in modules for buffer in module.buffers())
+    for tensor in (*parameters, *buffers):
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def code_digest(modules: Iterable[nn.Module]) -> str:
+    """Return the SHA-256 over the source and the settings of the dropped layers' modules."""
+    digest = hashlib.sha256()
+    for module in (inner for outer in modules for inner in outer.modules()):
+        try:
+            code = inspect.getsource(type(module).forward)
+        except (OSError, TypeError):
+            code = ""
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        settings = sorted((name, value) for name, value in vars(module).items() if isinstance(value, int | float | str))
+        plain = [(name, value) for name, value in settings if not name.startswith("_") and name != "training"]
+        digest.update(f"{kind}{code}{plain}".encode())
+    return digest.hexdigest()
+
+
+def images_digest(images: torch.Tensor) -> str:
+    """Return the SHA-256 of some images."""
+    pixels = images.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(pixels.tobytes()).hexdigest()

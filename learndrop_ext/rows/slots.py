@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.plan import lengthened
-from learndrop_ext.data.extras import BatchExtras
+from learndrop_ext.rows.plan import lengthened
 
 
 class SlotTable:
@@ -87,8 +87,16 @@ def first_of_each(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ascending[keep], order[keep]
 
 
-def filled_at(store: ActivationCache | BatchExtras | None, at: torch.Tensor) -> torch.Tensor:
-    """Return which places [B] (-1 for none) have a row in a cache, or their extras."""
+class Filled(Protocol):
+    """What is kept by place."""
+
+    @property
+    def filled(self) -> torch.Tensor:
+        """[R] bool, which places were written."""
+
+
+def filled_at(store: Filled | None, at: torch.Tensor) -> torch.Tensor:
+    """Return which places [B] (-1 for none) were written."""
     if store is None or not len(store.filled):
         return torch.zeros(len(at), dtype=torch.bool)
     inside = (at >= 0) & (at < len(store.filled))

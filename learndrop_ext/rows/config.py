@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -30,13 +29,13 @@ class CacheConfig:
             that resumes from a checkpoint finds them there. Default: 0
         disk_dir (str, optional): the folder of the file. Default: None
         shared (bool, optional): look in `disk_dir` for rows that another run computed from the same images with the same
-            layers, and leave this run's rows there; `disk_bytes=0` then means "auto". Labels and all else in a batch are
-            read from this run's dataset, whose `repr` must tell it from others. Default: False
+            layers, and leave this run's rows there; `disk_bytes=0` then means "auto". Default: False
         mirror (bool, optional): keep two rows of each sample, one of the image and one of its horizontal flip, and draw
             them in turn. Default: False
         partition ("share" or "all", optional): with several processes, each keeps the rows of the samples it draws in its
             first whole epoch after a drop, and draws its batches from these from then on ("share"); or each follows its
             sampler and keeps the rows of whatever it draws ("all"). Default: "share"
+        seed (int, optional): random seed of views and of the order of samples with ids. Default: 0
 
     Raises:
         ValueError: if a value is out of range, or two exclude each other.
@@ -51,6 +50,7 @@ class CacheConfig:
     shared: bool = False
     mirror: bool = False
     partition: str = "share"
+    seed: int = 0
 
     @property
     def rows_per_sample(self) -> int:
@@ -76,6 +76,8 @@ class CacheConfig:
                 raise ValueError(
                     f"CacheConfig: disk_dir must be a folder where {name} is {getattr(self, name)!r}, got None"
                 )
+        if not _is_whole(self.seed):
+            raise ValueError(f"CacheConfig: seed must be a whole number, got {self.seed!r}")
         if self.mirror and self.views not in (1, "auto"):
             raise ValueError(f"CacheConfig: views must be 1 if mirror is True, got {self.views}")
 
@@ -84,16 +86,15 @@ def _is_whole(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def cache_config(cache: CacheConfig | str | None, views: int | None) -> CacheConfig:
-    """Return the configuration given by the arguments of DropScheduler.
+def cache_config(cache: CacheConfig | str | None) -> CacheConfig:
+    """Return the configuration given as an argument of DropScheduler.
 
     Raises:
         TypeError: if `cache` is neither a CacheConfig, the name of a codec nor None.
-        ValueError: if the codec is unknown, or the configuration does not allow these views.
+        ValueError: if the codec is unknown.
     """
     if isinstance(cache, str):
         cache = CacheConfig(codec=cache)
     if cache is not None and not isinstance(cache, CacheConfig):
         raise TypeError(f"DropScheduler: cache must be a CacheConfig, a codec or None, got {type(cache).__name__}")
-    config = cache if cache is not None else CacheConfig()
-    return config if views is None else dataclasses.replace(config, views=views)
+    return cache if cache is not None else CacheConfig()

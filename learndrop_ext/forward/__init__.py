@@ -1,0 +1,1 @@
+"""The user's own forward: where it can be cut, and how it runs on rows."""

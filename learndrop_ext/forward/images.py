@@ -1,0 +1,356 @@
+"""Images that were not read: a batch in the training loop whose cached rows stand for its images.
+
+B samples in a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+ATEN = torch.ops.aten
+
+#: What a loop may do to images: each sample stays by itself and in its place. In a batch of images the other operands must
+#: be constants without a batch dimension.
+ARITHMETIC = frozenset(
+    {
+        *(ATEN.add, ATEN.add_, ATEN.sub, ATEN.sub_, ATEN.rsub, ATEN.mul, ATEN.mul_, ATEN.div, ATEN.div_, ATEN.neg),
+        *(ATEN.clamp, ATEN.clamp_, ATEN.pow, ATEN._to_copy, ATEN.clone, ATEN.detach, ATEN.alias, ATEN.lift_fresh),
+    }
+)
+#: What changes the form of each sample; the batch dimension must stay the first.
+FORMS = frozenset(
+    {
+        *(ATEN.view, ATEN._unsafe_view, ATEN.reshape, ATEN.unsqueeze, ATEN.squeeze, ATEN.permute, ATEN.expand),
+        *(ATEN.upsample_bilinear2d, ATEN._upsample_bilinear2d_aa, ATEN.upsample_bicubic2d, ATEN.upsample_nearest2d),
+    }
+)
+#: Consecutive samples of a batch, for micro-batches.
+SLICES = frozenset({ATEN.slice, ATEN.split, ATEN.split_with_sizes})
+
+
+class Standing:
+    """What stands for some images: the ids of the samples and, if they were not read, their rows.
+
+    Args:
+        owner: the object whose `inside` says whether the model's forward runs.
+        ids: [B] int64 (CPU).
+        rows: [B, ...], or None where the images were read.
+        at: number of layers behind which the rows enter.
+        read: ids -> images [B, ...].
+    """
+
+    __slots__ = ("at", "checked", "ids", "owner", "read", "rows")
+
+    def __init__(
+        self,
+        owner: Any,
+        ids: torch.Tensor,
+        rows: torch.Tensor | None,
+        at: int,
+        read: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        self.owner, self.ids, self.rows, self.at, self.read = owner, ids, rows, at, read
+        self.checked = False  # whether a training call on them was noted
+
+    def part(self, begin: int, end: int) -> Standing:
+        """Return what stands for samples begin..end-1."""
+        rows = None if self.rows is None else self.rows[begin:end]
+        return Standing(self.owner, self.ids[begin:end], rows, self.at, self.read)
+
+
+class Constant:
+    """An operand of the loop's arithmetic, compared by value."""
+
+    __slots__ = ("kept", "tensor", "version")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+        self.kept: torch.Tensor | None = None
+
+    def keep(self) -> None:
+        """Keep the value, in case the tensor is written to."""
+        if self.kept is None:
+            self.kept = self.tensor.detach().clone()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Constant):
+            return False
+        if self.tensor is other.tensor and self.version == other.version:
+            return True
+        one = self.tensor if self.kept is None else self.kept
+        two = other.tensor if other.kept is None else other.kept
+        return one.dtype == two.dtype and torch.equal(one, two)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+#: One operation of the loop on its images: its name and its other operands.
+Operation = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """Shape, strides and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def form_of(tensor: torch.Tensor) -> Form:
+    """Return the form of a tensor."""
+    return Form(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+class Unread(torch.Tensor):
+    """A tensor without values that something stands for."""
+
+    standing: Standing
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def _make(cls: Any, form: Form, device: torch.device, standing: Standing) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, form.shape, strides=form.stride, dtype=form.dtype, device=device
+        )
+        made.standing = standing
+        return made
+
+    def __deepcopy__(self, memo: Any) -> Unread:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"drop.loader: {self!r} cannot be saved or sent: it has no values; images.read() gives them")
+
+
+class Images(Unread):
+    """A batch of `drop.loader` [B, ...] while layers are dropped.
+
+    It has the shape, dtype and device of the user's images. If they were read, `pixels` holds them for the model alone, so
+    that the loop meets the same limits in the epoch in which rows are kept as in those after it.
+
+    The loop may do what keeps each sample by itself and in its place. `operations` notes it: with another sequence of
+    operations the rows would be other rows. All else raises RuntimeError.
+    """
+
+    pixels: torch.Tensor | None
+    operations: tuple[Operation, ...]
+
+    @staticmethod
+    def __new__(
+        cls,
+        form: Form,
+        device: torch.device,
+        standing: Standing,
+        pixels: torch.Tensor | None = None,
+        operations: tuple[Operation, ...] = (),
+    ) -> Any:
+        made = Unread._make(cls, form, device, standing)
+        made.pixels, made.operations = pixels, operations
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        read = "not read" if self.pixels is None else "read, for the model alone"
+        return f"Images({list(self.shape)}, {read})"
+
+    def read(self) -> torch.Tensor:
+        """Return the images, read now if they were not, as the dataset gives them."""
+        if self.pixels is not None and not self.operations:
+            return self.pixels
+        if self.standing.read is None:
+            raise RuntimeError("drop.loader: images of a loader with ids= can be read only as they come by")
+        return self.standing.read(self.standing.ids)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        flat = args if not any(isinstance(a, list | tuple) for a in args) else pytree.tree_leaves(args)
+        images = [a for a in flat if type(a) is Images]
+        if not images:  # an operand in kwargs
+            raise _refused(func, pytree.tree_leaves(kwargs))
+        x = images[0]
+        if x.standing.owner.inside:
+            return Feature.__torch_dispatch__(func, types, args, kwargs)
+        packet = func.overloadpacket
+        if packet is ATEN.cat and len(images) == len(pytree.tree_leaves(args[0])) and (len(args) < 2 or args[1] == 0):
+            return _joined(images)
+        if len(images) > 1 or (args[0] is not x and packet not in (ATEN.mul, ATEN.add)):
+            raise _refused(func, flat)
+        if packet in SLICES:
+            return _sliced(func, x, args, kwargs)
+        B = len(x)
+        if packet in ARITHMETIC:
+            for a in flat:
+                if isinstance(a, torch.Tensor) and a is not x and a.dim() >= x.dim() and len(a) > 1:
+                    raise _refused(func, flat)
+        elif packet not in FORMS:
+            raise _refused(func, flat)
+        (form,), _ = _forms(func, args, kwargs)
+        if form.shape[:1] != (B,) or (packet is ATEN.permute and args[1][0] % x.dim() != 0):
+            raise _refused(func, flat)
+        if packet is ATEN.detach or packet is ATEN.alias:
+            note = x.operations
+        elif packet in FORMS:
+            note = (*x.operations, (packet.__name__, form.shape[1:], form.stride[1:]))
+        else:
+            operands = tuple(Constant(a) if isinstance(a, torch.Tensor) else a for a in args if a is not x)
+            named = tuple((k, v) for k, v in kwargs.items() if k not in ("device", "non_blocking"))
+            note = (*x.operations, (packet.__name__.rstrip("_"), *operands, *named))
+        pixels = x.pixels
+        if pixels is not None:
+            pixels = func(*(pixels if a is x else a for a in args), **kwargs)
+        if packet.__name__.endswith("_") and args[0] is x:
+            x.pixels, x.operations = pixels, note
+            return x
+        device = kwargs.get("device") or x.device
+        return Images(form, torch.device(device), x.standing, pixels, note)
+
+
+class Feature(Unread):
+    """A tensor of a dropped layer, or one computed from it before the row enters. It has no values."""
+
+    @staticmethod
+    def __new__(cls, form: Form, device: torch.device, standing: Standing) -> Any:
+        return Unread._make(cls, form, device, standing)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Feature({list(self.shape)}, of a dropped layer, not computed)"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        x = next(a for a in leaves if isinstance(a, Unread))
+        packet = func.overloadpacket
+        in_backward = torch._C._current_graph_task_id() != -1  # of a checkpoint that computes its part again
+        if not (x.standing.owner.inside or in_backward or packet is ATEN.detach):
+            raise RuntimeError(
+                f"drop.loader: {packet.__name__} would have to see the output of a dropped layer, which is not computed any "
+                "more: cached rows stand for it. A loss or a hook may use the live layers' outputs; keep the layer live "
+                "with a policy that drops fewer layers, or call drop.undrop()"
+            )
+        writes = func._schema.arguments and func._schema.arguments[0].alias_info
+        if writes and writes.is_write and not isinstance(args[0], Unread):
+            raise RuntimeError(
+                f"drop.loader: {packet.__name__} would write a dropped layer's output, which is not computed any more, into "
+                "a tensor of the model; drop fewer layers"
+            )
+        forms, spec = _forms(func, args, kwargs)
+        if not forms:
+            raise RuntimeError(
+                f"drop.loader: {packet.__name__} would have to see the output of a dropped layer, which is not computed any "
+                "more: cached rows stand for it"
+            )
+        if packet.__name__.endswith("_") and isinstance(args[0], Unread):
+            return args[0]
+        device = torch.device(kwargs.get("device") or x.device)
+        return pytree.tree_unflatten([Feature(form, device, x.standing) for form in forms], spec)
+
+
+#: Forms of the results of operations, by the forms of their arguments: torch computes them on the meta device, which takes
+#: about 0.3 ms for a sum.
+_KNOWN: dict[Any, tuple[list[Form], Any]] = {}
+
+
+def _forms(func: Any, args: Any, kwargs: Any) -> tuple[list[Form], Any]:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    key: Any = (func, spec, tuple(form_of(a) if isinstance(a, torch.Tensor) else a for a in leaves))
+    try:
+        if key in _KNOWN:
+            return _KNOWN[key]
+    except TypeError:  # an argument that cannot be hashed
+        key = None
+
+    def meta(a: Any) -> Any:
+        if isinstance(a, torch.Tensor):
+            return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+        return torch.device("meta") if isinstance(a, torch.device) else a
+
+    given, named = pytree.tree_unflatten([meta(a) for a in leaves], spec)
+    outs, out_spec = pytree.tree_flatten(func(*given, **named))
+    found = [form_of(a) for a in outs if isinstance(a, torch.Tensor)], out_spec
+    if len(found[0]) != len(outs):
+        found = [], out_spec
+    if key is not None:
+        _KNOWN[key] = found
+    return found
+
+
+def _sliced(func: Any, x: Images, args: Any, kwargs: Any) -> Any:
+    """Consecutive samples of a batch."""
+    B = len(x)
+    packet = func.overloadpacket
+    if packet is ATEN.slice:
+        given: list[Any] = [*args[1:], *(0, None, None, 1)[len(args) - 1 :]]
+        dim, start, stop, step = given
+        if dim % x.dim() or step != 1:
+            raise _refused(func, (x,))
+        begin, end, _ = slice(start, stop).indices(B)
+        bounds = [(begin, max(begin, end))]
+    else:
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        if dim % x.dim():
+            raise _refused(func, (x,))
+        size = args[1]
+        ends = size if isinstance(size, list | tuple) else [min(size, B - i) for i in range(0, B, size)]
+        stops = [sum(ends[: i + 1]) for i in range(len(ends))]
+        bounds = list(zip([0, *stops], stops, strict=False))
+    parts = [
+        Images(
+            Form((end - begin, *x.shape[1:]), x.stride(), x.dtype),
+            x.device,
+            x.standing.part(begin, end),
+            None if x.pixels is None else x.pixels[begin:end],
+            x.operations,
+        )
+        for begin, end in bounds
+    ]
+    return parts[0] if packet is ATEN.slice else parts
+
+
+def _joined(images: Sequence[Images]) -> Images:
+    """Batches of images one behind the other."""
+    first = images[0]
+    read = [x.pixels for x in images if x.pixels is not None]
+    alike = all(x.operations == first.operations and x.standing.at == first.standing.at for x in images)
+    if not alike or len(read) not in (0, len(images)):
+        raise RuntimeError(
+            "drop.loader: images that are joined must have gone through the same operations, and either all or none must "
+            f"have been read, got {', '.join(map(repr, images))}"
+        )
+    rows = [x.standing.rows for x in images if x.standing.rows is not None]
+    standing = Standing(
+        first.standing.owner,
+        torch.cat([x.standing.ids for x in images]),
+        torch.cat(rows) if rows else None,
+        first.standing.at,
+        first.standing.read,
+    )
+    B = sum(map(len, images))
+    return Images(  # type: ignore[no-any-return]
+        Form((B, *first.shape[1:]), first.stride(), first.dtype),
+        first.device,
+        standing,
+        torch.cat(read) if read else None,
+        first.operations,
+    )
+
+
+def _refused(func: Any, operands: Sequence[Any]) -> RuntimeError:
+    x = next((a for a in operands if type(a) is Images), None)
+    of = f"{math.prod(x.shape[1:])} values of each sample" if x is not None else "the images"
+    return RuntimeError(
+        f"drop.loader: the loop may only do to images what keeps each sample by itself and in its place (casts, .to, "
+        f"arithmetic with constants that have no batch dimension, slices of the batch), because cached rows stand for "
+        f"them, and {func.overloadpacket.__name__} would have to see {of}; move it into the dataset or into the model"
+    )

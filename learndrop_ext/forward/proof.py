@@ -1,0 +1,138 @@
+"""Whether layers can be dropped, tried on a few images before they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from learndrop_ext.forward.bypass import Bypass
+from learndrop_ext.forward.chain import Chain, row_at
+from learndrop_ext.forward.cuts import preserved
+from learndrop_ext.forward.images import Images, Standing, Unread, form_of
+from learndrop_ext.forward.record import tensors_of
+from learndrop_ext.rng import fork_rng
+
+
+def check_cut(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch.Tensor) -> str | None:
+    """Say why the model cannot go on from the rows of its first k layers, or return None.
+
+    Rows must be a function of the sample: the first half of the images runs together with the other half and with itself,
+    with two random seeds. And with all layers before the cut absent, the model's outputs must be equal to the bit.
+
+    Args:
+        chain: the layers.
+        k: number of layers to drop.
+        run: calls the model on images like x, in the loop's way.
+        x: [B, ...] images, B >= 2.
+
+    Raises:
+        ValueError: rows depend on the other samples of a batch or on the random state. Names the innermost module whose
+            outputs differ for equal inputs.
+    """
+    half = len(x) // 2
+    others = torch.cat([x[:half], x[:half], x[2 * half :]])
+    kept: list[torch.Tensor] = []
+
+    def keep(cut: int, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        kept.append(row)
+        return row
+
+    bypass = Bypass(chain.model, chain.recorded, keep=keep)
+
+    def images(values: torch.Tensor | None) -> Images:
+        standing = Standing(bypass, torch.arange(len(x)), None if values is not None else kept[0], k, None)
+        return Images(form_of(x), x.device, standing, values)  # type: ignore[no-any-return]
+
+    with preserved(chain.model):
+        chain.model.train()
+        bypass.put((k,))
+        try:
+            with fork_rng(0):
+                wanted = list(tensors_of(run(images(x))))
+            if not kept:
+                return f"{chain.names[k - 1]} is not run in train mode"
+            with fork_rng(1), torch.no_grad():
+                again = row_at(chain, k, lambda: run(others))
+            if not rows_agree(kept[0][:half], again[:half]):
+                raise ValueError(
+                    "DropScheduler: the rows of a dropped layer must be a function of the sample alone, and those of "
+                    f"{_guilty(chain, k, run, x, others)} change with the other samples of the batch or the random state, "
+                    "in eval mode too; drop only the layers before it"
+                )
+            try:
+                with fork_rng(0):
+                    got = list(tensors_of(run(images(None))))
+            except RuntimeError as error:
+                return str(error)
+        finally:
+            bypass.release()
+    if any(isinstance(tensor, Unread) for tensor in got):
+        return f"what the model returns needs a layer before the end of {chain.names[k - 1]}"
+    if len(got) != len(wanted) or not all(map(rows_equal, wanted, got)):
+        return f"the model computes something else from the rows of {chain.names[k - 1]} alone"
+    return None
+
+
+def rows_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Return whether two tensors are equal to the bit, on a GPU within rounding."""
+    if one.shape != other.shape:
+        return False
+    return (
+        torch.equal(one, other)
+        or bool(((one == other) | (one != one)).all())
+        or (one.is_cuda and rows_agree(one, other))
+    )
+
+
+def rows_agree(wanted: torch.Tensor, got: torch.Tensor) -> bool:
+    """Return whether rows from batches of other samples agree within rounding, as a share of the largest value.
+
+    On a GPU the algorithm depends on the batch size, and some multiply fp32 in TF32, with the 10 bits of fp16; cuDNN's
+    convolutions do so by default.
+    """
+    if wanted.shape != got.shape:
+        return False
+    if torch.equal(wanted, got):
+        return True
+    finite = wanted[wanted.isfinite()]
+    coarse = wanted.dtype.itemsize == 2 or (wanted.is_cuda and wanted.dtype == torch.float32)
+    bound = (2e-2 if coarse else 1e-3) * (float(finite.abs().max()) if finite.numel() else 0.0)
+    return bool((((wanted - got).abs() <= bound) | (wanted == got) | (wanted.isnan() & got.isnan())).all())
+
+
+def _guilty(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch.Tensor, others: torch.Tensor) -> str:
+    """The innermost module whose outputs differ for equal inputs."""
+    names = {module: name for name, module in chain.model.named_modules()}
+    half = len(x) // 2
+    passes = []
+    for seed, batch in enumerate((x, others)):
+        came: dict[nn.Module, torch.Tensor] = {}
+        seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def is_rows(value: Any) -> bool:
+            return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == len(x)
+
+        def enter(module: nn.Module, inputs: Any, came: Any = came) -> None:
+            if inputs and is_rows(inputs[0]):
+                came[module] = inputs[0][:half].clone()
+
+        def leave(module: nn.Module, _: Any, output: Any, came: Any = came, seen: Any = seen) -> None:
+            if module in came and is_rows(output):
+                seen[module] = came[module], output[:half].clone()
+
+        hooks = [h for m in names for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+        try:
+            with fork_rng(seed), torch.no_grad():
+                row_at(chain, k, lambda batch=batch: run(batch))  # type: ignore[misc]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        passes.append(seen)
+    for module, (entered, left) in passes[0].items():
+        entered_again, left_again = passes[1].get(module, (entered, left))
+        if rows_agree(entered, entered_again) and not rows_agree(left, left_again):
+            return f"{names[module]} ({type(module).__name__})"
+    return chain.names[k - 1]

@@ -1,0 +1,322 @@
+"""The one owner of the cached rows: which samples have rows, where they are, and what stands beside them in a batch.
+
+B samples in a batch, N in the dataset, V views of each. A sample has a slot, and the row of a view is at place
+slot * V + view.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.plan import budgets_of
+from learndrop_ext.rows.slots import SlotTable, filled_at, first_of_each
+from learndrop_ext.rows.stopwatch import Stopwatch
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.store.rowfile import FoundRows, RowFileKeeper
+
+
+class RowSet:
+    """The rows of the dropped layers.
+
+    Rows are kept as the training step passes the cut (`keep`), and read for a whole batch at once (`gather`). After a
+    further drop the rows of the drop before stay until all of their samples have new ones.
+
+    Args:
+        size: N, the number of samples known.
+        config: codec, views, budgets and folder.
+        device: device of the rows.
+        made_of: the cuts that rows went through -> everything that they depend on.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        config: CacheConfig,
+        device: torch.device,
+        made_of: Callable[[list[int]], Fingerprint],
+    ) -> None:
+        self._made_of = made_of
+        self._path: list[int] = []  # all cuts that the rows went through
+        self.config = config
+        self.device = device
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.slots = SlotTable(size, config.rows_per_sample, self.generator)
+        self.cuts: list[int] = []  # of the rows in `older` and in `cache`, as far as there are any
+        self.stores = False  # whether rows are kept and read again in a later epoch
+        self.epoch = 0  # number of epochs begun: decides which view of a sample is drawn
+        self.file = RowFileKeeper(config)
+        self.cache: ActivationCache | None = None  # the rows by place; None if none are kept
+        self.older: ActivationCache | None = None  # the rows of the drop before, while some are still needed
+        self._watch = Stopwatch(device)
+        self._begun: Any = None  # when the forward whose rows are being computed began
+        self._made = [0, 0]  # rows computed from images and from older rows since `forget_counts`
+        self._full = False  # whether the budgets are exhausted
+
+    @property
+    def cut(self) -> int:
+        """The number of layers behind which rows are kept; 0 if none are."""
+        return self.cuts[-1] if self.cache is not None else 0
+
+    @property
+    def tier(self) -> str:
+        """The slowest tier that holds rows: "device", "host" or "disk"; "none" if there are no rows."""
+        if self.cache is None:
+            return "none"
+        plan = self.cache.plan
+        return "disk" if plan.disk else "host" if plan.host else "device"
+
+    @property
+    def views(self) -> int:
+        """V, the number of rows of each sample."""
+        return self.config.rows_per_sample
+
+    def advance(
+        self,
+        cut: int,
+        shape: Sequence[int],
+        *,
+        rows: int,
+    ) -> bool:
+        """Keep rows of a shape after `cut` layers from now on.
+
+        Args:
+            cut: a later cut than the current one.
+            shape: shape of a row.
+            rows: number of rows to make room for.
+
+        Returns:
+            Whether another run has left the rows, which may be of other slots.
+
+        Raises:
+            ValueError, OSError, torch.OutOfMemoryError: what ActivationCache raises. Nothing is changed then.
+        """
+        path = [*self._path, cut]
+        found = self.file.find_shared(lambda: self._made_of(path), cut, device=self.device)
+        room = max(rows, self.slots.used * self.views)
+        new = self._new_cache(cut, shape, room) if found is None else found.cache
+        self._drop_older()
+        self.older, self.cache = self.cache, new
+        self.cuts = [*self.cuts[-1:], cut] if self.older is not None else [cut]
+        if found is not None:
+            self._drop_older()
+            self.slots.load(found.slots)
+        self.stores, self._full, self._path = True, False, path
+        return found is not None
+
+    def level(self, ids: torch.Tensor) -> int:
+        """Return the number of layers that the samples `ids` [B] need not run in this epoch: the latest cut at which all of
+        them have rows, or 0."""
+        if self.cache is None:
+            return 0
+        at = self.slots.places(ids, self.epoch)
+        if bool(filled_at(self.cache, at).all()):
+            return self.cuts[-1]
+        return self.cuts[-2] if self.older is not None and bool(filled_at(self.older, at).all()) else 0
+
+    def complete(self, ids: torch.Tensor) -> bool:
+        """Return whether all of the samples `ids` [n] have rows for this epoch, so that no image is needed."""
+        return len(ids) > 0 and self.level(ids) > 0
+
+    def places(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the places [B] of the samples' rows in this epoch; samples without a slot get one."""
+        return self.slots.assign(ids, self.epoch)
+
+    def first_places(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the distinct places [n] of samples `ids` [B] in this epoch, and the position [n] of the first of each."""
+        return first_of_each(self.places(ids))
+
+    def gather(self, ids: torch.Tensor, level: int) -> torch.Tensor:
+        """Return the rows [B, ...] of samples `ids` [B] at the cut that `level` gave."""
+        cache = self.cache if level == self.cuts[-1] else self.older
+        assert cache is not None
+        return cache.gather(self.slots.places(ids, self.epoch))
+
+    def begin_making(self, from_rows: bool, count: int) -> None:
+        """Note that a forward begins that computes `count` rows from older rows or from images."""
+        self._begun = self._watch.now()
+        self._made[from_rows] += count
+
+    def keep(self, cut: int, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """Store the rows [B, ...] of samples `ids` [B] that have arrived at a cut, and return them as later epochs will
+        get them."""
+        is_last = cut == self.cuts[-1]
+        cache = self.cache if is_last else self.older
+        if cache is None:
+            return row
+        at = self.slots.assign(ids, self.epoch)
+        places, order = first_of_each(at)
+        distinct = row if len(places) == len(at) else row[order.to(row.device)]
+        if self._store(cache, at if len(places) == len(at) else places, distinct):
+            row = cache.gather(at)
+        if is_last and self._begun is not None:
+            self._watch.add(self._begun)
+            self._begun = None
+        return row
+
+    def prefetch(self, ids: torch.Tensor) -> None:
+        """Start reading the rows of samples `ids` [B], which the next `gather` will ask for, from the slower tiers."""
+        rows = self.cache
+        if rows is None or not rows.plan.staging or not len(ids):
+            return
+        at = self.slots.places(ids, self.epoch)
+        if bool(filled_at(rows, at).all()):
+            rows.prefetch(at)
+
+    def view(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the view [B] of each sample in this epoch."""
+        return self.slots.view(ids, self.epoch)
+
+    def follow_size(self, size: int) -> int:
+        """Make room for the new ones of `size` samples, and return their number.
+
+        Raises:
+            RuntimeError: the dataset has become smaller.
+        """
+        more = size - len(self.slots)
+        if more < 0:
+            raise RuntimeError(
+                f"drop.loader: the dataset must keep its {len(self.slots)} samples, or get more, got {size}"
+            )
+        self.slots.extend(more)
+        return more
+
+    def renumber(self, size: int, offsets: torch.Tensor, views: int | str) -> None:
+        """Before there are rows: follow the number of samples, set `views`, and the first view of n samples ([n])."""
+        if size != len(self.slots) or views != self.config.views:
+            self.config = dataclasses.replace(self.config, views=views)
+            self.slots = SlotTable(size, self.views, self.generator)
+        self.slots.view_offset[: len(offsets)] = offsets
+
+    def drawn(self) -> torch.Tensor:
+        """Return the samples [n] that have rows for this epoch."""
+        ids = self.slots.drawn()
+        return ids[self.filled(ids)]
+
+    def filled(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return which of the samples `ids` [B] have rows for this epoch."""
+        return filled_at(self.cache, self.slots.places(ids, self.epoch))
+
+    def forget(self, ids: torch.Tensor | None = None) -> None:
+        """Discard the rows of samples [n], or all. They are computed again from images when their samples are drawn."""
+        if self.cache is None:
+            return
+        if ids is not None:
+            slots = self.slots.table[ids]
+            places = (slots[slots >= 0, None] * self.views + torch.arange(self.views)).flatten()
+            self.cache.forget(places)
+            if self.older is not None:
+                self.older.forget(places)
+            return
+        count, cut, shape = len(self.cache.filled), self.cut, self.cache.shape
+        self.file.release()
+        self._reset()
+        self.cuts, self._path = [cut], [cut]
+        self.cache = self._new_cache(cut, shape, count)
+
+    def stop(self) -> None:
+        """Free the rows and keep none: the dropped layers run at each step."""
+        self.file.release()
+        self._reset()
+        self.cuts, self._path, self.stores = [], [], False
+
+    def save(self, extras: Callable[[], tuple[Any, list[torch.Tensor]]]) -> str | None:
+        """Write the rows of all tiers and the extras of their batches to their file if they have changed; return its name.
+        See `RowFileKeeper.save`."""
+        return self.file.save(self.cache, self.slots.table, extras, lambda: self._made_of(self._path))
+
+    def find(self, name: str | None, path: Sequence[int], shape: Sequence[int]) -> FoundRows | None:
+        """Replace the rows by those after the last of the cuts `path` in the file that `save` wrote.
+
+        Without a file, or one that does not fit (RuntimeWarning), the rows are computed again.
+        """
+        self._reset()
+        self.cuts, self._path, self.stores = list(path[-1:]), list(path), True
+        found = self.file.find(name, lambda: self._made_of(self._path), device=self.device)
+        if found is None:
+            self.cache = self._new_cache(self.cuts[-1], shape, len(self.slots) * self.views)
+        else:
+            self.cache = found.cache
+            self.slots.load(found.slots)
+        return found
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """All cuts that the rows went through, oldest first."""
+        return tuple(self._path)
+
+    def end_epoch(self) -> bool:
+        """Free the rows of the drop before once none of them is needed, and return whether that happened; share complete
+        rows with other runs."""
+        cache = self.cache
+        if cache is not None and not cache.saved and bool(cache.filled.all()):
+            self.file.share(cache, self.slots.table, lambda: self._made_of(self._path))
+        if self.older is None or self.cache is None:
+            return False
+        needed = self.older.filled.clone()
+        both = min(len(needed), len(self.cache.filled))
+        needed[:both] &= ~self.cache.filled[:both]
+        if bool(needed.any()):
+            return False
+        self._drop_older()
+        return True
+
+    @property
+    def counts(self) -> tuple[int, int, float]:
+        """Rows computed from images and from older rows since `forget_counts`, and the seconds spent on it."""
+        return self._made[0], self._made[1], self._watch.seconds()
+
+    def forget_counts(self) -> None:
+        """Reset the counters."""
+        self._made = [0, 0]
+        self._watch.reset()
+
+    def _reset(self) -> None:
+        self._drop_older()
+        if self.cache is not None:
+            self.cache.close()
+        self.cache, self._full = None, False
+        self.slots.clear()
+
+    def _drop_older(self) -> None:
+        if self.older is not None:
+            self.older.close()
+            self.older = None
+            self.cuts = self.cuts[-1:]
+
+    def _new_cache(self, cut: int, shape: Sequence[int], rows: int) -> ActivationCache:
+        return ActivationCache(
+            rows,
+            shape,
+            codec=self.config.codec,
+            device=self.device,
+            budgets=budgets_of(self.config, self.device),
+            path=self.file.new_path(cut),
+        )
+
+    def _store(self, cache: ActivationCache, at: torch.Tensor, rows: torch.Tensor) -> bool:
+        """Store rows at distinct places; return False if the budgets do not hold them."""
+        wanted = int(at.max()) + 1
+        if wanted > len(cache.filled):
+            if self._full or cache is self.older:
+                return False
+            try:
+                cache.grow(-(-wanted // self.views) * self.views)
+            except ValueError as error:
+                self._full = True
+                warnings.warn(
+                    "drop.loader: the sampler draws more samples than the budgets hold rows of; those that do not fit "
+                    f"are read and run through the dropped layers each time ({error})",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                return False
+        cache.append(at, rows)
+        return True
