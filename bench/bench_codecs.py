@@ -20,7 +20,7 @@ from learndrop_ext import ops, split_layers
 from learndrop_ext.app.datasets import Split, load_dataset
 from learndrop_ext.app.image_set import make_loader
 from learndrop_ext.app.models import build_model
-from learndrop_ext.cache.config import CODECS
+from learndrop_ext.rows.config import CODECS
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKED = re.compile(r"(<!-- table:codecs -->\n).*?(<!-- /table:codecs -->)", re.DOTALL)

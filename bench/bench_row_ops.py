@@ -23,7 +23,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from learndrop_ext import ops
-from learndrop_ext.cache.cache import ActivationCache
+from learndrop_ext.rows.cache import ActivationCache
 
 # The last-level cache is 36 MB on the Xeon, 50 MB on an H200.
 CACHE_BYTES = (4 << 30) if DEVICE == "cuda" else (256 << 20)

@@ -257,7 +257,8 @@ class DataGuard:
     def choose(self, kept: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return the samples to read again: some of those with rows, `kept` [n]."""
         generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
-        return kept[torch.randint(len(kept), (PROBES,), generator=generator)].unique()
+        chosen: torch.Tensor = kept[torch.randint(len(kept), (PROBES,), generator=generator)].unique()
+        return chosen
 
     def check_shape(self, batch: Any) -> None:
         """Raise RuntimeError if the images have another shape."""

@@ -51,7 +51,7 @@ def parts(dataset: Dataset[Any] | None = None, **options: Any) -> tuple[Net, tor
 
 def epoch(drop: DropScheduler, optimizer: torch.optim.Optimizer) -> list[float]:
     losses = []
-    drop.base_model.train()
+    drop._base.train()
     for x, y in drop.loader:
         loss = nn.functional.cross_entropy(drop.model(x), y)
         optimizer.zero_grad()

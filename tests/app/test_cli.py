@@ -20,7 +20,7 @@ import learndrop_ext
 from learndrop_ext.app import cli, forecasts, runs
 from learndrop_ext.app.cli import main
 from learndrop_ext.app.recipe import Recipe, cache_of
-from learndrop_ext.cache import shared
+from learndrop_ext.rows import shared
 
 SMALL = ["--epochs", "2", "--limit", "96", "--width", "8", "--batch-size", "32"]
 

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
-from learndrop_ext.cache.file import read_tables
-from learndrop_ext.cache.shared import list_rows
+from learndrop_ext.rows.store.file import read_tables
+from learndrop_ext.rows.store.shared import list_rows
 from learndrop_ext.data.drift import PROBES
 from small_training import Net, data, epoch, parts, prefix_rows
 

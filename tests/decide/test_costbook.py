@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learndrop_ext.cache.config import CacheConfig
+from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.decide import costbook, costs
 from learndrop_ext.decide.costbook import CostBook
 from learndrop_ext.decide.costs import LayerCost

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.cache.plan import Budgets
+from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.plan import Budgets
 from learndrop_ext.decide import probes
 from learndrop_ext.decide.probes import (
     StepSeconds,

@@ -13,11 +13,11 @@ import torch
 from simulated_gpu import CUDA, Gpu, plain
 from torch import Tensor
 
-from learndrop_ext.cache.disk import DiskTier
-from learndrop_ext.cache.file import CacheFileError
-from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.plan import Budgets, TierPlan
-from learndrop_ext.cache.tiered import TieredRows
+from learndrop_ext.rows.disk import DiskTier
+from learndrop_ext.rows.store.file import CacheFileError
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.plan import Budgets, TierPlan
+from learndrop_ext.rows.tiered import TieredRows
 
 SLOTS, STRIDE = 48, 128
 ORDERS = 20  # a test

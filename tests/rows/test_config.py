@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from learndrop_ext.cache.config import CacheConfig, cache_config
+from learndrop_ext.rows.config import CacheConfig, cache_config
 
 
 def test_cache_config_defaults() -> None:

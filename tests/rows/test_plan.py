@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiered_cache import CPU
 
-from learndrop_ext.cache import plan as tier_plan
-from learndrop_ext.cache.config import CacheConfig
-from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.plan import Budgets, TierPlan, add_reserve, budgets_of, lengthened, plan_tiers, room_for
+from learndrop_ext.rows import plan as tier_plan
+from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.plan import Budgets, TierPlan, add_reserve, budgets_of, lengthened, plan_tiers, room_for
 
 KILOBYTE = RowLayout(row_bytes=1000, stride_bytes=1024)
 

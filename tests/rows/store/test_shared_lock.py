@@ -18,7 +18,7 @@ import fault_programs
 import pytest
 from twenty_rows import ON_DISK, PRINT, filled, other, refusing
 
-from learndrop_ext.cache.shared import FillLock, find_or_lock, shared_path
+from learndrop_ext.rows.store.shared import FillLock, find_or_lock, shared_path
 
 
 def held_by_another(lock: FillLock) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
-from learndrop_ext.cache.cache import ActivationCache
+from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.data.drift import PROBES
 from small_training import Jittered, Net, data, epoch, parts
 

@@ -9,8 +9,8 @@ import torch
 from tiered_cache import CPU
 from torch import Tensor
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.plan import Budgets
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.plan import Budgets
 
 ROW = 128  # bytes of a row of 5 values
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.fingerprint import Fingerprint
-from learndrop_ext.cache.plan import Budgets, TierPlan
-from learndrop_ext.cache.shared import FillLock, find_or_lock
-from learndrop_ext.cache.storage import TierStorage
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.plan import Budgets, TierPlan
+from learndrop_ext.rows.store.shared import FillLock, find_or_lock
+from learndrop_ext.rows.storage import TierStorage
 from learndrop_ext.ops import transfer
 
 CPU = torch.device("cpu")

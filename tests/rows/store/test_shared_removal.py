@@ -11,8 +11,8 @@ import pytest
 import torch
 from twenty_rows import CPU, ON_DISK, PRINT, ROWS, aged, filled, other
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.shared import FillLock, find, find_or_lock, list_rows, remove_rows, shared_path
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.store.shared import FillLock, find, find_or_lock, list_rows, remove_rows, shared_path
 
 
 def test_list_rows_says_what_is_there(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from learndrop_ext.cache import host, storage, tiered
+from learndrop_ext.rows import host, storage, tiered
 from learndrop_ext.ops import transfer
 
 CUDA = torch.device("cuda")

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.fingerprint import Fingerprint
-from learndrop_ext.cache.plan import Budgets
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.plan import Budgets
 
 CPU = torch.device("cpu")
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.data.slots import SlotTable, filled_at
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.slots import SlotTable, filled_at
 
 CPU = torch.device("cpu")
 

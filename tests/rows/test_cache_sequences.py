@@ -17,8 +17,8 @@ from hypothesis.stateful import (
 from tiered_cache import CPU, PRINT, ids, rows
 from torch import Tensor
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.plan import Budgets
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.plan import Budgets
 
 
 class CacheBesideDictionary(RuleBasedStateMachine):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from twenty_rows import CPU, ON_DISK, PRINT, ROWS, filled, other, refusing
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.file import CacheFileError
-from learndrop_ext.cache.fingerprint import Fingerprint
-from learndrop_ext.cache.plan import Budgets, TierPlan
-from learndrop_ext.cache.shared import FillLock, find, find_or_lock, list_rows, remove_rows, shared_path
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.store.file import CacheFileError
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.plan import Budgets, TierPlan
+from learndrop_ext.rows.store.shared import FillLock, find, find_or_lock, list_rows, remove_rows, shared_path
 
 
 def test_shared_path_depends_on_every_field_of_the_fingerprint(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from tiered_cache import CPU, PRINT, ids, rows, tiered
 from torch import Tensor
 
 from learndrop_ext import _C
-from learndrop_ext.cache import storage
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.file import CacheFileError
-from learndrop_ext.cache.plan import Budgets, TierPlan
+from learndrop_ext.rows import storage
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.store.file import CacheFileError
+from learndrop_ext.rows.plan import Budgets, TierPlan
 
 
 @pytest.mark.parametrize("staging", [1, 2, 5, 256])

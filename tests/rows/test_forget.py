@@ -9,8 +9,8 @@ import torch
 from five_values import ROW, cache_of, rows
 from tiered_cache import CPU, PRINT, ids
 
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.plan import Budgets
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.plan import Budgets
 
 
 @pytest.mark.parametrize("budgets", [None, Budgets(4 * ROW, 2 * ROW, 1 << 20, 1)], ids=["one tier", "all tiers"])

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from learndrop_ext.cache import file
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.disk import DiskTier
-from learndrop_ext.cache.file import CacheFileError, Sidecar
-from learndrop_ext.cache.fingerprint import Fingerprint, describe, tells_apart
-from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.plan import Budgets
+from learndrop_ext.rows import file
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.disk import DiskTier
+from learndrop_ext.rows.store.file import CacheFileError, Sidecar
+from learndrop_ext.rows.store.fingerprint import Fingerprint, describe, tells_apart
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.plan import Budgets
 from learndrop_ext.ops import transfer
 
 CPU = torch.device("cpu")

@@ -11,12 +11,12 @@ from five_values import ROW, cache_of, rows
 from tiered_cache import CPU, PRINT, ids
 from torch import Tensor
 
-from learndrop_ext.cache import storage
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.disk import DiskTier
-from learndrop_ext.cache.host import HostTier
-from learndrop_ext.cache.layout import RowLayout
-from learndrop_ext.cache.plan import Budgets, TierPlan
+from learndrop_ext.rows import storage
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.disk import DiskTier
+from learndrop_ext.rows.host import HostTier
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.plan import Budgets, TierPlan
 
 
 @pytest.fixture

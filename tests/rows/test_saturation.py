@@ -9,7 +9,7 @@ import torch
 from five_values import cache_of
 from tiered_cache import ids
 
-from learndrop_ext.cache.plan import Budgets
+from learndrop_ext.rows.plan import Budgets
 
 # codec, dtype, values of a row, whether fp16 clamps a finite one
 SATURATING: list[tuple[str, torch.dtype, list[float], bool]] = [

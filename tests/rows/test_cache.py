@@ -8,7 +8,7 @@ import torch
 from tiered_cache import CPU, ids
 from torch import Tensor
 
-from learndrop_ext.cache.cache import ActivationCache
+from learndrop_ext.rows.cache import ActivationCache
 
 
 def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

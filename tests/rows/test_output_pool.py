@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from learndrop_ext.cache import output_pool as batch_memory
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.output_pool import MAX_FREE, OutputPool
+from learndrop_ext.rows import output_pool as batch_memory
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.output_pool import MAX_FREE, OutputPool
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 3, 5)

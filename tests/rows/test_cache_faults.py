@@ -12,11 +12,11 @@ import pytest
 import torch
 from fault_programs import CPU, MOSTLY_ON_DISK, ON_DISK, PRINT, SHAPE, rows
 
-from learndrop_ext.cache import host as host_rows
-from learndrop_ext.cache import storage
-from learndrop_ext.cache.cache import ActivationCache
-from learndrop_ext.cache.disk import DiskTier
-from learndrop_ext.cache.plan import Budgets, TierPlan
+from learndrop_ext.rows import host as host_rows
+from learndrop_ext.rows import storage
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.disk import DiskTier
+from learndrop_ext.rows.plan import Budgets, TierPlan
 
 PROGRAMS = Path(__file__).with_name("fault_programs.py")
 
