@@ -13,8 +13,9 @@ Prints one JSON record per line, suite "overhead":
 - "batch of rows": the loader's own time for a batch after a drop, with all rows in memory, compared with a DataLoader over
   a TensorDataset of the same rows; and the extra time to begin an epoch, when weights, code and some samples are compared.
 - "step on rows": a training step of a deep network of which only the last layer is live, compared with the same step of
-  that layer alone in a plain loop, in wall-clock time: what the scheduler costs the host at each step, whatever the
-  layers cost. `--step-on-rows` measures this alone, also on a GPU.
+  that layer alone, fed by index_select from a tensor, epochs of both in turn, in wall-clock time: what dropping costs the
+  host at each step, whatever the layers cost; and the time to begin an epoch. `--step-on-rows` measures this alone, also
+  on a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def never_drops(step_ms: float, epochs: int) -> dict[str, Any]:
     drop = DropScheduler(model, optimizer, loader_of(data), policy=Fixed({}))
 
     def watched() -> None:
-        train(drop.loader, drop.model, optimizer)
+        train(drop.loader, model, optimizer)
         drop.step()
 
     pairs = []
@@ -125,7 +126,10 @@ def batch_of_rows(epochs: int, codec: str) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     data = images(BATCH * 40)
     drop = DropScheduler(model, optimizer, loader_of(data), policy=Fixed({0: 2}), cache=codec)
-    rows = torch.cat([x for x, _ in drop.loader])
+    with torch.no_grad():
+        for x, _ in drop.loader:
+            model.train()(x)  # keeps the rows
+    rows = drop.chain.prefix(2)(data.tensors[0]).detach()
     plain = loader_of(TensorDataset(rows, data.tensors[1]))
 
     def run_through(batches: Iterable[Any]) -> tuple[float, float]:
@@ -141,60 +145,123 @@ def batch_of_rows(epochs: int, codec: str) -> dict[str, Any]:
         "run": "batch of rows",
         "codec": codec,
         "batch": BATCH,
-        "row_bytes": drop.rows.cache.row_bytes if drop.rows.cache is not None else 0,
         "us_per_batch": own * 1e6,
         "tensor_dataset_us_per_batch": beside * 1e6,
         "epoch_begin_ms": (begin - plain_begin) * 1e3,
     }
 
 
-def step_on_rows(epochs: int, device: str) -> dict[str, Any]:
-    count = BATCH * 100
-    model = build_model("resnet50", num_classes=10, in_channels=3, width=8, seed=0).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    data = images(count)
-    drop = DropScheduler(
-        model, optimizer, loader_of(data), policy=lambda now: Decision(len(now.layers) - 1, "all but one")
-    )
-    layers = len(drop.chain)
-    first = [(x.clone(), y) for x, y in drop.loader]
-    rows, labels = (torch.cat(parts) for parts in zip(*first, strict=True))
-    head = nn.Sequential(nn.Flatten(), nn.Linear(rows[0].numel(), 10)).to(device)
-    beside = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
+#: Networks whose last layer alone is live: name, image size, how it is made.
+DEEP: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "tf_efficientnet_lite0": (96, lambda: _timm("tf_efficientnet_lite0")),
+    "resnet50": (64, lambda: _timm("resnet50")),
+}
 
-    def plain() -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        order = torch.randperm(count, device=device)
-        return ((rows[part], labels[part]) for part in order.split(BATCH))
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    model: nn.Module = timm.create_model(name, num_classes=10)
+    return model
+
+
+def step_on_rows(name: str, batch: int, epochs: int, device: str) -> dict[str, Any]:
+    """A step of which all layers but the last are dropped, beside the same layer fed by index_select from a tensor."""
+    size, make = DEEP[name]
+    steps = 40
+    count = batch * steps
+    model = make().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    data = images(256, size)
+    repeated = _Repeated(data, count)
+    loader = DataLoader(repeated, batch, shuffle=True, generator=torch.Generator().manual_seed(0))
+    drop = DropScheduler(model, optimizer, loader, policy=lambda now: Decision(len(now.layers) - 1, "all but one"))
+    layers = len(drop.chain)
+    model.train()
+    train(drop.loader, model, optimizer)  # keeps the rows
+    live = drop.chain.suffix(layers - 1)
+    head: nn.Module = model.get_classifier()  # type: ignore[operator, assignment]
+    beside = torch.optim.SGD(live.parameters(), lr=0.01, momentum=0.9)
+    shape = drop.chain[layers - 2].shape
+    assert shape is not None
+    rows = torch.randn(count, *shape, device=device)
+    labels = torch.randint(0, 10, (count,), device=device)
+
+    def plain() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for part in torch.randperm(count, device=device).split(batch):
+            yield rows.index_select(0, part), labels.index_select(0, part)
 
     def synchronized() -> float:
         if device != "cpu":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def run_through(batches: Iterable[Any], net: nn.Module, steps: torch.optim.Optimizer) -> tuple[float, float]:
-        """Seconds of the clock to the first batch, and for each step that follows."""
+    def steps_of(
+        batches: Iterable[Any], net: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[float, float, list[float]]:
+        """Seconds of the clock to the first batch, of each step that follows, and of this process's CPU."""
         begin = time.perf_counter()
         left = iter(batches)
-        train([next(left)], net, steps)
-        middle = synchronized()
-        train(left, net, steps)
-        return middle - begin, (synchronized() - middle) / (count // BATCH - 1)
+        first = next(left)
+        beginning = time.perf_counter() - begin
+        train([first], net, optimizer)
+        taken = []
+        middle, cpu = synchronized(), time.process_time()
+        for one in left:
+            train([one], net, optimizer)
+            now = synchronized()
+            taken.append(now - middle)
+            middle = now
+        return beginning, (time.process_time() - cpu) / len(taken), taken
 
-    times = []
+    ours, alone = [], []
     for i in range(epochs + 1):
-        ours = run_through(drop.loader, drop.model, optimizer)
-        times += [(*ours, *run_through(plain(), head, beside))] if i else []
-    begin, own, plain_begin, alone = (statistics.median(t[k] for t in times) for k in range(4))
+        one, other = steps_of(drop.loader, model, optimizer), steps_of(plain(), head, beside)
+        if i:
+            ours.append(one)
+            alone.append(other)
+
+    def middle_step(times: list[tuple[float, float, list[float]]]) -> float:
+        return statistics.median(seconds for _, _, taken in times for seconds in taken)
+
+    def four_samples() -> float:
+        begin = time.perf_counter()
+        _ = [repeated[i] for i in range(4)]
+        return time.perf_counter() - begin
+
     return {
         "suite": "overhead",
         "run": "step on rows",
-        "model": f"resnet50, {layers - 1} of {layers} layers dropped",
+        "model": f"{name}, {layers - 1} of {layers} layers dropped, {size} px",
         "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
-        "batch": BATCH,
-        "us_per_step": own * 1e6,
-        "head_us_per_step": alone * 1e6,
-        "epoch_begin_ms": (begin - plain_begin) * 1e3,
+        "batch": batch,
+        "us_per_step": middle_step(ours) * 1e6,
+        "head_us_per_step": middle_step(alone) * 1e6,
+        "ratio": middle_step(ours) / middle_step(alone),
+        "cpu_us_per_step": statistics.median(cpu for _, cpu, _ in ours) * 1e6,
+        "head_cpu_us_per_step": statistics.median(cpu for _, cpu, _ in alone) * 1e6,
+        "epoch_begin_ms": statistics.median(begin for begin, _, _ in ours) * 1e3,
+        "four_samples_ms": four_samples() * 1e3,
     }
+
+
+class _Repeated(torch.utils.data.Dataset[Any]):
+    """A few images under many ids, so that rows are as many as in a real run and images take no memory."""
+
+    def __init__(self, data: TensorDataset, count: int) -> None:
+        self._data, self._count = data, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Any:
+        return self._data[index % len(self._data)]
+
+
+def deep(epochs: int, device: str) -> None:
+    for name in DEEP:
+        for batch in (32, 256):
+            print(json.dumps(step_on_rows(name, batch, epochs, device)), flush=True)
 
 
 def keep_memory() -> None:
@@ -216,12 +283,12 @@ def main() -> None:
         parser.error("--device is for --step-on-rows, the rest runs on the CPU")
     torch.set_num_threads(args.threads)
     if args.step_on_rows:
-        print(json.dumps(step_on_rows(args.epochs, args.device)))
+        deep(args.epochs, args.device)
         return
     print(json.dumps(never_drops(args.step_ms, args.epochs)), flush=True)
     for codec in ("fp32", "fp16", "uint8"):
         print(json.dumps(batch_of_rows(args.epochs, codec)), flush=True)
-    print(json.dumps(step_on_rows(args.epochs, "cpu")), flush=True)
+    deep(args.epochs, "cpu")
 
 
 if __name__ == "__main__":

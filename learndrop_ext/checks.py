@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import os
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +21,17 @@ from learndrop_ext.guards import held_by
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.rowset import RowSet
 
-#: Model -> the scheduler that has dropped layers of it.
-HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+#: Model -> the scheduler that has dropped layers of it, and what makes them live again if it is gone.
+HOLDERS: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Callable[[], Any]]] = weakref.WeakKeyDictionary()
 
 
 def check_free(model: nn.Module, but: object = None) -> None:
     """Raise ValueError if a scheduler other than `but` has dropped layers of the model."""
-    holder = HOLDERS.get(model)
+    holder, release = HOLDERS.get(model, (None, None))
     other = holder() if holder is not None else None
+    if other is None and release is not None:
+        release()
+        HOLDERS.pop(model)
     if other is not None and other is not but:
         raise ValueError(
             f"DropScheduler: model must have no dropped layers, got one of which another DropScheduler has dropped "
@@ -44,14 +48,31 @@ def check_folder(config: CacheConfig) -> None:
         )
 
 
-def check_settings(policy: Any, epochs: Any, call: Any) -> None:
-    """Raise TypeError or ValueError for a policy or a call that is not callable, or a bad number of epochs."""
+def check_settings(model: nn.Module, policy: Any, epochs: Any, call: Any) -> None:
+    """Raise TypeError or ValueError for a policy or a call that is not callable, a bad number of epochs, or a model that
+    takes more than images where no call is given."""
     if isinstance(policy, type) or (policy is not None and not callable(policy)):
         raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
         raise ValueError(f"DropScheduler: epochs must be a whole number >= 1 or None, got {epochs!r}")
     if call is not None and not callable(call):
         raise TypeError(f"DropScheduler: call must be a function of the model and a batch, got {call!r}")
+    if call is None:
+        _check_takes_images(model)
+
+
+def _check_takes_images(model: nn.Module) -> None:
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a forward without a Python signature
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            "DropScheduler: call must say how the loop calls a model that does not take the images alone, as in "
+            f"call=lambda model, batch: model(...), got {type(model).__name__}.forward{signature}: {error}"
+        ) from None
 
 
 def checked_decision(decision: Any, prefix: int, last: int) -> Decision:
@@ -74,6 +95,21 @@ def check_trained(bypass: Bypass, samples: int) -> None:
     if bypass.cuts and not bypass.calls:
         raise RuntimeError(
             "drop.step: wanted the model to be trained on drop.loader's batches, got no call of it on one in train mode"
+        )
+
+
+def traces_of(model: nn.Module) -> list[int]:
+    """Return what a training step changes: how often weights, gradients and buffers were written to."""
+    tensors = [t for p in model.parameters() for t in (p, p.grad)] + list(model.buffers())
+    return [-1 if tensor is None else tensor._version for tensor in tensors]
+
+
+def check_touched(model: nn.Module, traces: Sequence[int], changes: Sequence[LayerChange]) -> None:
+    """Raise RuntimeError if nothing of the model was trained since `traces_of` gave `traces`."""
+    if traces_of(model) == list(traces) and not any(change.l2 for change in changes):
+        raise RuntimeError(
+            "drop.step: wanted the model to be trained on drop.loader's batches, got the weights, gradients and buffers of "
+            "the last step"
         )
 
 

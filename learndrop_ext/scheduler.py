@@ -20,15 +20,17 @@ from learndrop_ext.checks import (
     check_optimizer,
     check_precision,
     check_settings,
+    check_touched,
     check_trained,
     checked_decision,
+    traces_of,
     warn_saturated,
     warn_untrained,
 )
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, some_of, to_device, with_input
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.loader import DropLoader
-from learndrop_ext.data.source import settle_views, source_of
+from learndrop_ext.data.source import Source, settle_views, source_of
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.deltas import Deltas
 from learndrop_ext.decide.forecast import Forecast, forecast
@@ -44,7 +46,7 @@ from learndrop_ext.history import Record
 from learndrop_ext.ledger import Ledger
 from learndrop_ext.rows.config import CacheConfig, cache_config
 from learndrop_ext.rows.rowset import RowSet
-from learndrop_ext.rows.store.fingerprint import Fingerprint, code_digest, images_digest, weights_digest
+from learndrop_ext.rows.store.fingerprint import Fingerprint, code_digest, weights_digest
 
 #: Samples on which a cut is tried before layers are dropped.
 TRIED = 4
@@ -102,8 +104,8 @@ class DropScheduler:
         check_folder(config)
         check_optimizer(optimizer, model)
         check_free(model)
-        check_settings(policy, epochs, call)
-        first_ids, first = source.first()
+        check_settings(model, policy, epochs, call)
+        _, first = source.first()
         first = to_device(first, device)
         images = input_of(first, input)
         if cache is not None:
@@ -121,7 +123,7 @@ class DropScheduler:
         self._base, self._optimizer, self._wrap_of = model, optimizer, wrap
         self._policy: Policy = StoppedLearning() if policy is None else policy
         self._epochs, self._device, self._input = epochs, device, input
-        self._head, self._first, self._first_ids = head, first, first_ids
+        self._head, self._first = head, first
         self._chain, self._source = chain, source
         self._history: list[Record] = []
         self._prefix = self._epoch = 0
@@ -131,26 +133,23 @@ class DropScheduler:
         self._said_saturated = False
         extras = BatchExtras(key=input, device=device, like=first)
         self._extras = extras
-        self._rows = RowSet(len(source), config=config, device=device, made_of=self._made_of)
-        self._bypass = Bypass(
-            model, chain.recorded, keep=self._rows.keep, watch=lambda images: self._guards.check_step(images)
+        # None of these refers to the scheduler: without a reference cycle the workers of its loader end with it.
+        self._run_on = run_on = partial(_run_on, self._call, model, head, first, input)
+        self._rows = rows = RowSet(len(source), config=config, device=device, made_of=lambda path: made_of(path))
+        self._bypass = bypass = Bypass(
+            model, chain.recorded, keep=rows.keep, watch=lambda images, trains: guards.check_step(images, trains)
         )
-        self._guards = Guards(
-            chain,
-            source,
-            self._rows,
-            extras,
-            key=input,
-            like=first,
-            run=self._run_on,
-            modules=self._bypass.modules_before,
+        self._guards = guards = Guards(
+            chain, source, rows, extras, key=input, like=first, run=run_on, modules=bypass.modules_before
         )
-        self._loader = DropLoader(
-            source, self._rows, extras, key=input, like=first, bypass=self._bypass, guards=self._guards
-        )
-        self._model = model if wrap is None else WrappedModel(model, chain, self._bypass, wrap)
+        made_of = partial(_made_of, chain, source, rows, bypass, guards)
+        self._loader = DropLoader(source, rows, extras, key=input, like=first, bypass=bypass, guards=guards)
+        self._forgotten = weakref.finalize(self._loader, bypass.release)  # once nobody can train on rows any more
+        self._forgotten.atexit = False
+        self._model = model if wrap is None else WrappedModel(model, chain, bypass, wrap)
         self._ledger = Ledger(chain, self._rows, self._loader, source, keeps_rows=self._keeps_rows)
         self._deltas = self._deltas_from(0)
+        self._traces = traces_of(model)
         if isinstance(self._policy, PlanningPolicy):
             self._measure_costs()
             self._policy.check(self._ledger.run_costs()[0], epochs)
@@ -227,6 +226,8 @@ class DropScheduler:
         self._guards.look("step")
         changes = self._deltas.measure(refresh=False)
         check_finite(self._chain.names[self._prefix :], changes)
+        if not self._prefix:
+            check_touched(self._base, self._traces, changes)
         gone: tuple[None, ...] = (None,) * self._prefix
         measured = (*gone, *scores(changes))
         images, older, fill_seconds = self._rows.counts
@@ -238,6 +239,7 @@ class DropScheduler:
         reason = self._follow(situation, choices)
         self._deltas.measure()
         self._epoch += 1
+        self._traces = traces_of(self._base)
         self._loader.forget_counts()
         self._rows.forget_counts()
         self._bypass.forget_calls()
@@ -334,9 +336,10 @@ class DropScheduler:
             self._history.append(self._record(reason, changes=nothing, scores=nothing))
 
     def _measure_costs(self) -> None:
-        if not self._ledger.measured and not self._prefix:  # with frozen layers the timed step would be too short
+        if not self._ledger.measured:
             run = partial(self._call, self._base, self._first)
-            self._ledger.measure(run, self._optimizer, batch=len(input_of(self._first, self._input)))
+            with self._bypass.away():  # all layers are live in a timed step
+                self._ledger.measure(run, self._optimizer, batch=len(input_of(self._first, self._input)))
 
     def _situation(
         self, epoch: int, measured: tuple[float | None, ...] | None, epoch_seconds: float
@@ -367,6 +370,8 @@ class DropScheduler:
         decision = checked_decision(self._policy(situation), self._prefix, len(self._chain) - 1)
         decision, choices = from_rank_zero((decision, choices))
         prefix, reason = decision.prefix, decision.reason
+        if prefix > self._prefix:
+            check_free(self._base, self)
         while prefix > self._prefix:
             with self._bypass.away():
                 refused = check_cut(self._chain, prefix, self._run_on, input_of(self._head, self._input))
@@ -386,7 +391,6 @@ class DropScheduler:
 
         Everything that can fail comes before the first visible change.
         """
-        check_free(self._base, self)
         if not situation.epoch:
             warn_untrained(self._base, self._chain, prefix)
         share_buffers(b for m in self._bypass.modules_before(prefix) for b in m.buffers())
@@ -406,7 +410,7 @@ class DropScheduler:
         self._prefix = prefix
         self._bypass.put([*(cut for cut in self._rows.cuts if cut < prefix), prefix])
         self._guards.drop(prefix, self._bypass.frozen, self._optimizer)
-        HOLDERS[self._base] = weakref.ref(self)
+        HOLDERS[self._base] = weakref.ref(self), self._forgotten
         if isinstance(self._model, WrappedModel) and body is not None:
             self._model.show(body)
 
@@ -434,34 +438,6 @@ class DropScheduler:
         if not keep_files:
             self._rows.file.delete()
 
-    def _run_on(self, x: torch.Tensor) -> Any:
-        """Call the model on images [n, ...], in the loop's way."""
-        n = len(x)
-        batch = some_of(
-            self._head, torch.arange(n) % len(input_of(self._head, self._input)), key=self._input, like=self._first
-        )
-        return self._call(self._base, with_input(batch, self._input, x))
-
-    def _made_of(self, path: list[int]) -> Fingerprint:
-        """Everything that rows depend on which went through these cuts."""
-        k, config = path[-1], self._rows.config
-        modules = self._bypass.modules_before(k)
-        # The images of rows that several runs share, and of a loader with ids, differ from run to run.
-        same_images = self._source.readable and not config.shared
-        return Fingerprint(
-            weights=weights_digest(modules, self._chain.parameters(0, k)),
-            cut=k,
-            codec=config.codec,
-            views=config.rows_per_sample,
-            samples=len(self._source),
-            dataset=self._source.describe(),
-            loop=self._guards.loop.describe(),
-            seed=0 if config.mirror or config.rows_per_sample == 1 else config.seed,
-            layers=f"{path} {self._chain.names[:k]} {code_digest(modules)}",
-            images=images_digest(input_of(self._first, self._input)) if same_images else "",
-            mirror=config.mirror,
-        )
-
     def _record(self, reason: str, **values: Any) -> Record:
         cache = self._rows.cache
         return Record(
@@ -483,3 +459,32 @@ class DropScheduler:
     def _check_open(self, name: str) -> None:
         if self._loader.closed:
             raise RuntimeError(f"drop.{name}: the DropScheduler must be open, and it was closed")
+
+
+def _run_on(
+    call: Callable[[nn.Module, Any], Any], model: nn.Module, head: Any, like: Any, key: InputKey, x: torch.Tensor
+) -> Any:
+    """Call the model on images [n, ...], in the loop's way, with the rest of the batch `head`."""
+    batch = some_of(head, torch.arange(len(x)) % len(input_of(head, key)), key=key, like=like)
+    return call(model, with_input(batch, key, x))
+
+
+def _made_of(
+    chain: Chain, source: Source, rows: RowSet, bypass: Bypass, guards: Guards, path: list[int]
+) -> Fingerprint:
+    """Everything that rows depend on which went through these cuts."""
+    k, config = path[-1], rows.config
+    modules = bypass.modules_before(k)
+    return Fingerprint(
+        weights=weights_digest(modules, chain.parameters(0, k)),
+        cut=k,
+        codec=config.codec,
+        views=config.rows_per_sample,
+        samples=len(source),
+        dataset=source.describe(),
+        loop=guards.loop.describe(),
+        seed=0 if config.mirror or config.rows_per_sample == 1 else config.seed,
+        layers=f"{path} {chain.names[:k]} {code_digest(modules)}",
+        images="" if config.shared else source.known_images(),  # those of runs that share rows may differ
+        mirror=config.mirror,
+    )

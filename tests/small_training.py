@@ -61,6 +61,19 @@ def epoch(drop: DropScheduler, optimizer: torch.optim.Optimizer) -> list[float]:
     return losses
 
 
+def called(drop: DropScheduler, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """What the model makes of a batch of `drop.loader`, and what its live layers got: the images, or after a drop the rows."""
+    if not drop.prefix:
+        return drop.model(x), x
+    rows: list[torch.Tensor] = []
+    cut = drop.chain[drop.prefix - 1].cut.module
+    hook = cut.register_forward_hook(lambda _, args, row: rows.append(row.detach().clone()))
+    try:
+        return drop.model(x), rows[-1]
+    finally:
+        hook.remove()
+
+
 class Jittered(Dataset[Any]):
     """Another image at each reading."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from learndrop_ext import Budget, DropScheduler
+from learndrop_ext import Budget, DropScheduler, Fixed
 from learndrop_ext.cudnn import without_benchmark
-from small_training import Net, data, epoch
+from small_training import Net, data, epoch, parts
 
 SETTINGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
 
@@ -52,6 +54,44 @@ def test_nothing_changes_for_a_cpu() -> None:
     with without_benchmark(torch.device("cpu"), deterministic=True):
         assert settings()["benchmark"]
         assert not settings()["deterministic"]
+
+
+def test_every_pass_that_is_not_the_users_is_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU too, where the settings say nothing."""
+    depth = 0
+    seen: list[bool] = []
+    convolution = nn.Conv2d._conv_forward
+
+    @contextlib.contextmanager
+    def noted(device: torch.device, *, deterministic: bool = False) -> Iterator[None]:
+        nonlocal depth
+        depth += 1
+        yield
+        depth -= 1
+
+    def recorded(module: nn.Conv2d, *args: Any) -> torch.Tensor:
+        seen.append(depth > 0)
+        return convolution(module, *args)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", recorded)
+    for name in ("forward.cuts", "forward.proof", "guards", "decide.timing"):
+        monkeypatch.setattr(f"learndrop_ext.{name}.without_benchmark", noted)
+    model, optimizer, loader = parts()
+    with DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), epochs=3) as drop:
+        drop.forecast()
+        assert set(seen) == {True}  # to find the layers, and to time them
+        for number in range(2):
+            seen.clear()
+            first = next(iter(drop.loader))
+            assert set(seen) == ({True} if number else set())  # an image to see what the dropped layers compute
+            seen.clear()
+            model.train()(first[0])
+            assert set(seen) == {False}
+            epoch(drop, optimizer)
+            seen.clear()
+            drop.step()
+            assert set(seen) == {True}  # to try the cut, and then to compute the row of that image
+            assert depth == 0
 
 
 @pytest.mark.cuda

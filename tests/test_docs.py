@@ -131,7 +131,7 @@ def one_thread() -> Iterator[None]:
         pytest.param(
             page,
             id=page.name,
-            marks=[pytest.mark.filterwarnings(text) for text in IGNORED] if page.name.startswith("lightning") else (),
+            marks=[pytest.mark.filterwarnings(text) for text in IGNORED] if page.name.startswith(("lightning", "integrations")) else (),
         )
         for page in PAGES
     ],
@@ -140,7 +140,7 @@ def test_every_python_block_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if page.name.startswith("lightning"):
+    if page.name.startswith(("lightning", "integrations")):
         request.getfixturevalue("torchvision_stub")  # Lightning imports torchvision where it is installed
     names: dict[str, Any] = {}
     exec(PRELUDE, names)
@@ -285,8 +285,8 @@ SPEAKER_OF = {
     "lightning.py": ("… ", "LearnDropCallback: the Trainer must "),
 }
 SPEAKING = (
-    *("scheduler.py", "checks.py", "ledger.py", "checkpoint.py", "data/*.py", "graph/live.py", "graph/freeze.py"),
-    *("graph/chain.py", "graph/call.py", "cache/config.py", "decide/policy.py", "lightning.py"),
+    *("scheduler.py", "checks.py", "ledger.py", "checkpoint.py", "guards.py", "data/*.py", "forward/*.py", "rows/rowset.py"),
+    *("rows/config.py", "decide/policy.py", "decide/timing.py", "lightning.py"),
 )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from learndrop_ext import CacheConfig, Fixed
-from learndrop_ext.data.drift import PROBES
+from learndrop_ext.guards import PROBES
 from small_training import data
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in IGNORED]
@@ -61,7 +61,7 @@ def test_the_model_is_given_back_as_it_was(pl: Any) -> None:
     assert {name: sorted(child.__dict__) for name, child in module.named_modules()} == before
     assert all(child.training for child in module.modules())
     assert learn_drop.drop.loader.closed
-    assert learn_drop.drop.rows.cache is None
+    assert learn_drop.drop._rows.cache is None
     assert run.fit_loop._data_source.instance is user
     copy.deepcopy(module.net)(data().tensors[0])
     # The same callback serves a second fit.
@@ -149,7 +149,7 @@ def test_bf16_rows_are_made_under_the_precision_of_the_training(pl: Any) -> None
     wanted, net = by_hand(4, bf16=True)
     assert module.losses == wanted
     assert_equal(module.net, net)
-    assert learn_drop.drop.rows.autocast == torch.bfloat16
+    assert learn_drop.drop._guards.loop.autocast == torch.bfloat16
 
 
 def test_early_stopping_and_checkpoints_see_the_whole_model(pl: Any, tmp_path: Path) -> None:
@@ -191,7 +191,33 @@ def test_validation_within_an_epoch_is_not_counted_as_training(pl: Any) -> None:
 def test_the_trainers_epochs_are_those_of_the_policy(pl: Any) -> None:
     learn_drop = callback()
     trainer(pl, learn_drop, max_epochs=3).fit(classifier(pl), loader())
-    assert learn_drop.drop.epochs == 3
+    assert learn_drop.drop._epochs == 3
     learn_drop = callback(epochs=7)
     trainer(pl, learn_drop, max_epochs=1).fit(classifier(pl), loader())
-    assert learn_drop.drop.epochs == 7
+    assert learn_drop.drop._epochs == 7
+
+
+def test_a_recipe_that_asks_for_the_number_of_steps_before_the_fit_drops_all_the_same(pl: Any) -> None:
+    """`estimated_stepping_batches`, as in any one-cycle recipe, loads the data before the fit starts."""
+    module, learn_drop = classifier(pl), callback()
+    steps: list[float] = []
+
+    def configure_optimizers() -> Any:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+        steps.append(module.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=int(steps[0]))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    module.configure_optimizers = configure_optimizers
+    trainer(pl, learn_drop).fit(module, loader())
+    assert steps == [12]
+    assert [record.prefix for record in learn_drop.drop.history] == [2, 3, 3, 3]
+
+
+def test_hooks_on_the_network_and_half_precision_work(pl: Any) -> None:
+    module, learn_drop = classifier(pl), callback()
+    called: list[int] = []
+    module.net.register_forward_hook(lambda *_: called.append(1))
+    trainer(pl, learn_drop, precision="bf16-true").fit(module, loader())
+    assert [record.prefix for record in learn_drop.drop.history] == [2, 3, 3, 3]
+    assert len(called) >= 12

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation
-from learndrop_ext.data.drift import PROBES
-from small_training import Net, data, epoch, parts, prefix_rows
+from learndrop_ext.guards import PROBES
+from small_training import Net, called, data, epoch, parts, prefix_rows
 
 
 def test_the_eight_line_loop_works_with_all_defaults() -> None:
@@ -22,7 +23,7 @@ def test_the_eight_line_loop_works_with_all_defaults() -> None:
     drop = DropScheduler(model, optimizer, loader)
     for _ in range(3):
         for x, y in drop.loader:
-            loss = nn.functional.cross_entropy(drop.model(x), y)
+            loss = nn.functional.cross_entropy(model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -34,10 +35,12 @@ def test_the_eight_line_loop_works_with_all_defaults() -> None:
 def test_step_records_what_it_saw_and_did() -> None:
     model, optimizer, loader = parts()
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    assert drop.model is model
+    assert drop.forecast(3).full_seconds > 0
     epoch(drop, optimizer)
     record = drop.step()
     assert drop.chain.names == ("conv1", "conv2", "conv3", "fc")
-    assert (record.epoch, record.prefix, record.cut) == (1, 2, 2)
+    assert (record.epoch, record.prefix, record.tier, drop._rows.cut) == (1, 2, "device", 2)
     assert record.reason == "set by hand; rows after conv2"
     assert record.learning_rate == 0.05
     assert record.samples == 24
@@ -61,6 +64,15 @@ def test_step_records_what_it_saw_and_did() -> None:
     assert record.forecast_seconds > 0
     epoch(drop, optimizer)
     assert drop.step().fill_flops == 0
+
+
+def test_a_policy_without_costs_has_nothing_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), epochs=3)
+    monkeypatch.setattr(drop._ledger, "measure", lambda *_, **__: pytest.fail("Fixed reads no costs"))
+    for _ in range(3):
+        epoch(drop, optimizer)
+        assert drop.step().forecast_seconds is None
 
 
 def test_images_are_read_once_after_a_drop_and_the_prefix_stays() -> None:
@@ -101,28 +113,34 @@ def test_the_model_stays_whole() -> None:
     epoch(drop, optimizer)
     drop.step()
     running = model.bn1.running_mean.clone()
-    for x, _ in drop.loader:
-        model.train()
-        drop.model(x)
-        assert model.conv3.training
-    assert torch.equal(model.bn1.running_mean, running)
+    for _ in range(2):  # on images, whose rows are kept, and on rows
+        for x, _ in drop.loader:
+            model.train()
+            model(x)
+            assert not model.bn1.training
+            assert model.conv3.training
+        assert torch.equal(model.bn1.running_mean, running)
+    images, labels = data().tensors
+    model.eval()
     for x, y in drop.loader:
-        assert not model.bn1.training
-        images, labels = data().tensors
-        model.eval()
-        ids = [
-            next(i for i in range(24) if labels[i] == one and torch.equal(row, drop_rows[i]))
-            for one, row in zip(y, x, strict=True)
-            for drop_rows in [prefix_rows(drop, 2)]
-        ]
+        read = x.read()
+        ids = [next(i for i in range(24) if torch.equal(image, images[i])) for image in read]
+        assert torch.equal(labels[ids], y)
         with torch.no_grad():
-            assert torch.equal(model(images[ids]), drop.model.eval()(x))
-        model.train()
-        drop.model.train()
+            assert torch.equal(model(x), model(read))
     assert list(model.state_dict()) == keys
-    assert list(copy.deepcopy(model).state_dict()) == keys
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
+    with torch.no_grad():
+        wanted = model(images)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+            assert list(other.state_dict()) == keys
+            assert torch.equal(other(images), wanted)
+            # The copy trains as an ordinary model, and knows nothing of what was dropped.
+            other.train()(images)
+            assert not torch.equal(other.bn1.running_mean, running)
+    assert torch.equal(model.bn1.running_mean, running)
 
 
 def test_labels_and_the_rest_of_the_batch_stay_with_their_rows() -> None:
@@ -145,7 +163,7 @@ def test_labels_and_the_rest_of_the_batch_stay_with_their_rows() -> None:
                 assert label == int(data()[i][1])
             order += batch["id"].tolist()
             optimizer.zero_grad()
-            nn.functional.cross_entropy(drop.model(batch["image"]), batch["label"]).backward()
+            nn.functional.cross_entropy(model(batch["image"]), batch["label"]).backward()
             optimizer.step()
         assert sorted(order) == list(range(24))
         drop.step()
@@ -184,7 +202,7 @@ def test_undrop_trains_the_whole_model_again() -> None:
     drop.step()
     drop.undrop()
     assert drop.prefix == 0
-    assert drop.cut == 0
+    assert drop._rows.cut == 0
     before = model.conv1.weight.clone()
     epoch(drop, optimizer)
     drop.step()
@@ -199,8 +217,8 @@ def test_a_budget_that_is_too_small_keeps_no_rows_and_says_so() -> None:
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache=CacheConfig(budget_bytes=1000))
     epoch(drop, optimizer)
     record = drop.step()
-    assert (record.prefix, record.cut, record.cache_bytes) == (2, 0, 0)
-    assert "no rows: the smallest take" in record.reason
+    assert (record.prefix, record.tier, record.cache_bytes) == (2, "none", 0)
+    assert "no rows: they take 6.144 kB and the budget is 1 kB" in record.reason
     before = model.conv1.weight.clone()
     epoch(drop, optimizer)
     assert torch.equal(model.conv1.weight, before)
@@ -222,20 +240,21 @@ def test_a_sampler_of_few_samples_fills_only_those_and_fetches_the_others_when_d
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
     epoch(drop, optimizer)
     drop.step()
-    cache = drop.rows.cache
+    cache = drop._rows.cache
     assert cache is not None
     assert len(cache.filled) == 4
     epoch(drop, optimizer)
     assert len(cache.filled) == 4
     chosen.ids = [9, 11, 3, 0]
-    got = [(x, y) for x, y in drop.loader]
-    assert int(cache.filled.sum()) == 6
     images, labels = data().tensors
     ids = torch.tensor(chosen.ids)
-    with torch.no_grad():
-        wanted = drop.chain.prefix(2).eval()(images[ids])
-    torch.testing.assert_close(torch.cat([x for x, _ in got]), wanted)
-    assert torch.equal(torch.cat([y for _, y in got]), labels[ids])
+    wanted = prefix_rows(drop, 2)[ids]
+    model.train()
+    for _ in range(2):  # a batch with a sample that has no row is read whole
+        got = [(called(drop, x)[1], y) for x, y in drop.loader]
+        assert int(cache.filled.sum()) == 6
+        torch.testing.assert_close(torch.cat([x for x, _ in got]), wanted)
+        assert torch.equal(torch.cat([y for _, y in got]), labels[ids])
 
 
 @pytest.mark.parametrize("drops", [{1: 2}, {1: 1, 2: 3}, {}])
@@ -282,7 +301,7 @@ def test_the_policy_sees_what_an_epoch_took_before_anything_was_dropped() -> Non
     drop = DropScheduler(model, optimizer, loader, policy=policy)
     for seconds in (5.0, 1.0, 2.0):
         epoch(drop, optimizer)
-        drop.loader._given[1] = seconds
+        drop.loader._seconds = seconds
         drop.step()
     # The median of the epochs without drops.
     assert [situation.epoch_seconds for situation in seen[1:]] == pytest.approx([5.0, 3.0, 2.0])
@@ -305,8 +324,117 @@ def test_rows_spill_to_disk_and_train_the_same(tmp_path: Path) -> None:
     # 24 rows after conv1 take 1 KiB each: 2 KiB hold none beside the areas that rows from the disk go through.
     got, drop = run(CacheConfig(codec="fp32", budget_bytes=2048, disk_bytes=1 << 20, disk_dir=str(tmp_path)))
     assert got == wanted
-    assert drop.rows.cache is not None
-    assert drop.rows.cache.plan.disk > 0
+    assert drop._rows.cache is not None
+    assert drop._rows.cache.plan.disk > 0
     assert len(list(tmp_path.iterdir())) == 1
     drop.undrop()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_refresh_reads_the_labels_of_some_samples_again() -> None:
+    class Corrected(TensorDataset):
+        read: list[int]
+
+        def __getitem__(self, index: int) -> Any:
+            self.read.append(index)
+            return super().__getitem__(index)
+
+        __getitems__ = None
+
+    dataset = Corrected(*(tensor.clone() for tensor in data().tensors), torch.arange(24))
+    dataset.read = []
+    model, optimizer, loader = parts(dataset, shuffle=False)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
+
+    def seen() -> torch.Tensor:
+        model.train()
+        labels = []
+        for x, y, _ in drop.loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            labels.append(y)
+        drop.step()
+        return torch.cat(labels)
+
+    for _ in range(3):
+        seen()
+    labels = dataset.tensors[1]
+    labels[[2, 9]] = (labels[[2, 9]] + 1) % 5
+    drop.refresh([2, 9])
+    dataset.read.clear()
+    assert torch.equal(seen(), labels)  # and no warning, which would be an error
+    # The two batches that the samples are in are read, and a few samples are compared.
+    assert set(range(16)) <= set(dataset.read)
+    assert len(dataset.read) <= 16 + PROBES
+    assert drop.history[-1].fill_flops == 16 * sum(layer.flops for layer in drop.chain[:2])
+    assert torch.equal(seen(), labels)
+    assert drop.history[-1].fill_flops == 0
+    labels[:] = 0
+    drop.refresh()
+    assert torch.equal(seen(), labels)
+    with pytest.raises(IndexError):
+        drop.refresh([24])
+
+
+def test_a_new_optimizer_is_the_one_that_is_measured() -> None:
+    class Slow(torch.optim.SGD):
+        """Takes at least 50 ms."""
+
+        def step(self, closure: Any = None) -> Any:
+            time.sleep(0.05)
+            return super().step(closure)
+
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({}), epochs=3)
+    steps = 3 * 3  # batches of all epochs
+    assert drop.forecast().full_seconds < steps * 0.05
+    with pytest.raises(ValueError, match="optimizer must hold the model's parameters, got none of its 12"):
+        drop.optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    assert drop.optimizer is optimizer
+    drop.optimizer = slow = Slow(model.parameters(), lr=0.25)
+    assert drop.optimizer is slow
+    assert drop.forecast().full_seconds >= steps * 0.05
+    epoch(drop, slow)
+    assert drop.step().learning_rate == 0.25
+
+
+def test_after_a_drop_a_new_optimizer_must_leave_what_slept_asleep() -> None:
+    model, optimizer, loader = parts()
+    optimizer = torch.optim.SGD([*model.conv2.parameters(), *model.conv3.parameters()], lr=0.05)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    drop.step()
+    epoch(drop, optimizer)
+    drop.optimizer = torch.optim.SGD(model.parameters(), lr=0.05)  # conv1 did not train when it was dropped
+    with pytest.raises(RuntimeError, match=r"the parameters of conv1 have been set to train .* call drop.undrop\(\)"):
+        drop.step()
+
+
+def test_a_policy_that_never_drops_leaves_the_model_untouched() -> None:
+    model, optimizer, loader = parts()
+    hooks = [name for name in vars(model) if name.endswith("_hooks")]
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    weights = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.eval().modules()]
+    state = torch.get_rng_state()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({}))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+    def assert_untouched() -> None:
+        assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+        assert not any(getattr(module, name) for module in model.modules() for name in hooks)
+        assert all(type(module.forward).__name__ == "method" for module in model.modules())
+
+    for _ in range(2):
+        assert_untouched()
+        for x, _ in drop.loader:
+            assert type(x) is torch.Tensor
+        epoch(drop, optimizer)
+        drop.step()
+    assert_untouched()
+    drop.close()
+    assert_untouched()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,9 +25,13 @@ class Stream(IterableDataset[Any]):
 def test_a_random_dataset_is_refused_and_the_ways_out_are_named() -> None:
     model, optimizer, loader = parts(Jittered())
     state = torch.get_rng_state()
-    options: list[dict[str, Any]] = [{}, {"views": 1, "epochs": 8}, {"cache": CacheConfig(mirror=True), "epochs": 8}]
+    options: list[dict[str, Any]] = [
+        {},
+        {"cache": CacheConfig(views=1), "epochs": 8},
+        {"cache": CacheConfig(mirror=True), "epochs": 8},
+    ]
     for given in options:
-        with pytest.raises(ValueError, match=r"same sample for the same id .* views=V .* without randomness"):
+        with pytest.raises(ValueError, match=r"same sample for the same id .* CacheConfig\(views=V\) .* without randomness"):
             DropScheduler(model, optimizer, loader, **given)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -80,11 +85,40 @@ def test_load_state_dict_changes_nothing_where_any_part_of_the_state_does_not_fi
         fresh = DropScheduler(same, torch.optim.SGD(same.parameters(), lr=0.1), again, policy=Fixed({1: 2}))
         with pytest.raises(ValueError, match=message):
             fresh.load_state_dict(state)
-        assert (fresh.prefix, fresh.rows.cuts, fresh.history, fresh.loader.epochs) == (0, [], [], 0)
-        assert fresh.rows.cache is None
+        assert (fresh.prefix, fresh._rows.cuts, fresh.history, fresh.loader.epochs) == (0, [], (), 0)
+        assert fresh._rows.cache is None
         assert all(p.requires_grad for p in same.parameters())
         fresh.load_state_dict(whole)
         assert fresh.prefix == 2
+
+
+def test_resuming_with_too_small_a_budget_changes_nothing() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    for _ in range(2):
+        epoch(drop, optimizer)
+        drop.step()
+    state = drop.state_dict()
+    same, _, again = parts()
+    small = CacheConfig(budget_bytes=24 * 256 - 1)
+    for policy in (Fixed({}), Fixed({0: 1})):
+        same.load_state_dict(model.state_dict())
+        optimizer = torch.optim.SGD(same.parameters(), lr=0.1)
+        with DropScheduler(same, optimizer, again, policy=policy, cache=small) as fresh:
+
+            def seen(fresh: DropScheduler = fresh) -> tuple[Any, ...]:
+                rows, bypass = fresh._rows, fresh._bypass
+                own = [name for name, module in same.named_modules() if "forward" in vars(module)]
+                state = (rows.cuts, rows.path, rows.cache, rows.generator.get_state().tolist(), rows.slots.view_offset.tolist())
+                told = fresh._guards.loop.describe(), fresh.loader.epochs, fresh.loader.batches.seen.tolist()
+                return (*state, *told, bypass.cuts, fresh.prefix, fresh.epoch, fresh.history, own)
+
+            before = seen()
+            with pytest.raises(ValueError, match="budgets must hold 24 rows of 256 bytes, got 6,143 bytes on the device"):
+                fresh.load_state_dict(state)
+            assert seen() == before
+            epoch(fresh, optimizer)  # and it goes on as if nothing had been asked of it
+            assert fresh.step().epoch == 1
 
 
 def test_step_without_training_is_refused() -> None:
@@ -97,11 +131,36 @@ def test_step_without_training_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"since the last step, got none"):
         drop.step()
     assert len(drop.history) == 1
-    drop.model.eval()
+    model.eval()
     for x, _ in drop.loader:
-        drop.model(x)
-    with pytest.raises(RuntimeError, match=r"got calls of it in eval mode only: call model.train\(\)"):
+        model(x)
+    with pytest.raises(RuntimeError, match=r"wanted the model to be trained .* got the weights, gradients and buffers of"):
         drop.step()
+
+
+def test_step_without_training_is_refused_after_a_drop() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
+    epoch(drop, optimizer)
+    drop.step()
+    for training in (None, False):
+        for x, _ in drop.loader:
+            if training is not None:
+                model.train(training)(x)
+        with pytest.raises(RuntimeError, match=r"wanted the model to be trained .* got no call of it on one in train mode"):
+            drop.step()
+    assert len(drop.history) == 1
+    assert not drop._rows.cache.filled.any()
+    epoch(drop, optimizer)
+    assert drop.step().samples == 3 * 24  # of all epochs since the last step
+
+
+def test_a_learning_rate_of_zero_is_training() -> None:
+    model, _, loader = parts()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({}))
+    epoch(drop, optimizer)
+    assert set(drop.step().relative) == {0.0}
 
 
 def test_step_names_the_layer_with_weights_that_are_not_finite() -> None:
@@ -113,7 +172,7 @@ def test_step_names_the_layer_with_weights_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match=r"weights must be finite, got 2 NaN or inf in layer conv3"):
         drop.step()
     assert drop.prefix == 0
-    assert drop.history == []
+    assert drop.history == ()
 
 
 def test_step_refuses_a_loop_that_trains_something_else() -> None:
@@ -121,26 +180,49 @@ def test_step_refuses_a_loop_that_trains_something_else() -> None:
     drop = DropScheduler(model, optimizer, loader)
     for _ in drop.loader:
         pass
-    with pytest.raises(RuntimeError, match=r"wanted drop.model to be trained"):
+    with pytest.raises(RuntimeError, match=r"wanted the model to be trained"):
         drop.step()
-    drop = DropScheduler(model, optimizer, loader)
-    for x, _ in drop.loader:
-        drop.model(2 * x)
-    with pytest.raises(RuntimeError, match=r"must get the batch's input .* got \[8, 3, 8, 8\]"):
-        drop.step()
-    drop = DropScheduler(model, optimizer, loader, check_input=False)
-    for x, _ in drop.loader:
-        drop.model(2 * x)
-    drop.step()
-
-
-def test_the_dropped_model_refuses_images() -> None:
-    model, optimizer, loader = parts()
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
     epoch(drop, optimizer)
     drop.step()
-    with pytest.raises(ValueError, match=r"cached rows \[B, 6, 4, 4\] .* got \[4, 3, 8, 8\]; to evaluate on images"):
-        drop.model(torch.randn(4, 3, 8, 8))
+    for _ in drop.loader:
+        pass
+    with pytest.raises(RuntimeError, match=r"wanted the model to be trained"):
+        drop.step()
+
+
+def test_rows_are_of_what_the_loop_makes_of_the_images() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
+    for _ in range(3):
+        model.train()
+        for x, y in drop.loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(2 * x), y).backward()
+            optimizer.step()
+        drop.step()
+    with torch.no_grad():
+        wanted = drop.chain.prefix(2)(2 * data().tensors[0])
+    rows = drop._rows
+    torch.testing.assert_close(rows.cache.gather(rows.places(torch.arange(24))), wanted)
+    with pytest.raises(RuntimeError, match=r"wanted mul\(2\), got nothing"):
+        epoch(drop, optimizer)
+
+
+def test_the_model_still_takes_images_after_a_drop() -> None:
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
+    epoch(drop, optimizer)
+    drop.step()
+    images = data().tensors[0]
+    running = model.bn1.running_mean.clone()
+    out = model.train()(images)
+    with torch.no_grad():
+        model.conv3.train(), model.fc.train()
+        x = model.bn2(model.conv2(model.bn1(model.conv1(images)).relu())).relu()
+        assert not model.bn2.training
+        assert torch.equal(out, model.fc(model.conv3(x).relu().mean((2, 3))))
+    assert torch.equal(model.bn1.running_mean, running)
+    assert not drop._rows.cache.filled.any()  # only batches of drop.loader leave rows
 
 
 def test_a_policy_that_goes_back_or_too_far_is_refused() -> None:
@@ -198,13 +280,12 @@ def test_bad_arguments_are_refused_before_anything_is_changed() -> None:
         ({"cache": 3}, TypeError, r"cache must be a CacheConfig, a codec or None, got int"),
         ({"cache": "fp8"}, ValueError, r"codec must be one of fp32, bf16, fp16, uint8, got 'fp8'"),
         ({"cache": CacheConfig(disk_dir="/none")}, ValueError, r"disk_dir that is a folder to write to, got .*'/none'"),
-        ({"views": 0}, ValueError, r"views must be a whole number >= 1 or 'auto', got 0"),
         ({"policy": Fixed}, TypeError, r"policy must be a function of a Situation, got <class"),
         ({"policy": 3}, TypeError, r"policy must be a function of a Situation, got 3"),
         ({"epochs": True}, ValueError, r"epochs must be a whole number >= 1 or None, got True"),
         ({"epochs": 0}, ValueError, r"epochs must be a whole number >= 1 or None, got 0"),
         ({"input": 7}, ValueError, r"input must be the position of the model's input in a batch, got 7"),
-        ({"layers": ["nope"]}, ValueError, r"layers must name modules of the model, got 'nope'"),
+        ({"call": 3}, TypeError, r"call must be a function of the model and a batch, got 3"),
     ]
     for change, error, message in cases:
         arguments: dict[str, Any] = {"model": model, "optimizer": optimizer, "loader": loader} | change
@@ -235,12 +316,11 @@ def test_an_epoch_that_a_broken_sample_ends_can_be_begun_again() -> None:
     with pytest.raises(OSError, match="disk gone"):
         epoch(drop, optimizer)
     dataset.broken = False
-    labels = data().tensors[1]
-    got = {int(y): x for xs, ys in drop.loader for x, y in zip(xs, ys, strict=True)}
-    wanted = prefix_rows(drop, 2)
-    for label, row in got.items():
-        assert any(torch.equal(row, wanted[i]) for i in range(24) if labels[i] == label)
-    assert bool(drop.rows.cache.filled.all())
+    epoch(drop, optimizer)
+    rows = drop._rows
+    assert rows.cache is not None
+    assert bool(rows.cache.filled.all())
+    torch.testing.assert_close(rows.cache.gather(rows.places(torch.arange(24))), prefix_rows(drop, 2))
 
 
 @pytest.mark.parametrize("fails", ["the policy", "the wrap"])
@@ -266,7 +346,7 @@ def test_a_step_that_fails_can_be_called_again(fails: str) -> None:
         if broken_once:
             with pytest.raises(OSError, match="no "):
                 drop.step()
-            assert (drop.prefix, drop.rows.cache, drop.history) == (0, None, [])
+            assert (drop.prefix, drop._rows.cache, drop.history) == (0, None, ())
             broken = False
         record = drop.step()
         runs.append((record.relative, record.prefix, record.samples, epoch(drop, optimizer)))
@@ -289,12 +369,42 @@ def test_a_prefix_that_is_no_function_of_the_sample_is_refused() -> None:
     assert drop.prefix == 0
 
 
-def test_step_refuses_every_epoch_that_trained_something_else() -> None:
-    model, optimizer, loader = parts()
-    drop = DropScheduler(model, optimizer, loader)
-    epoch(drop, optimizer)
-    drop.step()
-    for _ in drop.loader:
-        pass
-    with pytest.raises(RuntimeError, match=r"wanted drop.model to be trained"):
+def test_a_model_in_float64_keeps_no_rows_and_is_told_so_at_once() -> None:
+    model, _, _ = parts()
+    model.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    images, labels = data().tensors
+    loader = DataLoader(TensorDataset(images.double(), labels), batch_size=8)
+    message = r"model must compute in float32, bfloat16 or float16 .* got torch.float64 after conv1; give cache=None"
+    for cache in ("fp16", "fp32", CacheConfig()):
+        with pytest.raises(ValueError, match=message):
+            DropScheduler(model, optimizer, loader, policy=Fixed({2: 1}), cache=cache)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({2: 1}), cache=None)
+    weights = []
+    for _ in range(4):
+        epoch(drop, optimizer)
         drop.step()
+        weights.append(model.conv1.weight.detach().clone())
+    assert drop.prefix == 1
+    assert torch.equal(weights[1], weights[3])
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_nothing_of_the_scheduler_is_set_from_outside_but_the_optimizer() -> None:
+    drop = DropScheduler(*parts(), policy=Fixed({}))
+    names = [name for name in vars(DropScheduler) if isinstance(vars(DropScheduler)[name], property)]
+    assert {"model", "loader", "history", "chain", "prefix", "epoch", "policy", "config", "optimizer"} == set(names)
+    for name in names:
+        value = getattr(drop, name)
+        if name == "optimizer":
+            setattr(drop, name, value)
+            continue
+        with pytest.raises(AttributeError):
+            setattr(drop, name, value)
+        assert getattr(drop, name) is value or name == "history"
+    assert isinstance(drop.history, tuple)
+    assert all(name.startswith("_") for name in vars(drop))
+
+
+def test_the_constructor_has_ten_arguments_at_most() -> None:
+    assert len(inspect.signature(DropScheduler).parameters) <= 10

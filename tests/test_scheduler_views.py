@@ -9,21 +9,27 @@ import pytest
 import torch
 
 from learndrop_ext import Budget, CacheConfig, DropScheduler, Fixed
-from small_training import Jittered, epoch, parts
+from small_training import Jittered, called, epoch, parts
+
+
+def sums_of_an_epoch(drop: DropScheduler) -> set[float]:
+    """The sum of each row that the live layers of the model get in an epoch."""
+    drop.model.train()
+    return {float(row.sum()) for x, _ in drop.loader for row in called(drop, x)[1]}
 
 
 def test_views_keep_several_readings_of_each_sample() -> None:
     model, optimizer, loader = parts(Jittered())
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}), views=4, cache="fp32")
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}), cache=CacheConfig("fp32", views=4))
     epoch(drop, optimizer)
     record = drop.step()
     assert record.reason == "set by hand; rows after conv1, 4 views of each sample"
     assert record.cache_bytes == 24 * 4 * record.row_bytes
-    seen = [{float(row.sum()) for x, _ in drop.loader for row in x} for _ in range(8)]
+    seen = [sums_of_an_epoch(drop) for _ in range(8)]
     assert all(len(one) == 24 for one in seen)
     assert len(set.union(*seen[:4])) == 96  # fresh images in the first four epochs
     assert seen[4:] == seen[:4]  # and then their rows, view by view
-    cache = drop.rows.cache
+    cache = drop._rows.cache
     assert cache is not None
     views = cache.gather(torch.arange(4))
     assert len({float(view.sum()) for view in views}) == 4
@@ -43,12 +49,14 @@ def test_views_keep_several_readings_of_each_sample() -> None:
 def test_views_of_random_samples_are_chosen_by_the_time_asked_for(epochs: int, policy: Any, views: int) -> None:
     model, optimizer, loader = parts(Jittered())
     drop = DropScheduler(model, optimizer, loader, policy=policy, epochs=epochs, cache="fp32")
-    assert drop.config.views == drop.rows.views == drop.forecast().views == views
+    assert drop.config.views == drop._rows.views == drop.forecast().views == views
 
 
 def test_views_are_chosen_by_what_the_budgets_hold() -> None:
     model, optimizer, loader = parts(Jittered())
-    row = DropScheduler(model, optimizer, loader, policy=Fixed({0: 3}), views=1000, cache="fp32").history[0].row_bytes
+    many = CacheConfig("fp32", views=1000)
+    with DropScheduler(model, optimizer, loader, policy=Fixed({0: 2}), cache=many) as drop:
+        row = drop.history[0].row_bytes
     for budget, views in ((24 * 5 * row, 5), (24 * 5 * row - 1, 4), (0, 2)):
         config = CacheConfig(codec="fp32", budget_bytes=budget)
         drop = DropScheduler(model, optimizer, loader, policy=Fixed({}), epochs=40, cache=config)
@@ -59,7 +67,7 @@ def test_samples_without_randomness_get_one_view() -> None:
     model, optimizer, loader = parts()
     for cache in ("fp16", None, CacheConfig(mirror=True)):
         drop = DropScheduler(model, optimizer, loader, policy=Fixed({}), epochs=40, cache=cache)
-        assert drop.rows.views == (2 if isinstance(cache, CacheConfig) else 1)
+        assert drop._rows.views == (2 if isinstance(cache, CacheConfig) else 1)
 
 
 def test_a_resumed_run_keeps_the_views_that_were_chosen_for_it(tmp_path: Path) -> None:
@@ -78,9 +86,12 @@ def test_a_resumed_run_keeps_the_views_that_were_chosen_for_it(tmp_path: Path) -
     assert second.config.views == 10
     second.load_state_dict(state)
     assert second.config.views == 3
-    filled = torch.nonzero(second.rows.cache.filled).flatten()
-    rows = second.rows.cache.gather(filled)
+    caches = first._rows.cache, second._rows.cache
+    assert caches[0] is not None
+    assert caches[1] is not None
+    filled = torch.nonzero(caches[1].filled).flatten()
+    rows = caches[1].gather(filled)
     assert len(rows) == 24
-    assert torch.equal(rows, first.rows.cache.gather(filled))
-    seen = [{float(row.sum()) for x, _ in second.loader for row in x} for _ in range(3)]
+    assert torch.equal(rows, caches[0].gather(filled))
+    seen = [sums_of_an_epoch(second) for _ in range(3)]
     assert seen[2] == {float(row.sum()) for row in rows}  # the first epoch's, once all three have been drawn

@@ -1,4 +1,4 @@
-"""The shape of the package: who imports whom, what is public, one file in one sitting."""
+"""The shape of the package: who imports whom, and what is public."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ PACKAGE = ROOT / "learndrop_ext"
 
 #: In the order the data flows. A module or package imports only what stands before it, and its own siblings.
 FLOW = (
-    *("_C", "kernels", "distributed", "rng", "cudnn", "ops", "graph", "cache", "decide", "data"),
+    *("_C", "kernels", "distributed", "rng", "cudnn", "ops", "forward", "rows", "decide", "data", "guards"),
     *("history", "ledger", "checks", "checkpoint", "scheduler", "lightning", "app"),
 )
+#: The scheduler's state is saved and restored in a file of its own, which knows the scheduler by its type.
+FOR_TYPES = {"checkpoint": {"scheduler"}}
 WANTS_AN_EXTRA = {"lightning"}  # imported by its own tests
 BUILT = {"_C", "kernels"}  # learndrop_ext.kernels is mapped to kernels/ at the top of the tree
 
@@ -42,14 +44,9 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of the modules that a file imports when it runs."""
+    """Full names of the modules that a file imports, those for types only included."""
     found = set()
-    tree = ast.parse(path.read_text())
-    for_types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)]
-    skipped = {id(node) for block in for_types for node in ast.walk(block)}
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -58,6 +55,12 @@ def imports(path: Path) -> set[str]:
             module = ".".join(filter(None, (base, node.module)))
             found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return found
+
+
+def calls(path: Path) -> set[str]:
+    """Names of the functions and classes that a file calls."""
+    called = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    return {node.id for node in called if isinstance(node, ast.Name)}
 
 
 def test_the_flow_names_exactly_what_is_there() -> None:
@@ -71,24 +74,23 @@ def test_a_package_imports_only_what_stands_before_it(path: Path) -> None:
     imported = {
         name.split(".")[1] for name in imports(path) if name.startswith("learndrop_ext.") and name.split(".")[1] in FLOW
     }
-    assert imported <= allowed
+    assert imported <= allowed | FOR_TYPES.get(home, set())
 
 
 def test_modules_of_a_package_do_not_import_each_other_in_circles() -> None:
     names = {module_name(path): path for path in modules() if path.name != "__init__.py"}
-    edges = {name: (imports(path) & names.keys()) - {name} for name, path in names.items()}
+    for_types = {
+        f"learndrop_ext.{name}": {f"learndrop_ext.{of}" for of in others} for name, others in FOR_TYPES.items()
+    }
+    edges = {name: (imports(path) & names.keys()) - {name} - for_types.get(name, set()) for name, path in names.items()}
     done: set[str] = set()
     while ready := {name for name in edges if name not in done and edges[name] <= done}:
         done |= ready
     assert done == edges.keys()
 
 
-def test_only_the_scheduler_changes_the_model() -> None:
-    users = {
-        module_name(path)
-        for path in modules()
-        if "FrozenPrefix(" in path.read_text().replace("class FrozenPrefix:", "")
-    }
+def test_only_the_scheduler_drops_layers() -> None:
+    users = {module_name(path) for path in modules() if place(path) != "forward" and "Bypass" in calls(path)}
     assert users == {"learndrop_ext.scheduler"}
     for stem in ("cli", "report"):
         assert "learndrop_ext.decide.policy" not in imports(PACKAGE / "app" / f"{stem}.py")
@@ -129,18 +131,6 @@ def test_every_public_name_resolves_and_has_a_docstring() -> None:
         module = importlib.import_module(module_name(path))
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), (path, name)
-
-
-def test_files_are_read_in_one_sitting() -> None:
-    long = {
-        str(path.relative_to(ROOT)): lines
-        for folder in ("learndrop_ext", "kernels", "csrc")
-        for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".cpp", ".cu", ".h", ".cuh")
-        for lines in [len(path.read_text().splitlines())]
-        if lines > 400
-    }
-    assert long == {}
 
 
 def test_no_block_of_ten_lines_stands_twice() -> None:

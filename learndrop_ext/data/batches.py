@@ -101,9 +101,9 @@ class Planner:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def draw(self) -> Iterator[Plan]:
-        """Yield a plan for each batch of the epoch."""
-        size = len(self.seen)
+    def draw(self, *, rows: bool = False) -> Iterator[Plan]:
+        """Yield a plan for each batch of the epoch. rows: no batch is read, as far as is known when the epoch begins."""
+        size, all_seen = len(self.seen), bool(self.seen.all())
         for batch in self._order():
             ids = [id_of(i) for i in batch]
             if ids and (min(ids) < 0 or max(ids) >= size):
@@ -112,8 +112,9 @@ class Planner:
                     f"drop.loader: the sampler must name samples of the dataset, within 0..{size - 1}, got {outside}"
                 )
             index = torch.tensor(ids, dtype=torch.int64)
-            self.seen[index] = True
-            yield Plan(index, self.needs_images(index))
+            if not all_seen:
+                self.seen[index] = True
+            yield Plan(index, not rows and self.needs_images(index))
 
     def needed(self) -> torch.Tensor:
         """Return the samples drawn so far, or those of this rank's share: [N] bool."""
@@ -205,7 +206,7 @@ class PlannedBatches:
             # one of training on images. Persistent workers get their seed in the first epoch only.
             torch.empty((), dtype=torch.int64).random_(generator=self._generator)
         self._start_workers()
-        yield from self.planner.draw()
+        yield from self.planner.draw(rows=True)
 
     def rest(self, plan: Plan, given: int) -> None:
         """Return None: samples without a row are read by index."""
@@ -310,7 +311,7 @@ class PassingBatches:
             "drop.loader: the rest of the epoch comes from loader, in its order: rows have been freed, and "
             "samples of a loader with ids= cannot be read by id",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         left = self._source.batches(int(self.seen.sum())) - given
         return itertools.islice(self.images(), left)

@@ -47,12 +47,37 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
     return found
 
 
+def check_count(batch: Any, count: int, key: InputKey) -> None:
+    """Raise ValueError unless a batch has its `count` samples, so that each can be told by its id."""
+    got = len(input_of(batch, key))
+    if got != count:
+        raise ValueError(
+            f"drop.loader: collate_fn must give every sample of a batch, because rows are kept by sample, wanted {count}, "
+            f"got {got}; leave out samples that cannot be read with a Subset or a sampler, or give cache=None"
+        )
+
+
 def with_input(batch: Any, key: InputKey, model_input: torch.Tensor) -> Any:
     """Return the batch with another tensor in place of the model's input."""
     pairs, spec = pytree.tree_flatten_with_path(batch)
     leaves = [leaf for _, leaf in pairs]
     place = _input_place(pairs, input_of(batch, key), key)
     return pytree.tree_unflatten([*leaves[:place], model_input, *leaves[place + 1 :]], spec)
+
+
+def is_ambiguous(batch: Any, key: InputKey) -> bool:
+    """Return whether a batch of B samples holds a list of B tensors of B rows: one per sample, or each with a row per
+    sample. A batch of another size tells."""
+    count = len(input_of(batch, key))
+    found: list[Any] = []
+
+    def is_leaf(value: Any) -> bool:
+        if value is not batch and _is_square(value, count):
+            found.append(value)
+        return False
+
+    pytree.tree_flatten(batch, is_leaf=is_leaf)
+    return count > 1 and len(found) > 0
 
 
 def some_of(batch: Any, take: torch.Tensor, *, key: InputKey, like: Any) -> Any:
@@ -99,6 +124,8 @@ class BatchExtras:
         self._entries: list[_Entry] = []
         self._stacks: list[Any] = []
         self.filled = torch.empty(0, dtype=torch.bool)  # which places hold extras; its length grows in steps
+        self._end = 0  # behind the last of them
+        self._whole: bool | None = None  # whether all places before the end hold extras; None if it is not known
 
     def check(self, batch: Any) -> None:
         """Raise ValueError for a batch that cannot be stored, naming the entry."""
@@ -130,8 +157,9 @@ class BatchExtras:
                 stack = self._stacks[i]
                 for place, sample in zip(at.tolist(), chosen, strict=True):
                     stack.extend([None] * (place + 1 - len(stack)))
-                    stack[place] = leaf[sample]
+                    stack[place] = _own(leaf[sample])
         self.filled = _put_rows(self.filled, at, torch.ones(len(at), dtype=torch.bool))
+        self._end, self._whole = max(self._end, int(at.max()) + 1 if len(at) else 0), None
 
     def get(self, at: torch.Tensor, model_input: torch.Tensor) -> Any:
         """Return the batch at places [B] int64 (CPU), with `model_input` in place of the images."""
@@ -151,8 +179,17 @@ class BatchExtras:
                 leaves.append(stack)
         return pytree.tree_unflatten(leaves, self._spec)
 
+    def has(self, at: torch.Tensor) -> bool:
+        """Return whether all places [B] were written."""
+        if not len(at) or int(at.max()) >= self._end:
+            return False
+        if self._whole is None:
+            self._whole = bool(self.filled[: self._end].all())
+        return self._whole or bool(self.filled[at].all())
+
     def clear(self) -> None:
         """Forget all that was stored."""
+        self._end, self._whole = 0, None
         self._spec, self._entries, self._stacks = None, [], []
         self.filled = torch.empty(0, dtype=torch.bool)
 
@@ -194,6 +231,7 @@ class BatchExtras:
         self._spec = pytree.treespec_loads(values["spec"])
         self._entries = [_Entry(_path_of(path), kind, form) for path, kind, form in values["entries"]]
         self.filled, *stored = tensors
+        self._end, self._whole = len(self.filled), None
         left = iter(stored)
         self._stacks = []
         for entry, stack in zip(self._entries, values["stacks"], strict=True):
@@ -278,7 +316,16 @@ def _is_list_of_samples(value: Any, count: int) -> bool:
     """Whether a container holds one value per sample and is not part of the batch's structure."""
     if not isinstance(value, list | tuple) or hasattr(value, "_fields") or len(value) != count or count == 0:
         return False
-    return not all(isinstance(v, torch.Tensor | np.ndarray) and v.ndim > 0 and len(v) == count for v in value)
+    return not _is_square(value, count)
+
+
+def _is_square(value: Any, count: int) -> bool:
+    """Whether a container holds `count` tensors of `count` rows."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == count
+        and all(isinstance(v, torch.Tensor | np.ndarray) and v.ndim > 0 and len(v) == count for v in value)
+    )
 
 
 def _put_rows(stack: Any, at: torch.Tensor, rows: Any) -> Any:

@@ -49,6 +49,7 @@ class IdSource:
                 f"{type(loader).__name__}, which can be iterated over only once; give an object whose __iter__ starts again"
             )
         self.loader = loader
+        self.known_ids: list[int] = []
         self.whole = False  # whether the last iteration had every id of the first batch, and no id twice
         self.repeats = False  # whether the last iteration had an id twice
         self.unchecked = False  # whether the rows of a checkpoint are still to be compared with the first batch
@@ -84,6 +85,10 @@ class IdSource:
         for value in self._table.ids:
             digest.update(f"{value!r},".encode())
         return f"{type(self.loader).__qualname__} with ids {digest.hexdigest()}"
+
+    def known_images(self) -> str:
+        """Return "": the samples come by in another order in each run."""
+        return ""
 
     def first(self) -> tuple[list[int], Any]:
         """Draw the first batch.

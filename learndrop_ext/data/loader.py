@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 from learndrop_ext.data.batches import Plan, batches_of
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
+from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, to_device, with_input
 from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.images import Form, Images, Standing, form_of
 from learndrop_ext.rows.rowset import RowSet
-from learndrop_ext.rows.slots import filled_at
-
-if TYPE_CHECKING:
-    from learndrop_ext.guards import Guards
 
 #: Attributes of the user's loader that loops and trainers ask for.
 FORWARDED = (
     *("dataset", "batch_size", "sampler", "batch_sampler", "num_workers", "drop_last", "collate_fn", "generator"),
     *("pin_memory", "persistent_workers", "prefetch_factor", "timeout", "worker_init_fn", "multiprocessing_context"),
 )
+
+
+class Guard(Protocol):
+    """What looks at the samples for as long as their rows are relied on; see guards.py."""
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Look at the model and the samples before an epoch begins."""
+
+    def check_batch(self, batch: Any, ids: torch.Tensor) -> None:
+        """Raise ValueError or RuntimeError for a batch of samples `ids` [B] of which no rows can be kept."""
+
+    def note(self, batch: Any, ids: torch.Tensor) -> None:
+        """Note samples `ids` [B] of a batch, whose rows are about to be kept."""
+
+    def compare(self, batch: Any, ids: torch.Tensor, again: torch.Tensor | None) -> bool:
+        """Compare samples `ids` [B] with those that were noted; return whether any of them was."""
 
 
 class DropLoader:
@@ -43,12 +56,13 @@ class DropLoader:
         key: InputKey,
         like: Any,
         bypass: Bypass,
-        guards: Guards,
+        guards: Guard,
     ) -> None:
         self._user: Any = source.loader
         self._source, self._rows, self._extras, self._key, self._like = source, rows, extras, key, like
         self._bypass, self._guards = bypass, guards
-        self.batches = batches_of(source, rows, self._needs_images, guards.compare)
+        # The batches do not refer to this loader: without a reference cycle its workers end with it.
+        self.batches = batches_of(source, rows, partial(_needs_images, rows, extras), guards.compare)
         self._epochs = 0  # begun
         self._closed = False
         self._position = 0  # batches given in this epoch
@@ -123,19 +137,18 @@ class DropLoader:
         """Whether `close` was called."""
         return self._closed
 
-    def _needs_images(self, ids: torch.Tensor) -> bool:
-        """Whether samples [n] have to be read: for their images, or for the rest of their batches."""
-        return not self._rows.level(ids) or not bool(filled_at(self._extras, self._rows.places(ids)).all())
-
     def _end_epoch(self) -> None:
-        if self._rows.end_epoch():
-            self._bypass.put(self._bypass.cuts[-1:])
+        self._rows.end_epoch()
 
     def _begin_epoch(self) -> None:
         self._end_epoch()  # the epoch before may have been broken off
         self._rows.epoch = self._epochs
         self.batches.begin(self._epochs)
         self._guards.begin_epoch(self._epochs)
+        *_, last = self._bypass.cuts or (0,)
+        cuts = (*(cut for cut in self._rows.stops if cut < last), last)
+        if last and (cuts != self._bypass.cuts or self._bypass.has_new_hooks()):
+            self._bypass.put(cuts)
         self._epochs += 1
         self._position = 0
 
@@ -167,15 +180,18 @@ class DropLoader:
 
     def _batch(self, plan: Plan, read: Any) -> Any:
         ids, rows = plan.ids, self._rows
-        self._given += len(ids)
         if read is not None:
             read = to_device(read, rows.device)
-        level = rows.level(ids)
+        level, at = rows.locate(ids)
+        if read is None and level and not self._extras.has(at):
+            level = 0
         if read is None and not level:  # undrop() or a guard has freed rows during this epoch
             read = to_device(self._source.read(ids.tolist(), rows.epoch), rows.device)
+        self._given += len(ids) if read is None else len(input_of(read, self._key))
         if rows.cache is None:
             return self._mirrored(read, ids)
         if read is not None:
+            self._guards.check_batch(read, ids)
             places, order = rows.first_places(ids)
             self._extras.put(read, places, order)
             if not level:
@@ -188,11 +204,11 @@ class DropLoader:
             return with_input(read, self._key, Images(form_of(x), x.device, standing, x))
         like = input_of(self._like if read is None else read, self._key)
         form = Form((len(ids), *like.shape[1:]), like.stride(), like.dtype)
-        row = rows.gather(ids, level)
+        row = rows.gather(at, level)
         images = Images(form, row.device, Standing(self._bypass, ids, row, level, make))
         if read is not None:
             return with_input(read, self._key, images)
-        return self._extras.get(rows.places(ids), images)
+        return self._extras.get(at, images)
 
     def _reader(self, ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
         if not self._source.readable:
@@ -204,6 +220,13 @@ class DropLoader:
         """A batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""
         if not self._rows.config.mirror:
             return batch
+        check_count(batch, len(ids), self._key)
         x = input_of(batch, self._key)
         flip = self._rows.view(ids).bool().to(x.device).view(-1, *[1] * (x.dim() - 1))
         return with_input(batch, self._key, torch.where(flip, x.flip(-1), x))
+
+
+def _needs_images(rows: RowSet, extras: BatchExtras, ids: torch.Tensor) -> bool:
+    """Whether samples [n] have to be read: for their images, or for the rest of their batches."""
+    level, at = rows.locate(ids)
+    return not level or not extras.has(at)

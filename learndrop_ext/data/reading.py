@@ -160,10 +160,9 @@ def is_function_of_id(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]
     extras.put(batch, torch.arange(len(images)))
     parts = [part for part in torch.arange(min(PROBED, len(ids))).chunk(2) if len(part)]
     again = read_batches(loader, [[ids[i] for i in part] for part in parts], seed + 1)
-    return all(
-        _same(input_of(other, key), images[part]) and extras.first_difference(other, part) is None
-        for part, (other, _) in zip(parts, again, strict=True)
-    )
+    probed = sum(map(len, parts))
+    count = probed if len(images) == len(ids) else None  # a collate_fn may have left samples out
+    return _are_first(key, images, extras, [other for other, _ in again], count)
 
 
 def is_random_by_sample(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]) -> bool:
@@ -191,13 +190,9 @@ def is_random_by_sample(loader: DataLoader[Any], key: InputKey, ids: Sequence[in
     images = input_of(first, key).clone()
     extras.put(first, torch.arange(len(images)))
     half = len(samples) // 2
-    for part, seed in ((range(len(samples)), 1), (range(half), 0), (range(half, len(samples)), 0)):
-        if not len(part):
-            continue
-        batch, at = collated(part, seed), torch.as_tensor(part)
-        if not _same(input_of(batch, key), images[at]) or extras.first_difference(batch, at) is not None:
-            return False
-    return True
+    halves = [part for part in (range(half), range(half, len(samples))) if len(part)]
+    whole, parts = [collated(range(len(samples)), 1)], [collated(part, 0) for part in halves]
+    return all(_are_first(key, images, extras, batches, len(images)) for batches in (whole, parts))
 
 
 def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
@@ -220,6 +215,20 @@ def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
         generator=loader.generator,
         **options,
     )
+
+
+def _are_first(
+    key: InputKey, images: torch.Tensor, extras: BatchExtras, batches: Sequence[Any], count: int | None
+) -> bool:
+    """Whether batches hold, one behind the other, the first `count` of `images` [B, ...] and `extras`; any with None."""
+    begin = 0
+    for batch in batches:
+        x = input_of(batch, key)
+        part = torch.arange(begin, begin + len(x))
+        begin += len(x)
+        if begin > len(images) or not _same(x, images[part]) or extras.first_difference(batch, part) is not None:
+            return False
+    return count is None or begin == count
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

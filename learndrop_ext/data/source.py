@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from learndrop_ext.data.extras import BatchExtras, InputKey
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, is_ambiguous
 from learndrop_ext.data.id_source import IdSource
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.reading import (
@@ -22,11 +22,17 @@ from learndrop_ext.data.reading import (
 from learndrop_ext.distributed import from_rank_zero, several_processes
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.plan import budgets_of
-from learndrop_ext.rows.store.fingerprint import describe, tells_apart
+from learndrop_ext.rows.store.fingerprint import describe, images_digest, tells_apart
+
+#: Samples by which a run that resumes knows its images.
+KNOWN = 8
 
 
 class Source(Protocol):
     """The samples of a run, numbered 0..N-1. No method advances the run's random state."""
+
+    #: samples by which a run that resumes knows its images
+    known_ids: list[int]
 
     @property
     def loader(self) -> Any:
@@ -44,6 +50,9 @@ class Source(Protocol):
 
     def describe(self) -> str:
         """Return a description of the samples that is the same in the next run."""
+
+    def known_images(self) -> str:
+        """Return a digest of the images of `known_ids`, read anew; "" if they cannot be read."""
 
     def first(self) -> tuple[list[int], Any]:
         """Return the numbers of some samples and their batch."""
@@ -89,6 +98,7 @@ class DatasetSource:
     def __init__(self, loader: DataLoader[Any], *, key: InputKey, seed: int) -> None:
         check_loader(loader)
         self.loader = loader
+        self.known_ids: list[int] = []
         self._key = key
         self._seed = seed
 
@@ -103,10 +113,19 @@ class DatasetSource:
         """Return a description of the dataset and its transforms."""
         return describe(self.loader.dataset)
 
+    def known_images(self) -> str:
+        """Return a digest of the images of `known_ids`, read anew."""
+        return images_digest(input_of(self.read(self.known_ids, 0), self._key))
+
     def first(self) -> tuple[list[int], Any]:
         """Return the samples of the first batch that the sampler draws, and their batch."""
         self._first_ids = first_batch_ids(self.loader)
+        self.known_ids = self._first_ids[:KNOWN]
         ((self._first, self._seconds),) = read_batches(self.loader, [self._first_ids], self._seed)
+        others = (i for i in range(len(self)) if i not in self._first_ids)
+        if is_ambiguous(self._first, self._key) and (other := next(others, None)) is not None:
+            self._first_ids.append(other)
+            self._first = self.read(self._first_ids, 0)
         return self._first_ids, self._first
 
     def check_repeats(self, *, accept_random: bool = False) -> bool:
@@ -123,7 +142,7 @@ class DatasetSource:
 
     def check_rest(self) -> None:
         """Raise ValueError if anything in a batch but the model's input is random, and may not fit another run's image."""
-        at = torch.arange(len(self._first_ids))
+        at = torch.arange(len(input_of(self._first, self._key)))
         rest = BatchExtras(key=self._key, device=torch.device("cpu"))
         rest.put(self._first, at)
         if name := rest.first_difference(self.read(self._first_ids, 1), at):

@@ -32,9 +32,9 @@ class RunCosts:
         other_seconds: seconds of a step outside of layers and optimizer, per sample: loss, overhead.
         samples: number of samples in an epoch.
         views: number of rows of each sample.
-        scale: measured over modelled seconds so far; all seconds are multiplied by it.
+        scale: measured over modelled seconds so far; all seconds but `fixed_seconds` are multiplied by it.
         optimizer_seconds: seconds of the optimizer with all layers live, per sample; proportional to live parameters.
-        fixed_seconds: seconds that an epoch with dropped layers takes before its first batch.
+        fixed_seconds: measured seconds that an epoch with dropped layers takes before its first batch.
 
     Raises:
         ValueError: a table does not have L entries, or a cut is not within 0..prefix.

@@ -209,17 +209,17 @@ class Fixed:
 class Budget:
     """Drops as few layers as possible for the run to take 1 / `speedup` of its time.
 
-    Before training and after each epoch, it plans how many layers are dropped in each remaining epoch, from the measured
-    costs and the time taken so far. Of all plans that end in time it follows the one with the smallest loss. With `start=0`
-    dropping layer i for an epoch counts 2 i - 1, so that k dropped layers count k^2: rather a few layers for many epochs
-    than many for a few, because the first layers are the most general. Of several such plans it takes the one that drops
-    the fewest layers at first. Such a plan grows only in the second half of the run, unless it would end too late: a layer
-    that has been trained for a while is best frozen when the learning rate has fallen.
+    Before training and after each epoch, it plans how many layers are dropped in each remaining epoch, from the costs of the
+    layers, which the constructor of DropScheduler measures in three training steps, and the time taken so far. Of all plans
+    that end in time it follows the one with the smallest loss. With `start=0` dropping layer i for an epoch counts 2 i - 1,
+    so that k dropped layers count k^2: rather a few layers for many epochs than many for a few, because the first layers are
+    the most general. Of several such plans it takes the one that drops the fewest layers at first. Such a plan grows only in
+    the second half of the run, unless it would end too late: a layer that has been trained for a while is best frozen when
+    the learning rate has fallen.
 
     Each plan makes up for epochs that took longer or shorter than forecast; a run that ends late all the same ends with a
-    RuntimeWarning. Since dropped layers stay dropped, the first
-    drop is no larger than it would be if epochs were 10 % shorter than forecast, as long as later drops can make up for
-    epochs that are as forecast or 10 % longer.
+    RuntimeWarning. Since dropped layers stay dropped, the first drop is no larger than it would be if epochs were 10 %
+    shorter than forecast, as long as later drops can make up for epochs that are as forecast or 10 % longer.
 
     Args:
         speedup (float, optional): time of the run without drops over the time asked for, at least 1. Default: 2.0
@@ -242,7 +242,7 @@ class Budget:
             raise ValueError(f"Budget: start must be a whole number >= 0, got {self.start!r}")
 
     def check(self, costs: RunCosts, epochs: int | None) -> None:
-        """Raise ValueError if no drop is fast enough, naming the largest speedup, or if epochs is None."""
+        """Raise ValueError if no drop is fast enough, naming the largest speedup, or if the run's length is not known."""
         length = self._known(epochs)
         largest = largest_speedup(costs, length, start=min(self.start, length))
         if largest < self.speedup:

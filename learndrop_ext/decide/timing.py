@@ -5,10 +5,11 @@ Layers are timed where they run, by hooks at their cuts, so that what the host d
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,6 @@ from learndrop_ext.decide.probes import copy_bytes_per_second, wait_for
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.forward.cuts import preserved
 from learndrop_ext.forward.record import tensors_of
-from learndrop_ext.rng import fork_rng
 
 #: Training steps that are timed after one to warm up; the shorter of the two counts, because other work on the machine only
 #: makes a step longer.
@@ -29,7 +29,8 @@ STEPS = 2
 #: Bytes that an optimizer which cannot be timed is assumed to move for each parameter, in fp32: weight, gradient and two
 #: states are read, weight and states written.
 ASSUMED_BYTES = 7 * 4
-#: Share of a layer's backward pass that computes the gradient of its input, which the first live layer does not need.
+#: Share of an operation's backward pass that computes the gradient of its input and not of its weights. The first live layer
+#: does not need it of its first operation.
 INPUT_GRADIENT = 0.5
 
 
@@ -74,17 +75,18 @@ def time_step(
         device: the model's device.
     """
     steps = []
-    with preserved(chain.model), fork_rng(0), without_benchmark(device), torch.enable_grad():
+    with preserved(chain.model), _without_hooks(chain.model), without_benchmark(device), torch.enable_grad():
         chain.model.train()
         for _ in range(1 + STEPS):
+            steps.append(_laps(chain, run, device))
             for parameter in chain.model.parameters():
                 parameter.grad = None
-            steps.append(_laps(chain, run, device))
         best = min(steps[1:], key=lambda laps: laps.total)
         seconds = _optimizer_seconds(optimizer, chain.model, device)
     layers = []
     for i, layer in enumerate(chain):
         forward, backward = best.forward[i] / batch, best.backward[i] / batch
+        first = layer.first_flops / layer.flops if layer.flops and best.has_input_gradient[i] else 0.0
         layers.append(
             LayerCost(
                 layer.name,
@@ -92,7 +94,7 @@ def time_step(
                 forward,
                 forward + backward,
                 layer.shape,
-                first_seconds=forward + (backward if i == 0 else backward * (1 - INPUT_GRADIENT)),
+                first_seconds=forward + backward * (1 - INPUT_GRADIENT * first),
                 parameters=_elements(chain, i),
             )
         )
@@ -100,10 +102,28 @@ def time_step(
     return StepCosts(tuple(layers), other, seconds / batch, best.total + seconds)
 
 
+@contextlib.contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the hooks of the parameters' gradients away inside: one may call the user's optimizer."""
+    hooks = [h for p in model.parameters() for h in (p._backward_hooks, p._post_accumulate_grad_hooks) if h]
+    held = [dict(one) for one in hooks]
+    for one in hooks:
+        one.clear()
+    try:
+        yield
+    finally:
+        for one, before in zip(hooks, held, strict=True):
+            one.update(before)
+
+
 @dataclass(frozen=True)
 class _Laps:
+    """Seconds of each layer's forward and backward pass, whether the latter has a gradient of the layer's input, and
+    seconds of the whole."""
+
     forward: Sequence[float]
     backward: Sequence[float]
+    has_input_gradient: Sequence[bool]
     total: float
 
 
@@ -125,17 +145,32 @@ def _laps(chain: Chain, run: Callable[[], Any], device: torch.device) -> _Laps:
     left: dict[int, Any] = {}  # when the forward left a layer
     entered: dict[int, Any] = {}  # when the backward had the gradient of a layer's output
 
-    def hook(i: int) -> Callable[..., None]:
+    # A checkpoint runs its part again in the backward pass. One that is reentrant runs it without gradients before that, so
+    # that only the second run says when the gradients of its outputs are there: that of the last one before it began.
+    again: list[Any] = []  # when modules began to run again
+
+    def watch(i: int, module: nn.Module) -> tuple[Any, Any]:
+        def begin(module: nn.Module, _: Any) -> None:
+            if i in left:
+                again.append(now())
+
         def leave(module: nn.Module, _: Any, output: Any) -> None:
-            if i in left:  # a checkpoint runs its part again in the backward pass
-                return
-            left[i] = now()
+            is_again = i in left
+            left.setdefault(i, now())
             if isinstance(output, torch.Tensor) and output.requires_grad:
-                output.register_hook(lambda _: entered.setdefault(i, now()) and None)
+                output.register_hook(enter_again if is_again else enter)
 
-        return leave
+        def enter(_: torch.Tensor) -> None:
+            entered.setdefault(i, now())
+            again.clear()
 
-    hooks = [layer.cut.module.register_forward_hook(hook(i)) for i, layer in enumerate(chain) if layer.cut is not None]
+        def enter_again(_: torch.Tensor) -> None:
+            entered.setdefault(i, again[0] if again else now())
+            again.clear()
+
+        return module.register_forward_pre_hook(begin), module.register_forward_hook(leave)
+
+    hooks = [hook for i, one in enumerate(chain) if one.cut is not None for hook in watch(i, one.cut.module)]
     try:
         wait_for(device)
         begun, first = time.perf_counter(), now()
@@ -151,14 +186,17 @@ def _laps(chain: Chain, run: Callable[[], Any], device: torch.device) -> _Laps:
     finally:
         for one in hooks:
             one.remove()
-    at = [first, *(left.get(i, first) for i in range(last + 1))]
-    forward = [max(0.0, between(at[i], at[i + 1])) for i in range(last + 1)]
+    at = [first]
+    for i in range(last + 1):  # in train mode a layer may be passed by
+        at.append(left.get(i, at[-1]))
+    forward = [between(at[i], at[i + 1]) for i in range(last + 1)]
     backward, after = [0.0] * (last + 1), end
     for i in range(last + 1):
         if i in entered:
-            backward[i] = max(0.0, between(entered[i], after))
+            backward[i] = between(entered[i], after)
             after = entered[i]
-    return _Laps(forward, backward, total)
+    has_input_gradient = [any(j in entered for j in range(i)) for i in range(last + 1)]
+    return _Laps(forward, backward, has_input_gradient, total)
 
 
 def _optimizer_seconds(optimizer: torch.optim.Optimizer, model: nn.Module, device: torch.device) -> float:
@@ -167,7 +205,7 @@ def _optimizer_seconds(optimizer: torch.optim.Optimizer, model: nn.Module, devic
         steps = copy.deepcopy(optimizer)
         for group in steps.param_groups:
             for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         times = []
         for _ in range(2):
             wait_for(device)
@@ -177,14 +215,15 @@ def _optimizer_seconds(optimizer: torch.optim.Optimizer, model: nn.Module, devic
             times.append(time.perf_counter() - begin)
         return min(times)
     except Exception as error:  # an optimizer may raise any error of its own
+        said = f"{type(error).__name__}: {error}".removesuffix(": ")
         elements = sum(p.numel() for p in model.parameters())
         seconds = ASSUMED_BYTES * elements / copy_bytes_per_second(device)
         warnings.warn(
-            f"DropScheduler: {type(optimizer).__name__}.step() cannot be timed on a copy ({type(error).__name__}: {error}), "
-            f"as it may need a closure: forward and backward were timed once, and a step of it is assumed to take "
-            f"{1e3 * seconds:.1f} ms; the first epochs correct that",
+            f"DropScheduler: {type(optimizer).__name__}.step() cannot be timed on a copy ({said}), as it may need a "
+            f"closure: forward and backward were timed once, and a step of it is assumed to take {1e3 * seconds:.1f} ms; "
+            "the first epochs correct that",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=6,  # who made the DropScheduler, or called its step() or forecast()
         )
         return seconds
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from learndrop_ext.forward.cuts import Layer, Recorded, has_plain_output, outermost
-from learndrop_ext.forward.images import Feature, Form, Images, Unread
+from learndrop_ext.forward.images import Feature, Form, Images, Standing, Unread
 from learndrop_ext.forward.record import ModuleCall
 
 #: Stands for the images among the arguments of a call that gets rows.
@@ -36,7 +36,7 @@ class Bypass:
         model: the model.
         recorded: its layers.
         keep: is given the rows of images of `drop.loader` in training; what it returns goes on.
-        watch: is called with the images of each training call before the forward.
+        watch: is called with the images of each call, and whether it trains, before the forward.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class Bypass:
         recorded: Recorded,
         *,
         keep: Keep | None = None,
-        watch: Callable[[Images], None] | None = None,
+        watch: Callable[[Images, bool], None] | None = None,
     ) -> None:
         self.model = model
         self.recorded = recorded
-        self.inside = False  # whether the model's forward runs
+        self.inside: Standing | None = None  # what stands for the images on which the model's forward runs
         self.cuts: tuple[int, ...] = ()  # those in place, the last one behind all dropped layers
         self.frozen: tuple[nn.Module, ...] = ()
         self.calls = 0  # training calls on batches of drop.loader since the last `put`
@@ -59,7 +59,8 @@ class Bypass:
         self._traced: torch.Tensor | None = None
         self._around: tuple[nn.Module, ...] = ()
         self._live_again: list[dict[str, Any]] = []  # modules around the cut that were in train mode
-        self._modes: dict[nn.Module, bool] = {}  # of frozen modules, before they were
+        self._modes: dict[nn.Module, tuple[bool, bool]] = {}  # of frozen modules and the model, before they were
+        self._hooked: list[nn.Module] = []  # the frozen modules with hooks
         self._placed: list[_Instead] = []
         self._hooks: list[Any] = []
 
@@ -77,12 +78,15 @@ class Bypass:
         last = here[-1]
         self._around = tuple(dict.fromkeys(c.module for c in calls if c.around(last)))
         stops = {id(call): k for call, k in zip(here, cuts, strict=True)}
+        alone = _calls_before(calls, last)
         for call in self._replaced(last, here[:-1]):
-            self._placed.append(_Skipped(self, call))
+            self._skip(call, alone)
         for call in here:
-            self._placed.append(_AtCut(self, call, stops[id(call)], is_last=call is last))
+            runs = self._leaves_something(call)
+            self._placed.append(_AtCut(self, call, stops[id(call)], runs=runs, is_last=call is last))
         self.frozen = tuple(dict.fromkeys(m for one in self._placed for m in one.module.modules()))
-        self._modes = {m: modes.get(m, m.training) for m in self.frozen}
+        self._hooked = [m for m in self.frozen if _has_hooks(m)]
+        self._modes = {m: modes.get(m, (m.training, self.model.training)) for m in self.frozen}
         self._hooks = [
             self.model.register_forward_pre_hook(_Enter(self), with_kwargs=True),
             self.model.register_forward_hook(_Leave(self), always_call=True),
@@ -91,10 +95,11 @@ class Bypass:
 
     def release(self) -> None:
         """Make all layers live again: modules get back the mode that they had, or the model's if that has changed."""
-        training, modes = self.model.training, self._modes
+        modes = self._modes
         self.put(())
-        for module, before in modes.items():
-            module.training = training if training != self._mode_then else before
+        training = self.model.training
+        for module, (own, whole) in modes.items():
+            module.training = own if training == whole else training
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
@@ -113,11 +118,15 @@ class Bypass:
             if module.training:
                 module.training = False
 
+    def has_new_hooks(self) -> bool:
+        """Return whether hooks of frozen modules have come or gone since the last `put`."""
+        return self._hooked != [m for m in self.frozen if _has_hooks(m)]
+
     def check(self, images: Images) -> None:
         """Note a training call on images, before its forward."""
         self.calls += 1
         if self._watch is not None:
-            self._watch(images)
+            self._watch(images, True)
 
     def forget_calls(self) -> None:
         """Reset the number of training calls."""
@@ -170,20 +179,36 @@ class Bypass:
                 within = [c for c in calls if call.around(c)]
                 waiting[:0] = [c for c in within if c.depth == call.depth + 1]
 
+    def _skip(self, call: ModuleCall, alone: dict[nn.Module, int]) -> None:
+        """Put a skipped module in place. One that leaves something for the loop, or that is called more than once, runs its
+        own forward on `Feature`s; then the modules within are skipped."""
+        if call.module not in alone or any(one.module is call.module for one in self._placed):
+            return
+        runs = self._leaves_something(call) or alone[call.module] > 1
+        self._placed.append(_Skipped(self, call, runs=runs))
+        if runs:
+            for child in self.recorded.calls:
+                if call.around(child) and child.depth == call.depth + 1:
+                    self._skip(child, alone)
+
+    def _leaves_something(self, call: ModuleCall) -> bool:
+        """Whether a loss may use more of a module than its output: what a hook within it gets, a tensor that it stores."""
+        within = list(call.module.modules())
+        return any(map(_has_hooks, within[1:])) or any(module in self.recorded.storing for module in within)
+
     def _take_away(self) -> None:
         self._leave()
         for hook in self._hooks:
             hook.remove()
         for one in self._placed:
             one.remove()
-        self._placed, self._hooks, self._around, self.frozen = [], [], (), ()
-        self._mode_then = self.model.training
+        self._placed, self._hooks, self._around, self.frozen, self._hooked = [], [], (), (), []
 
     # --- called by what is put into the model ---------------------------------------------------------------------------
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         images = images_in(args, kwargs)
         self._restore()  # after a forward that was interrupted
-        self.inside = True
+        self.inside = None if images is None else images.standing
         training = self.model.training
         if training and self._traced is None:
             for module in self._around:
@@ -196,9 +221,13 @@ class Bypass:
             self.calls += training and torch.is_grad_enabled()
             self.hold_eval()
             return None
-        if training and torch.is_grad_enabled() and not images.standing.checked:
-            self.check(images)
-        self._current = images if training else None
+        trains = training and torch.is_grad_enabled()
+        if not images.standing.checked:
+            if trains:
+                self.check(images)
+            elif self._watch is not None:
+                self._watch(images, False)
+        self._current = images if trains or (training and self._watch is None) else None
         if images.pixels is None:
             if self.frozen[0].training:  # model.train() sets all of them
                 self.hold_eval()
@@ -210,7 +239,7 @@ class Bypass:
         return changed
 
     def _leave(self) -> None:
-        self.inside, self._current = False, None
+        self.inside = self._current = None
         self._restore()
 
     def _restore(self) -> None:
@@ -235,6 +264,7 @@ class _Instead:
 
     def __init__(self, bypass: Bypass, call: ModuleCall) -> None:
         self.bypass = bypass
+        self.name = call.path
         self.module = call.module
         self.had = "forward" in vars(call.module)
         self.run = call.module.forward
@@ -248,11 +278,37 @@ class _Instead:
             else:
                 del vars(self.module)["forward"]
 
+    def compute(self, args: Any, kwargs: Any) -> Any:
+        """Run the module's own forward on tensors."""
+        try:
+            with torch.no_grad():
+                return self.run(*args, **kwargs)
+        except Exception:
+            raise
+        except BaseException:  # a KeyboardInterrupt, after which torch calls no hooks
+            self.bypass._leave()
+            raise
+
     def __deepcopy__(self, memo: Any) -> Any:
         return copy.deepcopy(self.run, memo)
 
     def __reduce__(self) -> Any:
         return _its_own, (self.module,)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _calls_before(calls: Sequence[ModuleCall], cut: ModuleCall) -> dict[nn.Module, int]:
+    """How often each module is called, of those that are called before the cut alone."""
+    found: dict[nn.Module, int] = {}
+    for call in calls:
+        found[call.module] = found.get(call.module, 0) + 1
+    for call in calls:
+        if call.order > cut.order:
+            found.pop(call.module, None)
+    return found
 
 
 def _its_own(module: nn.Module) -> Any:
@@ -261,10 +317,11 @@ def _its_own(module: nn.Module) -> Any:
 
 
 class _Skipped(_Instead):
-    """A module before the cut: its output stays away if its input does."""
+    """A module before the cut: its output stays away if its input does. runs: whether its own forward runs all the same."""
 
-    def __init__(self, bypass: Bypass, call: ModuleCall) -> None:
+    def __init__(self, bypass: Bypass, call: ModuleCall, *, runs: bool = False) -> None:
         super().__init__(bypass, call)
+        self._runs = runs
         leaves, self._spec = pytree.tree_flatten(call.output)
         samples = bypass.recorded.samples
         self._forms: dict[int, list[Any]] = {}
@@ -286,13 +343,12 @@ class _Skipped(_Instead):
             return self._output(len(row), lambda form: row.new_zeros((), dtype=form.dtype).expand(form.shape))
         x = args[0] if args and isinstance(args[0], Unread) else _unread_in(args, kwargs)
         if x is None:
-            with torch.no_grad():
-                return self.run(*args, **kwargs)
-        return self.feature(x)
+            return self.compute(args, kwargs)
+        return self.run(*args, **kwargs) if self._runs else self.feature(x)
 
     def feature(self, x: Unread) -> Any:
         """What the module would return, without values."""
-        return self._output(len(x.standing.ids), lambda form: Feature(form, x.device, x.standing))
+        return self._output(len(x.standing.ids), lambda form: Feature(form, x.device, x.standing, self.name))
 
     def _output(self, B: int, made_of: Callable[[Form], Any]) -> Any:
         forms = self._forms.get(B)
@@ -308,8 +364,8 @@ class _Skipped(_Instead):
 class _AtCut(_Skipped):
     """The module at a cut: gives the row, or the output of the module after it was kept."""
 
-    def __init__(self, bypass: Bypass, call: ModuleCall, cut: int, *, is_last: bool) -> None:
-        super().__init__(bypass, call)
+    def __init__(self, bypass: Bypass, call: ModuleCall, cut: int, *, runs: bool, is_last: bool) -> None:
+        super().__init__(bypass, call, runs=runs)
         self._cut = cut
         self._is_last = is_last
         end = bypass.recorded.layers[cut - 1].cut
@@ -320,15 +376,20 @@ class _AtCut(_Skipped):
             return self.bypass._traced
         x = args[0] if args and isinstance(args[0], Unread) else _unread_in(args, kwargs)
         if x is None:
-            with torch.no_grad():
-                row = self.bypass._arrived(self._cut, self.run(*args, **kwargs))
+            row = self.bypass._arrived(self._cut, self.compute(args, kwargs))
+            if self.bypass.recorded.reentrant:
+                row = row.detach().requires_grad_(torch.is_grad_enabled())
         elif x.standing.at == self._cut:
             assert x.standing.rows is not None
+            if self._runs:
+                self.run(*args, **kwargs)  # for what it leaves behind
             row = x.standing.rows
+            if self.bypass.recorded.reentrant:
+                row = row.detach().requires_grad_(torch.is_grad_enabled())
             if self._written:  # the model may be called again, or a checkpoint may run again
                 row = row.clone(memory_format=torch.preserve_format)
         else:
-            return self.feature(x)
+            return self.run(*args, **kwargs) if self._runs else self.feature(x)
         if self._is_last:
             self.bypass._restore()
         return row
@@ -343,8 +404,8 @@ class _Hook:
     def __deepcopy__(self, memo: Any) -> Any:
         return _nothing
 
-    def __reduce__(self) -> str:
-        return "_nothing"
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
 
 
 class _Enter(_Hook):
@@ -359,6 +420,10 @@ class _Leave(_Hook):
 
 def _nothing(*_: Any) -> None:
     """What a copy of the model has in place of the hooks."""
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
 
 
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images | None:

@@ -43,7 +43,13 @@ class Chain(Sequence[Layer]):
         """Yield the parameters that layers first..last-1 of the model hold now."""
         for layer in self.recorded.layers[first:last]:
             for name in layer.tensors:
-                yield self.model.get_parameter(name)
+                path, _, own = name.rpartition(".")
+                owner = self.model.get_submodule(path)
+                parameter = owner._parameters.get(own)
+                if parameter is not None:
+                    yield parameter
+                else:  # pruned or parametrized: weight_orig, parametrizations.weight.original
+                    yield from (p for other, p in owner.named_parameters() if own in other)
 
     def prefix(self, k: int) -> Prefix:
         """Return the first k layers: images [B, ...] -> row [B, ...]."""
@@ -72,8 +78,9 @@ class _Part(nn.Module):
         held = {id(p) for p in self.parameters()}
         for layer in chain[first:last]:
             for name in layer.tensors:
-                parameter = chain.model.get_parameter(name)
-                if id(parameter) not in held:
+                path, _, own = name.rpartition(".")
+                parameter = chain.model.get_submodule(path)._parameters.get(own)
+                if parameter is not None and id(parameter) not in held:  # None: pruned, and held by its module
                     held.add(id(parameter))
                     self.register_parameter(name.replace(".", "_"), parameter)
 

@@ -9,14 +9,19 @@ so that its noise stays fresh.
 from __future__ import annotations
 
 import contextlib
+import copy
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
+from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.forward.record import ModuleCall, Recording, tensors_of
 from learndrop_ext.rng import fork_rng
 
@@ -49,12 +54,14 @@ class Layer:
         cut: where it ends; None for the last layer.
         tensors: names in the model of its parameters.
         flops: forward FLOPs per sample.
+        first_flops: those of its first operation with some.
     """
 
     name: str
     cut: Cut | None
     tensors: tuple[str, ...]
     flops: int
+    first_flops: int
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -64,11 +71,21 @@ class Layer:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What two recorded forwards of a model say. calls: those in eval mode."""
+    """What two recorded forwards of a model say.
+
+    Args:
+        layers: the layers.
+        calls: the module calls in eval mode.
+        samples: number of samples that were recorded.
+        storing: modules with an attribute in which forward has stored a tensor of the images.
+        reentrant: whether a reentrant checkpoint ran, whose part learns only if its input has a gradient.
+    """
 
     layers: tuple[Layer, ...]
     calls: tuple[ModuleCall, ...] = field(repr=False)
     samples: int
+    storing: frozenset[nn.Module] = field(repr=False, default=frozenset())
+    reentrant: bool = False
 
 
 def record_layers(model: nn.Module, call: Callable[[], Any], image: torch.Tensor) -> Recorded:
@@ -84,12 +101,15 @@ def record_layers(model: nn.Module, call: Callable[[], Any], image: torch.Tensor
     Raises:
         ValueError: the model has no cut.
     """
-    with preserved(model), torch.no_grad():
+    with preserved(model), torch.no_grad(), without_benchmark(image.device), warnings.catch_warnings():
+        # A checkpoint says so of its input, which has no gradient here.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
         recordings = []
         for training in (False, True):
             model.train(training)
             recordings.append(Recording(model, image))
-            recordings[-1].run(call)
+            with _reentrant_checkpoints() as reentrant:
+                recordings[-1].run(call)
     evaluated, trained = recordings
     cuts = _cuts(model, evaluated, trained, len(image))
     if not cuts:
@@ -97,35 +117,71 @@ def record_layers(model: nn.Module, call: Callable[[], Any], image: torch.Tensor
             "split_layers: model must have a cut, a module after which exactly one tensor is still needed, with weights "
             f"before and after it; {type(model).__name__} has none"
         )
-    return Recorded(_layers(model, evaluated, cuts, len(image)), tuple(evaluated.calls), len(image))
+    layers = _layers(model, evaluated, cuts, len(image))
+    return Recorded(layers, tuple(evaluated.calls), len(image), evaluated.storing | trained.storing, bool(reentrant))
+
+
+@contextlib.contextmanager
+def _reentrant_checkpoints() -> Iterator[list[None]]:
+    """Give a list to which each reentrant checkpoint inside adds an entry."""
+    found: list[None] = []
+    forward = CheckpointFunction.forward
+
+    def note(*args: Any) -> Any:
+        found.append(None)
+        return forward(*args)
+
+    CheckpointFunction.forward = staticmethod(note)
+    try:
+        yield found
+    finally:
+        CheckpointFunction.forward = staticmethod(forward)
 
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore modes, attributes, buffers and gradients of the model, and the random state, on leaving."""
-    modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
-    tables = [(dict(module._buffers), dict(module._modules)) for module in modules]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     gradients = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        with fork_rng(0):
+        with attributes_preserved(model), fork_rng(0):
             yield
     finally:
-        for module, before, (held, children) in zip(modules, attributes, tables, strict=True):
-            vars(module).clear()
-            vars(module).update(before)
-            module._buffers.clear()
-            module._buffers.update(held)
-            module._modules.clear()
-            module._modules.update(children)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def attributes_preserved(model: nn.Module) -> Iterator[None]:
+    """Restore the attributes of all modules on leaving. Of one that is a list, a dict, a set or an object with attributes,
+    what it holds is restored too."""
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    tables = [held for module in modules for held in map(_contents, vars(module).values()) if held is not None]
+    copies = [copy.copy(held) for held in tables]
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, attributes, strict=True):
+            vars(module).clear()
+            vars(module).update(before)
+        for held, content in zip(tables, copies, strict=True):
+            held.clear()
+            held.extend(content) if isinstance(held, list) else held.update(content)
+
+
+def _contents(value: Any) -> list[Any] | dict[Any, Any] | set[Any] | None:
+    """What can be emptied and filled again of an attribute's value."""
+    if isinstance(value, list | dict | set):
+        return value
+    if isinstance(value, nn.Module | torch.Tensor | type | ModuleType | FunctionType):
+        return None
+    return getattr(value, "__dict__", None)
 
 
 def _cuts(model: nn.Module, evaluated: Recording, trained: Recording, samples: int) -> list[Cut]:
@@ -184,16 +240,19 @@ def _layers(model: nn.Module, recording: Recording, cuts: Sequence[Cut], samples
         # What the recorded forward did not use counts as part of the last layer.
         at = bisect_right(ends, recording.uses[name][0] - 1) if recording.uses.get(name) else len(cuts)
         tensors[at].append(name)
-    flops = [0] * (len(cuts) + 1)
+    flops, first_flops = [0] * (len(cuts) + 1), [0] * (len(cuts) + 1)
     for when, count in recording.flops.items():
-        flops[bisect_right(ends, when - 1)] += count
+        at = bisect_right(ends, when - 1)
+        first_flops[at] = first_flops[at] or count
+        flops[at] += count
     taken: dict[str, int] = {}
     layers = []
     for i in range(len(cuts) + 1):
         name = _name([n for n in tensors[i] if _is_weight(model, n) and recording.uses.get(n)] or tensors[i])
         taken[name] = taken.get(name, 0) + 1
         unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        layers.append(Layer(unique, cuts[i] if i < len(cuts) else None, tuple(tensors[i]), flops[i] // samples))
+        cut = cuts[i] if i < len(cuts) else None
+        layers.append(Layer(unique, cut, tuple(tensors[i]), flops[i] // samples, first_flops[i] // samples))
     return tuple(layers)
 
 
@@ -207,9 +266,10 @@ def _name(weights: Sequence[str]) -> str:
 
 
 def _is_weight(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is more than one value per channel, as those of norms are."""
+    """Whether a parameter is more than one value per channel, and not of a norm."""
     parameter = model.get_parameter(name)
-    return parameter.dim() > 1 and parameter.numel() > max(parameter.shape)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return parameter.dim() > 1 and parameter.numel() > max(parameter.shape) and "Norm" not in type(owner).__name__
 
 
 def _is_dropout(module: nn.Module) -> bool:

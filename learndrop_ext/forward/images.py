@@ -38,7 +38,7 @@ class Standing:
     """What stands for some images: the ids of the samples and, if they were not read, their rows.
 
     Args:
-        owner: the object whose `inside` says whether the model's forward runs.
+        owner: the object whose `inside` says what stands for the images on which the model's forward runs, if it does.
         ids: [B] int64 (CPU).
         rows: [B, ...], or None where the images were read.
         at: number of layers behind which the rows enter.
@@ -57,6 +57,10 @@ class Standing:
     ) -> None:
         self.owner, self.ids, self.rows, self.at, self.read = owner, ids, rows, at, read
         self.checked = False  # whether a training call on them was noted
+
+    def inside(self) -> bool:
+        """Return whether the model's forward runs on these images."""
+        return self.owner.inside is self
 
     def part(self, begin: int, end: int) -> Standing:
         """Return what stands for samples begin..end-1."""
@@ -136,11 +140,14 @@ class Images(Unread):
     that the loop meets the same limits in the epoch in which rows are kept as in those after it.
 
     The loop may do what keeps each sample by itself and in its place. `operations` notes it: with another sequence of
-    operations the rows would be other rows. All else raises RuntimeError.
+    operations the rows would be other rows. All else raises RuntimeError. `memory` counts the writes to what a slice or a
+    view shares with its batch, `seen` those that `operations` has.
     """
 
     pixels: torch.Tensor | None
     operations: tuple[Operation, ...]
+    memory: list[int]
+    seen: int
 
     @staticmethod
     def __new__(
@@ -150,9 +157,12 @@ class Images(Unread):
         standing: Standing,
         pixels: torch.Tensor | None = None,
         operations: tuple[Operation, ...] = (),
+        memory: list[int] | None = None,
     ) -> Any:
         made = Unread._make(cls, form, device, standing)
         made.pixels, made.operations = pixels, operations
+        made.memory = [0] if memory is None else memory
+        made.seen = made.memory[0]
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -162,10 +172,19 @@ class Images(Unread):
     def read(self) -> torch.Tensor:
         """Return the images, read now if they were not, as the dataset gives them."""
         if self.pixels is not None and not self.operations:
-            return self.pixels
+            return self.pixels.clone()
         if self.standing.read is None:
             raise RuntimeError("drop.loader: images of a loader with ids= can be read only as they come by")
         return self.standing.read(self.standing.ids)
+
+    def check_memory(self) -> None:
+        """Raise RuntimeError if the images were changed in place through a slice or a view of them."""
+        if self.seen != self.memory[0]:
+            raise RuntimeError(
+                "drop.loader: the loop may only do to images what keeps each sample by itself and in its place, and they "
+                "were changed in place through a slice or a view of them; change the whole batch, or make a copy (x = x - "
+                "mean)"
+            )
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -177,9 +196,11 @@ class Images(Unread):
         if not images:  # an operand in kwargs
             raise _refused(func, pytree.tree_leaves(kwargs))
         x = images[0]
-        if x.standing.owner.inside:
+        if x.standing.inside():
             return Feature.__torch_dispatch__(func, types, args, kwargs)
         packet = func.overloadpacket
+        for a in images:
+            a.check_memory()
         if packet is ATEN.cat and len(images) == len(pytree.tree_leaves(args[0])) and (len(args) < 2 or args[1] == 0):
             return _joined(images)
         if len(images) > 1 or (args[0] is not x and packet not in (ATEN.mul, ATEN.add)):
@@ -208,21 +229,27 @@ class Images(Unread):
         if pixels is not None:
             pixels = func(*(pixels if a is x else a for a in args), **kwargs)
         if packet.__name__.endswith("_") and args[0] is x:
-            x.pixels, x.operations = pixels, note
+            x.memory[0] += 1
+            x.pixels, x.operations, x.seen = pixels, note, x.memory[0]
             return x
         device = kwargs.get("device") or x.device
-        return Images(form, torch.device(device), x.standing, pixels, note)
+        shared = x.memory if func._schema.returns[0].alias_info is not None else None
+        return Images(form, torch.device(device), x.standing, pixels, note, shared)
 
 
 class Feature(Unread):
-    """A tensor of a dropped layer, or one computed from it before the row enters. It has no values."""
+    """A tensor of a dropped layer, `of`, or one computed from it before the row enters. It has no values."""
+
+    of: str
 
     @staticmethod
-    def __new__(cls, form: Form, device: torch.device, standing: Standing) -> Any:
-        return Unread._make(cls, form, device, standing)
+    def __new__(cls, form: Form, device: torch.device, standing: Standing, of: str) -> Any:
+        made = Unread._make(cls, form, device, standing)
+        made.of = of
+        return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"Feature({list(self.shape)}, of a dropped layer, not computed)"
+        return f"Feature({list(self.shape)}, of the dropped layer {self.of}, not computed)"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -231,13 +258,14 @@ class Feature(Unread):
         kwargs = kwargs or {}
         leaves = pytree.tree_leaves((args, kwargs))
         x = next(a for a in leaves if isinstance(a, Unread))
+        of = x.of if isinstance(x, Feature) else "the first one"
         packet = func.overloadpacket
         in_backward = torch._C._current_graph_task_id() != -1  # of a checkpoint that computes its part again
-        if not (x.standing.owner.inside or in_backward or packet is ATEN.detach):
+        if not (x.standing.inside() or in_backward or packet is ATEN.detach):
             raise RuntimeError(
-                f"drop.loader: {packet.__name__} would have to see the output of a dropped layer, which is not computed any "
-                "more: cached rows stand for it. A loss or a hook may use the live layers' outputs; keep the layer live "
-                "with a policy that drops fewer layers, or call drop.undrop()"
+                f"drop.loader: {packet.__name__} would have to see the output of a dropped layer ({of}), which is not "
+                "computed any more: cached rows stand for it. A loss or a hook may use the live layers' outputs; keep the "
+                "layer live with a policy that drops fewer layers, or call drop.undrop()"
             )
         writes = func._schema.arguments and func._schema.arguments[0].alias_info
         if writes and writes.is_write and not isinstance(args[0], Unread):
@@ -248,13 +276,13 @@ class Feature(Unread):
         forms, spec = _forms(func, args, kwargs)
         if not forms:
             raise RuntimeError(
-                f"drop.loader: {packet.__name__} would have to see the output of a dropped layer, which is not computed any "
-                "more: cached rows stand for it"
+                f"drop.loader: {packet.__name__} would have to see the output of a dropped layer ({of}), which is not "
+                "computed any more: cached rows stand for it"
             )
         if packet.__name__.endswith("_") and isinstance(args[0], Unread):
             return args[0]
         device = torch.device(kwargs.get("device") or x.device)
-        return pytree.tree_unflatten([Feature(form, device, x.standing) for form in forms], spec)
+        return pytree.tree_unflatten([Feature(form, device, x.standing, of) for form in forms], spec)
 
 
 #: Forms of the results of operations, by the forms of their arguments: torch computes them on the meta device, which takes
@@ -312,6 +340,7 @@ def _sliced(func: Any, x: Images, args: Any, kwargs: Any) -> Any:
             x.standing.part(begin, end),
             None if x.pixels is None else x.pixels[begin:end],
             x.operations,
+            x.memory,
         )
         for begin, end in bounds
     ]
@@ -332,7 +361,7 @@ def _joined(images: Sequence[Images]) -> Images:
     standing = Standing(
         first.standing.owner,
         torch.cat([x.standing.ids for x in images]),
-        torch.cat(rows) if rows else None,
+        _joined_rows(rows) if rows else None,
         first.standing.at,
         first.standing.read,
     )
@@ -344,6 +373,13 @@ def _joined(images: Sequence[Images]) -> Images:
         torch.cat(read) if read else None,
         first.operations,
     )
+
+
+def _joined_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Rows one behind the other, with the strides of each: torch.cat keeps those of channels-last rows only."""
+    first = rows[0]
+    out = first.new_empty_strided((sum(map(len, rows)), *first.shape[1:]), first.stride())
+    return torch.cat(list(rows), out=out)
 
 
 def _refused(func: Any, operands: Sequence[Any]) -> RuntimeError:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain, row_at
 from learndrop_ext.forward.cuts import preserved
@@ -46,7 +47,7 @@ def check_cut(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch
         standing = Standing(bypass, torch.arange(len(x)), None if values is not None else kept[0], k, None)
         return Images(form_of(x), x.device, standing, values)  # type: ignore[no-any-return]
 
-    with preserved(chain.model):
+    with preserved(chain.model), without_benchmark(x.device, deterministic=True):
         chain.model.train()
         bypass.put((k,))
         try:

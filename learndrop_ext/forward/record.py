@@ -56,6 +56,7 @@ class Recording(TorchDispatchMode):
         written: last operation that wrote into a storage of the images.
         uses: operations that used a parameter together with a value of the images, by the parameter's name.
         flops: FLOPs of each operation that has some.
+        storing: modules with an attribute that holds a tensor of the images.
     """
 
     def __init__(self, model: nn.Module, image: torch.Tensor) -> None:
@@ -68,6 +69,7 @@ class Recording(TorchDispatchMode):
         self.written: dict[int, int] = {}
         self.uses: dict[str, list[int]] = defaultdict(list)
         self.flops: dict[int, int] = {}
+        self.storing: frozenset[nn.Module] = frozenset()
         self._model = model
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[ModuleCall] = []
@@ -92,6 +94,7 @@ class Recording(TorchDispatchMode):
             self._used(_storage(tensor), self.now + 1)
         if self.escape < 0:
             self.escape = self.now
+        self.storing = frozenset(module for module in self._names if self._stores(module))
 
     def alive(self) -> list[int]:
         """Return how many storages of the images are needed later, after each number of operations: [now + 1]."""
@@ -142,6 +145,10 @@ class Recording(TorchDispatchMode):
             self.flops[self.now] = int(count(*args, **kwargs, out_val=out))
         return out
 
+    def _stores(self, module: nn.Module) -> bool:
+        values = (value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules"))
+        return any(_storage(t) in self.made for value in values for t in _near(value, 2) if t.layout == torch.strided)
+
     def _used(self, storage: int, when: int) -> None:
         if storage in self.made:
             self.last[storage] = when
@@ -158,19 +165,33 @@ class Recording(TorchDispatchMode):
             self._ended += 1
 
 
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a value of nested containers, mappings and dataclasses."""
+def tensors_of(value: Any, _within: tuple[int, ...] = ()) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a value of nested containers, mappings, dataclasses and other objects with attributes, such as
+    those of torch.distributions."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors_of(item)
+            yield from tensors_of(item, _within)
     elif isinstance(value, list | tuple | set):
         for item in value:
-            yield from tensors_of(item)
+            yield from tensors_of(item, _within)
     elif is_dataclass(value) and not isinstance(value, type):
         for item in fields(value):
-            yield from tensors_of(getattr(value, item.name, None))
+            yield from tensors_of(getattr(value, item.name, None), _within)
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and id(value) not in _within:
+        for item in vars(value).values():
+            yield from tensors_of(item, (*_within, id(value)))
+
+
+def _near(value: Any, depth: int) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a value, in its items and attributes, and in theirs."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif depth and not isinstance(value, type | nn.Module):
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else None
+        for item in getattr(value, "__dict__", {}).values() if items is None else items:
+            yield from _near(item, depth - 1)
 
 
 def _storage(tensor: torch.Tensor) -> int:

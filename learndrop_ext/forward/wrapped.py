@@ -69,6 +69,8 @@ class WrappedModel(nn.Module):
             row = images.standing.rows
         else:
             row = row_at(chain, k, lambda: model(*args, **kwargs))
+        if not kwargs and len(args) == 1 and args[0] is images:  # for a wrapper that takes one argument
+            return self.body(row)
         args, kwargs = pytree.tree_map(lambda a: IMAGES if a is images else a, (args, kwargs))
         return self.body(row, *args, **kwargs)
 

@@ -10,7 +10,6 @@ from learndrop_ext.ops.rows import (
     append_rows,
     first_repeated,
     gather_rows,
-    memory_format,
     row_bytes,
     row_stride,
 )
@@ -28,7 +27,6 @@ __all__ = [
     "first_repeated",
     "free_bytes",
     "gather_rows",
-    "memory_format",
     "row_bytes",
     "row_stride",
 ]

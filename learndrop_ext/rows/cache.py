@@ -10,6 +10,7 @@ import torch
 from learndrop_ext import ops
 from learndrop_ext.rows.checks import check_filled, check_form, check_range, check_unique
 from learndrop_ext.rows.disk import SavedRows, open_rows
+from learndrop_ext.rows.form import RowForm, contiguous_form
 from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.output_pool import OutputPool
 from learndrop_ext.rows.plan import Budgets, TierPlan, lengthened
@@ -25,9 +26,10 @@ SATURATION_BATCHES = 16
 class ActivationCache:
     """R rows of one shape by slot. It never returns a row that was not written, or not as it was written.
 
-    Rows are returned in the dtype and memory format of the first rows stored; with the codec "uint8" 4-D batches are
-    channels-last. If a tier cannot allocate its memory, the next tier takes its rows, with a RuntimeWarning. A forked
-    process can read rows, except those in pinned memory.
+    Rows are returned in the dtype and with the strides of the first rows stored, as the layers behind them may call `view`:
+    contiguous, channels-last or any other order of a row's dimensions. Rows that are not dense come back dense, in the same
+    order. If a tier cannot allocate its memory, the next tier takes its rows, with a RuntimeWarning. A forked process can
+    read rows, except those in pinned memory.
 
     Args:
         slots (int): R.
@@ -73,11 +75,11 @@ class ActivationCache:
         self.dtype: torch.dtype | None = None
         self.path = path
         self._filled_table = self.filled  # `filled`, with room for more slots
-        self._stored_shape = self.shape
         self._outputs = OutputPool(device)
         self._saturated: torch.Tensor | None = None
         self._saturation_batches = 0
         layout = RowLayout(ops.row_bytes(self.shape, codec), ops.row_stride(self.shape, codec))
+        self._form = contiguous_form(self.shape, codec)  # of the first rows
         self._rows: TieredRows | None = TieredRows(
             slots,
             layout,
@@ -127,7 +129,7 @@ class ActivationCache:
             saved.disk.close()
             raise
         cache.dtype = getattr(torch, manifest.dtype) if manifest.dtype else None
-        cache._stored_shape = manifest.stored_shape
+        cache._form = RowForm(manifest.shape, manifest.strides, manifest.codec)
         if aside is not None:
             cache.share(aside)
         return cache
@@ -179,15 +181,15 @@ class ActivationCache:
         if self.dtype not in (None, rows.dtype):
             raise ValueError(f"ActivationCache.append: rows must be {self.dtype} as the first were, got {rows.dtype}")
         check_form("append", slots)
-        stored = self._layout(rows)
-        batch = rows.reshape(len(rows), *stored)
+        form = RowForm.of(rows, self.codec) if self.dtype is None else self._form
+        batch = form.stored(rows)
         if tiers.plan.staging:
-            self._append_tiered(tiers, slots, batch, stored)
+            self._append_tiered(tiers, slots, batch, form)
         else:
             # Checks the slots against R, not against the memory reserved.
             ops.append_rows(tiers.data[: len(self.filled)], batch, slots, codec=self.codec)
             self._change(tiers)
-            self.dtype, self._stored_shape = rows.dtype, stored
+            self.dtype, self._form = rows.dtype, form
             self.filled[slots] = True
         self._note_saturation(rows)
 
@@ -209,13 +211,15 @@ class ActivationCache:
         """
         tiers = self._open("gather")
         check_filled("gather", slots, self.filled)
-        form, dtype = self._stored_shape, self.dtype or torch.float32
-        out = self._outputs.take((len(slots), *form), dtype, ops.memory_format(form))
+        form, dtype, B = self._form, self.dtype or torch.float32, len(slots)
+        shape, strides = (B, *form.stored_shape), form.stored_strides
+        out = self._outputs.take((B, *self.shape), form.batch_strides, dtype)
+        into = out.as_strided(shape, strides) if form.is_stored_so else self._outputs.take(shape, strides, dtype)
         if tiers.plan.staging:
-            self._gather_tiered(tiers, slots, out)
+            self._gather_tiered(tiers, slots, into)
         else:
-            ops.gather_rows(tiers.data, slots, form, codec=self.codec, dtype=dtype, out=out)
-        return out.view(len(slots), *self.shape) if form != self.shape else out
+            ops.gather_rows(tiers.data, slots, form.stored_shape, codec=self.codec, dtype=dtype, out=into)
+        return out if form.is_stored_so else out.copy_(into)
 
     def prefetch(self, slots: torch.Tensor) -> None:
         """Start reading rows of the slower tiers for the next `gather`, in the background.
@@ -292,7 +296,7 @@ class ActivationCache:
         manifest = Manifest(
             codec=self.codec,
             shape=self.shape,
-            stored_shape=self._stored_shape,
+            strides=self._form.strides,
             dtype="" if self.dtype is None else str(self.dtype).removeprefix("torch."),
             slots=len(self.filled),
             row_bytes=tiers.layout.row_bytes,
@@ -320,9 +324,7 @@ class ActivationCache:
         if rows is not None:
             rows.close()
 
-    def _append_tiered(
-        self, tiers: TieredRows, slots: torch.Tensor, rows: torch.Tensor, stored: tuple[int, ...]
-    ) -> None:
+    def _append_tiered(self, tiers: TieredRows, slots: torch.Tensor, rows: torch.Tensor, form: RowForm) -> None:
         if len(rows) != len(slots):
             raise ValueError(f"ActivationCache.append: slots must be [{len(rows)}], got [{len(slots)}]")
         check_range("append", slots, len(self.filled))
@@ -332,15 +334,15 @@ class ActivationCache:
         for part in tiers.staged(slots, load=False):
             ops.append_distinct_rows(tiers.data, rows[part.begin : part.end], part.index, codec=self.codec)
             self._change(tiers)
-            self.dtype, self._stored_shape = rows.dtype, stored
+            self.dtype, self._form = rows.dtype, form
             self.filled[part.slow] = False
             tiers.write_back(part)
             self.filled[slots[part.begin : part.end]] = True
 
     def _gather_tiered(self, tiers: TieredRows, slots: torch.Tensor, out: torch.Tensor) -> None:
         for part in tiers.staged(slots, load=True):
-            into = out[part.begin : part.end]
-            ops.gather_rows(tiers.data, part.index, self._stored_shape, codec=self.codec, dtype=out.dtype, out=into)
+            into, shape = out[part.begin : part.end], self._form.stored_shape
+            ops.gather_rows(tiers.data, part.index, shape, codec=self.codec, dtype=out.dtype, out=into)
 
     def _change(self, tiers: TieredRows) -> None:
         """Note that the file at `path` no longer holds these rows."""
@@ -360,11 +362,3 @@ class ActivationCache:
         if self._rows is None:
             raise RuntimeError(f"ActivationCache.{name}: the cache must be open, and it was closed")
         return self._rows
-
-    def _layout(self, rows: torch.Tensor) -> tuple[int, ...]:
-        """The shape of a row for the row operations. A flat shape keeps the memory format of contiguous rows, so that
-        training on rows is bit-equal to training behind the live prefix; [C, H, W] means channels-last."""
-        if self.dtype is not None:
-            return self._stored_shape
-        plain = len(self.shape) != 3 or rows.is_contiguous()
-        return self.shape if self.codec == "uint8" or not plain else (int(torch.Size(self.shape).numel()),)

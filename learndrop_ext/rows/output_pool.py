@@ -31,18 +31,18 @@ class OutputPool:
         self._device = device
         self._free: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
 
-    def take(self, shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> torch.Tensor:
-        """Return a tensor with undefined values, as `torch.empty` does."""
+    def take(self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor without gaps with undefined values, as `torch.empty_strided` does."""
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < MIN_POOLED_BYTES or self._device.type != "cpu":
-            return torch.empty(tuple(shape), dtype=dtype, device=self._device, memory_format=memory_format)
-        strides = torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=memory_format).stride()
+            return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=self._device)
         self._free = [block for block in self._free if block.nbytes >= nbytes]
         block = self._free.pop() if self._free else torch.empty(nbytes, dtype=torch.uint8).numpy()
         # The tensor's storage owns `lent`, a separate array object, and frees it when the storage is freed.
         lent = block[:nbytes]
         weakref.finalize(lent, self._take_back, block).atexit = False
-        return torch.empty(0, dtype=dtype).set_(torch.from_numpy(lent).untyped_storage(), 0, tuple(shape), strides)
+        storage = torch.from_numpy(lent).untyped_storage()
+        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(strides))
 
     def _take_back(self, block: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         if len(self._free) < MAX_FREE:

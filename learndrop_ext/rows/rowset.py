@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from learndrop_ext import ops
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.config import CacheConfig
-from learndrop_ext.rows.plan import budgets_of
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.plan import budgets_of, plan_tiers
 from learndrop_ext.rows.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.rows.stopwatch import Stopwatch
 from learndrop_ext.rows.store.fingerprint import Fingerprint
@@ -59,6 +61,9 @@ class RowSet:
         self._begun: Any = None  # when the forward whose rows are being computed began
         self._made = [0, 0]  # rows computed from images and from older rows since `forget_counts`
         self._full = False  # whether the budgets are exhausted
+        self._whole: bool | None = (
+            None  # whether all samples with a slot have all of their rows; None if it is not known
+        )
 
     @property
     def cut(self) -> int:
@@ -108,18 +113,26 @@ class RowSet:
         if found is not None:
             self._drop_older()
             self.slots.load(found.slots)
-        self.stores, self._full, self._path = True, False, path
+        self.stores, self._full, self._path, self._whole = True, False, path, None
         return found is not None
 
     def level(self, ids: torch.Tensor) -> int:
         """Return the number of layers that the samples `ids` [B] need not run in this epoch: the latest cut at which all of
         them have rows, or 0."""
-        if self.cache is None:
-            return 0
+        return self.locate(ids)[0]
+
+    def locate(self, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """Return the `level` of the samples `ids` [B], and the places [B] of their rows."""
         at = self.slots.places(ids, self.epoch)
-        if bool(filled_at(self.cache, at).all()):
-            return self.cuts[-1]
-        return self.cuts[-2] if self.older is not None and bool(filled_at(self.older, at).all()) else 0
+        if self.cache is None or not len(at):
+            return 0, at
+        if self._whole is None:
+            used = self.slots.used * self.views
+            self._whole = used <= len(self.cache.filled) and bool(self.cache.filled[:used].all())
+        # In most epochs every sample drawn so far has its row.
+        if int(at.min()) >= 0 if self._whole else bool(filled_at(self.cache, at).all()):
+            return self.cuts[-1], at
+        return (self.cuts[-2] if self.older is not None and bool(filled_at(self.older, at).all()) else 0), at
 
     def complete(self, ids: torch.Tensor) -> bool:
         """Return whether all of the samples `ids` [n] have rows for this epoch, so that no image is needed."""
@@ -127,17 +140,23 @@ class RowSet:
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the places [B] of the samples' rows in this epoch; samples without a slot get one."""
+        self._whole = None
         return self.slots.assign(ids, self.epoch)
 
     def first_places(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the distinct places [n] of samples `ids` [B] in this epoch, and the position [n] of the first of each."""
         return first_of_each(self.places(ids))
 
-    def gather(self, ids: torch.Tensor, level: int) -> torch.Tensor:
-        """Return the rows [B, ...] of samples `ids` [B] at the cut that `level` gave."""
+    def gather(self, at: torch.Tensor, level: int) -> torch.Tensor:
+        """Return the rows [B, ...] at the places [B] and the cut that `locate` gave."""
         cache = self.cache if level == self.cuts[-1] else self.older
         assert cache is not None
-        return cache.gather(self.slots.places(ids, self.epoch))
+        return cache.gather(at)
+
+    def dtype(self, level: int) -> torch.dtype | None:
+        """Return the dtype of the rows at a cut that `level` gave; None if they have gone since."""
+        cache = self.cache if self.cuts[-1:] == [level] else self.older
+        return None if cache is None else cache.dtype
 
     def begin_making(self, from_rows: bool, count: int) -> None:
         """Note that a forward begins that computes `count` rows from older rows or from images."""
@@ -148,9 +167,12 @@ class RowSet:
         """Store the rows [B, ...] of samples `ids` [B] that have arrived at a cut, and return them as later epochs will
         get them."""
         is_last = cut == self.cuts[-1]
+        if not is_last and (self.older is None or cut != self.cuts[0]):
+            return self._as_stored(row) if cut in self._path else row
         cache = self.cache if is_last else self.older
         if cache is None:
             return row
+        self._whole = None
         at = self.slots.assign(ids, self.epoch)
         places, order = first_of_each(at)
         distinct = row if len(places) == len(at) else row[order.to(row.device)]
@@ -211,6 +233,7 @@ class RowSet:
         if ids is not None:
             slots = self.slots.table[ids]
             places = (slots[slots >= 0, None] * self.views + torch.arange(self.views)).flatten()
+            self._whole = None
             self.cache.forget(places)
             if self.older is not None:
                 self.older.forget(places)
@@ -232,6 +255,13 @@ class RowSet:
         See `RowFileKeeper.save`."""
         return self.file.save(self.cache, self.slots.table, extras, lambda: self._made_of(self._path))
 
+    def check_room(self, name: str | None, shape: Sequence[int], rows: int) -> None:
+        """Raise ValueError if `find` would find neither the file nor room for rows of a shape."""
+        if not self.file.exists(name):
+            codec = self.config.codec
+            layout = RowLayout(ops.row_bytes(shape, codec), ops.row_stride(shape, codec))
+            plan_tiers(rows, layout, budgets_of(self.config, self.device))
+
     def find(self, name: str | None, path: Sequence[int], shape: Sequence[int]) -> FoundRows | None:
         """Replace the rows by those after the last of the cuts `path` in the file that `save` wrote.
 
@@ -252,21 +282,26 @@ class RowSet:
         """All cuts that the rows went through, oldest first."""
         return tuple(self._path)
 
-    def end_epoch(self) -> bool:
-        """Free the rows of the drop before once none of them is needed, and return whether that happened; share complete
-        rows with other runs."""
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The cuts at which the rows of images are encoded on their way: the whole path, so that they equal rows computed
+        from older rows; or, once every sample has its rows, the last one alone."""
+        cache = self.cache
+        done = cache is not None and self.slots.used == len(self.slots) and bool(cache.filled.all())
+        return tuple(self._path[-1:] if done else self._path)
+
+    def end_epoch(self) -> None:
+        """Free the rows of the drop before once none of them is needed; share complete rows with other runs."""
         cache = self.cache
         if cache is not None and not cache.saved and bool(cache.filled.all()):
             self.file.share(cache, self.slots.table, lambda: self._made_of(self._path))
         if self.older is None or self.cache is None:
-            return False
+            return
         needed = self.older.filled.clone()
         both = min(len(needed), len(self.cache.filled))
         needed[:both] &= ~self.cache.filled[:both]
-        if bool(needed.any()):
-            return False
-        self._drop_older()
-        return True
+        if not bool(needed.any()):
+            self._drop_older()
 
     @property
     def counts(self) -> tuple[int, int, float]:
@@ -282,7 +317,7 @@ class RowSet:
         self._drop_older()
         if self.cache is not None:
             self.cache.close()
-        self.cache, self._full = None, False
+        self.cache, self._full, self._whole = None, False, None
         self.slots.clear()
 
     def _drop_older(self) -> None:
@@ -290,6 +325,14 @@ class RowSet:
             self.older.close()
             self.older = None
             self.cuts = self.cuts[-1:]
+
+    def _as_stored(self, row: torch.Tensor) -> torch.Tensor:
+        """Rows [B, ...] as a cache gives them back."""
+        scratch = ActivationCache(len(row), row.shape[1:], codec=self.config.codec, device=self.device)
+        scratch.append(torch.arange(len(row)), row)
+        stored = scratch.gather(torch.arange(len(row)))
+        scratch.close()
+        return stored
 
     def _new_cache(self, cut: int, shape: Sequence[int], rows: int) -> ActivationCache:
         return ActivationCache(

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from learndrop_ext import DropScheduler, Fixed
-from small_training import data, parts, prefix_rows
+from learndrop_ext.data.extras import with_input
+from small_training import called, data, parts, prefix_rows
 
 Make = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 
@@ -72,17 +73,18 @@ def begun(loader: Any, drops: dict[int, int] | None = None, **options: Any) -> t
 
 
 def trained(drop: DropScheduler, optimizer: Any, *, autocast: bool = False) -> list[Any]:
-    """The batches of one epoch of training."""
+    """The batches of one epoch of training, with what the live layers got in place of the images."""
     batches = []
-    drop.base_model.train()
+    drop._base.train()
     for batch in drop.loader:
         x, y = (batch["image"], batch["label"]) if isinstance(batch, dict) else batch[:2]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = nn.functional.cross_entropy(drop.model(x).float(), y % 5)
+            output, got = called(drop, x)
+            loss = nn.functional.cross_entropy(output.float(), y % 5)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        batches.append(batch)
+        batches.append(with_input(batch, "image" if isinstance(batch, dict) else 0, got.clone()))
     return batches
 
 
@@ -99,7 +101,7 @@ def ids_in(batches: list[Any]) -> list[int]:
 
 
 def assert_rows(batches: list[Any], drop: DropScheduler, k: int = 2) -> None:
-    """Each batch holds the rows and the labels of its ids."""
+    """The live layers got the rows of each batch's ids, and the loop its labels."""
     rows, labels = prefix_rows(drop, k), data().tensors[1]
     for x, y, ids in batches:
         assert torch.equal(x, rows[ids])
@@ -120,12 +122,12 @@ class OneBuffer(Stream):
 
 
 def saved(drop: DropScheduler, optimizer: Any) -> dict[str, Any]:
-    return {"model": drop.base_model.state_dict(), "optimizer": optimizer.state_dict(), "drop": drop.state_dict()}
+    return {"model": drop._base.state_dict(), "optimizer": optimizer.state_dict(), "drop": drop.state_dict()}
 
 
 def resumed(loader: Any, state: dict[str, Any], **options: Any) -> tuple[DropScheduler, Any]:
     drop, optimizer = begun(loader, **options)
-    drop.base_model.load_state_dict(state["model"])
+    drop._base.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     drop.load_state_dict(state["drop"])
     return drop, optimizer

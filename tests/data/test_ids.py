@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from learndrop_ext import Budget, DropScheduler, Fixed
-from small_training import data, parts, prefix_rows
+from small_training import called, data, parts, prefix_rows
 
 
 def test_a_list_of_batches_trains_as_a_data_loader_does_until_all_rows_are_there() -> None:
@@ -37,7 +37,7 @@ def test_a_list_of_batches_trains_as_a_data_loader_does_until_all_rows_are_there
         plain.step()
         with_ids.step()
         assert plain.prefix == with_ids.prefix == 2
-    for value, wanted in zip(with_ids.base_model.parameters(), model.parameters(), strict=True):
+    for value, wanted in zip(with_ids._base.parameters(), model.parameters(), strict=True):
         assert torch.equal(value, wanted)
     assert with_ids.history[0].changes == plain.history[0].changes
 
@@ -56,7 +56,8 @@ def test_the_loader_is_left_alone_once_every_sample_has_its_row() -> None:
         assert [len(batch[0]) for batch in batches] == [8, 8, 8]
     assert len({tuple(ids_in(batches)) for batches in later}) == 3  # another order each time
     assert [record.samples for record in drop.history] == [24] * 5
-    assert [record.cut for record in drop.history] == [2] * 5
+    assert [record.tier for record in drop.history] == ["device"] * 5
+    assert drop._rows.cut == 2
     assert drop.history[1].fill_flops > 0
     assert drop.history[2].fill_flops == 0
 
@@ -72,13 +73,26 @@ def test_batches_before_a_drop_come_as_they_are() -> None:
         len(begun(stream)[0].loader)
 
 
-def test_the_input_is_checked_as_with_a_data_loader() -> None:
-    drop, optimizer = begun(Stream())
-    for x, y, _ in drop.loader:
-        nn.functional.cross_entropy(drop.model(x * 2), y).backward()
+def test_what_the_loop_does_to_images_is_watched_as_with_a_data_loader() -> None:
+    stream = Stream()
+    drop, optimizer = begun(stream, {0: 2})
+    rows = []
+    for _ in range(3):
+        for x, y, ids in drop.loader:
+            output, row = called(drop, x * 2)
+            nn.functional.cross_entropy(output, y).backward()
+            rows.append((row, ids))
         optimizer.step()
-    with pytest.raises(RuntimeError, match="must get the batch's input as"):
         drop.step()
+    assert stream.iterations == 2
+    with torch.no_grad():
+        wanted = drop.chain.prefix(2).eval()(2 * data().tensors[0])
+    assert len(rows) == 9
+    assert all(torch.equal(row, wanted[ids]) for row, ids in rows)
+    for change, message in ((lambda x: x, "the loop must do the same to"), (torch.flip, "may only do to images what")):
+        x, _, _ = next(iter(drop.loader))
+        with pytest.raises(RuntimeError, match=message):
+            drop.model(change(x, (3,)) if change is torch.flip else change(x))
 
 
 @pytest.mark.parametrize("drop_last", [False, True])
@@ -102,6 +116,8 @@ def test_dropping_more_layers_makes_rows_of_rows() -> None:
     assert_rows(later, drop, 3)
     for x, _, ids in fill:
         assert torch.allclose(x, prefix_rows(drop, 3)[ids], atol=1e-6)
+    assert drop.history[3].fill_flops == 0
+    assert drop.history[4].fill_flops == 24 * (drop.chain[1].flops + drop.chain[2].flops)  # conv1 does not run again
 
 
 @pytest.mark.parametrize("policy", [Fixed({0: 2}), Budget(speedup=1.05)])
@@ -123,26 +139,27 @@ def test_a_forecast_times_the_loader() -> None:
     stream = Stream()
     drop, optimizer = begun(stream)
     assert drop.forecast(9).epochs == 9
-    assert stream.batches == 1 + 3  # what is there of 1 + 3 batches
+    assert stream.batches == 1  # the first one, by which training steps are timed
     epochs(drop, optimizer, 1)
-    before = stream.batches
+    assert stream.batches == 1 + 3
     drop.forecast(9)
-    assert stream.batches == before
+    assert stream.batches == 1 + 3
 
 
 def test_an_epoch_is_as_long_as_the_loader_says_until_one_was_seen() -> None:
     batches = list(Stream(count=27))
     drop, optimizer = begun(batches)
-    assert drop.ledger.run_costs()[0].samples == 32
+    assert drop.forecast(4) is not None
+    assert drop._ledger.run_costs()[0].samples == 32
     epochs(drop, optimizer, 1)
-    assert drop.ledger.run_costs()[0].samples == 27
+    assert drop._ledger.run_costs()[0].samples == 27
 
 
 def test_no_rows_are_kept_without_a_cache() -> None:
     stream = Stream(noise=0.1)
     drop, optimizer = begun(stream, cache=None)
     epochs(drop, optimizer, 3)
-    assert (drop.prefix, drop.cut, stream.iterations) == (2, 0, 4)
+    assert (drop.prefix, drop._rows.cut, stream.iterations) == (2, 0, 4)
 
 
 # Loaders
@@ -184,7 +201,7 @@ def test_a_data_loaders_order_is_that_of_a_run_without_drops() -> None:
         drop = DropScheduler(model, optimizer, one := shuffled(seed), ids=2, cache="fp32", policy=Fixed({}))
         torch.manual_seed(3)
         assert [ids_in(list(drop.loader)) for _ in range(2)] == wanted
-        assert drop.loader.user is one
+        assert drop.loader.dataset is one.dataset
 
 
 class Itself:
@@ -231,8 +248,7 @@ def test_warnings_name_the_loop() -> None:
     stream = Stream()
     drop, optimizer = begun(stream)
     epochs(drop, optimizer, 2)
-    assert drop.rows.cache is not None
-    drop.rows.cache.forget(torch.tensor([5]))
+    drop._rows.forget(torch.tensor([5]))
     stream.images = stream.images + 0.5
     with pytest.warns(RuntimeWarning, match="computed again") as told:
         trained(drop, optimizer)

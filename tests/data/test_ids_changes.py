@@ -86,10 +86,8 @@ def test_rows_are_made_anew_where_what_comes_by_has_changed() -> None:
     stream = Stream()
     drop, optimizer = begun(stream)
     epochs(drop, optimizer, 2)
-    cache = drop.rows.cache
-    assert cache is not None
     # Images are read once more, and all but one have rows.
-    cache.forget(torch.tensor([5]))
+    drop._rows.forget(torch.tensor([5]))
     stream.images = stream.images + 0.5
     with pytest.warns(RuntimeWarning, match="drop.loader: the rows are computed again: the images of some samples"):
         batches = trained(drop, optimizer)
@@ -102,8 +100,7 @@ def test_labels_are_compared_too() -> None:
     stream = Stream()
     drop, optimizer = begun(stream)
     epochs(drop, optimizer, 2)
-    assert drop.rows.cache is not None
-    drop.rows.cache.forget(torch.tensor([5]))
+    drop._rows.forget(torch.tensor([5]))
     stream.labels = (stream.labels + 1) % 5
     with pytest.warns(RuntimeWarning, match=r"the rows are computed again: batch\[1\] of some samples"):
         batches = trained(drop, optimizer)
@@ -114,7 +111,7 @@ def test_images_of_another_size_are_refused_while_there_are_rows() -> None:
     stream = Stream()
     drop, optimizer = begun(stream)
     epochs(drop, optimizer, 2)
-    drop.rows.forget()
+    drop._rows.forget()
     stream.images = stream.images[..., :6, :6]
     with pytest.raises(RuntimeError, match=r"images must keep their shape \[3, 8, 8\] while layers are dropped"):
         trained(drop, optimizer)
@@ -125,7 +122,7 @@ def test_changed_weights_have_the_rows_made_anew() -> None:
     drop, optimizer = begun(stream)
     epochs(drop, optimizer, 3)
     with torch.no_grad():
-        drop.base_model.get_submodule("conv1").weight.mul_(2)
+        drop._base.get_submodule("conv1").weight.mul_(2)
     with pytest.warns(RuntimeWarning, match="the weights or buffers of the dropped layer conv1 have changed"):
         batches = trained(drop, optimizer)
     assert stream.iterations == 4

@@ -85,7 +85,7 @@ def test_ids_that_change_their_type() -> None:
     drop, optimizer = begun(batches)
     with pytest.raises(TypeError, match="ids must be all int or all str, got str after int"):
         trained(drop, optimizer)
-    assert len(drop.rows.source) == 8
+    assert len(drop._source) == 8
 
 
 def test_an_iteration_without_batches() -> None:
@@ -129,4 +129,4 @@ def test_the_length_of_a_loader_that_does_not_say() -> None:
 
 def test_the_model_of_these_tests_has_four_layers() -> None:
     assert len(begun(Stream())[0].chain) == 4
-    assert isinstance(begun(Stream())[0].base_model, Net)
+    assert isinstance(begun(Stream())[0]._base, Net)

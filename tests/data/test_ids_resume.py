@@ -28,10 +28,11 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path, after: int, strings: b
         return x, y, [f"{v}" for v in i.tolist()] if strings else i
 
     cache = CacheConfig(codec="fp32", disk_bytes=1 << 20, disk_dir=str(tmp_path))
-    whole, optimizer = begun(Stream(make), cache=cache)
+    user = Stream(make)
+    whole, optimizer = begun(user, cache=cache)
     epochs(whole, optimizer, after)
     torch.save(saved(whole, optimizer), tmp_path / "state.pt")
-    order = whole.loader.user.generator.get_state()
+    order = user.generator.get_state()
     wanted = epochs(whole, optimizer, 5 - after)
 
     state = torch.load(tmp_path / "state.pt", weights_only=True)
@@ -43,7 +44,7 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path, after: int, strings: b
     for one, two in zip(wanted, got, strict=True):
         assert [list(batch[2]) for batch in one] == [list(batch[2]) for batch in two]
         assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(one, two, strict=True))
-    for value, before in zip(second.base_model.parameters(), whole.base_model.parameters(), strict=True):
+    for value, before in zip(second._base.parameters(), whole._base.parameters(), strict=True):
         assert torch.equal(value, before)
     assert stream.iterations == 1 + max(0, 2 - after)
 

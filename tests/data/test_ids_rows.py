@@ -22,7 +22,7 @@ from torch import nn
 
 from learndrop_ext import CacheConfig
 from learndrop_ext.data.ids import ids_of
-from small_training import data, prefix_rows
+from small_training import called, data, prefix_rows
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_ids_of_every_kind(make: Make, options: dict[str, Any]) -> None:
     assert stream.iterations == 3
     assert len(rows_of) == 24
     rows, labels = prefix_rows(drop, 2), data().tensors[1]
-    for number, value in enumerate(drop.rows.source.state()["values"]):
+    for number, value in enumerate(drop._source.state()["values"]):
         place = int(str(value).strip("ab")) if "b" in str(value) or "a" in str(value) else int(value)
         place = (place + 3) >> 40 if place < 0 or place > 24 else place
         assert torch.equal(rows_of[value][0], rows[place]), number
@@ -67,7 +67,7 @@ def test_forgotten_rows_are_made_of_another_iteration() -> None:
     drop, optimizer = begun(stream)
     epochs(drop, optimizer, 3)
     assert stream.iterations == 3
-    drop.rows.forget()
+    drop._rows.forget()
     fill, later = epochs(drop, optimizer, 2)
     assert stream.iterations == 4
     assert_rows(fill + later, drop)
@@ -77,9 +77,7 @@ def test_one_missing_row_is_made_of_another_iteration() -> None:
     stream = Stream()
     drop, optimizer = begun(stream)
     epochs(drop, optimizer, 3)
-    cache = drop.rows.cache
-    assert cache is not None
-    cache.forget(torch.tensor([5]))
+    drop._rows.forget(torch.tensor([5]))
     fill, later = epochs(drop, optimizer, 2)
     assert stream.iterations == 4
     assert_rows(fill + later, drop)
@@ -89,7 +87,7 @@ def test_rows_that_do_not_fit_are_made_in_each_epoch() -> None:
     row = 6 * 4 * 4 * 4
     stream = Stream()
     drop, optimizer = begun(stream, {0: 2}, cache=CacheConfig(codec="fp32", budget_bytes=20 * row))
-    assert drop.cut == 2
+    assert drop._rows.cut == 2
     with pytest.warns(RuntimeWarning, match="draws more samples than the budgets hold rows of"):
         first = trained(drop, optimizer)
     drop.step()
@@ -105,7 +103,10 @@ def test_an_epoch_goes_on_with_the_loader_where_its_rows_have_gone() -> None:
     drop, optimizer = begun(stream)
     epochs(drop, optimizer, 3)
     # Another autocast is known after the first batch.
-    with pytest.warns(RuntimeWarning, match="drop.loader: the rest of the epoch comes from loader, in its order"):
+    with (
+        pytest.warns(RuntimeWarning, match=r"computed under no autocast, and the loop now trains under .*bfloat16"),
+        pytest.warns(RuntimeWarning, match="drop.loader: the rest of the epoch comes from loader, in its order"),
+    ):
         batches = trained(drop, optimizer, autocast=True)
     assert stream.iterations == 4
     assert [len(batch[0]) for batch in batches] == [8, 8, 8]
@@ -136,7 +137,7 @@ def test_close_gives_the_model_back() -> None:
     with begun(Stream())[0] as drop:
         optimizer = drop.optimizer
         epochs(drop, optimizer, 4)
-    assert all(p.requires_grad for p in drop.base_model.parameters())
+    assert all(p.requires_grad for p in drop._base.parameters())
     with pytest.raises(RuntimeError, match="it was closed"):
         next(iter(drop.loader))
 
@@ -144,7 +145,19 @@ def test_close_gives_the_model_back() -> None:
 def test_samples_cannot_be_read_by_number() -> None:
     drop, _ = begun(Stream())
     with pytest.raises(RuntimeError, match="can be read only as they come by, got 2 asked for by id"):
-        drop.rows.read(torch.tensor([1, 2]), 0)
+        drop._source.read([1, 2], 0)
+
+
+def test_images_that_were_not_read_cannot_be_read() -> None:
+    stream = Stream()
+    drop, optimizer = begun(stream)
+    epochs(drop, optimizer, 3)
+    x, _, _ = next(iter(drop.loader))
+    with pytest.raises(RuntimeError, match="images of a loader with ids= can be read only as they come by"):
+        x.read()
+    drop._rows.forget()
+    x, _, ids = next(iter(drop.loader))
+    assert torch.equal(x.read(), stream.images[ids])
 
 
 # Iterations that are broken off, repeat or grow
@@ -155,8 +168,9 @@ def test_epochs_that_are_broken_off_go_on_reading() -> None:
     drop, optimizer = begun(stream, {0: 2})
     for _ in range(6):
         for x, y, ids in itertools.islice(drop.loader, 2):
-            nn.functional.cross_entropy(drop.model(x), y).backward()
-            assert torch.equal(x, prefix_rows(drop, 2)[ids])
+            output, rows = called(drop, x)
+            nn.functional.cross_entropy(output, y).backward()
+            assert torch.equal(rows, prefix_rows(drop, 2)[ids])
         optimizer.step()
         drop.step()
     assert stream.iterations == 7
@@ -236,12 +250,12 @@ def test_many_new_ids_do_not_copy_the_tables_each_time(monkeypatch: pytest.Monke
     stream = Stream(count=400, size=4)
     drop, _ = begun(stream, {})
     copies = []
-    first = drop.rows.slots.table.data_ptr()
+    first = drop._rows.slots.table.data_ptr()
     for _ in drop.loader:
-        if drop.rows.slots.table.data_ptr() != first:
-            first = drop.rows.slots.table.data_ptr()
-            copies.append(len(drop.rows.slots))
-    assert len(drop.rows.slots) == 400
+        if drop._rows.slots.table.data_ptr() != first:
+            first = drop._rows.slots.table.data_ptr()
+            copies.append(len(drop._rows.slots))
+    assert len(drop._rows.slots) == 400
     assert len(copies) < 25
 
 

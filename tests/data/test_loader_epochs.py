@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_loading import assert_rows, data, drawn, labels, scheduler
+from small_loading import assert_rows, data, drawn, given, labels, scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from learndrop_ext import Fixed
+from learndrop_ext.forward.images import Images
 
 
 class Growing(TensorDataset):
@@ -26,21 +27,16 @@ class Growing(TensorDataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_dataset_that_grows_is_followed(workers: int) -> None:
-    images = data().tensors[0]
     dataset = Growing(*data().tensors)
     drop = scheduler(DataLoader(dataset, batch_size=4, shuffle=True, num_workers=workers))
     for size in (14, 14, 18, 18, 22, 22):
         dataset.size = size
-        drawn = []
-        for x, y in drop.loader:
-            drop.model(x)
-            drawn += y.tolist()
-            with torch.no_grad():
-                torch.testing.assert_close(x, drop.chain.prefix(drop.prefix).eval()(images[y]))
-        assert sorted(drawn) == list(range(size))
+        found = drawn(drop.loader, drop)
+        assert sorted(label for label, _ in found) == list(range(size))
+        assert_rows(found, drop, drop.prefix)
         drop.step()
     assert drop.prefix == 1
-    assert int(drop.rows.cache.filled.sum()) == 22
+    assert int(drop._rows.cache.filled.sum()) == 22
 
 
 def test_a_dataset_that_shrinks_is_refused() -> None:
@@ -69,7 +65,7 @@ def test_epochs_that_are_broken_off_lose_nothing(workers: int, persistent: bool)
         assert_rows(found, drop, k)
         drop.step()
     assert drop.prefix == 2
-    assert int(drop.rows.cache.filled.sum()) == 22
+    assert int(drop._rows.cache.filled.sum()) == 22
 
 
 class Dies(TensorDataset):
@@ -97,7 +93,7 @@ def test_an_epoch_that_a_dead_worker_ends_can_be_begun_again(tmp_path: Path) -> 
     # What torch says of it depends on what the worker was doing.
     with pytest.raises((RuntimeError, OSError)):
         labels(drop.loader, drop)
-    assert not bool(drop.rows.cache.filled[13:].any())
+    assert not bool(drop._rows.cache.filled[13:].any())
     dataset.flag.unlink()
     for _ in range(2):
         found = drawn(drop.loader, drop)
@@ -127,62 +123,118 @@ def test_older_rows_are_freed_though_the_iteration_that_computed_the_new_ones_ne
         drop.step()
     held = iter(drop.loader)
     for _ in range(len(drop.loader)):
-        drop.model(next(held)[0])
-    assert drop.rows._older is not None
+        given(drop, next(held)[0])
+    assert drop._rows.older is not None
     drop.step()
     after = iter(drop.loader)
     next(after)
-    assert drop.rows._older is None
+    assert drop._rows.older is None
     with pytest.raises(RuntimeError, match=r"drop.loader: wanted one iteration at a time"):
         next(held)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_iteration_goes_on_through_drops_and_undrop(workers: int) -> None:
-    drop = scheduler(
-        DataLoader(data(), batch_size=4, num_workers=workers), policy=Fixed({1: 1, 2: 2, 3: 2}), views=None
-    )
-    found: list[tuple[int, torch.Tensor]] = []
+    drop = scheduler(DataLoader(data(), batch_size=4, num_workers=workers), policy=Fixed({1: 1, 2: 2, 3: 2}))
+    labels = []
     prefixes = []
     for epoch in range(3):
         for i, (x, y) in enumerate(drop.loader):
-            drop.model(x)
-            assert_rows(list(zip(y.tolist(), x, strict=True)), drop, drop.prefix)
+            got = given(drop, x)
+            assert_rows(list(zip(y.tolist(), got, strict=True)), drop, drop.prefix)
             prefixes.append(drop.prefix)
-            found += list(zip(y.tolist(), x, strict=True))
+            labels += y.tolist()
             if (epoch, i) in ((0, 2), (1, 3)):
                 drop.step()
             if (epoch, i) == (2, 1):
                 drop.undrop()
-    assert [label for label, _ in found] == 3 * list(range(22))
+    assert labels == 3 * list(range(22))
     assert prefixes == [0] * 3 + [1] * 7 + [2] * 4 + [0] * 4
 
 
-def test_undrop_in_an_epoch_that_reads_some_samples_gives_whole_batches_of_images() -> None:
-    order = [0, 1, 2, 3]
-
-    class Chosen:
-        def __iter__(self) -> Iterator[int]:
-            return iter(order)
-
-        def __len__(self) -> int:
-            return len(order)
-
-    drop = scheduler(DataLoader(data(), batch_size=4, sampler=Chosen()))
-    labels(drop.loader, drop)
-    drop.step()
-    labels(drop.loader, drop)
-    # Of each batch two samples have rows and two have not, and the second is planned before undrop().
-    order[:] = [0, 10, 1, 11, 2, 12, 3, 13]
-    planner = drop.loader.batches.planner
-    drop.loader.batches.seen[:] = True
+@pytest.mark.parametrize("workers", [0, 1])
+def test_undrop_in_an_epoch_of_rows_gives_images(workers: int) -> None:
+    drop = scheduler(DataLoader(data(), batch_size=4, num_workers=workers))
+    for _ in range(2):
+        labels(drop.loader, drop)
+        drop.step()
     images = data().tensors[0]
     loader = iter(drop.loader)
-    next(loader)
-    plan = next(planner.draw(iter([[2, 12, 3, 13]])))
-    assert plan.read.tolist() == [12, 13]
+    x, y = next(loader)
+    assert type(x) is Images
     drop.undrop()
-    read = drop.rows.read(plan.read, 0)
-    x, y = drop.loader._batch(plan, read)
-    assert y.tolist() == [2, 12, 3, 13]
-    assert torch.equal(x, images[y])
+    left = list(loader)
+    assert torch.cat([y, *(y for _, y in left)]).tolist() == list(range(22))
+    for x, y in left:
+        assert type(x) is torch.Tensor
+        assert torch.equal(x, images[y])
+        given(drop, x)
+    assert drop._base[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_undrop_in_an_epoch_that_reads_some_batches_gives_whole_batches_of_images(workers: int) -> None:
+    batches = [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+    class Chosen:
+        def __iter__(self) -> Iterator[list[int]]:
+            return iter(batches)
+
+        def __len__(self) -> int:
+            return len(batches)
+
+    drop = scheduler(DataLoader(data(), batch_sampler=Chosen(), num_workers=workers))
+    for _ in range(2):
+        labels(drop.loader, drop)
+        drop.step()
+    # The first of these has its rows, of the second half has, the third has none.
+    batches[:] = [[3, 6, 1, 4], [2, 12, 3, 13], [10, 11], [0, 1, 2, 3], [5, 7]]
+    drop.loader.batches.seen[:] = True
+    assert drop.loader.batches.reads_images()
+    images = data().tensors[0]
+    loader = iter(drop.loader)
+    found = []
+    for i, (x, y) in enumerate(loader):
+        got = given(drop, x)
+        assert_rows(list(zip(y.tolist(), got, strict=True)), drop, drop.prefix)
+        found.append(y.tolist())
+        if i == 0:  # the plans of the batches after this one are made
+            drop.undrop()
+        else:
+            assert type(x) is torch.Tensor
+            assert torch.equal(x, images[y])
+    assert found == batches
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_batch_of_which_some_samples_have_rows_is_read_whole(planned: bool) -> None:
+    batches = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    reads: list[int] = []
+
+    class Noted(TensorDataset):
+        def __getitem__(self, index: int) -> Any:
+            reads.append(index)
+            return super().__getitem__(index)
+
+        __getitems__ = None
+
+    class Chosen:
+        def __iter__(self) -> Iterator[list[int]]:
+            return iter(batches)
+
+    drop = scheduler(DataLoader(Noted(*data().tensors), batch_sampler=Chosen()))
+    for _ in range(2):
+        labels(drop.loader, drop)
+        drop.step()
+    batches[:] = [[3, 6, 1, 4], [2, 12, 3, 13], [10, 11]]
+    # An epoch that is known to need images reads them by the user's loader, else each batch is read as it comes.
+    drop.loader.batches.seen[10:14] = planned
+    assert drop.loader.batches.reads_images() is planned
+    for wanted in ([2, 12, 3, 13, 10, 11], []):
+        reads.clear()
+        found = drawn(drop.loader, drop)
+        assert [label for label, _ in found] == [i for batch in batches for i in batch]
+        assert_rows(found, drop, 1)
+        # Some samples are read again at first, to see whether they are as they were.
+        assert len(reads) <= 4 + len(wanted)
+        assert reads[len(reads) - len(wanted) :] == wanted

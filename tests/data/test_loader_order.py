@@ -18,6 +18,7 @@ LOADERS = {
     "shuffle": lambda d: DataLoader(d, batch_size=5, shuffle=True),
     "generator": lambda d: DataLoader(d, batch_size=5, shuffle=True, generator=torch.Generator().manual_seed(3)),
     "weighted": lambda d: DataLoader(d, batch_size=5, sampler=WeightedRandomSampler(torch.arange(22.0), 17)),
+    "replacement": lambda d: DataLoader(d, batch_size=5, sampler=RandomSampler(d, replacement=True, num_samples=30)),
     "batch_sampler": lambda d: DataLoader(d, batch_sampler=BatchSampler(RandomSampler(d), 7, drop_last=True)),
     "subset": lambda d: DataLoader(Subset(d, [4, 8, 12, 3, 1]), batch_size=2),
     "workers": lambda d: DataLoader(d, batch_size=5, shuffle=True, num_workers=1),
@@ -25,20 +26,25 @@ LOADERS = {
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_the_order_is_the_users_before_and_after_a_drop(kind: str) -> None:
+def test_the_order_and_the_random_state_are_the_users_before_and_after_a_drop(kind: str) -> None:
     torch.manual_seed(4)
     plain = LOADERS[kind](data())
-    wanted = [labels(plain) for _ in range(3)]
-    drop = scheduler(LOADERS[kind](data()))
+    wanted = [labels(plain) for _ in range(4)]
+    state = torch.get_rng_state()
+    user = LOADERS[kind](data())
+    drop = scheduler(user)
     assert len(drop.loader) == len(plain)
     torch.manual_seed(4)
-    if drop.loader.user.generator is not None:
-        drop.loader.user.generator.manual_seed(3)
+    if user.generator is not None:
+        user.generator.manual_seed(3)
     got = [labels(drop.loader, drop)]
     drop.step()
     assert drop.prefix == 1
-    got += [labels(drop.loader, drop) for _ in range(2)]
+    got += [labels(drop.loader, drop) for _ in range(3)]
     assert got == wanted
+    assert torch.equal(torch.get_rng_state(), state)
+    if user.generator is not None:
+        assert torch.equal(user.generator.get_state(), plain.generator.get_state())
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,17 +22,17 @@ from torch.utils.data import (
     TensorDataset,
     WeightedRandomSampler,
     default_collate,
+    get_worker_info,
 )
 
 from learndrop_ext.data.reading import (
-    SEEDS,
+    PROBED,
     check_loader,
-    first_ids,
+    first_batch_ids,
     is_function_of_id,
     is_random_by_sample,
-    read_batch,
+    read_batches,
     rebuilt,
-    seconds_to_read,
 )
 
 
@@ -49,12 +52,71 @@ class Images(Dataset[tuple[Tensor, int]]):
         return torch.full((3, 4, 4), float(i) + self.noise()), 100 + i
 
 
-def test_read_batch_is_the_loaders_batch() -> None:
+def read(loader: DataLoader[Any], ids: list[int], seed: int = 0) -> Any:
+    """The batch of some samples."""
+    ((batch, _),) = read_batches(loader, [ids], seed)
+    return batch
+
+
+def is_function(loader: DataLoader[Any], ids: list[int]) -> bool:
+    """`is_function_of_id` of a batch that was read before."""
+    return is_function_of_id(loader, 0, ids, read(loader, ids, 3), 3)
+
+
+def test_read_batches_are_the_loaders_batches_with_their_times() -> None:
     data = Images(10)
-    images, labels = read_batch(DataLoader(data, batch_size=2), [7, 0])
-    assert images[:, 0, 0, 0].tolist() == [7.0, 0.0]
-    assert labels.tolist() == [107, 100]
-    assert data.read == [7, 0]
+    begin = time.perf_counter()
+    (first, second) = read_batches(DataLoader(data, batch_size=2), [[7, 0], [3]], 0)
+    for (images, labels), wanted in ((first[0], [7.0, 0.0]), (second[0], [3.0])):
+        assert images[:, 0, 0, 0].tolist() == wanted
+        assert labels.tolist() == [100 + i for i in wanted]
+    assert data.read == [7, 0, 3]
+    assert 0 < first[1] + second[1] < time.perf_counter() - begin
+
+
+class InWorkers(Images):
+    """Can be read in workers alone, which `opened` has prepared. Another worker is another dataset."""
+
+    places: list[float] | None = None
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        assert self.places is not None
+        assert get_worker_info() is not None
+        time.sleep(0.01)
+        return torch.full((3, 4, 4), self.places[i] + self.noise()), os.getpid()
+
+
+def opened(worker: int) -> None:
+    get_worker_info().dataset.places = [float(i) for i in range(10)]
+    time.sleep(0.2)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_samples_of_a_loader_with_workers_are_read_in_one_worker(persistent: bool) -> None:
+    data = InWorkers(10, lambda: torch.rand(()).item() + random.random() + float(np.random.rand()))
+    loader = DataLoader(data, batch_size=2, num_workers=2, worker_init_fn=opened, persistent_workers=persistent)
+    others = set(multiprocessing.active_children())
+    runs = [read_batches(loader, [[7, 0], [3]], seed) for seed in (0, 0, 1)]
+    assert set(multiprocessing.active_children()) <= others
+    for (first, _), (second, _) in runs:
+        assert first[0].shape == (2, 3, 4, 4)
+        assert len({*first[1].tolist(), *second[1].tolist()} - {os.getpid()}) == 1
+    assert torch.equal(runs[0][0][0][0], runs[1][0][0][0])
+    assert not torch.equal(runs[0][0][0][0], runs[2][0][0][0])
+    # Without the time that the worker takes to start.
+    assert all(0.02 <= first[1] < 0.2 for first, _ in runs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_reading_leaves_the_random_state_of_the_run_and_of_the_loader(workers: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    loader = DataLoader(Images(9, random.random), shuffle=True, generator=generator, num_workers=workers)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate(), generator.get_state()
+    read(loader, [4, 2], 5)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert np.array_equal(np.random.get_state()[1], states[1])
+    assert random.getstate() == states[2]
+    assert torch.equal(generator.get_state(), states[3])
 
 
 class Many(Images):
@@ -62,10 +124,10 @@ class Many(Images):
         return [(torch.full((1,), -float(i)), i) for i in ids]
 
 
-def test_read_batch_reads_many_at_once_where_the_dataset_can() -> None:
+def test_many_are_read_at_once_where_the_dataset_can() -> None:
     data = Many(10)
     loader = DataLoader(data, collate_fn=lambda samples: {"x": torch.stack([x for x, _ in samples])})
-    assert read_batch(loader, [3, 4])["x"].tolist() == [[-3.0], [-4.0]]
+    assert read(loader, [3, 4])["x"].tolist() == [[-3.0], [-4.0]]
     assert data.read == []
 
 
@@ -86,13 +148,14 @@ def test_is_function_of_id_sees_random_images(noise: Callable[[], float], same: 
     np.random.seed(4)
     random.seed(5)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    assert is_function_of_id(DataLoader(data), 0, list(range(16))) is same
+    batch = read(DataLoader(data), list(range(16)))
+    data.read.clear()
+    assert is_function_of_id(DataLoader(data), 0, list(range(16)), batch, 0) is same
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.array_equal(np.random.get_state()[1], states[1])
     assert random.getstate() == states[2]
-    # Only these are read: in each random state, and once more in two halves.
-    assert set(data.read) == set(range(16))
-    assert len(data.read) == 16 * (SEEDS + 1) if same else len(data.read) >= 32
+    # Only these are read, once more.
+    assert data.read == list(range(PROBED))
 
 
 def lit_in_place(samples: list[Any]) -> Any:
@@ -119,7 +182,7 @@ def test_samples_that_a_dataset_draws_alone_are_random_by_sample(noise: Callable
             random.seed(5)
             data.read.clear()
             assert is_random_by_sample(loader, 0, list(range(16)))
-            assert data.read == list(range(16))  # each once
+            assert data.read == list(range(PROBED))  # each once
             assert random.getstate() == random.Random(5).getstate()
 
 
@@ -133,7 +196,30 @@ def test_batches_that_are_random_together_are_not_random_by_sample() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 15])
 def test_is_function_of_id_of_a_small_dataset(size: int) -> None:
-    assert is_function_of_id(DataLoader(Images(size)), 0, list(range(size)))
+    assert is_function(DataLoader(Images(size)), list(range(size)))
+
+
+def without_fives(samples: list[Any]) -> Any:
+    return default_collate([(x, y) for x, y in samples if y % 5])
+
+
+def sometimes_without_one(samples: list[Any]) -> Any:
+    return default_collate(samples[int(random.random() < 0.5 and len(samples) > 1) :])
+
+
+def test_a_batch_of_which_collate_fn_leaves_samples_out_is_compared_with_what_is_there() -> None:
+    for size in (4, 8, 16):
+        assert is_function(DataLoader(Images(20), collate_fn=without_fives), list(range(size)))
+        assert not is_function(DataLoader(Images(20, random.random), collate_fn=without_fives), list(range(size)))
+    found = [
+        is_function_of_id(loader, 0, list(range(8)), read(loader, list(range(8)), seed), seed)
+        for loader in [DataLoader(Images(20), collate_fn=sometimes_without_one)]
+        for seed in range(20)
+    ]
+    assert not all(found)
+    loader = DataLoader(Images(20, random.random), collate_fn=without_fives)
+    assert is_random_by_sample(loader, 0, list(range(8)))
+    assert not is_random_by_sample(DataLoader(Images(20), collate_fn=sometimes_without_one), 0, list(range(8)))
 
 
 def mixed_with(p: float) -> Callable[[list[Any]], Any]:
@@ -187,7 +273,7 @@ def ranked(samples: list[Any]) -> Any:
 def test_is_function_of_id_sees_what_collate_fn_does(collate: Callable[[list[Any]], Any], same: bool) -> None:
     # Descending images: a rank in the batch is another one in half of it.
     loader = DataLoader(Images(16), collate_fn=collate)
-    assert is_function_of_id(loader, 0, list(range(15, -1, -1))) is same
+    assert is_function(loader, list(range(15, -1, -1))) is same
 
 
 class Chosen:
@@ -213,42 +299,40 @@ class Stream:
         return self.batches
 
 
-def test_first_ids_are_those_that_the_sampler_draws() -> None:
+def test_the_first_batch_is_the_one_that_the_sampler_draws() -> None:
     data = Images(40)
-    assert first_ids(DataLoader(data, batch_size=3), 5) == [0, 1, 2, 3, 4]
-    assert first_ids(DataLoader(Subset(data, [7, 9]), batch_size=3), 5) == [0, 1]
-    assert sorted(first_ids(DataLoader(data, batch_size=2, sampler=SubsetRandomSampler([3, 8, 30])), 5)) == [3, 8, 30]
-    assert first_ids(DataLoader(data, batch_sampler=Chosen([[9, 9], [2, 9], [50, -1, 5]])), 5) == [9, 2, 5]
+    assert first_batch_ids(DataLoader(data, batch_size=3)) == [0, 1, 2]
+    assert first_batch_ids(DataLoader(Subset(data, [7, 9]), batch_size=3)) == [0, 1]
+    batch = first_batch_ids(DataLoader(data, batch_size=3, sampler=SubsetRandomSampler([3, 8, 30])))
+    assert sorted(batch) == [3, 8, 30]
+    assert first_batch_ids(DataLoader(data, batch_sampler=Chosen([[9, 9], [2, 9]]))) == [9, 9]
+    assert first_batch_ids(DataLoader(data, batch_sampler=Chosen([[50, -1, 5]]))) == [5]
     weights = torch.zeros(40)
     weights[11] = 1
-    assert first_ids(DataLoader(data, batch_size=2, sampler=WeightedRandomSampler(weights, 50)), 5) == [11]
+    assert first_batch_ids(DataLoader(data, batch_size=2, sampler=WeightedRandomSampler(weights, 50))) == [11, 11]
     assert data.read == []
 
 
-def test_first_ids_leave_the_sampler_and_the_random_state_alone() -> None:
+def test_the_first_batch_leaves_the_sampler_and_the_random_state_alone() -> None:
     generator = torch.Generator().manual_seed(2)
     states = torch.get_rng_state(), generator.get_state()
-    first_ids(DataLoader(Images(40), batch_size=3, shuffle=True, generator=generator), 8)
-    first_ids(DataLoader(Images(40), batch_size=3, shuffle=True), 8)
+    for loader in (
+        DataLoader(Images(40), batch_size=3, shuffle=True, generator=generator),
+        DataLoader(Images(40), batch_size=3, shuffle=True),
+    ):
+        assert len(first_batch_ids(loader)) == 3
     chosen = Chosen([[1], [2]])
-    first_ids(DataLoader(Images(40), batch_sampler=chosen), 8)
+    first_batch_ids(DataLoader(Images(40), batch_sampler=chosen))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(generator.get_state(), states[1])
     assert chosen.given == 0
 
 
-def test_first_ids_of_a_sampler_that_cannot_be_copied_are_the_first_of_the_dataset() -> None:
+def test_the_first_batch_of_a_sampler_that_cannot_be_copied_is_the_first_of_the_dataset() -> None:
     stream = Stream()
-    assert first_ids(DataLoader(Images(40), batch_sampler=stream), 3) == [0, 1, 2]
+    loader = DataLoader(Images(40), batch_sampler=stream)
+    assert first_batch_ids(loader) == list(range(32))
     assert list(stream) == [[3, 4], [5]]
-
-
-def test_seconds_to_read_reads_the_batch_and_leaves_the_random_state() -> None:
-    data = Images(9)
-    state = torch.get_rng_state()
-    assert 0 < seconds_to_read(DataLoader(data), [4, 2], repeats=2) < 10
-    assert data.read == [4, 2, 4, 2]
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_rebuilt_keeps_all_but_the_batches() -> None:

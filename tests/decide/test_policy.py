@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from learndrop_ext.decide.policy import Decision, Fixed, Situation, StoppedLearning
+from learndrop_ext.decide.policy import (
+    Budget,
+    Decision,
+    Fixed,
+    PlanningPolicy,
+    Situation,
+    StoppedLearning,
+    uses_costs,
+)
 
 LAYERS = ("stem", "block1", "block2", "fc")
 
@@ -321,3 +329,32 @@ def test_fixed_refuses_to_drop_every_layer() -> None:
     situation = Situation(epoch=3, epochs=None, prefix=0, layers=LAYERS, scores=())
     with pytest.raises(ValueError, match="Fixed: prefix must leave a layer to train: at most 3, got 4"):
         Fixed({3: 4})(situation)
+
+
+def by_hand(situation: Situation) -> Decision:
+    return Decision(situation.prefix, "by hand")
+
+
+class Plans:
+    speedup = 1.5
+
+    def check(self, costs: Any, epochs: int | None) -> None:
+        pass
+
+    def __call__(self, situation: Situation) -> Decision:
+        return by_hand(situation)
+
+
+@pytest.mark.parametrize(
+    ("policy", "uses", "plans"),
+    [
+        (Fixed(), False, False),
+        (StoppedLearning(), True, False),
+        (by_hand, True, False),
+        (Budget(), True, True),
+        (Plans(), True, True),
+    ],
+)
+def test_policies_say_whether_they_use_costs_and_plan(policy: Any, uses: bool, plans: bool) -> None:
+    assert uses_costs(policy) is uses
+    assert isinstance(policy, PlanningPolicy) is plans

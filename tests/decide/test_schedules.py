@@ -66,7 +66,7 @@ def random_costs(draw: random.Random, layers: int, views: int) -> RunCosts:
     seconds = [draw.uniform(0.2, 3.0) for _ in range(layers)]
     cuts = [0]
     for k in range(1, layers):
-        cuts.append(draw.choice([cuts[-1], k]))
+        cuts.append(draw.choice([cuts[-1], k, 0]))
     return RunCosts(
         layers=tuple(LayerCost("", 1, s / 3, s, (1,), first_seconds=s / 2, parameters=1) for s in seconds),
         cuts=tuple(cuts),
@@ -77,6 +77,7 @@ def random_costs(draw: random.Random, layers: int, views: int) -> RunCosts:
         samples=1,
         views=views,
         optimizer_seconds=0.2,
+        fixed_seconds=draw.choice([0.0, 0.5]),
     )
 
 

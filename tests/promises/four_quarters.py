@@ -6,6 +6,7 @@ without a word shows as accuracy.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from learndrop_ext import DropScheduler, Fixed
 
 COUNT = 96
+
+#: what a loop does to a batch of images before it calls the model
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def quarters(count: int = COUNT) -> TensorDataset:
@@ -42,14 +46,20 @@ def network(seed: int = 0) -> nn.Sequential:
     )
 
 
-def accuracy(model: nn.Module) -> float:
+def accuracy(model: nn.Module, change: Change = lambda x: x) -> float:
     """Of the whole model, on other images; it is left in train mode."""
     images, labels = (t[:COUNT] for t in quarters(2 * COUNT).tensors)
     model.eval()
     with torch.no_grad():
-        right = float((model(images).argmax(1) == labels).float().mean())
+        right = float((model(change(images)).argmax(1) == labels).float().mean())
     model.train()
     return right
+
+
+def rows_of(images: torch.Tensor) -> torch.Tensor:
+    """The cached rows that stand for a batch of `drop.loader`."""
+    rows: torch.Tensor = images.standing.rows  # type: ignore[attr-defined]
+    return rows
 
 
 class Run:
@@ -61,6 +71,7 @@ class Run:
         self.model = network()
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
         self.user = self.make_loader(dataset)
+        self.losses: list[float] = []
         self.drop = self.scheduler({2: 2} if drops is None else drops, **options)
 
     @staticmethod
@@ -72,19 +83,38 @@ class Run:
         return DropScheduler(self.model, self.optimizer, self.user, **({"policy": Fixed(drops)} | options))
 
     def train_step(self, x: torch.Tensor, y: torch.Tensor) -> float:
-        loss = nn.functional.cross_entropy(self.drop.model(x), y)
+        loss = nn.functional.cross_entropy(self.model(x), y)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+        self.losses.append(loss.item())
         return loss.item()
 
-    def epochs(self, count: int = 1) -> Run:
+    def epochs(self, count: int = 1, change: Change = lambda x: x) -> Run:
         for _ in range(count):
             self.model.train()
             for x, y in self.drop.loader:
-                self.train_step(x, y)
+                self.train_step(change(x), y)
             self.drop.step()
         return self
+
+
+def losses_without_rows(epochs: int, change: Change = lambda x: x) -> list[float]:
+    """The losses of a `Run` by hand: from the third epoch on, the first two layers run frozen at each step."""
+    model, losses = network(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    loader = Run.make_loader()
+    for epoch in range(epochs):
+        model.train()
+        if epoch > 1:
+            model[:6].eval().requires_grad_(False)
+        for x, y in loader:
+            loss = nn.functional.cross_entropy(model(change(x)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
 
 
 MADE_ANEW = r"drop.loader: the rows are computed again: the weights or buffers of the dropped layer"

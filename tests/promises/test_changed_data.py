@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from four_quarters import COUNT, Run, accuracy, quarters
+from four_quarters import COUNT, Run, accuracy, quarters, rows_of
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -50,7 +50,7 @@ def test_augmentation_by_set_epoch_is_seen_and_rows_are_made_anew() -> None:
     images = torch.stack([dataset[i][0] for i in range(COUNT)])
     with torch.no_grad():
         rows = run.drop.chain.prefix(2).eval()(images)
-    got = torch.cat([x for x, _ in run.drop.loader]).float()
+    got = torch.cat([rows_of(x) for x, _ in run.drop.loader]).float()
     assert float(torch.cdist(got.flatten(1), rows.flatten(1)).min(1).values.max()) < 0.05
 
 
@@ -69,7 +69,7 @@ def test_labels_that_changed_between_two_runs_are_seen_at_resume(tmp_path: Path)
     config = CacheConfig(disk_bytes=1 << 22, disk_dir=str(tmp_path))
     run = Run(Epochs(), cache=config).epochs(4)
     state = run.drop.state_dict()
-    run.drop.rows.file._name = None  # the process is gone: its file stays
+    run.drop._rows.file._name = None  # the process is gone: its file stays
     dataset = Epochs()
     dataset.labels = (dataset.labels + 1) % 4
     again = Run(dataset, cache=config)
@@ -121,4 +121,4 @@ def test_a_corrupt_file_that_training_never_touches_does_not_end_the_run() -> No
     run.user = DataLoader(Corrupt(), batch_size=16, sampler=torch.utils.data.SubsetRandomSampler(range(COUNT)))
     run.drop = run.scheduler({1: 1, 2: 2})
     assert accuracy(run.epochs(6).model) > 0.95
-    assert int(run.drop.rows.cache.filled.sum()) == COUNT
+    assert int(run.drop._rows.cache.filled.sum()) == COUNT

@@ -1,79 +1,272 @@
-"""The input is changed on its way to the model."""
+"""What the loop does to the images on their way to the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
 
 import pytest
 import torch
-from four_quarters import Run, accuracy
-from torch import nn
+from four_quarters import COUNT, Change, Run, accuracy, losses_without_rows, quarters, rows_of
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from learndrop_ext.forward.images import Images
+
+NOT_BY_ITSELF = r"drop.loader: the loop may only do to images what keeps each sample by itself"
+NOT_THE_SAME = r"drop.loader: the loop must do the same to the images of every batch"
 
 
-def normalise(x: torch.Tensor) -> torch.Tensor:
+def in_place(x: Tensor) -> Tensor:
     return x.sub_(0.5).div_(2)
 
 
-def flip_one(x: torch.Tensor) -> torch.Tensor:
+def assigned(x: Tensor) -> Tensor:
+    x -= 0.5
+    x /= 2
+    return x
+
+
+def by_channel(x: Tensor) -> Tensor:
+    return (x - torch.tensor([0.5]).view(1, 1, 1)) / torch.tensor([[[[2.0]]]])
+
+
+#: what keeps each sample by itself and in its place
+ALLOWED: dict[str, Change] = {
+    "normalised": lambda x: (x - 0.5) / 2,
+    "in place": in_place,
+    "by +=": assigned,
+    "by channel": by_channel,
+    "clamped": lambda x: (2 * x).clamp(-1, 1) ** 2,
+    "cast": lambda x: x.double().mul(0.5).float(),
+    "channels last": lambda x: x.to("cpu", memory_format=torch.channels_last, non_blocking=True),
+    "flattened and back": lambda x: x.flatten(1).view(len(x), 1, 8, 8),
+    "all of it in slices": lambda x: torch.cat([x[:5], x[5:]]),
+}
+
+
+@pytest.mark.parametrize("change", ALLOWED.values(), ids=ALLOWED)
+def test_a_batch_that_the_loop_normalises_trains_as_without_rows(change: Change) -> None:
+    run = Run(cache="fp32").epochs(5, change)
+    assert run.drop.prefix == 2
+    assert bool(run.drop._rows.cache.filled.all())
+    assert run.losses == pytest.approx(losses_without_rows(5, change), rel=1e-5)
+
+
+def flip_one(x: Tensor) -> Tensor:
     x[3] = x[3].flip(-1)
     return x
 
 
-def cutout(x: torch.Tensor) -> torch.Tensor:
+def cutout(x: Tensor) -> Tensor:
     x[..., 2:5] = 0
     return x
 
 
-@pytest.mark.parametrize("change", [normalise, flip_one, cutout])
-@pytest.mark.parametrize("dropped", [False, True])
-def test_a_batch_that_the_loop_changes_in_place_is_refused(
-    change: Callable[[torch.Tensor], torch.Tensor], dropped: bool
-) -> None:
-    run = Run()
-    if dropped:
-        run.epochs(3)
-    for x, y in run.drop.loader:
+def shift_half(x: Tensor) -> Tensor:
+    x[:8].sub_(0.5)
+    return x
+
+
+def darken_through_a_view(x: Tensor) -> Tensor:
+    x.flatten(1).mul_(0.5)
+    return x
+
+
+def split_then_shift(x: Tensor) -> Tensor:
+    first, second = x.split(8)
+    x.sub_(0.5)
+    return torch.cat([first, second])
+
+
+#: what makes another sample, or needs the others of its batch
+REFUSED: dict[str, Change] = {
+    "flip": lambda x: x.flip(-1),
+    "flip of one": flip_one,
+    "cutout": cutout,
+    "noise": lambda x: x + 0.1 * torch.randn_like(x),
+    "noise by shape": lambda x: x + 0.1 * torch.randn(x.shape),
+    "a factor for each sample": lambda x: x * torch.rand(len(x), 1, 1, 1),
+    "mixup": lambda x: 0.7 * x + 0.3 * x[torch.randperm(len(x))],
+    "roll": lambda x: x.roll(1, 0),
+    "a shuffled batch": lambda x: x[torch.randperm(len(x))],
+    "every second one": lambda x: x[::2],
+    "a crop": lambda x: nn.functional.pad(x[..., 1:-1, 1:-1], [1, 1, 1, 1]),
+    "a mask": lambda x: torch.where(torch.rand(8, 8) < 0.5, x, torch.zeros(())),
+    "the batch's mean": lambda x: x - x.mean(),
+    "a choice by value": lambda x: x if x.max() > 1 else 2 * x,
+    "half of a batch in place": shift_half,
+    "in place through a view": darken_through_a_view,
+    "in place after a split": split_then_shift,
+}
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED)
+def test_a_batch_that_the_loop_makes_another_one_of_is_refused_at_once(change: Change, epochs: int) -> None:
+    run = Run().epochs(epochs)
+    x, y = next(iter(run.drop.loader))
+    before = [p.detach().clone() for p in run.model.parameters()]
+    with pytest.raises(RuntimeError, match=NOT_BY_ITSELF):
         run.train_step(change(x), y)
-    with pytest.raises(RuntimeError, match=r"drop.model must get the batch's input .*changed in place"):
-        run.drop.step()
+    assert all(map(torch.equal, before, run.model.parameters()))
+    assert accuracy(run.epochs(5).model) > 0.95  # the loop is put right
+
+
+def test_the_operation_that_is_refused_is_named() -> None:
+    run = Run().epochs(2)
+    x, _ = next(iter(run.drop.loader))
+    with pytest.raises(RuntimeError, match=r"flip would have to see 64 values of each sample; move it into the dataset"):
+        x.flip(-1)
+
+
+def test_before_a_drop_the_loop_may_do_what_it_likes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    run = Run().epochs(2, lambda x: (x + 0.1 * torch.randn(x.shape, generator=generator))[torch.arange(16)])
+    assert accuracy(run.epochs(4).model) > 0.95
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x + 0.1 * torch.randn(1, 8, 8),
+        lambda x: x + 0.1 * torch.randn(1, *x.shape[1:]),
+        lambda x: x * (1 + random.random()),
+        lambda x: x * torch.rand(()),
+        lambda x: x - 0.5 if random.random() < 0.5 else x,
+    ],
+)
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_a_number_that_is_another_one_in_each_batch_is_refused(change: Change, epochs: int) -> None:
+    random.seed(0)
+    run = Run().epochs(2)
+    if epochs > 2:
+        run.epochs(epochs - 2)
+    with pytest.raises(RuntimeError, match=NOT_THE_SAME):
+        run.epochs(1, change)
+
+
+def test_a_normalisation_that_begins_when_rows_are_there_is_refused() -> None:
+    run = Run().epochs(4)
+    with pytest.raises(RuntimeError, match=NOT_THE_SAME + r".* wanted nothing, got sub\(0.5\)"):
+        run.epochs(1, in_place)
+
+
+def test_a_constant_that_is_written_to_is_another_one() -> None:
+    mean = torch.full((1, 1, 1), 0.5)
+    run = Run().epochs(4, lambda x: x - mean)
+    mean.fill_(0.4)
+    with pytest.raises(RuntimeError, match=NOT_THE_SAME):
+        run.epochs(1, lambda x: x - mean)
 
 
 @pytest.mark.parametrize("call", [lambda x: x.flip(-1), lambda x: x + 0.1 * torch.randn_like(x)])
-def test_a_second_call_of_the_step_with_another_input_is_refused(call: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_a_second_call_of_the_step_with_another_input_is_refused(call: Change) -> None:
     run = Run().epochs(3)
-    for x, _ in run.drop.loader:
-        run.optimizer.zero_grad()
-        nn.functional.mse_loss(run.drop.model(x), run.drop.model(call(x))).backward()
-        run.optimizer.step()
-    with pytest.raises(RuntimeError, match=r"drop.model must get the batch's input"):
-        run.drop.step()
+    x, _ = next(iter(run.drop.loader))
+    with pytest.raises(RuntimeError, match=NOT_BY_ITSELF):
+        nn.functional.mse_loss(run.model(x), run.model(call(x))).backward()
 
 
-def test_noise_that_begins_with_the_second_batch_is_refused() -> None:
-    run = Run()
-    for i, (x, y) in enumerate(run.drop.loader):
-        run.train_step(x if i == 0 else x + 0.1 * torch.randn_like(x), y)
-    with pytest.raises(RuntimeError, match=r"drop.model must get the batch's input"):
-        run.drop.step()
-
-
-def test_adversarial_examples_are_refused() -> None:
-    run = Run()
-    for x, y in run.drop.loader:
-        x.requires_grad_(True)
-        nn.functional.cross_entropy(run.drop.model(x), y).backward()
-        run.train_step((x + 0.1 * x.grad.sign()).detach(), y)
-    with pytest.raises(RuntimeError, match=r"drop.model must get the batch's input"):
-        run.drop.step()
-
-
-def test_gradient_accumulation_over_slices_of_a_batch_works() -> None:
+def test_a_second_call_of_the_step_with_the_same_input_works() -> None:
     run = Run()
     for _ in range(6):
         for x, y in run.drop.loader:
             run.optimizer.zero_grad()
-            for part, labels in zip(x.split(8), y.split(8), strict=True):
-                (nn.functional.cross_entropy(run.drop.model(part), labels) / 2).backward()
+            one, other = run.model(x), run.model(x)
+            (nn.functional.cross_entropy(one, y) + nn.functional.mse_loss(one, other)).backward()
             run.optimizer.step()
         run.drop.step()
+    assert run.drop.prefix == 2
     assert accuracy(run.model) > 0.95
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_a_target_without_gradients_is_of_the_rows_of_its_images(mode: bool, epochs: int) -> None:
+    run = Run(cache="fp32").epochs(2, in_place)
+    if epochs > 2:
+        run.epochs(epochs - 2, in_place)
+    x, y = next(iter(run.drop.loader))
+    run.train_step(x := in_place(x), y)
+    run.model.train(mode)
+    with torch.no_grad():
+        got = run.model(x)
+        torch.testing.assert_close(got, run.model(in_place(x.read())))
+        with pytest.raises(RuntimeError, match=NOT_THE_SAME):
+            run.model(x * 0.5)
+    run.model.train()
+    assert accuracy(run.epochs(4, in_place).model, in_place) > 0.95
+
+
+def test_statistics_of_norms_by_another_loop_leave_no_rows() -> None:
+    run = Run(cache="fp32").epochs(2, in_place)
+    update_bn(run.drop.loader, run.model)  # without the normalisation
+    assert not bool(run.drop._rows.cache.filled.any())
+    assert accuracy(run.epochs(4, in_place).model, in_place) > 0.95
+
+
+@pytest.mark.parametrize("epochs", [2, 4])
+def test_images_that_are_read_are_the_datasets_and_the_loops_own(epochs: int) -> None:
+    run = Run(drops={0: 2}, cache="fp32").epochs(epochs)
+    images, labels = quarters().tensors
+    for x, y in run.drop.loader:
+        picture = x.read()
+        at = torch.cdist(picture.flatten(1), images.flatten(1)).argmin(1)
+        assert torch.equal(picture, images[at])
+        assert torch.equal(y, labels[at])
+        picture.mul_(0.3).add_(0.1)  # for a log
+        assert torch.equal(x.read(), images[at])
+        assert x.shape == (16, 1, 8, 8)
+        run.train_step(x, y)
+    # Two images a sample: one of them is not of the loader, and runs through the dropped layers.
+    x, y = next(iter(run.drop.loader))
+    run.train_step(x.read().flip(-1), y)
+
+
+def test_adversarial_examples_work_before_a_drop_and_are_refused_after_it() -> None:
+    run = Run(drops={1: 2})
+
+    def epoch() -> None:
+        for x, y in run.drop.loader:
+            x.requires_grad_(True)
+            nn.functional.cross_entropy(run.model(x), y).backward()
+            run.train_step((x + 0.1 * x.grad.sign()).detach(), y)
+        run.drop.step()
+
+    epoch()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"images must not require gradients .* call drop.undrop\(\)"):
+            epoch()
+        run.epochs(1)
+    run.drop.undrop()
+    epoch()
+    assert accuracy(run.epochs(2).model) > 0.95
+
+
+def test_gradient_accumulation_over_slices_of_a_batch_works() -> None:
+    run = Run(cache="fp32")
+    for _ in range(6):
+        for x, y in run.drop.loader:
+            run.optimizer.zero_grad()
+            for part, labels in zip(x.sub_(0.5).split(8), y.split(8), strict=True):
+                (nn.functional.cross_entropy(run.model(part), labels) / 2).backward()
+            run.optimizer.step()
+        run.drop.step()
+    assert accuracy(run.model, lambda x: x - 0.5) > 0.95
+    got = torch.cat([rows_of(x) for x, _ in run.drop.loader])
+    with torch.no_grad():
+        rows = run.model[:6].eval()(quarters().tensors[0] - 0.5)
+    order = torch.cdist(got.flatten(1), rows.flatten(1)).argmin(1)
+    assert len(order.unique()) == COUNT
+    torch.testing.assert_close(got, rows[order])
+
+
+def test_slices_by_position_and_chunks_work() -> None:
+    run = Run()
+    for _ in range(6):
+        for x, y in run.drop.loader:
+            assert run.drop.prefix == 0 or type(x) is Images
+            for part, labels in ((x[:6], y[:6]), (x[6:-2], y[6:-2]), *zip(x[-2:].chunk(1), [y[-2:]], strict=True)):
+                run.train_step(part, labels)
+        run.drop.step()
+    assert accuracy(run.model) > 0.9

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from four_quarters import MADE_ANEW, Run, accuracy
+from four_quarters import COUNT, MADE_ANEW, Run, accuracy, quarters, rows_of
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
+from torch.utils.data import Dataset
+
+
+class Long(Dataset[Any]):
+    """Each image four times."""
+
+    def __len__(self) -> int:
+        return 4 * COUNT
+
+    def __getitem__(self, index: int) -> Any:
+        return quarters()[index % COUNT]
 
 
 def test_the_best_checkpoint_restored_after_a_drop() -> None:
@@ -35,6 +47,40 @@ def test_the_best_checkpoint_restored_in_mid_epoch_is_refused_by_name() -> None:
     # The way out that the message names.
     run.drop.undrop()
     assert accuracy(run.epochs(4).model) > 0.95
+
+
+@pytest.mark.parametrize("name", ["0.weight", "3.bias", "4.running_var", "4.num_batches_tracked"])
+def test_one_tensor_that_is_written_to_in_mid_epoch_is_refused_by_name(name: str) -> None:
+    run = Run(Long()).epochs(3)
+    with pytest.raises(RuntimeError, match=rf"those of {'0' if name[0] == '0' else '3'} have changed since its rows"):
+        for i, (x, y) in enumerate(run.drop.loader):
+            run.train_step(x, y)
+            if i == 4:
+                with torch.no_grad():
+                    run.model.state_dict()[name].add_(1)
+    assert i <= 4 + 8  # the tensors take turns
+
+
+@pytest.mark.parametrize("name", ["0.weight", "3.bias", "4.running_var"])
+@pytest.mark.parametrize("kind", ["in place", "data", "another tensor's data"])
+def test_one_tensor_that_is_written_to_between_two_epochs(name: str, kind: str) -> None:
+    run = Run(cache="fp32").epochs(3)
+    tensor = dict([*run.model.named_parameters(), *run.model.named_buffers()])[name]
+    with torch.no_grad():
+        if kind == "in place":
+            tensor.mul_(1.5)
+        elif kind == "data":
+            tensor.data.mul_(1.5)
+        else:
+            tensor.data = tensor.data * 1.5
+    with pytest.warns(RuntimeWarning, match=MADE_ANEW + (" 0" if name[0] == "0" else " 3")):
+        run.epochs(1)
+    images = quarters().tensors[0]
+    with torch.no_grad():
+        rows = run.model[:6].eval()(images)
+    run.model.train()
+    got = torch.cat([rows_of(x) for x, _ in run.drop.loader]).flatten(1)
+    assert float((got[:, None] - rows.flatten(1)).abs().amax(2).amin(1).max()) < 1e-5
 
 
 def test_weight_decay_by_hand_is_refused_at_the_first_step_after_it() -> None:
@@ -112,7 +158,7 @@ def test_lbfgs_that_began_before_the_drop_is_refused_or_leaves_dropped_layers_al
 
             def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
                 run.optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(run.drop.model(x), y)
+                loss = nn.functional.cross_entropy(run.model(x), y)
                 loss.backward()
                 return loss
 
@@ -135,7 +181,7 @@ def test_lbfgs_made_after_the_drop_works() -> None:
 
             def closure(x: torch.Tensor = x, y: torch.Tensor = y) -> torch.Tensor:
                 optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(run.drop.model(x), y)
+                loss = nn.functional.cross_entropy(run.model(x), y)
                 loss.backward()
                 return loss
 
@@ -166,3 +212,38 @@ def test_a_dropped_layer_that_is_pruned() -> None:
         warnings.simplefilter("ignore", RuntimeWarning)  # the same values under another name
         run.epochs(1)
     assert accuracy(run.model) > 0.9
+
+
+def test_a_pruned_layer_in_a_checkpoint_and_after_undrop() -> None:
+    run = Run(cache="fp32").epochs(3)
+    prune.l1_unstructured(run.model[3], "weight", amount=0.3)
+    with pytest.warns(RuntimeWarning, match=MADE_ANEW + " 3"):
+        run.epochs(1)
+    weights = run.drop.state_dict()["weights"]
+    with torch.no_grad():
+        run.model[3].weight_orig.mul_(2)
+    with pytest.warns(RuntimeWarning, match=MADE_ANEW + " 3"):
+        run.epochs(1)
+    assert run.drop.state_dict()["weights"] != weights
+    run.drop.undrop()
+    before = run.model[3].weight_orig.detach().clone()
+    assert len(run.epochs(1).drop.history[-1].changes) == 3
+    assert not torch.equal(run.model[3].weight_orig, before)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def test_a_dropped_layer_that_is_parametrized() -> None:
+    run = Run(cache="fp32").epochs(3)
+    parametrize.register_parametrization(run.model[3], "weight", Doubled())
+    with pytest.warns(RuntimeWarning, match=MADE_ANEW + " 3"):
+        run.epochs(1)
+    with torch.no_grad():
+        run.model[3].parametrizations.weight.original.mul_(2)
+    with pytest.warns(RuntimeWarning, match=MADE_ANEW + " 3"):
+        run.epochs(1)
+    with warnings.catch_warnings(action="error"):
+        assert accuracy(run.epochs(3).model) > 0.9

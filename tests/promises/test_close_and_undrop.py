@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from four_quarters import Run, accuracy, quarters
 from torch import nn
 
 from learndrop_ext import CacheConfig
+from learndrop_ext.forward.images import Images
 
 
 def attributes(model: nn.Module) -> list[set[str]]:
@@ -48,8 +50,8 @@ def test_close_gives_the_model_back_as_it_was_found(tmp_path: Path) -> None:
         assert (attributes(run.model), [m.training for m in run.model.modules()]) == before
         assert all(p.requires_grad for p in run.model.parameters())
         assert list(tmp_path.iterdir()) == []
-        assert run.drop.rows.cache is None
-        assert run.drop.model(quarters().tensors[0][:2]).shape == (2, 4)
+        assert run.drop._rows.cache is None
+        assert run.model(quarters().tensors[0][:2]).shape == (2, 4)
         with pytest.raises(RuntimeError, match="must be open, and it was closed"):
             next(iter(run.drop.loader))
         with pytest.raises(RuntimeError, match="must be open, and it was closed"):
@@ -74,7 +76,7 @@ def test_a_run_that_an_error_ends_keeps_the_file_of_its_checkpoint(tmp_path: Pat
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run.drop.load_state_dict(state)
-    assert bool(run.drop.rows.cache.filled.all())
+    assert bool(run.drop._rows.cache.filled.all())
 
 
 def test_a_second_scheduler_is_refused_by_name_while_layers_are_dropped_and_works_after() -> None:
@@ -170,3 +172,141 @@ def test_the_callers_modes_stay(kept: bool) -> None:
     assert torch.equal(run.model[4].running_mean, statistics)
     run.drop.undrop()
     assert [m.training for m in run.model] == [True] * 4 + [False] + [True] * 2
+
+
+@pytest.mark.parametrize("dropped_in", [True, False])
+@pytest.mark.parametrize("ended_in", [True, False])
+@pytest.mark.parametrize("how", ["close", "undrop"])
+def test_the_dropped_layers_come_back_in_the_models_mode(how: str, ended_in: bool, dropped_in: bool) -> None:
+    run = Run(drops={1: 1, 2: 2}).epochs(1)
+    for _ in range(2):
+        run.model.train()
+        for x, y in run.drop.loader:
+            run.train_step(x, y)
+        run.model.train(dropped_in)  # a loop that evaluates before or after the step
+        run.drop.step()
+    assert run.drop.prefix == 2
+    run.model.train(ended_in)
+    getattr(run.drop, how)()
+    assert {m.training for m in run.model.modules()} == {ended_in}
+
+
+class Interrupting(nn.ReLU):
+    """Ctrl-C in one of its calls."""
+
+    left = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+def assert_whole(model: nn.Module) -> None:
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert module.training
+
+
+#: position of the module that is interrupted: in a dropped layer, at the cut, and behind it
+PLACES = {"dropped": 2, "at the cut": 5, "live": 7}
+
+
+def interrupted(where: str, epochs: int) -> Run:
+    """A run that was interrupted in its fourth step after some epochs."""
+    run = Run(drops={})
+    run.model.append(nn.Identity())
+    run.model[PLACES[where]] = Interrupting()
+    run.model = nn.Sequential(run.model)  # a container around the cut
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
+    run.drop = run.scheduler({2: 2}, cache=None if epochs > 2 else "fp32")
+    run.epochs(epochs)
+    assert run.drop.prefix == 2
+    run.model[0][PLACES[where]].left = 4
+    with pytest.raises(KeyboardInterrupt):
+        run.epochs(1)
+    return run
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("where", PLACES)
+def test_an_interrupted_forward_and_close_give_the_model_back_whole(where: str, epochs: int) -> None:
+    run = interrupted(where, epochs)
+    run.drop.close()
+    assert_whole(run.model)
+    before = run.model[0][0].weight.detach().clone()
+    for x, y in run.user:
+        run.train_step(x, y)
+    assert not torch.equal(run.model[0][0].weight, before)
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+@pytest.mark.parametrize("where", PLACES)
+def test_a_run_goes_on_after_an_interrupted_forward(where: str, epochs: int) -> None:
+    run = interrupted(where, epochs)
+    assert run.model.training
+    run.model.eval()
+    with torch.no_grad():
+        run.model(quarters().tensors[0])
+    assert not any(m.training for m in run.model.modules())
+    run.model.train()
+    for x, y in run.drop.loader:
+        run.train_step(x, y)
+    assert accuracy(run.epochs(4).model) > 0.95
+    run.drop.close()
+    assert_whole(run.model)
+
+
+def test_the_loop_is_still_compared_after_an_interrupted_forward() -> None:
+    run = Run(drops={})
+    run.model[6].append(Interrupting())
+    run.drop = run.scheduler({1: 2})
+    run.epochs(3)
+    run.model[6][2].left = 2
+    with pytest.raises(KeyboardInterrupt):
+        run.epochs(1)
+    x, _ = next(iter(run.drop.loader))
+    with pytest.raises(RuntimeError, match="flip would have to see 64 values of each sample"):
+        x.flip(-1)
+    with pytest.raises(RuntimeError, match="the loop must do the same to the images of every batch"):
+        run.model(x - 0.5)
+
+
+def test_a_module_that_the_forward_calls_twice_comes_back_whole() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+            self.act, self.pool, self.head = nn.ReLU(), nn.MaxPool2d(2), nn.Linear(96, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.pool(self.act(self.two(self.act(self.one(x)))))
+            return self.head(x.flatten(1))
+
+    run = Run(drops={})
+    torch.manual_seed(0)
+    run.model = Twice()  # type: ignore[assignment]
+    run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
+    run.drop = run.scheduler({2: 2})
+    assert accuracy(run.epochs(6).model) > 0.95
+    assert run.drop.prefix == 2
+    run.drop.close()
+    assert_whole(run.model)
+
+
+def test_a_scheduler_that_is_gone_takes_its_rows_along() -> None:
+    run = Run().epochs(3)
+    rows = weakref.ref(run.drop._rows)
+    loader = run.drop.loader
+    run.drop = None  # type: ignore[assignment]
+    gc.collect()
+    for x, y in loader:  # the loop may go on as long as it has the loader
+        assert type(x) is Images
+        run.train_step(x, y)
+    del loader, x
+    gc.collect()
+    assert rows() is None
+    assert_whole(run.model)

@@ -28,7 +28,7 @@ def test_a_grad_scaler_that_is_switched_off() -> None:
         for x, y in run.drop.loader:
             run.optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
-                loss = nn.functional.cross_entropy(run.drop.model(x), y)
+                loss = nn.functional.cross_entropy(run.model(x), y)
             scaler.scale(loss).backward()
             scaler.unscale_(run.optimizer)
             nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
@@ -125,14 +125,20 @@ def test_training_by_steps_without_epochs(every: int, workers: int) -> None:
     assert accuracy(run.model) > 0.95
 
 
-def test_itertools_cycle_keeps_the_first_epochs_batches_and_is_refused() -> None:
-    run = Run(drops={1: 2})
-    endless = itertools.cycle(run.drop.loader)
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_itertools_cycle_keeps_the_first_epochs_batches_and_is_refused_at_the_next_step(before: int) -> None:
+    run = Run(drops={1: 2}, cache="fp32").epochs(before)
+    endless = itertools.cycle(run.drop.loader)  # plain images, images whose rows are kept, images that are not read
     for x, y in itertools.islice(endless, 6):
         run.train_step(x, y)
     run.drop.step()
-    with pytest.raises(ValueError, match=r"drop.model: x must be cached rows"):
-        run.train_step(*next(endless))
+    rows = run.drop._rows.cache.nbytes
+    for x, y in itertools.islice(endless, 30):
+        run.train_step(x, y)  # as the whole model with its first layers frozen
+    with pytest.raises(RuntimeError, match=r"wanted batches of drop.loader since the last step, got none"):
+        run.drop.step()
+    assert accuracy(run.model) > 0.95
+    assert run.drop._rows.cache.nbytes == rows
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
-from four_quarters import Run, accuracy
+from four_quarters import Run, accuracy, quarters
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -46,19 +49,79 @@ def test_an_exponential_average_updated_at_each_step() -> None:
     assert accuracy(ema) > 0.95
 
 
-def test_a_copy_of_the_model_trains_as_any_model(tmp_path: Path) -> None:
+COPIES: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
+    "deepcopy": lambda model, _: copy.deepcopy(model),
+    "pickle": lambda model, _: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model, folder: saved(model, folder / "model.pt"),
+    "AveragedModel": lambda model, _: AveragedModel(model).module,
+    "a copy of a copy": lambda model, _: pickle.loads(pickle.dumps(copy.deepcopy(model))),
+}
+
+
+def saved(model: nn.Module, path: Path) -> nn.Module:
+    torch.save(model, path)
+    loaded: nn.Module = torch.load(path, weights_only=False)
+    return loaded
+
+
+def trained_by_hand(model: nn.Module) -> list[float]:
+    """Losses of an epoch on plain images: no layer is frozen."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    model.train()
+    losses = []
+    for x, y in Run.make_loader():
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("when", ["before", "after a batch", "between epochs", "on rows"])
+@pytest.mark.parametrize("how", COPIES.values(), ids=COPIES)
+def test_a_copy_made_in_mid_run_is_an_ordinary_model(
+    how: Callable[[nn.Module, Path], nn.Module], when: str, tmp_path: Path
+) -> None:
+    run = Run().epochs(1 if when == "before" else 2 if when == "after a batch" else 3)
+    if when in ("after a batch", "on rows"):
+        run.train_step(*next(iter(run.drop.loader)))
+    other = how(run.model, tmp_path)
+    plain = Run().model  # of the same class, never dropped
+    plain.load_state_dict(run.model.state_dict())
+    plain.train()
+    images = quarters().tensors[0]
+    with torch.no_grad():
+        wanted = run.model.eval()(images)
+        for mode in (True, False):
+            other.train(mode)
+        assert torch.equal(other(images), wanted)
+    run.model.train()
+    kept = [p.detach().clone() for p in run.model.parameters()]
+    assert trained_by_hand(other) == trained_by_hand(plain)
+    for mine, wanted in zip(other.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(mine, wanted)
+    for module in other.modules():
+        assert module.training
+        assert "forward" not in vars(module) or vars(module)["forward"].__func__ is type(module).forward
+    # The run knows nothing of it.
+    assert all(map(torch.equal, kept, run.model.parameters()))
+    assert accuracy(run.epochs(4).model) > 0.95
+    run.drop.close()
+    assert trained_by_hand(how(run.model, tmp_path)) == trained_by_hand(run.model)
+
+
+def test_a_copy_on_the_loaders_batches_is_refused_and_a_scheduler_of_its_own_works() -> None:
     run = Run().epochs(3)
-    torch.save(run.model, tmp_path / "model.pt")
-    for other in (copy.deepcopy(run.model), torch.load(tmp_path / "model.pt", weights_only=False)):
-        optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
-        other.train()
-        before = {name: value.clone() for name, value in other.state_dict().items()}
-        for x, y in run.user:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(other(x), y).backward()
-            optimizer.step()
-        after = other.state_dict()
-        moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
-        # A bias before a norm has no gradient.
-        assert set(before) - moved <= {"0.bias", "3.bias"}
+    teacher = copy.deepcopy(run.model)
+    x, _ = next(iter(run.drop.loader))
+    with pytest.raises(RuntimeError, match="convolution would have to see 64 values of each sample"):
+        teacher(x)
+    torch.testing.assert_close(teacher.eval()(x.read()), run.model.eval()(x), rtol=1e-2, atol=1e-2)
+    other = Run.__new__(Run)
+    other.model, other.user, other.losses = teacher.train(), Run.make_loader(), []
+    other.optimizer = torch.optim.SGD(teacher.parameters(), lr=0.05)
+    other.drop = other.scheduler({1: 1})
+    assert accuracy(other.epochs(3).model) > 0.95
+    assert (other.drop.prefix, run.drop.prefix) == (1, 2)
     assert accuracy(run.epochs(2).model) > 0.95

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from learndrop_ext.rows.cache import ActivationCache
-from learndrop_ext.rows.store.fingerprint import Fingerprint
-from learndrop_ext.rows.plan import Budgets, TierPlan
-from learndrop_ext.rows.store.shared import FillLock, find_or_lock
-from learndrop_ext.rows.storage import TierStorage
 from learndrop_ext.ops import transfer
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.plan import Budgets, TierPlan
+from learndrop_ext.rows.storage import TierStorage
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.store.shared import FillLock, find_or_lock
 
 CPU = torch.device("cpu")
 ON_DISK = Budgets(0, 0, 1 << 30)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learndrop_ext.rows import host, storage, tiered
 from learndrop_ext.ops import transfer
+from learndrop_ext.rows import host, storage, tiered
 
 CUDA = torch.device("cuda")
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiered_cache import CPU, ids
+from tiered_cache import CPU, PRINT, ids, tiered
 from torch import Tensor
 
 from learndrop_ext.rows.cache import ActivationCache
@@ -28,20 +29,88 @@ def test_cache_gives_fp32_rows_back_to_the_bit(shape: tuple[int, ...]) -> None:
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("codec", ["fp32", "fp16"])
-def test_cache_gives_rows_back_in_the_memory_format_of_the_first(
-    memory_format: torch.memory_format, codec: str
+def like(strides: tuple[int, ...], values: Tensor) -> Tensor:
+    """The values in another order in memory."""
+    return torch.empty_strided(values.shape, strides).copy_(values)
+
+
+# shape of a batch, its strides
+STRIDES = [
+    ((4, 3, 5, 6), (90, 30, 6, 1)),
+    ((4, 3, 5, 6), (90, 1, 18, 3)),  # channels-last
+    ((4, 5, 6, 3), (90, 6, 1, 30)),  # contiguous images, permuted to [B, H, W, C]
+    ((4, 5, 6, 3), (90, 1, 5, 30)),
+    ((4, 7, 9), (63, 1, 7)),
+    ((4, 2, 3, 4, 5), (120, 1, 40, 2, 8)),
+    ((4, 8, 1, 1), (8, 1, 8, 8)),
+    ((4, 1, 3, 3), (9, 1, 3, 1)),
+    ((4, 3, 3, 1), (9, 3, 1, 9)),
+    ((4, 1, 7), (7, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16", "uint8"])
+@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize(("shape", "strides"), STRIDES, ids=str)
+def test_cache_gives_rows_back_with_the_strides_of_the_first(
+    tmp_path: Path, shape: tuple[int, ...], strides: tuple[int, ...], codec: str, staged: bool
 ) -> None:
-    stored = rows(4, 3, 5, 6).half().float()
-    cache = ActivationCache(4, (3, 5, 6), codec=codec, device=CPU)
-    cache.append(ids(0, 1), stored[:2].contiguous(memory_format=memory_format))
-    # Later rows may come in any format.
+    # Whole numbers up to 255 that every codec holds: in uint8 each channel has a step of 1.
+    stored = rows(*shape).mul(50).round().clamp(0, 255)
+    stored.flatten(2)[..., 0], stored.flatten(2)[..., -1] = 0, 255
+    if stored[0, 0].numel() == 1:
+        stored[:, 0], stored[:, -1] = 0, 255
+    options = {"device": 1, "host": 0, "staging": 1, "codec": codec}
+    cache = (
+        tiered(4, shape[1:], tmp_path / "rows", **options)  # type: ignore[arg-type]
+        if staged
+        else ActivationCache(4, shape[1:], codec=codec, device=CPU)
+    )
+    cache.append(ids(0, 1), like(strides, stored)[:2])
+    # Later rows may come in any order.
     cache.append(ids(2), stored[2:3].contiguous())
-    cache.append(ids(3), stored[3:].contiguous(memory_format=torch.channels_last))
-    got = cache.gather(ids(3, 2, 1, 0))
-    assert torch.equal(got, stored.flip(0))
-    assert got.is_contiguous(memory_format=memory_format)
+    cache.append(ids(3), stored[3:].transpose(1, -1).contiguous().transpose(1, -1))
+    for order in (ids(3, 2, 1, 0), ids(1)):
+        got = cache.gather(order)
+        assert got.stride() == strides
+        assert torch.equal(got, stored[order])
+    assert cache.gather(ids()).shape == (0, *shape[1:])
+    if staged:
+        cache.save(PRINT)
+        cache.close()
+        again = ActivationCache.open(tmp_path / "rows", PRINT, device=CPU).gather(ids(0, 3))
+        assert again.stride() == strides
+        assert torch.equal(again, stored[ids(0, 3)])
+
+
+@pytest.mark.parametrize("codec", ["fp32", "uint8"])
+@pytest.mark.parametrize(
+    ("part", "strides"),
+    [
+        (lambda x: x[:, :, ::2], (54, 18, 6, 1)),
+        (lambda x: x.permute(0, 2, 3, 1)[..., :2], (60, 6, 1, 30)),
+        (lambda x: x[..., :1].expand(-1, -1, -1, 6), (90, 30, 6, 1)),
+    ],
+)
+def test_rows_with_gaps_or_overlap_come_back_dense_in_their_order(
+    part: Callable[[Tensor], Tensor], strides: tuple[int, ...], codec: str
+) -> None:
+    stored = part(rows(2, 3, 5, 6))
+    cache = ActivationCache(2, stored.shape[1:], codec=codec, device=CPU)
+    cache.append(ids(0, 1), stored)
+    got = cache.gather(ids(0, 1))
+    assert got.stride() == strides
+    assert float((got - stored).abs().max()) <= (0 if codec == "fp32" else 6 / 255)
+
+
+def test_rows_that_are_gathered_without_gradients_can_be_written_to() -> None:
+    cache = ActivationCache(1, (2, 3), codec="fp32", device=CPU)
+    cache.append(ids(0), rows(1, 2, 3))
+    with torch.no_grad():
+        got = cache.gather(ids(0))
+    weight = torch.ones((), requires_grad=True)
+    got.add_(weight).sum().backward()
+    assert weight.grad == 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

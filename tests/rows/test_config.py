@@ -65,30 +65,21 @@ def test_cache_config_cannot_be_changed() -> None:
         CacheConfig().codec = "fp32"  # type: ignore[misc]
 
 
-# cache, views, what they mean
-MEANT: list[tuple[CacheConfig | str | None, int | None, CacheConfig]] = [
-    (None, None, CacheConfig()),
-    (None, 4, CacheConfig(views=4)),
-    ("uint8", None, CacheConfig(codec="uint8")),
-    ("fp32", 2, CacheConfig(codec="fp32", views=2)),
-    (CacheConfig(host_bytes=9, views=3), None, CacheConfig(host_bytes=9, views=3)),
-    (CacheConfig(host_bytes=9, views=3), 5, CacheConfig(host_bytes=9, views=5)),
+# cache, what it means
+MEANT: list[tuple[CacheConfig | str | None, CacheConfig]] = [
+    (None, CacheConfig()),
+    ("uint8", CacheConfig(codec="uint8")),
+    (CacheConfig(host_bytes=9, views=3), CacheConfig(host_bytes=9, views=3)),
 ]
 
 
-@pytest.mark.parametrize(("cache", "views", "wanted"), MEANT)
-def test_cache_config_of_the_schedulers_arguments(
-    cache: CacheConfig | str | None, views: int | None, wanted: CacheConfig
-) -> None:
-    assert cache_config(cache, views) == wanted
+@pytest.mark.parametrize(("cache", "wanted"), MEANT)
+def test_cache_config_of_the_schedulers_argument(cache: CacheConfig | str | None, wanted: CacheConfig) -> None:
+    assert cache_config(cache) == wanted
 
 
-def test_cache_config_of_other_arguments_is_refused() -> None:
+def test_cache_config_of_another_argument_is_refused() -> None:
     with pytest.raises(TypeError, match="DropScheduler: cache must be a CacheConfig, a codec or None, got int"):
-        cache_config(5, None)  # type: ignore[arg-type]
+        cache_config(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"CacheConfig: codec must be one of .*, got 'png'"):
-        cache_config("png", None)
-    with pytest.raises(ValueError, match="CacheConfig: views must be a whole number >= 1 or 'auto', got 0"):
-        cache_config(None, 0)
-    with pytest.raises(ValueError, match="CacheConfig: views must be 1 if mirror is True, got 3"):
-        cache_config(CacheConfig(mirror=True), 3)
+        cache_config("png")

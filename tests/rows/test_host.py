@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from learndrop_ext.ops import transfer
 from learndrop_ext.rows import host as host_rows
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.host import SWITCH_SIZES, HostTier, PinnedRows, copy_engine_from
 from learndrop_ext.rows.plan import Budgets, TierPlan
-from learndrop_ext.ops import transfer
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

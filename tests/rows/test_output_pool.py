@@ -21,16 +21,21 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch_memory, "MIN_POOLED_BYTES", 1)
 
 
+def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
+    memory_format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, device="meta").contiguous(memory_format=memory_format).stride()
+
+
 def take(memory: OutputPool, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
-    return memory.take(shape, torch.float32, torch.channels_last if len(shape) == 4 else torch.contiguous_format)
+    return memory.take(shape, strides_of(shape), torch.float32)
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (4, 8, 1, 1), (4, 1, 3, 5), (1, 8, 3, 5), (6, 7), (0, 8, 3, 5)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_batch_is_a_tensor_as_torch_makes_it(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    memory_format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    made = OutputPool(CPU).take(shape, dtype, memory_format)
-    wanted = torch.empty(shape, dtype=dtype, memory_format=memory_format)
+    strides = strides_of(shape)
+    made = OutputPool(CPU).take(shape, strides, dtype)
+    wanted = torch.empty_strided(shape, strides, dtype=dtype)
     assert (made.shape, made.stride(), made.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
     assert made._base is None
     assert not made.requires_grad
@@ -44,7 +49,7 @@ def test_memory_comes_again_when_the_batch_is_gone() -> None:
     del first
     assert place in {take(memory).data_ptr() for _ in range(3)}
     # The last batch of an epoch is smaller.
-    assert memory.take((2, *SHAPE[1:]), torch.float32, torch.channels_last).numel() == 240
+    assert take(memory, (2, *SHAPE[1:])).numel() == 240
 
 
 def held_by_a_view(x: torch.Tensor) -> object:

@@ -1,386 +1,367 @@
+"""`RowSet`, without a model: rows are numbers that say of which sample, cut and view they are."""
+
 from __future__ import annotations
 
-import itertools
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from tiered_cache import CPU, ids
+from torch import Tensor
 
-from learndrop_ext import CacheConfig, DropScheduler, Fixed
-from learndrop_ext.data.drift import PROBES
-from small_training import Jittered, data, epoch, parts, prefix_rows
+from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.rowset import RowSet
+from learndrop_ext.rows.store.fingerprint import Fingerprint
 
-
-class Numbered(Dataset[Any]):
-    """The small data with the ids as labels; which samples were read is noted, and what was read last of each."""
-
-    def __init__(self, count: int = 24, *, noise: bool = False) -> None:
-        self.images = data(count).tensors[0]
-        self.noise = noise
-        self.reads: list[int] = []
-        self.last: dict[int, torch.Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        self.reads.append(index)
-        x = self.images[index]
-        if self.noise:
-            x = x + torch.rand(())
-        self.last[index] = x
-        return x, index
+SHAPE = (3,)
+ROW = 128  # bytes of a row of 3 values
 
 
-def begun(
-    dataset: Dataset[Any] | None = None, drops: dict[int, int] | None = None, *, batch_size: int = 8, **options: Any
-) -> tuple[DropScheduler, torch.optim.Optimizer]:
-    model, optimizer, loader = parts(dataset, batch_size=batch_size)
-    drops = {1: 2} if drops is None else drops
-    return DropScheduler(model, optimizer, loader, **({"policy": Fixed(drops), "cache": "fp32"} | options)), optimizer
+def rowset(size: int = 6, **options: Any) -> RowSet:
+    config = CacheConfig(**({"codec": "fp32", "views": 1} | options))
+
+    def made_of(path: list[int]) -> Fingerprint:
+        return Fingerprint(str(path), path[-1], config.codec, config.rows_per_sample, size, "numbers")
+
+    return RowSet(size, config=config, device=CPU, made_of=made_of)
 
 
-def trained(drop: DropScheduler, optimizer: torch.optim.Optimizer, autocast: bool = False) -> list[Any]:
-    """The batches of an epoch of training, with labels below 5."""
-    batches = []
-    drop.base_model.train()
-    for x, y in drop.loader:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = nn.functional.cross_entropy(drop.model(x).float(), y % 5)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        batches.append((x, y))
-    return batches
+def values(cut: int, samples: Tensor, view: int = 0) -> Tensor:
+    return (100 * cut + 10 * view + samples[:, None]) + torch.tensor([0.0, 0.25, 0.5])
 
 
-@pytest.mark.parametrize("drops", [{0: 2}, {1: 2}, {1: 1, 2: 2}, {0: 1, 1: 2, 2: 3}])
-def test_rows_are_to_the_bit_what_the_dropped_layers_make_of_the_same_batch(drops: dict[int, int]) -> None:
-    dataset = Numbered()
-    drop, optimizer = begun(dataset, drops)
-    made: dict[int, torch.Tensor] = {}
-    for _ in range(5):
-        k = drop.prefix
-        cached = int(drop.rows.cache.filled.sum()) if drop.rows.cache is not None else 0
-        for x, y in trained(drop, optimizer):
-            with torch.no_grad():
-                wanted = drop.chain.prefix(k).eval()(dataset.images[y])
-            if k and cached == 0:
-                assert torch.equal(x, wanted)
-                made |= dict(zip(y.tolist(), x, strict=True))
-            elif k:
-                assert all(torch.equal(row, made[i]) for i, row in zip(y.tolist(), x, strict=True))
-        drop.step()
-    assert drop.prefix == max(drops.values())
+def gathered(rows: RowSet, samples: Tensor) -> tuple[int, Tensor | None]:
+    level, at = rows.locate(samples)
+    assert level == rows.level(samples)
+    assert rows.complete(samples) == (level > 0)
+    return level, rows.gather(at, level) if level else None
 
 
-def test_growing_drops_read_images_in_one_epoch_only() -> None:
-    dataset = Numbered()
-    drop, optimizer = begun(dataset, {0: 1, 1: 2, 2: 3})
-    reads, caches = [], []
-    for _ in range(5):
-        dataset.reads.clear()
-        trained(drop, optimizer)
-        reads.append(len(dataset.reads))
-        caches.append(drop.rows.cache)
-        drop.step()
-    assert reads[0] == 24
-    assert all(count <= PROBES for count in reads[1:])
-    assert [record.fill_flops > 0 for record in drop.history if record.epoch] == [True, True, True, False, False]
-    # The rows of the drop before are freed once all are computed again.
-    assert len({id(cache) for cache in caches}) == 3
-    for old in (caches[0], caches[1]):
-        with pytest.raises(RuntimeError, match="the cache must be open"):
-            old.gather(torch.tensor([0]))
+def assert_rows(rows: RowSet, cut: int, *samples: int) -> None:
+    level, got = gathered(rows, ids(*samples))
+    assert level == cut
+    if cut:
+        assert got is not None
+        assert torch.equal(got, values(cut, ids(*samples)))
 
 
-def test_older_rows_are_freed_too_where_every_epoch_is_broken_off() -> None:
-    drop, _ = begun(Numbered(), {1: 1, 2: 2}, batch_size=8)
-    old = None
-    for _ in range(30):
-        for i, (x, _) in enumerate(drop.loader):
-            drop.model(x)
-            if i == 1:
-                break
-        drop.step()
-        if drop.epoch == 2:
-            old = drop.rows._older
-    assert old is not None
-    assert drop.rows._older is None
-    with pytest.raises(RuntimeError, match="the cache must be open"):
-        old.gather(torch.tensor([0]))
+def advanced(*cuts: int, **options: Any) -> RowSet:
+    """After each of some drops, with the rows of all samples behind all but the last."""
+    rows = rowset(**options)
+    for i, cut in enumerate(cuts):
+        rows.advance(cut, SHAPE, rows=6)
+        if i < len(cuts) - 1:
+            rows.keep(cut, torch.arange(6), values(cut, torch.arange(6)))
+            rows.end_epoch()
+    return rows
 
 
-@pytest.mark.parametrize("views", [2, 3])
-def test_fresh_images_for_as_many_epochs_as_views_then_their_rows_in_turn(views: int) -> None:
-    dataset = Numbered(noise=True)
-    drop, optimizer = begun(dataset, {1: 2}, views=views)
-    trained(drop, optimizer)
-    drop.step()
-    rows: list[dict[int, torch.Tensor]] = []
-    for turn in range(3 * views):
-        dataset.reads.clear()
-        batches = trained(drop, optimizer)
-        found = {int(i): row for x, y in batches for i, row in zip(y, x, strict=True)}
-        assert sorted(found) == list(range(24))
-        if turn < views:
-            # Some may be read again at the begin of an epoch, to be compared with what is kept.
-            assert sorted(set(dataset.reads)) == list(range(24))
-            for earlier in rows:
-                assert not any(torch.equal(earlier[i], found[i]) for i in found)
-            for x, y in batches:
-                images = torch.stack([dataset.last[i] for i in y.tolist()])
-                with torch.no_grad():
-                    torch.testing.assert_close(x, drop.chain.prefix(2).eval()(images))
-        else:
-            assert len(set(dataset.reads)) <= PROBES
-            assert all(torch.equal(rows[turn % views][i], found[i]) for i in found)
-        rows.append(found)
-        drop.step()
-
-
-# epochs of the run, views, the epoch of the drop, whether rows are worth storing
-@pytest.mark.parametrize(
-    ("epochs", "views", "at", "stored"),
-    [(4, 1, 1, True), (4, 1, 2, True), (4, 1, 3, False), (6, 3, 2, True), (6, 3, 3, False), (None, 3, 3, True)],
-)
-def test_nothing_is_stored_that_would_not_be_read_again(epochs: int | None, views: int, at: int, stored: bool) -> None:
-    dataset = Numbered(noise=views > 1)
-    drop, optimizer = begun(dataset, {at: 2}, views=views, epochs=epochs)
-    for _ in range(at):
-        trained(drop, optimizer)
-        record = drop.step()
-    assert record.prefix == 2
-    assert (record.cache_bytes > 0) is stored
-    for _ in range((epochs or 6) - at):
-        for x, y in trained(drop, optimizer):
-            images = torch.stack([dataset.last[i] for i in y.tolist()])
-            if not stored:
-                with torch.no_grad():
-                    torch.testing.assert_close(x, drop.chain.prefix(2).eval()(images))
-        record = drop.step()
-    assert bool(drop.rows.cache.filled.any()) is stored
-    assert (record.cache_bytes > 0) is stored
-
-
-def test_mirror_draws_the_image_and_its_flip_in_turn_before_and_after_a_drop() -> None:
-    dataset = Numbered()
-    drop, optimizer = begun(dataset, {2: 2}, cache=CacheConfig(codec="fp32", mirror=True))
-    assert drop.rows.views == 2
-    seen: list[dict[int, bool]] = []
-    for _ in range(7):
-        k = drop.prefix
-        flipped = {}
-        for x, y in trained(drop, optimizer):
-            with torch.no_grad():
-                ways = [drop.chain.prefix(k).eval()(x) for x in (dataset.images[y], dataset.images[y].flip(-1))]
-            for i, row, plain, flip in zip(y.tolist(), x, *ways, strict=True):
-                is_plain, is_flip = torch.allclose(row, plain, atol=1e-5), torch.allclose(row, flip, atol=1e-5)
-                assert is_plain != is_flip
-                flipped[i] = is_flip
-        assert 0 < sum(flipped.values()) < 24
-        seen.append(flipped)
-        drop.step()
-    for one, other in itertools.pairwise(seen):
-        assert all(one[i] != other[i] for i in range(24))
-    assert int(drop.rows.cache.filled.sum()) == 48
-
-
-def test_a_sampler_that_draws_more_than_the_budgets_hold() -> None:
-    drawn = list(range(8))
-
-    class Chosen:
-        def __iter__(self) -> Any:
-            return iter(drawn)
-
-        def __len__(self) -> int:
-            return len(drawn)
-
-    dataset = Numbered()
-    model, optimizer, _ = parts()
-    loader = DataLoader(dataset, batch_size=4, sampler=Chosen())
-    # A row of 6 x 4 x 4 fp32 values is 384 bytes: 12 rows.
-    config = CacheConfig(codec="fp32", budget_bytes=12 * 384)
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache=config)
-    trained(drop, optimizer)
-    drop.step()
-    assert drop.cut == 2
-    trained(drop, optimizer)
-    drawn.extend(range(8, 24))
-    wanted = prefix_rows(drop, 2)
-    for turn in range(3):
-        dataset.reads.clear()
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            batches = trained(drop, optimizer)
-        ours = [str(w.message) for w in said if "more samples than the budgets hold" in str(w.message)]
-        assert len(ours) == (turn == 0)
-        assert [i for _, y in batches for i in y.tolist()] == list(range(24))
-        for x, y in batches:
-            for i, row in zip(y.tolist(), x, strict=True):
-                assert torch.allclose(row, wanted[i], atol=1e-5)
-        # Those that do not fit are read each time.
-        assert set(range(12, 24)) <= set(dataset.reads)
-    assert int(drop.rows.cache.filled.sum()) == 12
-
-
-@pytest.mark.parametrize("drops", [{0: 2}, {1: 1, 3: 2}])
-def test_rows_made_on_first_draw_spread_over_the_tiers(tmp_path: Path, drops: dict[int, int]) -> None:
-    def run(config: CacheConfig) -> tuple[list[Any], DropScheduler]:
-        drop, _ = begun(Numbered(700), drops, cache=config, batch_size=64)
-        batches = []
-        for stop in (4, 6, 2, 6, 4, 11, 11):
-            for _, (x, y) in zip(range(stop), drop.loader, strict=False):
-                drop.model(x)
-                batches.append((x.clone(), y))
-            drop.step()
-        return batches, drop
-
-    wanted, _ = run(CacheConfig(codec="fp32"))
-    # 600 rows of 384 bytes: two areas of 256 rows for those that come from the disk, and 88 rows that stay.
-    got, drop = run(CacheConfig(codec="fp32", budget_bytes=600 * 384, disk_bytes=1 << 22, disk_dir=str(tmp_path)))
-    plan = drop.rows.cache.plan
-    assert (plan.device > 0, plan.disk > 0) == (True, True)
-    assert bool(drop.rows.cache.filled.all())
-    for one, other in zip(got, wanted, strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
-
-
-@pytest.mark.parametrize("drops", [{0: 2}, {1: 2}])
-def test_rows_are_made_under_the_autocast_of_the_training_step(drops: dict[int, int]) -> None:
-    dataset = Numbered()
-    drop, optimizer = begun(dataset, drops)
-    for turn in range(4):
-        k = drop.prefix
-        for i, (x, y) in enumerate(trained(drop, optimizer, autocast=True)):
-            if not k or (0 in drops and turn == 0 and i == 0):
-                continue  # before the first step nobody knows its autocast
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                wanted = drop.chain.prefix(k).eval()(dataset.images[y])
-            assert x.dtype == wanted.dtype == torch.bfloat16
-            torch.testing.assert_close(x, wanted, rtol=2e-2, atol=2e-2)
-        drop.step()
-    assert drop.rows.autocast == torch.bfloat16
-    assert int(drop.rows.cache.filled.sum()) == 24
-
-
-def test_rows_are_made_anew_under_another_autocast() -> None:
-    drop, optimizer = begun(Numbered())
-    for autocast, dtype in ((False, torch.float32), (False, torch.float32), (True, None), (True, torch.bfloat16)):
-        batches = trained(drop, optimizer, autocast=autocast)
-        if drop.prefix and dtype is not None:
-            assert {x.dtype for x, _ in batches} == {dtype}
-        drop.step()
-
-
-def test_a_resume_in_the_middle_of_an_epoch_goes_on_with_the_rows_that_are_there(tmp_path: Path) -> None:
-    config = CacheConfig(codec="fp32", disk_bytes=1 << 20, disk_dir=str(tmp_path))
-    first, optimizer = begun(Numbered(), cache=config)
-    trained(first, optimizer)
-    first.step()
-    there = []
-    for i, (x, y) in enumerate(first.loader):
-        first.model(x)
-        there += y.tolist()
-        if i == 1:
-            break
-    state = first.state_dict()
-    assert state["rows_file"] is not None
-    dataset = Numbered()
-    model, optimizer, loader = parts(dataset, batch_size=8)
-    model.load_state_dict(first.base_model.state_dict())
-    second = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache=config)
-    second.load_state_dict(state)
-    assert int(second.rows.cache.filled.sum()) == len(there) == 16
-    dataset.reads.clear()
-    batches = trained(second, optimizer)
-    missing = set(range(24)) - set(there)
-    assert missing <= set(dataset.reads)
-    assert len(dataset.reads) <= len(missing) + PROBES
-    assert sorted(i for _, y in batches for i in y.tolist()) == list(range(24))
-    wanted = prefix_rows(second, 2)
-    for x, y in batches:
-        torch.testing.assert_close(x, wanted[y])
-    assert int(second.rows.cache.filled.sum()) == 24
-
-
-def test_labels_of_few_samples_are_not_taken_for_the_structure_of_a_batch() -> None:
-    def pairs(samples: list[Any]) -> tuple[torch.Tensor, list[Any], torch.Tensor]:
-        # Two points a sample, and batches of two samples.
-        ids = [i for _, i in samples]
-        return (
-            torch.stack([x for x, _ in samples]),
-            [torch.tensor([[i, 0], [i, 1]]) for i in ids],
-            torch.tensor(ids),
-        )
-
-    model, optimizer, _ = parts()
-    loader = DataLoader(Numbered(), batch_size=2, shuffle=True, collate_fn=pairs)
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32")
-    for _ in range(4):
-        for x, points, ids in drop.loader:
-            drop.model(x)
-            assert [p.tolist() for p in points] == [[[i, 0], [i, 1]] for i in ids.tolist()]
-        drop.step()
-    assert drop.prefix == 2
-
-
-def test_views_of_a_dataset_with_random_targets_are_kept_and_not_made_anew() -> None:
-    class Pointed(Dataset[Any]):
-        """A point that follows the flip of the image."""
-
-        def __len__(self) -> int:
-            return 24
-
-        def __getitem__(self, index: int) -> Any:
-            x, y = data()[index]
-            if torch.rand(()) < 0.5:
-                return x.flip(-1), torch.tensor([7 - index % 8]), y
-            return x, torch.tensor([index % 8]), y
-
-    model, optimizer, loader = parts(Pointed())
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache="fp32", views=2)
-    for _ in range(8):
-        for x, _, _ in drop.loader:
-            drop.model(x)
-        drop.step()
-    assert int(drop.rows.cache.filled.sum()) == 48
-
-
-def test_an_undropped_run_makes_its_rows_anew() -> None:
-    drop, optimizer = begun(Numbered(), {1: 2})
+def test_nothing_is_kept_before_the_first_advance_and_after_stop() -> None:
+    rows = rowset()
     for _ in range(2):
-        trained(drop, optimizer)
-        drop.step()
-    assert drop.rows.cache is not None
-    drop.undrop()
-    assert drop.rows.cache is None
-    assert drop.rows.cut == 0
-    assert drop.rows.slots.used == 0
-    images = drop.loader.user.dataset.images  # type: ignore[attr-defined]
-    for x, y in drop.loader:
-        assert torch.equal(x, images[y])
+        assert (rows.cut, rows.cuts, rows.path, rows.tier, rows.stores) == (0, [], (), "none", False)
+        assert_rows(rows, 0, 0, 1)
+        assert rows.drawn().tolist() == []
+        rows.forget()
+        rows.prefetch(ids(0))
+        rows.end_epoch()
+        rows.advance(2, SHAPE, rows=6)
+        assert (rows.cut, rows.cuts, rows.path, rows.tier, rows.stores) == (2, [2], (2,), "device", True)
+        cache = rows.cache
+        assert cache is not None
+        rows.keep(2, ids(0), values(2, ids(0)))
+        rows.advance(3, SHAPE, rows=6)
+        rows.stop()
+        with pytest.raises(RuntimeError, match="the cache must be open"):
+            cache.gather(ids(0))
+        assert rows.slots.used == 0
 
 
-def test_the_ledger_counts_what_was_made() -> None:
-    drop, optimizer = begun(TensorDataset(*data().tensors), {1: 1, 2: 2})
-    counted = []
-    for _ in range(4):
-        epoch(drop, optimizer)
-        images, older, seconds = drop.rows.ledger
-        counted.append((images, older, seconds > 0))
-        drop.step()
-    assert counted == [(0, 0, False), (24, 0, True), (0, 24, True), (0, 0, False)]
+def test_rows_are_read_for_a_whole_batch_or_not_at_all() -> None:
+    rows = advanced(2)
+    assert torch.equal(rows.keep(2, ids(4, 1), values(2, ids(4, 1))), values(2, ids(4, 1)))
+    for batch, cut in [((1,), 2), ((4, 1, 4), 2), ((1, 0), 0), ((0,), 0), ((), 0)]:
+        assert_rows(rows, cut, *batch)
+    rows.keep(2, ids(0), values(2, ids(0)))
+    assert_rows(rows, 2, 1, 0)
+    assert rows.drawn().tolist() == [0, 1, 4]
+    assert rows.filled(ids(0, 2, 4)).tolist() == [True, False, True]
+    # A sample with a slot has no row yet.
+    assert rows.places(ids(1, 5)).tolist() == [1, 3]
+    assert_rows(rows, 0, 1, 5)
+    assert_rows(rows, 2, 1, 0)
 
 
-def test_a_random_dataset_keeps_as_many_views_as_were_asked_for() -> None:
-    model, optimizer, loader = parts(Jittered())
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 1}), views=3, cache="fp32")
-    seen = [{round(float(row.sum()), 4) for x, _ in drop.loader for row in x} for _ in range(6)]
-    assert len(set.union(*seen[:3])) == 72
-    assert seen[3:] == seen[:3]
+@pytest.mark.parametrize("codec", ["fp32", "fp16"])
+def test_keep_returns_what_later_epochs_get(codec: str) -> None:
+    rows = rowset(codec=codec)
+    rows.advance(1, (2, 3, 4), rows=6)
+    made = (torch.rand(4, 2, 3, 4) + 1).contiguous(memory_format=torch.channels_last)
+    got = rows.keep(1, torch.arange(4), made)
+    assert torch.equal(got, made if codec == "fp32" else made.half().float())
+    assert torch.equal(got, made) == (codec == "fp32")
+    level, later = gathered(rows, torch.arange(4))
+    assert level == 1
+    assert later is not None
+    assert torch.equal(later, got)
+    assert later.stride() == got.stride() == made.stride()
+
+
+def test_a_sample_that_comes_twice_in_a_batch_has_one_row() -> None:
+    rows = rowset()
+    rows.advance(1, (2, 3, 4), rows=6)
+    batch = ids(3, 1, 3, 5, 1)
+    made = torch.randn(5, 4, 2, 3).permute(0, 2, 3, 1)
+    got = rows.keep(1, batch, made)
+    # Those of the first place, in the first order of memory.
+    assert torch.equal(got, made[[0, 1, 0, 3, 1]])
+    assert got.stride() == made.stride()
+    assert torch.equal(gathered(rows, ids(1, 3, 5))[1], made[[1, 0, 3]])
+    places, first = rows.first_places(ids(5, 3, 5, 0, 3))
+    assert places.tolist() == sorted(rows.places(ids(5, 3, 0)).tolist())
+    assert ids(5, 3, 5, 0, 3)[first].tolist() == [3, 5, 0]
+    assert first.tolist() == [1, 0, 3]
+
+
+def test_room_grows_with_the_samples_drawn() -> None:
+    rows = rowset(budget_bytes=6 * ROW)
+    rows.advance(1, SHAPE, rows=2)
+    for batch in (ids(5, 3, 1), ids(0, 2, 4)):
+        rows.keep(1, batch, values(1, batch))
+    assert_rows(rows, 1, 0, 1, 2, 3, 4, 5)
+
+
+def test_samples_beyond_the_budgets_are_said_once_and_run_each_time() -> None:
+    rows = rowset(8, budget_bytes=4 * ROW)
+    rows.advance(1, SHAPE, rows=3)
+    rows.keep(1, ids(0, 1, 2), values(1, ids(0, 1, 2)))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for batch in (ids(3, 4), ids(2, 5), ids(4, 4)):
+            made = values(1, batch)
+            assert torch.equal(rows.keep(1, batch, made), made)
+            assert_rows(rows, 0, *batch.tolist())
+    (only,) = (str(one.message) for one in said)
+    assert "drop.loader: the sampler draws more samples than the budgets hold rows of" in only
+    # What was there stays, and what fits is still kept.
+    assert_rows(rows, 1, 0, 1, 2)
+    rows.keep(1, ids(1, 0), values(1, ids(1, 0)))
+    assert_rows(rows, 1, 0, 1, 2)
+
+
+def test_an_advance_that_the_budgets_do_not_hold_changes_nothing() -> None:
+    rows = rowset(budget_bytes=6 * ROW)
+    rows.advance(1, SHAPE, rows=6)
+    rows.keep(1, torch.arange(6), values(1, torch.arange(6)))
+    cache = rows.cache
+    with pytest.raises(ValueError, match=r"plan_tiers: budgets must hold 6 rows of 256 bytes, got 768 bytes"):
+        rows.advance(2, (40,), rows=6)
+    assert (rows.cache, rows.older, rows.cuts, rows.path, rows.cut) == (cache, None, [1], (1,), 1)
+    assert_rows(rows, 1, 0, 5)
+
+
+def test_older_rows_serve_until_every_sample_has_new_ones() -> None:
+    rows = advanced(1, 3)
+    older = rows.older
+    assert older is not None
+    assert (rows.cut, rows.cuts, rows.path, rows.stops) == (3, [1, 3], (1, 3), (1, 3))
+    rows.keep(3, ids(0, 1), values(3, ids(0, 1)))
+    for batch, cut in [((0, 1), 3), ((1, 2), 1), ((2, 3), 1)]:
+        assert_rows(rows, cut, *batch)
+    # The epoch was broken off.
+    rows.end_epoch()
+    assert rows.older is older
+    rows.keep(3, ids(2, 3, 4, 5), values(3, ids(2, 3, 4, 5)))
+    assert rows.stops == (3,)
+    rows.end_epoch()
+    assert (rows.older, rows.cuts, rows.path) == (None, [3], (1, 3))
+    with pytest.raises(RuntimeError, match="the cache must be open"):
+        older.gather(ids(0))
+    assert_rows(rows, 3, *range(6))
+
+
+def test_older_rows_that_nobody_has_filled_hold_up_nothing() -> None:
+    rows = rowset()
+    rows.advance(1, SHAPE, rows=6)
+    rows.keep(1, ids(0, 1), values(1, ids(0, 1)))
+    rows.advance(2, SHAPE, rows=6)
+    rows.keep(2, ids(1, 0, 4), values(2, ids(1, 0, 4)))
+    rows.end_epoch()
+    assert rows.older is None
+
+
+def test_images_leave_rows_at_the_older_cut_too() -> None:
+    rows = rowset()
+    rows.advance(1, SHAPE, rows=6)
+    rows.keep(1, ids(0, 1), values(1, ids(0, 1)))
+    rows.advance(2, SHAPE, rows=6)
+    # Sample 2 was never drawn: its image passes both cuts.
+    rows.keep(1, ids(2), values(1, ids(2)))
+    assert_rows(rows, 1, 2, 1)
+    rows.keep(2, ids(2), values(2, ids(2)))
+    assert_rows(rows, 2, 2)
+    assert_rows(rows, 1, 2, 1)
+    rows.keep(2, ids(0, 1), values(2, ids(0, 1)))
+    rows.end_epoch()
+    assert rows.older is None
+    # Later images are only encoded there as the older rows were, so that their rows are the same.
+    assert rows.stops == (1, 2)
+    assert torch.equal(rows.keep(1, ids(3), values(1, ids(3))), values(1, ids(3)))
+    assert_rows(rows, 0, 3)
+
+
+def test_an_image_on_its_way_is_encoded_at_each_cut_of_the_path() -> None:
+    rows = advanced(1, 2, codec="fp16")
+    rows.keep(2, torch.arange(6), values(2, torch.arange(6)))
+    rows.end_epoch()
+    made = torch.rand(2, 3)
+    assert torch.equal(rows.keep(1, ids(0, 1), made), made.half().float())
+    assert torch.equal(rows.keep(7, ids(0, 1), made), made)  # no cut of the path
+    assert_rows(rows, 2, 0, 1)
+
+
+def test_a_third_advance_frees_the_oldest_rows() -> None:
+    rows = advanced(1, 2)
+    oldest = rows.older
+    assert oldest is not None
+    rows.keep(2, ids(0, 1), values(2, ids(0, 1)))
+    rows.advance(5, (7,), rows=6)
+    assert (rows.cuts, rows.path) == ([2, 5], (1, 2, 5))
+    with pytest.raises(RuntimeError, match="the cache must be open"):
+        oldest.gather(ids(0))
+    assert_rows(rows, 2, 0, 1)
+    assert_rows(rows, 0, 2)
+
+
+def test_forget_of_some_samples_is_forgotten_at_both_cuts() -> None:
+    rows = advanced(1, 2)
+    rows.keep(2, ids(0, 1), values(2, ids(0, 1)))
+    rows.forget(ids(1, 2))
+    for batch, cut in [((0,), 2), ((1,), 0), ((2,), 0), ((3,), 1), ((0, 3), 1)]:
+        assert_rows(rows, cut, *batch)
+    slots = rows.slots.table.clone()
+    rows.keep(2, ids(1), values(2, ids(1)) + 5)
+    assert torch.equal(gathered(rows, ids(1))[1], values(2, ids(1)) + 5)
+    assert torch.equal(rows.slots.table, slots)
+
+
+def test_forget_of_all_goes_on_at_the_same_cut() -> None:
+    rows = advanced(1, 2)
+    rows.keep(2, ids(0, 1), values(2, ids(0, 1)))
+    caches = [cache for cache in (rows.older, rows.cache) if cache is not None]
+    rows.forget()
+    assert len(caches) == 2
+    for cache in caches:
+        with pytest.raises(RuntimeError, match="the cache must be open"):
+            cache.gather(ids(0))
+    assert (rows.cut, rows.cuts, rows.path, rows.older, rows.stores) == (2, [2], (2,), None, True)
+    assert rows.slots.used == 0
+    assert_rows(rows, 0, 0)
+    rows.keep(2, torch.arange(6), values(2, torch.arange(6)))
+    assert_rows(rows, 2, *range(6))
+
+
+def test_a_dataset_may_grow_and_not_shrink() -> None:
+    rows = advanced(2)
+    rows.keep(2, torch.arange(6), values(2, torch.arange(6)))
+    assert rows.stops == (2,)
+    assert rows.follow_size(6) == 0
+    assert rows.follow_size(9) == 3
+    assert_rows(rows, 2, 0, 5)
+    assert_rows(rows, 0, 5, 6)
+    rows.keep(2, ids(8, 6), values(2, ids(8, 6)))
+    assert_rows(rows, 2, 8, 0, 6)
+    with pytest.raises(RuntimeError, match="the dataset must keep its 9 samples, or get more, got 6"):
+        rows.follow_size(6)
+
+
+def test_each_epoch_draws_another_view_and_keeps_its_rows() -> None:
+    rows = rowset(views=3)
+    rows.advance(1, SHAPE, rows=18)
+    drawn = []
+    for rows.epoch in range(6):
+        view = rows.view(torch.arange(6))
+        made = torch.cat([values(1, ids(i), int(v)) for i, v in enumerate(view)])
+        level, got = gathered(rows, torch.arange(6))
+        assert level == (rows.epoch >= 3)
+        if got is None:
+            rows.keep(1, torch.arange(6), made)
+        else:
+            assert torch.equal(got, made)
+        drawn.append(view)
+    assert torch.stack(drawn[:3]).sort(0).values.T.tolist() == [[0, 1, 2]] * 6
+    rows.forget(ids(4))  # all of its views
+    for rows.epoch in range(3):
+        assert rows.drawn().tolist() == [0, 1, 2, 3, 5]
+
+
+def test_renumbered_samples_begin_with_the_views_of_the_earlier_run() -> None:
+    rows = rowset(4, views=1)
+    rows.renumber(6, torch.tensor([2, 0, 1, 5, 4, 3]), 3)
+    assert (len(rows.slots), rows.views, rows.config.views) == (6, 3, 3)
+    assert rows.view(torch.arange(6)).tolist() == [2, 0, 1, 2, 1, 0]
+
+
+def test_counts_are_of_the_rows_made_and_of_their_seconds() -> None:
+    rows = advanced(1)
+    rows.begin_making(False, 4)
+    rows.keep(1, ids(0, 1, 2, 3), values(1, ids(0, 1, 2, 3)))
+    rows.begin_making(True, 2)
+    rows.keep(1, ids(4, 5), values(1, ids(4, 5)))
+    images, older, seconds = rows.counts
+    assert (images, older) == (4, 2)
+    assert 0 < seconds < 60
+    rows.forget_counts()
+    assert rows.counts == (0, 0, 0.0)
+    rows.keep(1, ids(0), values(1, ids(0)))  # without a beginning
+    assert rows.counts == (0, 0, 0.0)
+
+
+def test_rows_on_disk_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rowset(budget_bytes=2 * ROW, disk_bytes=1 << 20, disk_dir=str(tmp_path))
+    rows.advance(1, SHAPE, rows=6)
+    assert rows.tier == "disk"
+    asked: list[list[int]] = []
+    monkeypatch.setattr(ActivationCache, "prefetch", lambda _, at: asked.append(at.tolist()))
+    rows.keep(1, ids(5, 4), values(1, ids(5, 4)))
+    for batch in (ids(4, 5), ids(5, 0), ids()):
+        rows.prefetch(batch)
+    assert asked == [[1, 0]]
+    assert_rows(rows, 1, 4, 5)
+
+
+def test_rows_are_saved_and_found_with_their_slots(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"disk_bytes": 1 << 20, "disk_dir": str(tmp_path)}
+    rows = advanced(1, 2, **options)
+    rows.keep(2, ids(3, 0, 5), values(2, ids(3, 0, 5)))
+    name = rows.save(lambda: ({"labels": 1}, [ids(7)]))
+    assert name is not None
+    again = rowset(**options)
+    found = again.find(name, rows.path, SHAPE)
+    assert found is not None
+    assert found.extras is not None
+    assert (found.extras[0], [t.tolist() for t in found.extras[1]]) == ({"labels": 1}, [[7]])
+    assert (again.cuts, again.path, again.stores) == ([2], (1, 2), True)
+    assert_rows(again, 2, 0, 3, 5)
+    assert_rows(again, 0, 1)
+    # Of another path, or without a file, they are computed again.
+    with pytest.warns(RuntimeWarning, match=r"the rows are computed again .* must be of weights '\[2\]'"):
+        assert again.find(name, (2,), SHAPE) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert again.find(None, (1, 2), SHAPE) is None
+    assert_rows(again, 0, 0)
+    again.keep(2, torch.arange(6), values(2, torch.arange(6)))
+    assert_rows(again, 2, *range(6))
+
+
+def test_check_room_is_for_rows_without_a_file(tmp_path: Path) -> None:
+    rows = rowset(budget_bytes=2 * ROW, disk_dir=str(tmp_path))
+    rows.check_room(None, SHAPE, 2)
+    with pytest.raises(ValueError, match="budgets must hold 6 rows"):
+        rows.check_room("rows-1-2.bin", SHAPE, 6)
+    (tmp_path / "rows-1-2.bin").touch()
+    rows.check_room("rows-1-2.bin", SHAPE, 6)

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from learndrop_ext.data.stopwatch import Stopwatch
+from learndrop_ext.rows.stopwatch import Stopwatch
 
 
 def test_stretches_add_up_until_the_reset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from simulated_gpu import CUDA, Gpu, plain
 from torch import Tensor
 
 from learndrop_ext.rows.disk import DiskTier
-from learndrop_ext.rows.store.file import CacheFileError
 from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.plan import Budgets, TierPlan
+from learndrop_ext.rows.store.file import CacheFileError
 from learndrop_ext.rows.tiered import TieredRows
 
 SLOTS, STRIDE = 48, 128

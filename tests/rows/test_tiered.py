@@ -13,8 +13,8 @@ from torch import Tensor
 from learndrop_ext import _C
 from learndrop_ext.rows import storage
 from learndrop_ext.rows.cache import ActivationCache
-from learndrop_ext.rows.store.file import CacheFileError
 from learndrop_ext.rows.plan import Budgets, TierPlan
+from learndrop_ext.rows.store.file import CacheFileError
 
 
 @pytest.mark.parametrize("staging", [1, 2, 5, 256])

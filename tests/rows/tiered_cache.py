@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from learndrop_ext.rows.cache import ActivationCache
-from learndrop_ext.rows.store.fingerprint import Fingerprint
 from learndrop_ext.rows.plan import Budgets
+from learndrop_ext.rows.store.fingerprint import Fingerprint
 
 CPU = torch.device("cpu")
 

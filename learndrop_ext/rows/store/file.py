@@ -28,7 +28,7 @@ from learndrop_ext.ops.transfer import PAGE_BYTES
 from learndrop_ext.rows.store.fingerprint import Fingerprint
 
 MAGIC = b"LDROWS\r\n"
-VERSION = 3
+VERSION = 4
 #: The beginning of the header page. The page's last four bytes are its checksum.
 HEADER = struct.Struct("<8sIQQQI")
 
@@ -44,7 +44,7 @@ class Manifest:
     Args:
         codec (str): how rows are stored.
         shape (tuple of int): shape of a row.
-        stored_shape (tuple of int): shape of a row for the row operations: `shape`, or flat.
+        strides (tuple of int): strides of the rows returned.
         dtype (str): dtype of the rows stored and returned; "" before the first.
         slots (int): R.
         row_bytes (int): bytes of a row without padding.
@@ -54,7 +54,7 @@ class Manifest:
 
     codec: str
     shape: tuple[int, ...]
-    stored_shape: tuple[int, ...]
+    strides: tuple[int, ...]
     dtype: str
     slots: int
     row_bytes: int
@@ -123,9 +123,9 @@ def read_tables(path: Path, descriptor: int) -> Tables:
             path, "the checksum of manifest and tables", f"{header.tail_checksum:#010x}", f"{computed:#010x}"
         )
     manifest, values, forms = _parse(tail[: header.text_bytes])
-    row_bytes = ops.row_bytes(manifest.stored_shape, manifest.codec)
+    row_bytes = ops.row_bytes(manifest.shape, manifest.codec)
     if manifest.row_bytes != row_bytes:
-        what = f"row_bytes of {manifest.codec} rows {manifest.stored_shape}"
+        what = f"row_bytes of {manifest.codec} rows {manifest.shape}"
         raise _refused(path, what, row_bytes, manifest.row_bytes)
     tables, offset = [], header.text_bytes
     for name, shape in [("bool", [manifest.slots]), ("int32", [manifest.slots]), *forms]:
@@ -232,7 +232,7 @@ def _parse(text: bytes | bytearray) -> tuple[Manifest, Any, list[tuple[str, list
     values = json.loads(text)
     sidecar, forms = values.pop("sidecar"), values.pop("tensors")
     values["fingerprint"] = Fingerprint(**values["fingerprint"])
-    values["shape"], values["stored_shape"] = tuple(values["shape"]), tuple(values["stored_shape"])
+    values["shape"], values["strides"] = tuple(values["shape"]), tuple(values["strides"])
     return Manifest(**values), sidecar, forms
 
 

@@ -150,6 +150,11 @@ class RowFileKeeper:
         self._name = name
         return _found(cache)
 
+    def exists(self, name: str | None) -> bool:
+        """Return whether there is a file that `find` would open."""
+        folder = self._config.disk_dir
+        return folder is not None and name is not None and not several_processes() and (Path(folder) / name).exists()
+
     def delete(self) -> None:
         """Delete the file last written or found."""
         if self._name is not None and self._config.disk_dir is not None and not Path(self._name).match(PATTERN):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from learndrop_ext.rows import file
+from learndrop_ext.ops import transfer
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.disk import DiskTier
-from learndrop_ext.rows.store.file import CacheFileError, Sidecar
-from learndrop_ext.rows.store.fingerprint import Fingerprint, describe, tells_apart
 from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.plan import Budgets
-from learndrop_ext.ops import transfer
+from learndrop_ext.rows.store import file
+from learndrop_ext.rows.store.file import CacheFileError, Sidecar
+from learndrop_ext.rows.store.fingerprint import Fingerprint, describe, tells_apart
 
 CPU = torch.device("cpu")
 ON_DISK = Budgets(0, 0, 1 << 30)
@@ -214,7 +214,7 @@ OTHERS = {
     "views": 1,
     "samples": 71,
     "dataset": "x",
-    "autocast": "y",
+    "loop": "y",
     "seed": 1,
     "layers": "z",
     "images": "w",

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import Dataset
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
+from learndrop_ext.guards import PROBES
 from learndrop_ext.rows.cache import ActivationCache
-from learndrop_ext.data.drift import PROBES
 from small_training import Jittered, Net, data, epoch, parts
 
 Run = tuple[DropScheduler, Net, torch.optim.Optimizer]
@@ -51,7 +51,7 @@ def checkpoint(run: Run) -> dict[str, Any]:
     drop, model, optimizer = run
     file = io.BytesIO()
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "drop": drop.state_dict()}
-    torch.save(state | {"order": drop.loader.user.generator.get_state()}, file)
+    torch.save(state | {"order": drop.loader.generator.get_state()}, file)
     file.seek(0)
     return dict(torch.load(file, weights_only=True))
 
@@ -104,8 +104,8 @@ def test_a_resumed_run_uses_the_rows_of_the_file_and_equals_the_uninterrupted_on
     assert dataset.reads <= read + 3 * PROBES
     for name, value in whole[1].state_dict().items():
         assert torch.equal(value, second[1].state_dict()[name])
-    assert second[0].rows.cuts == whole[0].rows.cuts
-    cache = second[0].rows.cache
+    assert second[0]._rows.cuts == whole[0]._rows.cuts
+    cache = second[0]._rows.cache
     assert cache is not None
     assert (cache.plan.disk > 0) == (on_device == 2048)
 
@@ -203,7 +203,7 @@ def test_rows_of_another_cache_are_not_used(
         dataset.__qualname__, dataset.__module__ = Counted.__qualname__, Counted.__module__
     with pytest.warns(RuntimeWarning, match=message):
         second = resumed(state, on_disk(tmp_path, **options), {1: 1}, None if dataset is None else dataset())
-    cache = second[0].rows.cache
+    cache = second[0]._rows.cache
     assert cache is not None
     assert not bool(cache.filled.any())
     for _ in range(cache.filled.numel() // 24):

@@ -13,9 +13,9 @@ import torch
 from twenty_rows import CPU, ON_DISK, PRINT, ROWS, filled, other, refusing
 
 from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.plan import Budgets, TierPlan
 from learndrop_ext.rows.store.file import CacheFileError
 from learndrop_ext.rows.store.fingerprint import Fingerprint
-from learndrop_ext.rows.plan import Budgets, TierPlan
 from learndrop_ext.rows.store.shared import FillLock, find, find_or_lock, list_rows, remove_rows, shared_path
 
 

@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
+from learndrop_ext.guards import PROBES
 from learndrop_ext.rows.store.file import read_tables
 from learndrop_ext.rows.store.shared import list_rows
-from learndrop_ext.data.drift import PROBES
 from small_training import Net, data, epoch, parts, prefix_rows
 
 
@@ -229,14 +229,14 @@ def test_a_run_that_resumes_takes_shared_rows_and_reads_its_labels(tmp_path: Pat
     drop.step()
     (path,) = tmp_path.iterdir()
     before = path.read_bytes()
-    state = copy.deepcopy([drop.state_dict(), drop.base_model.state_dict(), optimizer.state_dict()])
-    order = drop.loader.user.generator.get_state()
+    state = copy.deepcopy([drop.state_dict(), drop.model.state_dict(), optimizer.state_dict()])
+    order = drop.loader.generator.get_state()
     drop.close()
     assert state[0]["rows_file"] == path.name
     resumed, optimizer = begun(tmp_path, Counted())
-    resumed.base_model.load_state_dict(state[1])
+    resumed.model.load_state_dict(state[1])
     optimizer.load_state_dict(state[2])
-    resumed.loader.user.generator.set_state(order)
+    resumed.loader.generator.set_state(order)
     resumed.load_state_dict(state[0])
     for _ in range(3):
         Counted.reads = 0
@@ -244,9 +244,9 @@ def test_a_run_that_resumes_takes_shared_rows_and_reads_its_labels(tmp_path: Pat
         resumed.step()
     assert losses == wanted
     assert Counted.reads <= PROBES
-    assert resumed.rows.cache is not None
+    assert resumed._rows.cache is not None
     # A change is made in a copy.
-    resumed.rows.cache.append(torch.tensor([0]), resumed.rows.cache.gather(torch.tensor([1])))
+    resumed._rows.cache.append(torch.tensor([0]), resumed._rows.cache.gather(torch.tensor([1])))
     assert resumed.state_dict()["rows_file"].startswith("rows-")
     resumed.close()
     assert path.read_bytes() == before
@@ -259,7 +259,7 @@ def test_reading_labels_for_shared_rows_is_not_taken_for_a_slower_machine(
     run(tmp_path)
     drop, optimizer = begun(tmp_path, Counted())
     epoch(drop, optimizer)
-    assert (drop.rows.ledger[:2], drop.rows.relabelled) == ((0, 0), 24)
+    assert (drop._rows.ledger[:2], drop._rows.relabelled) == ((0, 0), 24)
     modelled: list[float] = []
     monkeypatch.setattr(drop.ledger.costs, "observe", lambda seconds, _: modelled.append(seconds))
     drop.ledger.costs.image_seconds = 5.0
@@ -267,7 +267,7 @@ def test_reading_labels_for_shared_rows_is_not_taken_for_a_slower_machine(
         drop.ledger.observe(2, samples=24, made=0, read=read, seconds=1.0)
     assert modelled[1] - modelled[0] == pytest.approx(24 * 5.0)
     drop.step()
-    assert drop.rows.relabelled == 0
+    assert drop._rows.relabelled == 0
     drop.close()
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from learndrop_ext.rows.cache import ActivationCache
-from learndrop_ext.rows.store.fingerprint import Fingerprint
 from learndrop_ext.rows.plan import Budgets
+from learndrop_ext.rows.store.fingerprint import Fingerprint
 
 CPU = torch.device("cpu")
 
