@@ -81,13 +81,11 @@ def cuts(model: nn.Module, images: Tensor) -> list[dict[str, Any]]:
     model.eval()
     chain = split_layers(model, images[:2])
     found = []
-    x = images
-    for i in range(len(chain) - 1):
-        layer = chain.layer(i)
-        x = layer(x)
+    for k in range(1, len(chain)):
+        x = chain.prefix(k)(images)
         found.append(
             {
-                "layer": layer.name,
+                "layer": chain.names[k - 1],
                 "shape": list(x.shape[1:]),
                 "zeros": float((x == 0).double().mean()),
                 "codecs": {codec: errors(x, codec) for codec in CODECS},

@@ -23,9 +23,9 @@ import torch
 from measure import measure_in_turn, waited_for
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from learndrop_ext.ops import transfer
 from learndrop_ext.rows.disk import THREADS, DiskTier
 from learndrop_ext.rows.layout import RowLayout
-from learndrop_ext.ops import transfer
 
 FILE_BYTES = int(os.environ.get("LEARNDROP_BENCH_FILE_MB", "256")) << 20
 BATCH = 128

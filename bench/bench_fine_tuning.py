@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from run import copy_limit, describe_machine, file_name, results_to_continue, run_tests, write
@@ -47,6 +47,7 @@ class Before:
     """Drops all layers before a module: {epochs done: the module's name}."""
 
     modules: Mapping[int, str]
+    uses_costs: ClassVar[bool] = False
 
     def __call__(self, situation: Situation) -> Decision:
         prefix = situation.prefix
@@ -67,6 +68,8 @@ def first_layer_of(module: str, layers: tuple[str, ...]) -> int:
 @dataclass(frozen=True)
 class LinearProbe:
     """Drops all layers but the last, before the first step."""
+
+    uses_costs: ClassVar[bool] = False
 
     def __call__(self, situation: Situation) -> Decision:
         return Decision(len(situation.layers) - 1, "linear probe")

@@ -54,10 +54,15 @@ def on_device(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
+def predict(live: nn.Module, x: Tensor) -> Any:
+    """Call a model as training does: in bf16 on a GPU."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        return live(x)
+
+
 def train_step(live: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, device: torch.device) -> None:
     x, y = (part.to(device, non_blocking=True) for part in batch)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        loss = nn.functional.cross_entropy(live(x), y)
+    loss = nn.functional.cross_entropy(predict(live, x), y)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -132,7 +137,7 @@ def fit(
     begin = synchronized(device)
     scheduler = None
     if drops:
-        config = CacheConfig(codec="fp16", views=4 if case.augment else 1)
+        config = CacheConfig(codec="fp16", views=4 if case.augment else 1, seed=work.seed)
         scheduler = DropScheduler(
             model,
             optimizer,
@@ -141,15 +146,15 @@ def fit(
             epochs=epochs,
             cache=config,
             wrap=wrap,
-            seed=work.seed,
-            autocast=torch.bfloat16 if device.type == "cuda" else None,
+            call=lambda model, batch: predict(model, batch[0]),
         )
-    live = model if wrap is None else wrap(model)
+    setup_seconds = synchronized(device) - begin
+    live = scheduler.model if scheduler is not None else model if wrap is None else wrap(model)
     done = 0
     for _ in range(epochs):
         model.train()
         for batch in loader if scheduler is None else scheduler.loader:
-            train_step(live if scheduler is None else scheduler.model, optimizer, batch, device)  # type: ignore[arg-type]
+            train_step(live, optimizer, batch, device)  # type: ignore[arg-type]
             after_step()
             done += 1
             if done == steps:
@@ -167,7 +172,7 @@ def fit(
         "fill_seconds": fill_seconds,
         "accuracy": accuracy(model, work.test),
         "prefixes": prefixes,
-        "setup_seconds": None if scheduler is None else scheduler.ledger.setup_seconds,
+        "setup_seconds": None if scheduler is None else setup_seconds,
         "epoch_seconds": [] if scheduler is None else [r.epoch_seconds for r in scheduler.history if r.epoch],
         "layers": None if scheduler is None else len(scheduler.chain),
         "peak_memory_bytes": peak,

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -eq 0 ]; then
-  set -- tests/ops/test_rows{,_refusals}.py tests/kernels/test_{delta_norms,digests}.py tests/cache/test_{file,tiered,cache,cache_sequences}.py
+  set -- tests/ops/test_rows{,_refusals}.py tests/kernels/test_{delta_norms,digests}.py tests/rows/test_{tiered,cache,cache_sequences}.py tests/rows/store/test_file.py
 fi
 python=$(command -v python)
 site=$(mktemp -d)
@@ -18,7 +18,7 @@ LEARNDROP_CUDA=0 LEARNDROP_SANITIZE=address,undefined \
 libasan=$("${CXX:-g++}" -print-file-name=libasan.so)
 libstdcxx=$("${CXX:-g++}" -print-file-name=libstdc++.so)
 mkdir "$site/tests"
-cp "$@" tests/conftest.py tests/cache/tiered_cache.py "$site/tests"
+cp "$@" tests/conftest.py tests/rows/tiered_cache.py "$site/tests"
 cd "$site"
 LD_PRELOAD="$libasan $libstdcxx" PYTHONPATH="$site" \
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \

@@ -126,7 +126,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 def check_precision(chain: Chain) -> None:
     """Raise ValueError for a model whose rows no codec holds."""
     for layer in chain:
-        dtype = None if layer.cut is None else layer.cut.call.output.dtype
+        dtype = None if layer.cut is None else layer.cut.dtype
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(
                 f"DropScheduler: model must compute in float32, bfloat16 or float16 where rows are kept, got {dtype} after "

@@ -282,16 +282,19 @@ class DataGuard:
         """Forget all images."""
         self._known.zero_()
 
-    def note(self, batch: Any, ids: torch.Tensor) -> None:
-        """Note the images of samples `ids` [B], whose rows are about to be kept."""
-        size = int(ids.max()) + 1
+    def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
+        """Note the images of samples `ids` [B], whose rows are about to be kept; or only of those not noted yet."""
+        images, size = input_of(batch, self._key), int(ids.max()) + 1
         if size > len(self._known):
             more = max(size, 2 * len(self._known)) - len(self._known)
             self._known = torch.cat([self._known, torch.zeros(more, dtype=torch.bool)])
             self._digests = torch.cat([self._digests, self._digests.new_zeros(more)])
+        if only_new:
+            new = torch.nonzero(~self._known[ids]).flatten()
+            ids, images = ids[new], images[new.to(images.device)]
         self._known[ids] = True
-        self._digests = self._digests.to(input_of(batch, self._key).device)
-        self._digests[ids.to(self._digests.device, non_blocking=True)] = image_digests(input_of(batch, self._key))
+        self._digests = self._digests.to(images.device)
+        self._digests[ids.to(self._digests.device, non_blocking=True)] = image_digests(images)
 
     def state(self) -> list[torch.Tensor]:
         """Return what is known of the images, as tensors on the CPU."""
@@ -455,10 +458,10 @@ class Guards:
         check_count(batch, len(ids), self._key)
         self._data.check_shape(batch)
 
-    def note(self, batch: Any, ids: torch.Tensor) -> None:
-        """Note the images of samples `ids` [B], whose rows are about to be kept."""
+    def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
+        """Note the images of samples `ids` [B], whose rows are about to be kept; or only of those not noted yet."""
         if not self._has_random_views():
-            self._data.note(batch, ids)
+            self._data.note(batch, ids, only_new=only_new)
 
     def compare(self, batch: Any, ids: torch.Tensor, again: torch.Tensor | None) -> bool:
         """Compare a few samples of a batch of images with what they were when their rows were kept.

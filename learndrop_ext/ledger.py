@@ -85,13 +85,14 @@ class Ledger:
         """Return the seconds of the run so far, the construction of the scheduler included."""
         return self._setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
 
-    def observe(self, prefix: int, *, samples: int, made: int, seconds: float) -> None:
+    def observe(self, prefix: int, *, samples: int, made: int, read: int, seconds: float) -> None:
         """Calibrate the cost model with one measured epoch.
 
         Args:
             prefix: number of layers that were dropped in it.
             samples: number of samples trained.
             made: number of rows computed in it.
+            read: number of samples read in it whose rows were there.
             seconds: its time.
         """
         if not self.measured:
@@ -101,18 +102,18 @@ class Ledger:
         fixed = self._costs.fixed_seconds if prefix else 0.0
         run = dataclasses.replace(self.run_costs()[0], scale=1.0, fixed_seconds=0.0)
         filling = run.fill_seconds(self._prefix_before, prefix) if made else 0.0
-        modelled = run.epoch_seconds(prefix) * samples + filling * made
+        modelled = run.epoch_seconds(prefix) * samples + filling * made + run.image_seconds * self._costs.samples * read
         self._costs.observe(modelled / max(1, self._costs.samples), seconds - fixed)
 
-    def flops(self, prefix: int, samples: int, images: int, older: int) -> tuple[int, int]:
-        """Return the FLOPs of training `samples` (forward) behind a prefix, and of computing rows from `images` and from
-        `older` rows."""
-        layers = self._costs.layers
-        cuts = self._rows.cuts
-        fill = images * costs.forward_flops(layers[:prefix])
-        if older:
-            fill += older * costs.forward_flops(layers[cuts[0] if len(cuts) > 1 else self._prefix_before : prefix])
-        return samples * costs.forward_flops(layers[prefix:]), fill
+    def flops(self, samples: int, images: int, older: int) -> tuple[int, int]:
+        """Return the FLOPs of training `samples` (forward), and of computing rows from `images` and from `older` rows.
+
+        Frozen layers behind the rows run in each step, and all of them if no rows are kept.
+        """
+        layers, cut = self._costs.layers, self._rows.cut
+        before = self._rows.path[-2] if len(self._rows.path) > 1 else 0
+        fill = images * costs.forward_flops(layers[:cut]) + older * costs.forward_flops(layers[before:cut])
+        return samples * costs.forward_flops(layers[cut:]), fill
 
     def full_epoch_seconds(self, history: Sequence[Record], newest: float | None) -> float:
         """Return the seconds of an epoch without drops: the median of those in the run, or an estimate.

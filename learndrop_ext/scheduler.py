@@ -135,7 +135,9 @@ class DropScheduler:
         self._extras = extras
         # None of these refers to the scheduler: without a reference cycle the workers of its loader end with it.
         self._run_on = run_on = partial(_run_on, self._call, model, head, first, input)
-        self._rows = rows = RowSet(len(source), config=config, device=device, made_of=lambda path: made_of(path))
+        self._rows = rows = RowSet(
+            len(source), config=config, device=device, made_of=lambda path: made_of(path), moved=extras.move
+        )
         self._bypass = bypass = Bypass(
             model, chain.recorded, keep=rows.keep, watch=lambda images, trains: guards.check_step(images, trains)
         )
@@ -231,10 +233,11 @@ class DropScheduler:
         gone: tuple[None, ...] = (None,) * self._prefix
         measured = (*gone, *scores(changes))
         images, older, fill_seconds = self._rows.counts
-        forward_flops, fill_flops = self._ledger.flops(self._prefix, samples, images, older)
+        forward_flops, fill_flops = self._ledger.flops(samples, images, older)
         if uses_costs(self._policy):
             self._measure_costs()
-        self._ledger.observe(self._prefix, samples=samples, made=images + older, seconds=epoch_seconds)
+        read = self._loader.relabelled
+        self._ledger.observe(self._prefix, samples=samples, made=images + older, read=read, seconds=epoch_seconds)
         situation, choices = self._situation(self._epoch + 1, measured, epoch_seconds)
         reason = self._follow(situation, choices)
         self._deltas.measure()
@@ -400,8 +403,7 @@ class DropScheduler:
         if choice.cut == prefix and (left is None or left > self._rows.views):
             shape = self._chain[prefix - 1].shape
             assert shape is not None
-            if self._rows.advance(prefix, shape, rows=self._loader.batches.expected_rows()):
-                self._guards.forget_extras()
+            self._rows.advance(prefix, shape, rows=self._loader.batches.expected_rows())
         self._deltas.drop_first(prefix - self._prefix)
         self._freeze(prefix, body)
 
@@ -484,7 +486,7 @@ def _made_of(
         dataset=source.describe(),
         loop=guards.loop.describe(),
         seed=0 if config.mirror or config.rows_per_sample == 1 else config.seed,
-        layers=f"{path} {chain.names[:k]} {code_digest(modules)}",
+        layers=f"{path} {chain.names[:k]} {code_digest(modules, bypass.modules_around(k))}",
         images="" if config.shared else source.known_images(),  # those of runs that share rows may differ
         mirror=config.mirror,
     )

@@ -86,6 +86,23 @@ def pl(request: pytest.FixtureRequest) -> Any:
     return lightning.pytorch
 
 
+@pytest.fixture(scope="session")
+def transformers(request: pytest.FixtureRequest) -> ModuleType:
+    """transformers, which imports torchvision, and `kernels` where it finds one: in the folder that tests are run from."""
+    for package in ("transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    if importlib.util.find_spec("torchvision") is not None:
+        request.getfixturevalue("torchvision_stub")
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        patch.setattr(sys, "path", [path for path in sys.path if Path(path).resolve() != ROOT])
+        found = importlib.import_module("transformers")
+        assert found.Trainer
+        assert found.ResNetForImageClassification
+    return found
+
+
 #: A library's operators go with it.
 LIBRARIES: list[torch.library.Library] = []
 

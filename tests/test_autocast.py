@@ -92,7 +92,9 @@ def test_under_another_autocast_the_rows_are_computed_again(policy: Any, first: 
         train(drop, optimizer, first)
         drop.step()
         assert_rows(drop, first)
-        message = rf"computed again: they were computed under {words[first]}, and the loop now trains under {words[second]}"
+        message = (
+            rf"computed again: they were computed under {words[first]}, and the loop now trains under {words[second]}"
+        )
         with pytest.warns(RuntimeWarning, match=message) as said:
             train(drop, optimizer, second)
         assert len(said) == 1

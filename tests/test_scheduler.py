@@ -246,7 +246,7 @@ def test_a_sampler_of_few_samples_fills_only_those_and_fetches_the_others_when_d
     epoch(drop, optimizer)
     assert len(cache.filled) == 4
     chosen.ids = [9, 11, 3, 0]
-    images, labels = data().tensors
+    labels = data().tensors[1]
     ids = torch.tensor(chosen.ids)
     wanted = prefix_rows(drop, 2)[ids]
     model.train()
@@ -257,7 +257,26 @@ def test_a_sampler_of_few_samples_fills_only_those_and_fetches_the_others_when_d
         assert torch.equal(torch.cat([y for _, y in got]), labels[ids])
 
 
-@pytest.mark.parametrize("drops", [{1: 2}, {1: 1, 2: 3}, {}])
+def test_rows_stay_where_they_are_if_those_of_more_layers_do_not_fit() -> None:
+    def run(cache: Any) -> tuple[list[float], DropScheduler]:
+        model, optimizer, loader = parts()
+        drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2, 2: 3}), cache=cache)
+        losses = []
+        for number in range(5):
+            losses += epoch(drop, optimizer)
+            drop.step()
+            if number == 2:
+                drop.refresh()  # images go through all dropped layers again
+        return losses, drop
+
+    # 24 rows of 6 x 4 x 4 fp32 values take 9,216 bytes, of 8 x 4 x 4 values 12,288.
+    got, drop = run(CacheConfig(codec="fp32", budget_bytes=10_000))
+    assert (drop.prefix, drop._rows.cut) == (3, 2)
+    assert "rows stay after conv2 (no rows: they take 12.288 kB" in drop.history[1].reason
+    assert got == pytest.approx(run(None)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("drops", [{1: 2}, {1: 1, 2: 3}, {1: 1, 2: 2, 3: 3}, {}])
 def test_a_resumed_run_equals_the_uninterrupted_one(drops: dict[int, int]) -> None:
     def run(stop: int | None) -> tuple[list[float], Net, DropScheduler]:
         model, optimizer, loader = parts()

@@ -107,7 +107,7 @@ def test_a_step_on_rows_does_not_wait_for_the_device() -> None:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                # The first step of an epoch compares some images with their rows, the end of the last one waits.
+                # An epoch reads a few samples again before its first step, and waits for its last one.
                 torch.cuda.set_sync_debug_mode("error" if step < len(drop.loader) - 2 else "default")
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -140,7 +140,9 @@ def test_the_image_is_still_checked() -> None:
             named(model, (image, meta * 2, labels))["loss"].backward()  # meta is the loop's own
             optimizer.step()
     for image, meta, labels in drop.loader:
-        with pytest.raises(RuntimeError, match=r"the same to the images of every batch .* wanted nothing, got add\(1\)"):
+        with pytest.raises(
+            RuntimeError, match=r"the same to the images of every batch .* wanted nothing, got add\(1\)"
+        ):
             model(image.add_(1), meta, labels)
     drop.step()
 

@@ -31,7 +31,9 @@ def test_a_random_dataset_is_refused_and_the_ways_out_are_named() -> None:
         {"cache": CacheConfig(mirror=True), "epochs": 8},
     ]
     for given in options:
-        with pytest.raises(ValueError, match=r"same sample for the same id .* CacheConfig\(views=V\) .* without randomness"):
+        with pytest.raises(
+            ValueError, match=r"same sample for the same id .* CacheConfig\(views=V\) .* without randomness"
+        ):
             DropScheduler(model, optimizer, loader, **given)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -107,14 +109,16 @@ def test_resuming_with_too_small_a_budget_changes_nothing() -> None:
         with DropScheduler(same, optimizer, again, policy=policy, cache=small) as fresh:
 
             def seen(fresh: DropScheduler = fresh) -> tuple[Any, ...]:
-                rows, bypass = fresh._rows, fresh._bypass
+                rows, loader = fresh._rows, fresh.loader
+                random = rows.generator.get_state().tolist(), rows.slots.view_offset.tolist()
+                told = fresh._guards.loop.describe(), loader.epochs, loader.batches.seen.tolist()
                 own = [name for name, module in same.named_modules() if "forward" in vars(module)]
-                state = (rows.cuts, rows.path, rows.cache, rows.generator.get_state().tolist(), rows.slots.view_offset.tolist())
-                told = fresh._guards.loop.describe(), fresh.loader.epochs, fresh.loader.batches.seen.tolist()
-                return (*state, *told, bypass.cuts, fresh.prefix, fresh.epoch, fresh.history, own)
+                return (rows.cuts, rows.path, rows.cache, *random, *told, own, fresh.prefix, fresh.epoch, fresh.history)
 
             before = seen()
-            with pytest.raises(ValueError, match="budgets must hold 24 rows of 256 bytes, got 6,143 bytes on the device"):
+            with pytest.raises(
+                ValueError, match="budgets must hold 24 rows of 256 bytes, got 6,143 bytes on the device"
+            ):
                 fresh.load_state_dict(state)
             assert seen() == before
             epoch(fresh, optimizer)  # and it goes on as if nothing had been asked of it
@@ -134,7 +138,9 @@ def test_step_without_training_is_refused() -> None:
     model.eval()
     for x, _ in drop.loader:
         model(x)
-    with pytest.raises(RuntimeError, match=r"wanted the model to be trained .* got the weights, gradients and buffers of"):
+    with pytest.raises(
+        RuntimeError, match=r"wanted the model to be trained .* got the weights, gradients and buffers of"
+    ):
         drop.step()
 
 
@@ -147,7 +153,9 @@ def test_step_without_training_is_refused_after_a_drop() -> None:
         for x, _ in drop.loader:
             if training is not None:
                 model.train(training)(x)
-        with pytest.raises(RuntimeError, match=r"wanted the model to be trained .* got no call of it on one in train mode"):
+        with pytest.raises(
+            RuntimeError, match=r"wanted the model to be trained .* got no call of it on one in train mode"
+        ):
             drop.step()
     assert len(drop.history) == 1
     assert not drop._rows.cache.filled.any()

@@ -38,7 +38,7 @@ class Recipe:
         device: device of the model and the images.
         amp: "bf16" for autocast, or None.
         augment: see `ImageSet`.
-        codec, views, mirror: see `CacheConfig`.
+        codec, views, mirror: see `CacheConfig`, which has the same seed.
         policy: see `parse_policy`.
         threshold, patience, warmup, max_dropped, min_saving: see `StoppedLearning`.
     """
@@ -79,7 +79,7 @@ class Recipe:
 
 def cache_of(recipe: Recipe) -> CacheConfig:
     """Return the cache settings of a recipe."""
-    return CacheConfig(codec=recipe.codec, views=recipe.views, mirror=recipe.mirror)
+    return CacheConfig(codec=recipe.codec, views=recipe.views, mirror=recipe.mirror, seed=recipe.seed)
 
 
 def policy_of(recipe: Recipe) -> Policy:

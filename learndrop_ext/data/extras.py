@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from learndrop_ext.rows.slots import filled_at
+
 InputKey = int | str
 
 
@@ -186,6 +188,16 @@ class BatchExtras:
         if self._whole is None:
             self._whole = bool(self.filled[: self._end].all())
         return self._whole or bool(self.filled[at].all())
+
+    def move(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Store at places `after` [n] what is at `before` [n], and forget all else."""
+        there = filled_at(self, before)
+        if not bool(there.any()):
+            self.clear()
+            return
+        batch = self.get(before[there], torch.empty(int(there.sum())))
+        self.clear()
+        self.put(batch, after[there])
 
     def clear(self) -> None:
         """Forget all that was stored."""

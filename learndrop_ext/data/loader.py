@@ -32,8 +32,8 @@ class Guard(Protocol):
     def check_batch(self, batch: Any, ids: torch.Tensor) -> None:
         """Raise ValueError or RuntimeError for a batch of samples `ids` [B] of which no rows can be kept."""
 
-    def note(self, batch: Any, ids: torch.Tensor) -> None:
-        """Note samples `ids` [B] of a batch, whose rows are about to be kept."""
+    def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
+        """Note samples `ids` [B] of a batch, whose rows are about to be kept; or only those not noted yet."""
 
     def compare(self, batch: Any, ids: torch.Tensor, again: torch.Tensor | None) -> bool:
         """Compare samples `ids` [B] with those that were noted; return whether any of them was."""
@@ -68,6 +68,7 @@ class DropLoader:
         self._position = 0  # batches given in this epoch
         self._iteration = object()  # identifies the latest iteration
         self._given, self._seconds = 0, 0.0  # samples and seconds since `forget_counts`
+        self._relabelled = 0  # samples read in that time whose rows were there
         self._beginning = 0.0  # seconds that the last epoch took to begin
 
     def __len__(self) -> int:
@@ -114,9 +115,14 @@ class DropLoader:
         """Samples given and seconds spent in the loop since `forget_counts`, and those the last epoch took to begin."""
         return self._given, self._seconds, self._beginning
 
+    @property
+    def relabelled(self) -> int:
+        """Samples read since `forget_counts` although their rows were there, for the rest of their batches."""
+        return self._relabelled
+
     def forget_counts(self) -> None:
         """Reset the counters."""
-        self._given, self._seconds = 0, 0.0
+        self._given, self._seconds, self._relabelled = 0, 0.0, 0
 
     def exclude(self, seconds: float) -> None:
         """Take seconds that were not spent on training out of the current epoch's time."""
@@ -194,8 +200,11 @@ class DropLoader:
             self._guards.check_batch(read, ids)
             places, order = rows.first_places(ids)
             self._extras.put(read, places, order)
-            if not level:
-                self._guards.note(read, ids)
+            # Rows that another run has left do not say of which images.
+            self._guards.note(read, ids, only_new=level > 0)
+            if level:
+                self._relabelled += len(ids)
+            else:
                 read = self._mirrored(read, ids)
         make = self._reader(ids)
         if not level:

@@ -20,7 +20,7 @@ from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.decide.costs import LayerCost
 from learndrop_ext.decide.probes import copy_bytes_per_second, wait_for
 from learndrop_ext.forward.chain import Chain
-from learndrop_ext.forward.cuts import preserved
+from learndrop_ext.forward.cuts import Cut, preserved
 from learndrop_ext.forward.record import tensors_of
 
 #: Training steps that are timed after one to warm up; the shorter of the two counts, because other work on the machine only
@@ -149,16 +149,16 @@ def _laps(chain: Chain, run: Callable[[], Any], device: torch.device) -> _Laps:
     # that only the second run says when the gradients of its outputs are there: that of the last one before it began.
     again: list[Any] = []  # when modules began to run again
 
-    def watch(i: int, module: nn.Module) -> tuple[Any, Any]:
+    def watch(i: int, cut: Cut) -> tuple[Any, Any]:
         def begin(module: nn.Module, _: Any) -> None:
             if i in left:
                 again.append(now())
 
-        def leave(module: nn.Module, _: Any, output: Any) -> None:
+        def leave(row: Any) -> None:
             is_again = i in left
             left.setdefault(i, now())
-            if isinstance(output, torch.Tensor) and output.requires_grad:
-                output.register_hook(enter_again if is_again else enter)
+            if isinstance(row, torch.Tensor) and row.requires_grad:
+                row.register_hook(enter_again if is_again else enter)
 
         def enter(_: torch.Tensor) -> None:
             entered.setdefault(i, now())
@@ -168,9 +168,9 @@ def _laps(chain: Chain, run: Callable[[], Any], device: torch.device) -> _Laps:
             entered.setdefault(i, again[0] if again else now())
             again.clear()
 
-        return module.register_forward_pre_hook(begin), module.register_forward_hook(leave)
+        return cut.watch(leave), cut.module.register_forward_pre_hook(begin, prepend=True)
 
-    hooks = [hook for i, one in enumerate(chain) if one.cut is not None for hook in watch(i, one.cut.module)]
+    hooks = [hook for i, one in enumerate(chain) if one.cut is not None for hook in watch(i, one.cut)]
     try:
         wait_for(device)
         begun, first = time.perf_counter(), now()

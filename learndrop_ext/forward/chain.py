@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from learndrop_ext.forward.bypass import IMAGES, Bypass
-from learndrop_ext.forward.cuts import Layer, Recorded, record_layers
-from learndrop_ext.forward.images import Form, Images, Standing, form_of
+from learndrop_ext.forward.bypass import IMAGES, Bypass, with_images
+from learndrop_ext.forward.cuts import Cut, Layer, Recorded, record_layers
+from learndrop_ext.forward.images import Images, Standing, form_of
 
 
 class Chain(Sequence[Layer]):
@@ -89,8 +89,7 @@ class Prefix(_Part):
     """The first k layers of a model. See `Chain.prefix`."""
 
     def __init__(self, chain: Chain, k: int) -> None:
-        self_bypass = Bypass(chain.model, chain.recorded)
-        super().__init__(chain, self_bypass.modules_before(k), 0, k)
+        super().__init__(chain, Bypass(chain.model, chain.recorded).modules_before(k), 0, k)
         self.k = k
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -118,21 +117,21 @@ class Suffix(_Part):
         (chain,) = self._chain
         if not args and not kwargs:
             args = (IMAGES,)
+        shape = (len(row), *chain.image.shape[1:])
         if torch.compiler.is_compiling():
             assert self._bypass.cuts, "only with its layers dropped, as wrap= does"
-            return self._bypass.trace(row, (len(row), *chain.image.shape[1:]), args, kwargs)
-        form = Form((len(row), *chain.image.shape[1:]), chain.image.stride, chain.image.dtype)
-        standing = Standing(self._bypass, torch.arange(len(row)), row, self.k, None)
-        standing.checked = True
-        images = Images(form, row.device, standing)
-        args, kwargs = pytree.tree_map(lambda a: images if isinstance(a, str) and a == IMAGES else a, (args, kwargs))
-        if self._bypass.cuts:
-            return chain.model(*args, **kwargs)
-        self._bypass.put((self.k,))
+            return self._bypass.trace(row, shape, args, kwargs)
+        standing = Standing(self._bypass, torch.arange(len(row)), row, self.k, None, checked=True)
+        images = Images(replace(chain.image, shape=shape), row.device, standing)
+        args, kwargs = with_images(images, args, kwargs)
+        is_placed = bool(self._bypass.cuts)
+        if not is_placed:
+            self._bypass.put((self.k,))
         try:
             return chain.model(*args, **kwargs)
         finally:
-            self._bypass.release()
+            if not is_placed:
+                self._bypass.release()
 
 
 class _ReachedError(Exception):
@@ -144,26 +143,20 @@ class _ReachedError(Exception):
 
 
 def row_at(chain: Chain, k: int, call: Callable[[], Any]) -> torch.Tensor:
-    """Return what the module at cut k returns when `call()` calls the model. The forward ends there."""
-    cut = chain[k - 1].cut
-    assert cut is not None
-    held = vars(cut.module)
-    run, had = cut.module.forward, held.get("forward")
+    """Return what arrives at cut k when `call()` calls the model. The forward ends there."""
+    cut: Cut = chain[k - 1].cut
 
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        raise _ReachedError(run(*args, **kwargs))
+    def stop(row: Any) -> Any:
+        raise _ReachedError(row)
 
-    held["forward"] = stop
+    hook = cut.watch(stop)
     try:
         call()
     except _ReachedError as reached:
         row: torch.Tensor = reached.row
         return row
     finally:
-        if had is None:
-            del held["forward"]
-        else:
-            held["forward"] = had
+        hook.remove()
     raise RuntimeError(f"split_layers: the forward must call {cut.path}, as it did when it was recorded, and did not")
 
 

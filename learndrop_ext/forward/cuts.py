@@ -1,9 +1,9 @@
 """The cuts of a model's forward, and the layers between them, from recorded forwards.
 
-A *cut* is the output of a module after which exactly one tensor computed from the images is still needed. A *layer* is what
-runs between two cuts: it starts at an operation with weights (a convolution, a linear map, or a residual block, inside
-which two tensors are needed) and includes the norms, activations and pools that follow. Dropout belongs to the next layer,
-so that its noise stays fresh.
+A *cut* is the output of a module, or the first argument that a module gets, after which exactly one tensor computed from
+the images is still needed. A *layer* is what runs between two cuts: it starts at an operation with weights (a convolution,
+a linear map, or a residual block, inside which two tensors are needed) and includes the norms, activations and pools that
+follow. Dropout belongs to the next layer, so that its noise stays fresh.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import copy
 import warnings
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
@@ -22,27 +23,62 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from learndrop_ext.cudnn import without_benchmark
-from learndrop_ext.forward.record import ModuleCall, Recording, tensors_of
+from learndrop_ext.forward.record import RANDOM, ModuleCall, Passing, Recording
 from learndrop_ext.rng import fork_rng
+
+
+class Hook:
+    """A hook on a module of the user's model. A copy of the model, by `copy` or `pickle`, has one that does nothing."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _nothing
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The end of a layer: the output of `module`.
+    """The end of a layer: where a tensor leaves `module` or, at its entry, enters it.
 
     Args:
         path: name of the module.
         module: the module.
-        shape: shape of its output without the batch dimension.
-        written: whether a later operation of the forward writes into the output.
-        call: its call in the recorded forward.
+        is_entry: whether the tensor enters the module.
+        at: number of operations before it in the recorded forward.
+        shape: shape of the tensor without the batch dimension.
+        dtype: its dtype.
+        written: whether a later operation of the forward writes into it.
     """
 
     path: str
     module: nn.Module = field(repr=False)
+    is_entry: bool
+    at: int = field(repr=False)
     shape: tuple[int, ...]
-    written: bool
-    call: ModuleCall = field(repr=False)
+    dtype: torch.dtype
+    written: bool = field(repr=False)
+
+    def watch(self, function: Callable[[Any], Any]) -> Any:
+        """Call `function` on each tensor that passes, before all other hooks; what it returns goes on, unless it is None.
+
+        Returns:
+            A handle with a method `remove`.
+        """
+        if not self.is_entry:
+            return self.module.register_forward_hook(Hook(lambda _, args, output: function(output)), prepend=True)
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            other = function(args[0])
+            return None if other is None else (other, *args[1:])
+
+        return self.module.register_forward_pre_hook(Hook(enter), prepend=True)
 
 
 @dataclass(frozen=True)
@@ -75,7 +111,7 @@ class Recorded:
 
     Args:
         layers: the layers.
-        calls: the module calls in eval mode.
+        calls: the module calls in eval mode, in the order in which they began.
         samples: number of samples that were recorded.
         storing: modules with an attribute in which forward has stored a tensor of the images.
         reentrant: whether a reentrant checkpoint ran, whose part learns only if its input has a gradient.
@@ -184,57 +220,69 @@ def _contents(value: Any) -> list[Any] | dict[Any, Any] | set[Any] | None:
     return getattr(value, "__dict__", None)
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """A tensor that the forward goes on from alone. is_quiet: no random numbers since the last operation with weights."""
+
+    call: ModuleCall
+    passing: Passing
+    is_entry: bool
+    gap: int
+    is_quiet: bool
+
+    @property
+    def size(self) -> int:
+        return torch.Size(self.passing.form.shape).numel()
+
+
 def _cuts(model: nn.Module, evaluated: Recording, trained: Recording, samples: int) -> list[Cut]:
-    """The last cut of each gap between two operations with weights, before any dropout there."""
-    weighted = sorted({when for name, uses in evaluated.uses.items() if _is_weight(model, name) for when in uses})
-    learning = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    also = {call.path for call in _candidates(trained, model, learning, samples)}
+    """One cut in each gap between two operations with weights, before any dropout there.
+
+    It is the last output of a module, or, where that makes the rows smaller, an input: that of the module behind a
+    functional pool.
+    """
+    seen = {(c.call.path, c.is_entry): c for c in _candidates(trained, model, samples)}
     missing = {call.path for call in evaluated.calls} - {call.path for call in trained.calls}
-    gaps: dict[int, list[ModuleCall]] = {}
-    for call in _candidates(evaluated, model, learning, samples):
-        gap = bisect_right(weighted, call.end)
-        if 0 < gap < len(weighted) and (call.path in also or call.path in missing):
-            gaps.setdefault(gap, []).append(call)
-    dropouts = [call for call in evaluated.calls if _is_dropout(call.module)]
-    found = []
-    for gap, calls in sorted(gaps.items()):
-        noisy = min((d.order for d in dropouts if bisect_right(weighted, d.end) == gap), default=None)
-        quiet = [call for call in calls if noisy is None or call.order < noisy] or calls
-        end = max(call.end for call in quiet)
-        best = min((call for call in quiet if call.end == end), key=lambda call: call.depth)
-        found.append(best)
-    return [
-        Cut(
-            call.path,
-            call.module,
-            tuple(call.output.shape[1:]),
-            evaluated.written.get(call.output.untyped_storage()._cdata, 0) > call.end,
-            call,
-        )
-        for call in found
-    ]
+    gaps: dict[int, list[tuple[_Candidate, _Candidate | None]]] = {}
+    for c in _candidates(evaluated, model, samples):
+        twin = seen.get((c.call.path, c.is_entry))
+        if twin is not None or c.call.path in missing:
+            gaps.setdefault(c.gap, []).append((c, twin))
+    cuts = []
+    for _, pairs in sorted(gaps.items()):
+        quiet = [(c, twin) for c, twin in pairs if twin is None or twin.is_quiet] or pairs
+        outputs = [pair for pair in quiet if not pair[0].is_entry] or quiet[:1]
+        last = max(outputs, key=lambda pair: pair[0].passing.at)
+        c, twin = min((last, *(pair for pair in quiet if pair[0].is_entry)), key=lambda pair: pair[0].size)
+        written = evaluated.is_written(c.passing) or (twin is not None and trained.is_written(twin.passing))
+        form = c.passing.form
+        cuts.append(Cut(c.call.path, c.call.module, c.is_entry, c.passing.at, form.shape[1:], form.dtype, written))
+    return cuts
 
 
-def _candidates(recording: Recording, model: nn.Module, learning: set[str], samples: int) -> Iterator[ModuleCall]:
-    """The calls of modules called once after whose output alone the forward goes on."""
+def _candidates(recording: Recording, model: nn.Module, samples: int) -> Iterator[_Candidate]:
+    """The tensors that enter or leave modules called once, and from which alone the forward goes on."""
+    learning = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     alive, shared = recording.alive(), recording.shared(learning)
-    often: dict[nn.Module, int] = {}
+    weighted = sorted(when for name, uses in recording.uses.items() if _is_weight(model, name) for when in uses)
+    noise = recording.uses.get(RANDOM, [])
+    often = Counter(call.module for call in recording.calls)
     for call in recording.calls:
-        often[call.module] = often.get(call.module, 0) + 1
-    for call in sorted(recording.calls, key=lambda call: call.order):
-        out = call.output
         if call.module is model or often[call.module] > 1 or isinstance(call.module, torch.jit.ScriptModule):
             continue
-        if not isinstance(out, torch.Tensor) or not recording.of_images(out) or call.end > recording.escape:
-            continue
-        if out.dim() < 2 or len(out) != samples or not out.is_floating_point() or alive[call.end] != 1:
-            continue
-        if not shared[call.end] and recording.last.get(out.untyped_storage()._cdata, 0) > call.end:
-            yield call
+        for passing in (call.entry, call.exit):
+            if passing is None or passing.at > recording.escape or alive[passing.at] != 1 or shared[passing.at]:
+                continue
+            form, at = passing.form, passing.at
+            gap = bisect_right(weighted, at)
+            is_row = len(form.shape) > 1 and form.shape[0] == samples and form.dtype.is_floating_point
+            if is_row and 0 < gap < len(weighted) and recording.last.get(passing.storage, 0) > at:
+                is_quiet = not any(weighted[gap - 1] < when <= at for when in noise)
+                yield _Candidate(call, passing, passing is call.entry, gap, is_quiet)
 
 
 def _layers(model: nn.Module, recording: Recording, cuts: Sequence[Cut], samples: int) -> tuple[Layer, ...]:
-    ends = [cut.call.end for cut in cuts]
+    ends = [cut.at for cut in cuts]
     tensors: list[list[str]] = [[] for _ in range(len(cuts) + 1)]
     for name, _ in model.named_parameters():
         # What the recorded forward did not use counts as part of the last layer.
@@ -245,13 +293,12 @@ def _layers(model: nn.Module, recording: Recording, cuts: Sequence[Cut], samples
         at = bisect_right(ends, when - 1)
         first_flops[at] = first_flops[at] or count
         flops[at] += count
-    taken: dict[str, int] = {}
+    taken: Counter[str] = Counter()
     layers = []
-    for i in range(len(cuts) + 1):
+    for i, cut in enumerate((*cuts, None)):
         name = _name([n for n in tensors[i] if _is_weight(model, n) and recording.uses.get(n)] or tensors[i])
-        taken[name] = taken.get(name, 0) + 1
+        taken[name] += 1
         unique = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        cut = cuts[i] if i < len(cuts) else None
         layers.append(Layer(unique, cut, tuple(tensors[i]), flops[i] // samples, first_flops[i] // samples))
     return tuple(layers)
 
@@ -267,44 +314,16 @@ def _name(weights: Sequence[str]) -> str:
 
 def _is_weight(model: nn.Module, name: str) -> bool:
     """Whether a parameter is more than one value per channel, and not of a norm."""
+    if name == RANDOM:
+        return False
     parameter = model.get_parameter(name)
     owner = model.get_submodule(name.rpartition(".")[0])
     return parameter.dim() > 1 and parameter.numel() > max(parameter.shape) and "Norm" not in type(owner).__name__
 
 
-def _is_dropout(module: nn.Module) -> bool:
-    kind = type(module).__name__
-    return (
-        isinstance(module, nn.modules.dropout._DropoutNd)
-        or "Dropout" in kind
-        or "DropPath" in kind
-        or kind == "StochasticDepth"
-    )
+def _nothing(*_: Any) -> None:
+    """What a copy of the model has in place of a hook."""
 
 
-def outermost(calls: Sequence[ModuleCall], cut: ModuleCall, inside: Sequence[ModuleCall] = ()) -> list[ModuleCall]:
-    """Return the outermost calls that end before `cut` does, of modules that are not called after it.
-
-    Args:
-        calls: all calls of the forward.
-        cut: the call at the cut.
-        inside: calls of earlier cuts; calls around them are not returned, but those within.
-    """
-    last: dict[nn.Module, int] = {}
-    for call in calls:
-        last[call.module] = max(last.get(call.module, 0), call.order)
-    stops = (cut, *inside)
-    before = [c for c in calls if last[c.module] < cut.order and not any(c.around(s) or c is s for s in stops)]
-    found: list[ModuleCall] = []
-    until = -1
-    for call in before:  # in the order in which they began
-        if call.order > until:
-            found.append(call)
-            until = call.order
-    return found
-
-
-def has_plain_output(call: ModuleCall) -> bool:
-    """Return whether all tensors of a call's output can be seen, so that others can stand for them."""
-    leaves = torch.utils._pytree.tree_leaves(call.output)
-    return sum(isinstance(leaf, torch.Tensor) for leaf in leaves) == len(list(tensors_of(call.output)))
+def _no_hook() -> Callable[..., None]:
+    return _nothing

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ FORMS = frozenset(
 SLICES = frozenset({ATEN.slice, ATEN.split, ATEN.split_with_sizes})
 
 
+@dataclass(slots=True, eq=False)
 class Standing:
     """What stands for some images: the ids of the samples and, if they were not read, their rows.
 
@@ -43,29 +44,24 @@ class Standing:
         rows: [B, ...], or None where the images were read.
         at: number of layers behind which the rows enter.
         read: ids -> images [B, ...].
+        checked: whether a training call on them was noted.
+        count: B.
     """
 
-    __slots__ = ("at", "checked", "ids", "owner", "read", "rows")
+    owner: Any
+    ids: torch.Tensor
+    rows: torch.Tensor | None
+    at: int
+    read: Callable[[torch.Tensor], torch.Tensor] | None
+    checked: bool = False
+    count: int = field(init=False)
 
-    def __init__(
-        self,
-        owner: Any,
-        ids: torch.Tensor,
-        rows: torch.Tensor | None,
-        at: int,
-        read: Callable[[torch.Tensor], torch.Tensor] | None,
-    ) -> None:
-        self.owner, self.ids, self.rows, self.at, self.read = owner, ids, rows, at, read
-        self.checked = False  # whether a training call on them was noted
+    def __post_init__(self) -> None:
+        self.count = len(self.ids)
 
     def inside(self) -> bool:
         """Return whether the model's forward runs on these images."""
         return self.owner.inside is self
-
-    def part(self, begin: int, end: int) -> Standing:
-        """Return what stands for samples begin..end-1."""
-        rows = None if self.rows is None else self.rows[begin:end]
-        return Standing(self.owner, self.ids[begin:end], rows, self.at, self.read)
 
 
 class Constant:
@@ -105,6 +101,12 @@ class Form:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+    def of(self, count: int, recorded: int) -> Form:
+        """Return the form in a batch of `count` samples, this one being of `recorded` samples."""
+        if not self.shape or self.shape[0] % recorded:
+            return self
+        return Form((count * (self.shape[0] // recorded), *self.shape[1:]), self.stride, self.dtype)
 
 
 def form_of(tensor: torch.Tensor) -> Form:
@@ -206,7 +208,7 @@ class Images(Unread):
         if len(images) > 1 or (args[0] is not x and packet not in (ATEN.mul, ATEN.add)):
             raise _refused(func, flat)
         if packet in SLICES:
-            return _sliced(func, x, args, kwargs)
+            return _sliced(func, x, args[1:], kwargs)
         B = len(x)
         if packet in ARITHMETIC:
             for a in flat:
@@ -262,11 +264,7 @@ class Feature(Unread):
         packet = func.overloadpacket
         in_backward = torch._C._current_graph_task_id() != -1  # of a checkpoint that computes its part again
         if not (x.standing.inside() or in_backward or packet is ATEN.detach):
-            raise RuntimeError(
-                f"drop.loader: {packet.__name__} would have to see the output of a dropped layer ({of}), which is not "
-                "computed any more: cached rows stand for it. A loss or a hook may use the live layers' outputs; keep the "
-                "layer live with a policy that drops fewer layers, or call drop.undrop()"
-            )
+            raise _absent(packet, of)
         writes = func._schema.arguments and func._schema.arguments[0].alias_info
         if writes and writes.is_write and not isinstance(args[0], Unread):
             raise RuntimeError(
@@ -275,10 +273,7 @@ class Feature(Unread):
             )
         forms, spec = _forms(func, args, kwargs)
         if not forms:
-            raise RuntimeError(
-                f"drop.loader: {packet.__name__} would have to see the output of a dropped layer ({of}), which is not "
-                "computed any more: cached rows stand for it"
-            )
+            raise _absent(packet, of)
         if packet.__name__.endswith("_") and isinstance(args[0], Unread):
             return args[0]
         device = torch.device(kwargs.get("device") or x.device)
@@ -314,65 +309,47 @@ def _forms(func: Any, args: Any, kwargs: Any) -> tuple[list[Form], Any]:
     return found
 
 
-def _sliced(func: Any, x: Images, args: Any, kwargs: Any) -> Any:
-    """Consecutive samples of a batch."""
-    B = len(x)
-    packet = func.overloadpacket
-    if packet is ATEN.slice:
-        given: list[Any] = [*args[1:], *(0, None, None, 1)[len(args) - 1 :]]
-        dim, start, stop, step = given
-        if dim % x.dim() or step != 1:
-            raise _refused(func, (x,))
-        begin, end, _ = slice(start, stop).indices(B)
-        bounds = [(begin, max(begin, end))]
-    else:
-        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
-        if dim % x.dim():
-            raise _refused(func, (x,))
-        size = args[1]
-        ends = size if isinstance(size, list | tuple) else [min(size, B - i) for i in range(0, B, size)]
-        stops = [sum(ends[: i + 1]) for i in range(len(ends))]
-        bounds = list(zip([0, *stops], stops, strict=False))
-    parts = [
-        Images(
-            Form((end - begin, *x.shape[1:]), x.stride(), x.dtype),
-            x.device,
-            x.standing.part(begin, end),
-            None if x.pixels is None else x.pixels[begin:end],
-            x.operations,
-            x.memory,
-        )
-        for begin, end in bounds
+def _sliced(func: Any, x: Images, rest: Any, kwargs: Any) -> Any:
+    """Consecutive samples of a batch: one slice, or a list of them."""
+
+    def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+        found = func(tensor, *rest, **kwargs)
+        return [found] if isinstance(found, torch.Tensor) else list(found)
+
+    try:
+        ids = parts(x.standing.ids)  # they have one dimension, that of the batch
+    except IndexError:
+        raise _refused(func, (x,)) from None
+    nothing = [None] * len(ids)
+    rows = nothing if x.standing.rows is None else parts(x.standing.rows)
+    pixels = nothing if x.pixels is None else parts(x.pixels)
+    made = [
+        _batch(x, replace(x.standing, ids=i, rows=row), read, x.memory)
+        for i, row, read in zip(ids, rows, pixels, strict=True)
     ]
-    return parts[0] if packet is ATEN.slice else parts
+    return made[0] if func.overloadpacket is ATEN.slice else made
 
 
 def _joined(images: Sequence[Images]) -> Images:
     """Batches of images one behind the other."""
     first = images[0]
-    read = [x.pixels for x in images if x.pixels is not None]
     alike = all(x.operations == first.operations and x.standing.at == first.standing.at for x in images)
-    if not alike or len(read) not in (0, len(images)):
+    pixels = [x.pixels for x in images if x.pixels is not None]
+    if not alike or len(pixels) not in (0, len(images)):
         raise RuntimeError(
             "drop.loader: images that are joined must have gone through the same operations, and either all or none must "
             f"have been read, got {', '.join(map(repr, images))}"
         )
     rows = [x.standing.rows for x in images if x.standing.rows is not None]
-    standing = Standing(
-        first.standing.owner,
-        torch.cat([x.standing.ids for x in images]),
-        _joined_rows(rows) if rows else None,
-        first.standing.at,
-        first.standing.read,
-    )
-    B = sum(map(len, images))
-    return Images(  # type: ignore[no-any-return]
-        Form((B, *first.shape[1:]), first.stride(), first.dtype),
-        first.device,
-        standing,
-        torch.cat(read) if read else None,
-        first.operations,
-    )
+    ids = torch.cat([x.standing.ids for x in images])
+    standing = replace(first.standing, ids=ids, rows=_joined_rows(rows) if rows else None)
+    return _batch(first, standing, torch.cat(pixels) if pixels else None)
+
+
+def _batch(like: Images, standing: Standing, pixels: torch.Tensor | None, memory: list[int] | None = None) -> Images:
+    """Other samples that went through the same operations."""
+    form = Form((standing.count, *like.shape[1:]), like.stride(), like.dtype)
+    return Images(form, like.device, standing, pixels, like.operations, memory)  # type: ignore[no-any-return]
 
 
 def _joined_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -380,6 +357,14 @@ def _joined_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     first = rows[0]
     out = first.new_empty_strided((sum(map(len, rows)), *first.shape[1:]), first.stride())
     return torch.cat(list(rows), out=out)
+
+
+def _absent(packet: Any, of: str) -> RuntimeError:
+    return RuntimeError(
+        f"drop.loader: {packet.__name__} would have to see the output of a dropped layer ({of}), which is not computed any "
+        "more: cached rows stand for it. A loss or a hook may use the live layers' outputs; keep the layer live with a "
+        "policy that drops fewer layers, or call drop.undrop()"
+    )
 
 
 def _refused(func: Any, operands: Sequence[Any]) -> RuntimeError:

@@ -1,6 +1,7 @@
 """One forward of the user's model, recorded: which operations ran, in which module calls, on which storages.
 
 A value is *of the images* if it was computed from them; the others come from parameters, buffers and constants alone.
+Operations, and the begins and ends of module calls, are numbered.
 """
 
 from __future__ import annotations
@@ -13,47 +14,65 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from learndrop_ext.forward.images import Form, form_of
 
-@dataclass
+#: Stands for random numbers among the names of parameters.
+RANDOM = "random numbers"
+
+
+@dataclass(frozen=True)
+class Passing:
+    """A tensor of the images that enters or leaves a module call, after operation number `at`."""
+
+    at: int
+    storage: int
+    form: Form
+
+
+@dataclass(eq=False)
 class ModuleCall:
-    """One call of a module, from operation `begin` (not included) to operation `end` (included).
+    """One call of a module.
 
     Args:
         path: name of the module in the model.
         module: the module.
-        begin, end: number of operations done before the call and after it.
-        depth: number of calls around it.
-        order: number of calls that ended before it.
-        output: what it returned.
+        begin, end: number of operations before it began, and when it had ended.
+        entry, exit: its first argument and its output, if they are single tensors of the images.
+        output: what it returned, with a `Form` in the place of each tensor.
+        is_plain: whether all tensors in the output can be seen, so that others can stand for them.
     """
 
     path: str
     module: nn.Module
     begin: int
-    depth: int
     end: int = -1
-    order: int = -1
+    entry: Passing | None = None
+    exit: Passing | None = None
     output: Any = None
+    is_plain: bool = False
 
-    def around(self, other: ModuleCall) -> bool:
-        """Return whether `other` is a call within this one."""
-        return self.depth < other.depth and self.begin <= other.begin and other.order < self.order
+    def has_within(self, at: int) -> bool:
+        """Return whether operation `at` was the last one at some moment within this call."""
+        return self.begin < at < self.end
 
 
 class Recording(TorchDispatchMode):
     """The operations and module calls of one forward.
 
+    Each tensor that enters or leaves a module is copied on the way, so that its storage is needed later only if the
+    forward goes on from what the module was given or has returned, and not from another reference to the same values.
+
     Attributes:
         calls: all module calls, in the order in which they began.
         now: number of operations.
-        escape: the first operation that gave a value of the images to Python; `now` if there is none.
+        escape: the last operation before a value of the images was given to Python; `now` if there is none.
         made, last: operation that made a storage of the images, and the last one that used it.
-        written: last operation that wrote into a storage of the images.
         uses: operations that used a parameter together with a value of the images, by the parameter's name.
         flops: FLOPs of each operation that has some.
         storing: modules with an attribute that holds a tensor of the images.
@@ -64,21 +83,21 @@ class Recording(TorchDispatchMode):
         self.calls: list[ModuleCall] = []
         self.now = 0
         self.escape = -1
-        self.made: dict[int, int] = {_storage(image): 0}
+        self.made = {_storage(image): 0}
         self.last: dict[int, int] = {}
-        self.written: dict[int, int] = {}
         self.uses: dict[str, list[int]] = defaultdict(list)
         self.flops: dict[int, int] = {}
         self.storing: frozenset[nn.Module] = frozenset()
-        self._model = model
+        self._written: dict[int, int] = {}  # last operation that wrote into a storage, or into a copy of it
+        self._copy_of: dict[int, int] = {}
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[ModuleCall] = []
-        self._ended = 0
         # storage -> names of the parameters that a value which is not of the images was computed from
         self._from: dict[int, frozenset[str]] = defaultdict(frozenset)
         for name, parameter in model.named_parameters():
             self._from[_storage(parameter)] |= {name}
-        self._kept: list[Any] = [image]  # so that no storage is used again
+        # A storage that is held weakly is freed, but its number is not used again.
+        self._held: list[StorageWeakRef] = []
 
     def run(self, call: Callable[[], Any]) -> None:
         """Record `call()`, which calls the model."""
@@ -89,59 +108,49 @@ class Recording(TorchDispatchMode):
         finally:
             for hook in hooks:
                 hook.remove()
-        self._kept.append(out)
         for tensor in tensors_of(out):
-            self._used(_storage(tensor), self.now + 1)
+            self.last[_storage(tensor)] = self.now + 1
         if self.escape < 0:
             self.escape = self.now
         self.storing = frozenset(module for module in self._names if self._stores(module))
 
     def alive(self) -> list[int]:
         """Return how many storages of the images are needed later, after each number of operations: [now + 1]."""
-        steps = [0] * (self.now + 3)
-        for storage, made in self.made.items():
-            steps[made] += 1
-            steps[max(made, self.last.get(storage, made))] -= 1
-        return list(accumulate(steps))[: self.now + 1]
+        return self._open((made, self.last.get(storage, made)) for storage, made in self.made.items())
 
     def shared(self, names: set[str]) -> list[int]:
         """Return how many of the parameters `names` are used before and after each number of operations: [now + 1]."""
-        steps = [0] * (self.now + 3)
-        for name in names & self.uses.keys():
-            steps[self.uses[name][0]] += 1
-            steps[self.uses[name][-1]] -= 1
-        return list(accumulate(steps))[: self.now + 1]
+        return self._open((self.uses[name][0], self.uses[name][-1]) for name in names & self.uses.keys())
 
-    def of_images(self, tensor: torch.Tensor) -> bool:
-        """Return whether a tensor was computed from the images."""
-        return _storage(tensor) in self.made
+    def is_written(self, passing: Passing) -> bool:
+        """Return whether a later operation writes into a tensor, or into one that stands for it behind a module."""
+        return self._written.get(self._root(passing.storage), 0) > passing.at
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         self.now += 1
-        ins = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
         outs = [a for a in pytree.tree_leaves(out) if isinstance(a, torch.Tensor)]
-        self._kept += outs
-        storages = {_storage(a) for a in ins}
-        names = frozenset[str]().union(*(self._from[s] for s in storages if s not in self.made))
-        if any(s in self.made for s in storages):
-            for storage in storages & self.made.keys():
-                self._used(storage, self.now)
+        self._held += [StorageWeakRef(a.untyped_storage()) for a in outs]
+        ins = {_storage(a) for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
+        names = frozenset[str]().union(*(self._from[s] for s in ins if s not in self.made))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            names |= {RANDOM}
+        if not ins.isdisjoint(self.made):
+            self.last.update((s, self.now) for s in ins if s in self.made)
             for name in names:
                 self.uses[name].append(self.now)
             for tensor in outs:
                 self.made.setdefault(_storage(tensor), self.now)
             for argument, value in zip(func._schema.arguments, args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor):
-                    self.written[_storage(value)] = self.now
+                    self._written[self._root(_storage(value))] = self.now
             if not outs and self.escape < 0:
                 self.escape = self.now - 1
         else:
             for tensor in outs:
                 self._from[_storage(tensor)] |= names
-        count = flop_registry.get(func._overloadpacket)
-        if count is not None:
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops[self.now] = int(count(*args, **kwargs, out_val=out))
         return out
 
@@ -149,20 +158,53 @@ class Recording(TorchDispatchMode):
         values = (value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules"))
         return any(_storage(t) in self.made for value in values for t in _near(value, 2) if t.layout == torch.strided)
 
-    def _used(self, storage: int, when: int) -> None:
-        if storage in self.made:
-            self.last[storage] = when
+    def _root(self, storage: int) -> int:
+        return self._copy_of.get(storage, storage)
 
-    def _begin(self, module: nn.Module, _: Any) -> None:
-        if module in self._names:
-            self.calls.append(ModuleCall(self._names[module], module, self.now, len(self._stack)))
-            self._stack.append(self.calls[-1])
+    def _open(self, spans: Iterator[tuple[int, int]]) -> list[int]:
+        """The number of spans (begin, end) that each number of operations lies in; the end is outside."""
+        steps = [0] * (self.now + 3)
+        for begin, end in spans:
+            steps[begin] += 1
+            steps[end] -= 1
+        return list(accumulate(steps))[: self.now + 1]
 
-    def _end(self, module: nn.Module, _: Any, output: Any) -> None:
-        if module in self._names:
-            call = self._stack.pop()
-            call.end, call.order, call.output = self.now, self._ended, output
-            self._ended += 1
+    def _begin(self, module: nn.Module, args: Any) -> Any:
+        if module not in self._names:
+            return None
+        self.now += 1
+        call = ModuleCall(self._names[module], module, self.now)
+        self.calls.append(call)
+        self._stack.append(call)
+        if not args or not self._is_of_images(args[0]):
+            return None
+        entry, call.entry = self._passed(args[0])
+        call.begin = self.now
+        return (entry, *args[1:])
+
+    def _end(self, module: nn.Module, _: Any, output: Any) -> Any:
+        if module not in self._names:
+            return None
+        while (call := self._stack.pop()).module is not module:  # a call that was broken off by an error
+            self.calls.remove(call)
+        self.now += 1
+        if _is_dropout(module):
+            self.uses[RANDOM].append(self.now)
+        if self._is_of_images(output):
+            output, call.exit = self._passed(output)
+        call.end = self.now
+        seen = sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output))
+        call.is_plain = seen == len(list(tensors_of(output)))
+        call.output = pytree.tree_map_only(torch.Tensor, form_of, output) if call.is_plain else None
+        return output
+
+    def _is_of_images(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and _storage(value) in self.made
+
+    def _passed(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Passing]:
+        copy = tensor.clone()
+        self._copy_of[_storage(copy)] = self._root(_storage(tensor))
+        return copy, Passing(self.now, _storage(copy), form_of(tensor))
 
 
 def tensors_of(value: Any, _within: tuple[int, ...] = ()) -> Iterator[torch.Tensor]:
@@ -192,6 +234,12 @@ def _near(value: Any, depth: int) -> Iterator[torch.Tensor]:
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else None
         for item in getattr(value, "__dict__", {}).values() if items is None else items:
             yield from _near(item, depth - 1)
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    known = isinstance(module, nn.modules.dropout._DropoutNd) or kind == "StochasticDepth"
+    return known or "Dropout" in kind or "DropPath" in kind
 
 
 def _storage(tensor: torch.Tensor) -> int:

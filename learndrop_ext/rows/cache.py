@@ -129,7 +129,7 @@ class ActivationCache:
             saved.disk.close()
             raise
         cache.dtype = getattr(torch, manifest.dtype) if manifest.dtype else None
-        cache._form = RowForm(manifest.shape, manifest.strides, manifest.codec)
+        cache._form = RowForm(manifest.shape, manifest.codec, manifest.stored, manifest.strides)
         if aside is not None:
             cache.share(aside)
         return cache
@@ -182,7 +182,7 @@ class ActivationCache:
             raise ValueError(f"ActivationCache.append: rows must be {self.dtype} as the first were, got {rows.dtype}")
         check_form("append", slots)
         form = RowForm.of(rows, self.codec) if self.dtype is None else self._form
-        batch = form.stored(rows)
+        batch = form.to_store(rows)
         if tiers.plan.staging:
             self._append_tiered(tiers, slots, batch, form)
         else:
@@ -211,15 +211,21 @@ class ActivationCache:
         """
         tiers = self._open("gather")
         check_filled("gather", slots, self.filled)
-        form, dtype, B = self._form, self.dtype or torch.float32, len(slots)
-        shape, strides = (B, *form.stored_shape), form.stored_strides
-        out = self._outputs.take((B, *self.shape), form.batch_strides, dtype)
-        into = out.as_strided(shape, strides) if form.is_stored_so else self._outputs.take(shape, strides, dtype)
+        form, dtype, shape = self._form, self.dtype or torch.float32, (len(slots), *self.shape)
+        out = self._outputs.take(shape, (form.values, *form.strides), dtype)
+        stored = out
+        if not form.is_returned_as_stored:
+            stored = self._outputs.take(shape, (form.values, *form.stored), dtype)
+        into = form.to_write(stored)
         if tiers.plan.staging:
             self._gather_tiered(tiers, slots, into)
         else:
             ops.gather_rows(tiers.data, slots, form.stored_shape, codec=self.codec, dtype=dtype, out=into)
-        return out if form.is_stored_so else out.copy_(into)
+        return out if stored is out else out.copy_(stored)
+
+    def return_as(self, rows: torch.Tensor) -> None:
+        """Return rows with the strides of `rows` [B, *shape] from now on, whatever those of the first rows stored were."""
+        self._form = self._form.returned_as(rows)
 
     def prefetch(self, slots: torch.Tensor) -> None:
         """Start reading rows of the slower tiers for the next `gather`, in the background.
@@ -296,6 +302,7 @@ class ActivationCache:
         manifest = Manifest(
             codec=self.codec,
             shape=self.shape,
+            stored=self._form.stored,
             strides=self._form.strides,
             dtype="" if self.dtype is None else str(self.dtype).removeprefix("torch."),
             slots=len(self.filled),

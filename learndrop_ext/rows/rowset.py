@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from learndrop_ext import ops
+from learndrop_ext.forward.proof import rows_agree
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.layout import RowLayout
@@ -22,6 +23,9 @@ from learndrop_ext.rows.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.rows.stopwatch import Stopwatch
 from learndrop_ext.rows.store.fingerprint import Fingerprint
 from learndrop_ext.rows.store.rowfile import FoundRows, RowFileKeeper
+
+#: How far a codec's values may lie from each other for values that differ by rounding, as a share of the largest.
+CODEC_ERROR = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "uint8": 1e-2}
 
 
 class RowSet:
@@ -34,7 +38,8 @@ class RowSet:
         size: N, the number of samples known.
         config: codec, views, budgets and folder.
         device: device of the rows.
-        made_of: the cuts that rows went through -> everything that they depend on.
+        made_of: the cuts that rows went through -> everything that they depend on. It is known once rows have arrived.
+        moved: is told that what was at n places is now at n others; everything else by place is of no use any more.
     """
 
     def __init__(
@@ -44,8 +49,9 @@ class RowSet:
         config: CacheConfig,
         device: torch.device,
         made_of: Callable[[list[int]], Fingerprint],
+        moved: Callable[[torch.Tensor, torch.Tensor], None] = lambda before, after: None,
     ) -> None:
-        self._made_of = made_of
+        self._made_of, self._moved = made_of, moved
         self._path: list[int] = []  # all cuts that the rows went through
         self.config = config
         self.device = device
@@ -61,6 +67,7 @@ class RowSet:
         self._begun: Any = None  # when the forward whose rows are being computed began
         self._made = [0, 0]  # rows computed from images and from older rows since `forget_counts`
         self._full = False  # whether the budgets are exhausted
+        self._looks = False  # whether to look for rows of other runs when the first rows arrive
         self._whole: bool | None = (
             None  # whether all samples with a slot have all of their rows; None if it is not known
         )
@@ -83,38 +90,24 @@ class RowSet:
         """V, the number of rows of each sample."""
         return self.config.rows_per_sample
 
-    def advance(
-        self,
-        cut: int,
-        shape: Sequence[int],
-        *,
-        rows: int,
-    ) -> bool:
-        """Keep rows of a shape after `cut` layers from now on.
+    def advance(self, cut: int, shape: Sequence[int], *, rows: int) -> None:
+        """Keep rows of a shape after `cut` layers from now on: those of another run, if it has left the first that arrive.
 
         Args:
             cut: a later cut than the current one.
             shape: shape of a row.
             rows: number of rows to make room for.
 
-        Returns:
-            Whether another run has left the rows, which may be of other slots.
-
         Raises:
             ValueError, OSError, torch.OutOfMemoryError: what ActivationCache raises. Nothing is changed then.
         """
-        path = [*self._path, cut]
-        found = self.file.find_shared(lambda: self._made_of(path), cut, device=self.device)
-        room = max(rows, self.slots.used * self.views)
-        new = self._new_cache(cut, shape, room) if found is None else found.cache
+        self.file.release()
+        new = self._new_cache(cut, shape, max(rows, self.slots.used * self.views))
         self._drop_older()
         self.older, self.cache = self.cache, new
         self.cuts = [*self.cuts[-1:], cut] if self.older is not None else [cut]
-        if found is not None:
-            self._drop_older()
-            self.slots.load(found.slots)
-        self.stores, self._full, self._path, self._whole = True, False, path, None
-        return found is not None
+        self._path, self._looks = [*self._path, cut], True
+        self.stores, self._full, self._whole = True, False, None
 
     def level(self, ids: torch.Tensor) -> int:
         """Return the number of layers that the samples `ids` [B] need not run in this epoch: the latest cut at which all of
@@ -169,14 +162,19 @@ class RowSet:
         is_last = cut == self.cuts[-1]
         if not is_last and (self.older is None or cut != self.cuts[0]):
             return self._as_stored(row) if cut in self._path else row
+        if is_last and self._looks:
+            self._look_for_shared(ids, row)
         cache = self.cache if is_last else self.older
         if cache is None:
             return row
         self._whole = None
         at = self.slots.assign(ids, self.epoch)
         places, order = first_of_each(at)
-        distinct = row if len(places) == len(at) else row[order.to(row.device)]
-        if self._store(cache, at if len(places) == len(at) else places, distinct):
+        if cache.saved and bool(filled_at(cache, at).all()):
+            row = cache.gather(at)  # to write the same rows would copy the file of another run
+        elif len(places) == len(at):
+            row = cache.gather(at) if self._store(cache, at, row) else row
+        elif self._store(cache, places, row[order.to(row.device)]):
             row = cache.gather(at)
         if is_last and self._begun is not None:
             self._watch.add(self._begun)
@@ -232,7 +230,7 @@ class RowSet:
             return
         if ids is not None:
             slots = self.slots.table[ids]
-            places = (slots[slots >= 0, None] * self.views + torch.arange(self.views)).flatten()
+            places = self._all_views(slots[slots >= 0])
             self._whole = None
             self.cache.forget(places)
             if self.older is not None:
@@ -294,7 +292,7 @@ class RowSet:
         """Free the rows of the drop before once none of them is needed; share complete rows with other runs."""
         cache = self.cache
         if cache is not None and not cache.saved and bool(cache.filled.all()):
-            self.file.share(cache, self.slots.table, lambda: self._made_of(self._path))
+            self.file.share(cache, self.slots.table)
         if self.older is None or self.cache is None:
             return
         needed = self.older.filled.clone()
@@ -317,7 +315,7 @@ class RowSet:
         self._drop_older()
         if self.cache is not None:
             self.cache.close()
-        self.cache, self._full, self._whole = None, False, None
+        self.cache, self._full, self._whole, self._looks = None, False, None, False
         self.slots.clear()
 
     def _drop_older(self) -> None:
@@ -325,6 +323,48 @@ class RowSet:
             self.older.close()
             self.older = None
             self.cuts = self.cuts[-1:]
+
+    def _look_for_shared(self, ids: torch.Tensor, row: torch.Tensor) -> None:
+        """Replace the rows by those that another run has left if `row` [B, ...] of samples `ids` [B], the first that have
+        arrived, are as they are there. Otherwise the rows are left to other runs, if none is making the same."""
+        own, cut = self.cache, self.cuts[-1]
+        self._looks = False
+        if own is None or not self.file.shares or bool(own.filled.any()):
+            return
+        shape, count, found = own.shape, len(own.filled), None
+        own.close()
+        try:
+            found = self.file.find_shared(
+                lambda: self._made_of(self._path), cut, device=self.device, fits=lambda rows: self._fit(rows, ids, row)
+            )
+        finally:
+            self.cache = self._new_cache(cut, shape, count) if found is None else found.cache
+        if found is None:
+            return
+        self._drop_older()
+        drawn = self.slots.drawn()
+        before = self.slots.table[drawn]
+        self.slots.load(found.slots)
+        self.slots.assign(drawn, self.epoch)
+        self._moved(self._all_views(before), self._all_views(self.slots.table[drawn]))
+
+    def _fit(self, found: FoundRows, ids: torch.Tensor, row: torch.Tensor) -> bool:
+        """Whether rows [B, ...] of samples `ids` [B] agree, within rounding, with those that another run has left."""
+        cache, slots = found.cache, found.slots[ids]
+        if (cache.shape, cache.dtype) != (tuple(row.shape[1:]), row.dtype):
+            return False
+        cache.return_as(row)
+        at = torch.where(slots < 0, -1, slots * self.views + self.view(ids))
+        there = filled_at(cache, at)
+        is_random = self.views > 1 and not self.config.mirror
+        if is_random or not bool(there.any()):
+            return True
+        made = self._as_stored(row[there.to(row.device)])
+        return rows_agree(made, cache.gather(at[there]), error=CODEC_ERROR[self.config.codec])
+
+    def _all_views(self, slots: torch.Tensor) -> torch.Tensor:
+        """The places [n * V] of all views at slots [n]."""
+        return (slots[:, None] * self.views + torch.arange(self.views)).flatten()
 
     def _as_stored(self, row: torch.Tensor) -> torch.Tensor:
         """Rows [B, ...] as a cache gives them back."""

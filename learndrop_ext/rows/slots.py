@@ -58,7 +58,7 @@ class SlotTable:
 
     def places(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return the place [B] of each sample's row in an epoch, -1 for samples without a slot."""
-        slots = self.table[ids]
+        slots = self.table.index_select(0, ids)
         if self.views == 1:
             return slots
         return torch.where(slots < 0, -1, slots * self.views + self.view(ids, epoch))

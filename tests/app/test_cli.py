@@ -20,7 +20,7 @@ import learndrop_ext
 from learndrop_ext.app import cli, forecasts, runs
 from learndrop_ext.app.cli import main
 from learndrop_ext.app.recipe import Recipe, cache_of
-from learndrop_ext.rows import shared
+from learndrop_ext.rows.store import shared
 
 SMALL = ["--epochs", "2", "--limit", "96", "--width", "8", "--batch-size", "32"]
 
@@ -193,6 +193,7 @@ def test_options_of_the_rows(
     assert main(["forecast", *SMALL, *arguments, "--out", str(tmp_path)]) == 0
     assert (recipes[0].views, recipes[0].mirror) == (views, mirror)
     assert cache_of(recipes[0]).rows_per_sample == (2 if mirror else views)
+    assert cache_of(dataclasses.replace(recipes[0], seed=7)).seed == 7
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset
 from learndrop_ext.app.recipe import Recipe, make_scheduler, set_up
 from learndrop_ext.decide.policy import Fixed
+from learndrop_ext.forward.chain import split_layers
 
 RECIPE = Recipe(model="resnet10", stem="small", width=8, epochs=3, batch_size=32, lr=0.05)
 
@@ -75,8 +76,11 @@ def test_weights_and_rows_are_channels_last(digits: Split) -> None:
     filters = [p for p in setup.model.parameters() if p.dim() == 4]
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in filters)
     with make_scheduler(setup, RECIPE, Fixed({0: 2})) as drop:
-        for _ in range(2):  # computed, and then read
-            rows, _labels = next(iter(drop.loader))
+        setup.model.train()
+        for images, _labels in drop.loader:
+            setup.model(images)
+        for images, _labels in drop.loader:
+            rows = images.standing.rows
             assert rows.shape == (32, 8, 8, 8)
             assert rows.is_contiguous(memory_format=torch.channels_last)
             assert not rows.is_contiguous()
@@ -144,3 +148,20 @@ def test_warm_up_measures_makes_rows_and_reads_them(digits: Split, monkeypatch: 
     assert [(drop.epoch, drop.prefix) for drop in dropping.drops] == [(1, 3)]
     assert dropping.fill_seconds > 0
     assert dropping.measure_seconds > 0
+
+
+def test_forward_flops_are_those_of_the_layers_that_ran(digits: Split) -> None:
+    def flops(policy: Any, **options: Any) -> int:
+        return runs.train("run", digits, RECIPE, policy=policy, **options)[0].forward_flops
+
+    setup = set_up(digits, RECIPE)
+    layers = [layer.flops for layer in split_layers(setup.model, next(iter(setup.loader))[0][:2])]
+    whole = 128 * sum(layers)
+    assert flops(Fixed({})) == flops(None) == 3 * whole
+    # Rows are made in the second epoch, and read in the third.
+    assert flops(Fixed({1: 2})) == 2 * whole + 128 * sum(layers[2:])
+    # The third epoch is the last: rows of four layers would not be read, and those of two stay.
+    assert flops(Fixed({1: 2, 2: 4})) == 2 * whole + 128 * sum(layers[2:])
+    # In the second epoch rows of four layers are made from rows of two.
+    assert flops(Fixed({0: 2, 1: 4})) == whole + 128 * sum(layers[2:]) + 128 * sum(layers[4:])
+    assert flops(Fixed({1: 2}), caches=False) == 3 * whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -244,6 +245,33 @@ def test_a_loss_that_uses_what_dropped_layers_leave_is_refused_by_name(
     run.epochs(1)  # a loop that does not look at them
     run.drop.undrop()
     epoch()
+
+
+@pytest.mark.parametrize("wrap", [lambda module: module, partial(torch.compile, backend="eager")])
+@pytest.mark.parametrize("leave", ["a hook within a block", "a stored tensor"])
+def test_a_loss_on_a_wrapped_model_that_uses_what_dropped_layers_leave_is_seen(leave: str, wrap: Any) -> None:
+    run, kept = Blocks({}), {}
+    LEFT[leave][0](run, kept)
+    run.drop = run.scheduler({1: 1}, wrap=wrap)
+
+    seen = False
+    for _ in range(3):
+        for x, y in run.drop.loader:
+            loss = nn.functional.cross_entropy(run.drop.model(x), y)
+            features = kept["of"].features if "of" in kept else kept["features"]
+            try:
+                loss = loss + 0.01 * features.square().mean()
+            except RuntimeError as error:
+                assert "output of a dropped layer (0.conv)" in str(error)
+                seen = True
+            # A compiler has no tensors without values.
+            seen = seen or bool(loss.isnan())
+            run.optimizer.zero_grad()
+            loss.backward()
+            run.optimizer.step()
+        assert seen == bool(run.drop._rows.cache and run.drop._rows.cache.filled.all() and run.drop.prefix)
+        run.drop.step()
+    assert seen
 
 
 def test_hooks_on_live_layers_see_each_step_and_no_probe() -> None:

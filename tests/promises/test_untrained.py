@@ -98,6 +98,6 @@ def test_layers_dropped_after_an_epoch_were_trained() -> None:
         drop = scheduler(model, Fixed({1: 1}))
         model.train()
         for x, y in drop.loader:
-            nn.functional.cross_entropy(drop.model(x), y).backward()
+            nn.functional.cross_entropy(model(x), y).backward()
         drop.step()
         drop.close()

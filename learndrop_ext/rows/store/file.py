@@ -44,6 +44,7 @@ class Manifest:
     Args:
         codec (str): how rows are stored.
         shape (tuple of int): shape of a row.
+        stored (tuple of int): strides of the stored values of a row.
         strides (tuple of int): strides of the rows returned.
         dtype (str): dtype of the rows stored and returned; "" before the first.
         slots (int): R.
@@ -54,6 +55,7 @@ class Manifest:
 
     codec: str
     shape: tuple[int, ...]
+    stored: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: str
     slots: int
@@ -232,7 +234,7 @@ def _parse(text: bytes | bytearray) -> tuple[Manifest, Any, list[tuple[str, list
     values = json.loads(text)
     sidecar, forms = values.pop("sidecar"), values.pop("tensors")
     values["fingerprint"] = Fingerprint(**values["fingerprint"])
-    values["shape"], values["strides"] = tuple(values["shape"]), tuple(values["strides"])
+    values |= {name: tuple(values[name]) for name in ("shape", "stored", "strides")}
     return Manifest(**values), sidecar, forms
 
 

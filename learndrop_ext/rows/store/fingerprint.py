@@ -81,12 +81,18 @@ def weights_digest(modules: Iterable[nn.Module], parameters: Iterable[torch.Tens
     return digest.hexdigest()
 
 
-def code_digest(modules: Iterable[nn.Module]) -> str:
-    """Return the SHA-256 over the source and the settings of the dropped layers' modules."""
+def code_digest(modules: Iterable[nn.Module], around: Iterable[nn.Module] = ()) -> str:
+    """Return the SHA-256 over the source and the settings of the dropped layers' modules.
+
+    Args:
+        modules: the dropped layers' modules.
+        around: modules that run both dropped layers and others. Any of their methods may be a part of their forward.
+    """
     digest = hashlib.sha256()
-    for module in (inner for outer in modules for inner in outer.modules()):
+    inside = [(inner, [type(inner).forward]) for outer in modules for inner in outer.modules()]
+    for module, parts in [*inside, *((outer, _own_classes(outer)) for outer in around)]:
         try:
-            code = inspect.getsource(type(module).forward)
+            code = "".join(map(inspect.getsource, parts))
         except (OSError, TypeError):
             code = ""
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -94,6 +100,11 @@ def code_digest(modules: Iterable[nn.Module]) -> str:
         plain = [(name, value) for name, value in settings if not name.startswith("_") and name != "training"]
         digest.update(f"{kind}{code}{plain}".encode())
     return digest.hexdigest()
+
+
+def _own_classes(module: nn.Module) -> list[type]:
+    """The classes of a module that are not torch's."""
+    return [kind for kind in type(module).__mro__ if kind is not object and not kind.__module__.startswith("torch.")]
 
 
 def images_digest(images: torch.Tensor) -> str:

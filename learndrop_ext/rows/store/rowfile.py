@@ -45,6 +45,7 @@ class RowFileKeeper:
         self._config = config
         self._name: str | None = None  # name of the file last written or found
         self._lock: FillLock | None = None  # held while this run computes rows to share
+        self._wanted: Fingerprint | None = None  # theirs
 
     def new_path(self, cut: int) -> Path | None:
         """Return a path that no other run uses. Deletes unfinished files of killed runs from the folder."""
@@ -56,41 +57,66 @@ class RowFileKeeper:
         remove_abandoned(folder.glob("rows-*-*.bin.part"))
         return folder / f"rows-{uuid.uuid4().hex[:12]}-{cut}.bin"
 
-    def find_shared(self, made_of: Callable[[], Fingerprint], cut: int, *, device: torch.device) -> FoundRows | None:
+    @property
+    def shares(self) -> bool:
+        """Whether rows are shared with other runs."""
+        return self._config.shared and self._config.disk_dir is not None and not several_processes()
+
+    def find_shared(
+        self,
+        made_of: Callable[[], Fingerprint],
+        cut: int,
+        *,
+        device: torch.device,
+        fits: Callable[[FoundRows], bool],
+    ) -> FoundRows | None:
         """Return the rows that another run left in the shared folder.
 
-        If there are none, this run leaves its own there once they are complete, unless another run is computing the same.
+        If there are none, this run leaves its own there once they are complete, unless another run is computing the same. A
+        folder or a file that cannot be used is a RuntimeWarning.
 
-        Raises:
-            OSError: the folder cannot be read or written, or its file system has no file locks.
+        Args:
+            made_of: returns what the rows must depend on.
+            cut: number of layers before them.
+            device: device of the rows.
+            fits: whether they are the rows of this run's images.
         """
         self.release()
-        if not self._config.shared or self._config.disk_dir is None or several_processes():
+        if not self.shares:
             return None
-        folder = Path(self._config.disk_dir)
-        found = find_or_lock(folder, made_of())
-        if isinstance(found, FillLock):
-            self._lock = found
-        if not isinstance(found, Path):
-            return None
-        budgets = budgets_of(self._config, device)
+        folder = Path(str(self._config.disk_dir))
         try:
-            aside = self.new_path(cut)
-            cache = ActivationCache.open(found, made_of(), device=device, budgets=budgets, aside=aside)
-        except CacheFileError as error:
-            warnings.warn(f"drop: the shared rows are not used ({error})", RuntimeWarning, stacklevel=4)
+            wanted = made_of()
+            found = find_or_lock(folder, wanted)
+            if isinstance(found, FillLock):
+                self._lock, self._wanted = found, wanted
+            if not isinstance(found, Path):
+                return None
+            aside, budgets = self.new_path(cut), budgets_of(self._config, device)
+            cache = ActivationCache.open(found, wanted, device=device, budgets=budgets, aside=aside)
+        except (OSError, CacheFileError) as error:
+            _say_not_used(str(error))
             return None
-        return _found(cache)
+        rows = _found(cache)
+        try:
+            if fits(rows):
+                return rows
+            reason = f"{found.name} was made of other images"
+        except CacheFileError as error:
+            reason = str(error)
+        cache.close()
+        _say_not_used(reason)
+        return None
 
-    def share(self, cache: ActivationCache, slots: torch.Tensor, made_of: Callable[[], Fingerprint]) -> None:
+    def share(self, cache: ActivationCache, slots: torch.Tensor) -> None:
         """Leave complete rows to other runs, if this run holds the lock. A full disk is a RuntimeWarning.
 
         Labels and all else in a batch stay with this run: another may have its own for the same images.
         """
-        if self._lock is None:
+        if self._lock is None or self._wanted is None:
             return
         try:
-            cache.save(made_of(), Sidecar(None, (slots,)))
+            cache.save(self._wanted, Sidecar(None, (slots,)))
             path = self._lock.path
             self.release()
             aside = self.new_path(0)
@@ -185,6 +211,10 @@ class RowFileKeeper:
                 )
                 return None
         return cache.path.name
+
+
+def _say_not_used(reason: str) -> None:
+    warnings.warn(f"drop.loader: the shared rows are not used: {reason}", RuntimeWarning, stacklevel=4)
 
 
 def _found(cache: ActivationCache) -> FoundRows:

@@ -1,0 +1,171 @@
+"""Batches of fewer samples than the sampler named, and batches of several shapes: both train until rows are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+
+from learndrop_ext import CacheConfig, DropScheduler, Fixed
+
+
+class Photos(Dataset[Any]):
+    """40 photos, of which some cannot be read."""
+
+    def __init__(self, *unreadable: int) -> None:
+        self.unreadable = unreadable
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> Any:
+        return None if i in self.unreadable else (torch.full((3, 16, 16), i / 40), i)
+
+
+def that_can_be_read(samples: list[Any]) -> Any:
+    return default_collate([sample for sample in samples if sample is not None])
+
+
+def scheduler(loader: DataLoader[Any], drops: dict[int, int], **options: Any) -> DropScheduler:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, 4), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return DropScheduler(model, optimizer, loader, policy=Fixed(drops), **options)
+
+
+def trained(drop: DropScheduler) -> list[int]:
+    """An epoch; the labels that came."""
+    found = []
+    for x, y in drop.loader:
+        assert len(x) == len(y)
+        nn.functional.cross_entropy(drop.model(x), y % 4).backward()
+        drop.optimizer.step()
+        found += y.tolist()
+    return found
+
+
+LOADER = {"batch_size": 8, "collate_fn": that_can_be_read}
+
+
+@pytest.mark.parametrize("unreadable", [37, 3, 0, 7])
+@pytest.mark.parametrize(
+    ("drops", "options"), [({}, {}), ({0: 1}, {"cache": None}), ({1: 1}, {"cache": None})], ids=str
+)
+def test_samples_that_collate_fn_leaves_out_are_missing_where_no_rows_are_kept(
+    unreadable: int, drops: dict[int, int], options: dict[str, Any]
+) -> None:
+    drop = scheduler(DataLoader(Photos(unreadable), **LOADER), drops, **options)
+    wanted = [i for i in range(40) if i != unreadable]
+    for _ in range(3):
+        assert trained(drop) == wanted
+        assert drop.step().samples == 39
+    assert drop.prefix == bool(drops)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_batch_with_fewer_samples_is_refused_by_name_where_rows_are_kept(epoch: int, workers: int) -> None:
+    drop = scheduler(DataLoader(Photos(29), **LOADER, num_workers=workers), {epoch: 1})
+    if epoch:
+        trained(drop)
+        drop.step()
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"drop.loader: collate_fn must give every sample .* wanted 8, got 7; .*Subset"
+        ):
+            trained(drop)
+        # The batches before it have their rows, and nothing of this one is stored.
+        assert drop._rows.filled(torch.arange(40)).tolist() == [True] * 24 + [False] * 16
+        assert int(drop._extras.filled.sum()) == 24
+    drop.undrop()
+    assert len(trained(drop)) == 39
+
+
+def test_a_first_batch_with_fewer_samples_is_refused_where_rows_are_kept() -> None:
+    drop = scheduler(DataLoader(Photos(3, 5), **LOADER), {0: 1})
+    with pytest.raises(ValueError, match=r"collate_fn must give every sample of a batch, .* wanted 8, got 6"):
+        trained(drop)
+    assert not bool(drop._rows.cache.filled.any())
+
+
+def test_mirror_images_want_every_sample_from_the_first_epoch_on() -> None:
+    drop = scheduler(DataLoader(Photos(29), **LOADER), {}, cache=CacheConfig(mirror=True))
+    with pytest.raises(ValueError, match="collate_fn must give every sample of a batch"):
+        trained(drop)
+
+
+def test_a_sample_that_cannot_be_read_any_more_is_refused_at_the_look_at_the_data() -> None:
+    dataset = Photos()
+    drop = scheduler(DataLoader(dataset, **LOADER), {0: 1})
+    for _ in range(2):
+        trained(drop)
+        drop.step()
+    dataset.unreadable = tuple(range(0, 40, 2))
+    with pytest.raises(ValueError, match="collate_fn must give every sample of a batch"):
+        [trained(drop) for _ in range(4)]
+
+
+def test_the_way_out_works() -> None:
+    readable = Subset(Photos(29), [i for i in range(40) if i != 29])
+    drop = scheduler(DataLoader(readable, **LOADER), {0: 1})
+    for _ in range(3):
+        assert trained(drop) == readable.indices
+        drop.step()
+    assert int(drop._rows.cache.filled.sum()) == 39
+
+
+class TwoShapes(Dataset[Any]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> Any:
+        shape = (3, 24, 16) if i < 20 else (3, 16, 24)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(i)), i
+
+
+SHAPED = [list(range(i, i + 4)) for i in range(0, 40, 4)]
+LOADERS: dict[str, dict[str, Any]] = {
+    "grouped by shape": {"batch_sampler": SHAPED},
+    "the other first": {"batch_sampler": SHAPED[::-1]},
+    "one by one": {"batch_size": 1, "shuffle": True},
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize(
+    ("drops", "options"), [({}, {}), ({0: 1}, {"cache": None}), ({1: 1}, {"cache": None})], ids=str
+)
+def test_batches_of_several_shapes_train_where_no_rows_are_kept(
+    kind: str, drops: dict[int, int], options: dict[str, Any]
+) -> None:
+    drop = scheduler(DataLoader(TwoShapes(), **LOADERS[kind]), drops, **options)
+    for _ in range(3):
+        assert sorted(trained(drop)) == list(range(40))
+        drop.step()
+    assert drop.prefix == bool(drops)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_batches_of_several_shapes_are_refused_by_name_where_rows_are_kept(kind: str, epoch: int) -> None:
+    drop = scheduler(DataLoader(TwoShapes(), **LOADERS[kind]), {epoch: 1})
+    if epoch:
+        trained(drop)
+        drop.step()
+    with pytest.raises(
+        RuntimeError, match=r"images must keep their shape \[3, (24, 16|16, 24)\] while .*, got \[3, (24, 16|16, 24)\]"
+    ):
+        trained(drop)
+    # Rows are of one shape, whichever came first, and nothing of the other one is stored.
+    kept = torch.nonzero(drop._rows.filled(torch.arange(40))).flatten()
+    assert len({int(i) // 20 for i in kept}) <= 1
+    assert int(drop._extras.filled.sum()) == len(kept)
+    if kind != "one by one":
+        assert len(kept) == 20
+    drop.undrop()
+    assert sorted(trained(drop)) == list(range(40))
