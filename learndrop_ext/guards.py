@@ -175,7 +175,7 @@ class ForwardProbe:
         dtype = self._autocast
         same = torch.autocast(self._image.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
         with attributes_preserved(self._chain.model), fork_rng(0), torch.no_grad(), still, same:
-            return row_at(self._chain, self._k, lambda: self._run(self._image)).detach().clone()
+            return row_at(self._chain, self._k, lambda: self._run(self._image.clone())).detach().clone()
 
 
 class LoopGuard:

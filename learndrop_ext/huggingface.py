@@ -163,19 +163,17 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
 
 
 class LearnDropMixin(_Mixed):  # type: ignore[misc]
-    """For a Trainer with a `LearnDropCallback`: `class MyTrainer(LearnDropMixin, Trainer)`. Without one it changes nothing."""
+    """For the class of a Trainer with a `LearnDropCallback`. Without one it changes nothing."""
 
     def _learn_drop(self) -> LearnDropCallback | None:
         return next((c for c in self.callback_handler.callbacks if isinstance(c, LearnDropCallback)), None)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does, and end the scheduler after it."""
-        checkpoint, callback = resume_from_checkpoint, self._learn_drop()
-        if callback is None:
-            return super().train(checkpoint, *args, **kwargs)
-        if isinstance(checkpoint, bool):
-            checkpoint = _utils.get_last_checkpoint(self.args.output_dir) if checkpoint else None
-        with callback.training(self, checkpoint):
+        checkpoint, callback = resume_from_checkpoint or None, self._learn_drop()
+        if checkpoint is True:
+            checkpoint = _utils.get_last_checkpoint(self.args.output_dir)
+        with contextlib.nullcontext() if callback is None else callback.training(self, checkpoint):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:

@@ -19,10 +19,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator is found"),
 ]
 
-#: Layers that are dropped after two and after three epochs: their number, and the modules in which they are.
+#: Number of layers that are dropped after two and after three epochs, the modules in which they are, and one of these that
+#: stays live: dropout behind the last weights.
 DROPS = {
-    "resnet": {2: (1, ["resnet.embedder"]), 3: (2, ["resnet.encoder.stages.0"])},
-    "vit": {2: (2, ["vit.embeddings"]), 3: (4, ["vit.layers.0", "vit.layers.1"])},
+    "resnet": {2: (1, ["resnet.embedder"], None), 3: (2, ["resnet.encoder.stages.0"], None)},
+    "vit": {
+        2: (2, ["vit.embeddings"], "vit.embeddings.dropout"),
+        3: (4, ["vit.embeddings", "vit.layers.0", "vit.layers.1"], None),
+    },
 }
 
 
@@ -55,19 +59,29 @@ class Photos(Dataset[Any]):
 def network(transformers: Any, name: str = "resnet") -> Any:
     torch.manual_seed(0)
     if name == "resnet":
-        small = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic", num_labels=5)
+        small = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], layer_type="basic", num_labels=5
+        )
         return transformers.ResNetForImageClassification(small)
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, **dropout, image_size=8, patch_size=4, num_labels=5))
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**sizes, **dropout, image_size=8, patch_size=4, num_labels=5)
+    )
 
 
 def policy(name: str = "resnet") -> Fixed:
-    return Fixed({epoch: prefix for epoch, (prefix, _) in DROPS[name].items()})
+    return Fixed({epoch: prefix for epoch, (prefix, *_) in DROPS[name].items()})
 
 
 def trainer(
-    transformers: Any, folder: Path, *callbacks: Any, mixed: bool = True, model: Any = None, photos: Any = None, **options: Any
+    transformers: Any,
+    folder: Path,
+    *callbacks: Any,
+    mixed: bool = True,
+    model: Any = None,
+    photos: Any = None,
+    **options: Any,
 ) -> Any:
     """A Trainer that keeps its losses. mixed: whether it has the mixin."""
     from learndrop_ext.huggingface import LearnDropMixin
@@ -106,17 +120,19 @@ def at_epochs_end(transformers: Any, act: Callable[[int, Any], None]) -> Any:
     return AtEpochsEnd()
 
 
-def frozen_live(transformers: Any, name: str = "resnet") -> Any:
-    """A callback that freezes the layers which the others drop: they run, in eval mode."""
+def freezing(name: str) -> Callable[[int, nn.Module], None]:
+    """What freezes the layers that the others drop: they run, in eval mode."""
 
     def freeze(epoch: int, model: nn.Module) -> None:
-        _, parts = DROPS[name].get(epoch, (0, []))
+        _, parts, behind = DROPS[name].get(epoch, (0, [], None))
         for path in parts:
-            part = model.get_submodule(path)
-            part.eval().requires_grad_(False)
+            part = model.get_submodule(path).requires_grad_(False)
+            nn.Module.train(part, False)
             vars(part)["train"] = lambda mode=True, part=part: part
+        if behind is not None:
+            model.get_submodule(behind).train()
 
-    return at_epochs_end(transformers, freeze)
+    return freeze
 
 
 def prefixes(learn_drop: Any) -> list[int]:
@@ -148,7 +164,14 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
 def test_losses_are_those_of_a_frozen_live_prefix(
     transformers: Any, name: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    live = trainer(transformers, tmp_path, frozen_live(transformers, name), mixed=False, model=network(transformers, name), **options)
+    live = trainer(
+        transformers,
+        tmp_path,
+        at_epochs_end(transformers, freezing(name)),
+        mixed=False,
+        model=network(transformers, name),
+        **options,
+    )
     live.train()
     learn_drop, photos, read = callback(policy=policy(name)), Photos(), []
 
@@ -157,31 +180,47 @@ def test_losses_are_those_of_a_frozen_live_prefix(
         photos.read.clear()
 
     run = trainer(
-        transformers, tmp_path, learn_drop, at_epochs_end(transformers, count), model=network(transformers, name), photos=photos, **options
+        transformers,
+        tmp_path,
+        learn_drop,
+        at_epochs_end(transformers, count),
+        model=network(transformers, name),
+        photos=photos,
+        **options,
     )
     run.train()
     assert run.losses == live.losses
     assert len(run.losses) == 15
     assert_equal(run.model, live.model)
-    assert prefixes(learn_drop) == [0, *(prefix for prefix, _ in DROPS[name].values()), *[DROPS[name][3][0]] * 2]
+    assert prefixes(learn_drop) == ([0, 1, 2, 2, 2] if name == "resnet" else [0, 2, 4, 4, 4])
     assert [record.samples for record in learn_drop.drop.history] == [24] * 5
     assert learn_drop.drop._rows.cache is None  # closed
     assert read[2] >= 24
     assert max(read[3:]) <= PROBES
 
 
-@pytest.mark.parametrize("steps", [3, 8, 9, 10, 11])
-def test_a_resumed_training_equals_the_uninterrupted_one(transformers: Any, steps: int, tmp_path: Path) -> None:
-    """After the first epoch, the last one before a drop, and within and at the end of epochs with dropped layers."""
-    whole, learn_drop = trainer(transformers, tmp_path, callback(), model=network(transformers, "resnet")), callback()
-    whole.train()
-    saving = {"save_strategy": "steps", "save_steps": steps}
+@pytest.fixture(scope="module")
+def whole(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Trainer after an uninterrupted training, with its callback."""
+    learn_drop = callback()
+    run = trainer(transformers, tmp_path_factory.mktemp("whole"), learn_drop)
+    run.train()
+    run.learn_drop = learn_drop
+    return run
+
+
+@pytest.mark.parametrize("steps", [3, 8, 9, 11])
+def test_a_resumed_training_equals_the_uninterrupted_one(
+    transformers: Any, whole: Any, steps: int, tmp_path: Path
+) -> None:
+    """After the first epoch, and within and at the end of epochs with dropped layers."""
+    learn_drop = callback()
 
     class Stop(transformers.TrainerCallback):  # type: ignore[misc]
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             control.should_training_stop = True
 
-    first = trainer(transformers, tmp_path, callback(), Stop(), **saving)
+    first = trainer(transformers, tmp_path, callback(), Stop(), save_strategy="steps", save_steps=steps)
     first.train()
     assert len(first.losses) == steps
     second = trainer(transformers, tmp_path, learn_drop)
@@ -189,20 +228,21 @@ def test_a_resumed_training_equals_the_uninterrupted_one(transformers: Any, step
     assert first.losses + second.losses == whole.losses
     assert_equal(second.model, whole.model)
     assert prefixes(learn_drop) == [0, 1, 2, 2, 2]
-    [wanted] = [c.drop.history for c in whole.callback_handler.callbacks if type(c) is type(learn_drop)]
+    wanted = whole.learn_drop.drop.history
     assert [record.scores for record in learn_drop.drop.history] == [record.scores for record in wanted]
 
 
-def test_a_training_that_fails_goes_on_from_its_rows(transformers: Any, tmp_path: Path) -> None:
+def test_a_training_that_fails_goes_on_from_its_rows(transformers: Any, whole: Any, tmp_path: Path) -> None:
     cache = CacheConfig(codec="fp32", disk_dir=str(tmp_path), disk_bytes=1 << 20)
-    whole = trainer(transformers, tmp_path / "whole", callback())
-    whole.train()
 
     def fail(epoch: int, model: Any) -> None:
         if epoch == 5:
             raise OSError("the machine went away")
 
-    first, learn_drop = trainer(transformers, tmp_path / "run", callback(cache=cache), save_strategy="epoch"), callback(cache=cache)
+    first, learn_drop = (
+        trainer(transformers, tmp_path / "run", callback(cache=cache), save_strategy="epoch"),
+        callback(cache=cache),
+    )
     first.add_callback(at_epochs_end(transformers, fail))
     with pytest.raises(OSError, match="the machine went away"):
         first.train()
@@ -223,7 +263,9 @@ def test_a_training_that_fails_goes_on_from_its_rows(transformers: Any, tmp_path
 
 def test_evaluation_sees_the_whole_model_which_is_given_back_as_it_was(transformers: Any, tmp_path: Path) -> None:
     learn_drop = callback()
-    run = trainer(transformers, tmp_path, learn_drop, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True)
+    run = trainer(
+        transformers, tmp_path, learn_drop, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True
+    )
     before = attributes(run.model)
     run.train()
     told = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
@@ -264,7 +306,7 @@ def test_max_steps_ends_an_epoch_in_its_middle(transformers: Any, tmp_path: Path
     assert learn_drop.drop._epochs == 4
 
 
-def test_the_live_part_is_wrapped_anew_after_each_drop(transformers: Any, tmp_path: Path) -> None:
+def test_the_live_part_is_wrapped_anew_after_each_drop(transformers: Any, whole: Any, tmp_path: Path) -> None:
     wrapped: list[nn.Module] = []
 
     class Wrapper(nn.Module):
@@ -277,11 +319,9 @@ def test_the_live_part_is_wrapped_anew_after_each_drop(transformers: Any, tmp_pa
             self.calls += 1
             return self.body(*args, **kwargs)
 
-    plain = trainer(transformers, tmp_path, callback())
-    plain.train()
     run = trainer(transformers, tmp_path, callback(wrap=Wrapper))
     run.train()
-    assert run.losses == plain.losses
+    assert run.losses == whole.losses
     assert [one.calls for one in wrapped[:3]] == [6, 3, 6]
 
 
@@ -311,7 +351,10 @@ def refused(run: Any, message: str) -> None:
 def test_trainers_that_cannot_be_followed_are_refused(
     transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused(trainer(transformers, tmp_path, callback(), mixed=False), "must take its loader from LearnDropMixin, got another")
+    refused(
+        trainer(transformers, tmp_path, callback(), mixed=False),
+        "must take its loader from LearnDropMixin, got another",
+    )
     wrapping = trainer(transformers, tmp_path, callback())
     wrapping.model_wrapped = nn.Sequential(wrapping.model)
     refused(wrapping, "must train the plain model, got a Sequential around it")
@@ -332,16 +375,36 @@ def collated(samples: Sequence[Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def test_another_call_of_the_model_is_given(transformers: Any, tmp_path: Path) -> None:
+def test_another_call_of_the_model_is_given(transformers: Any, whole: Any, tmp_path: Path) -> None:
     learn_drop = callback(input="x", call=lambda model, batch: model(batch["x"]))
-    run = trainer(transformers, tmp_path, learn_drop, num_train_epochs=4, remove_unused_columns=False)
+    run = trainer(transformers, tmp_path, learn_drop, remove_unused_columns=False)
     run.data_collator = collated
-    run.compute_loss_func = None
-    whole = trainer(transformers, tmp_path, callback(), num_train_epochs=4)
-    whole.train()
-    own = type(run).compute_loss
+    own = run.compute_loss
     run.compute_loss = lambda model, inputs, **kwargs: own(
-        run, model, {"pixel_values": inputs["x"], "labels": inputs["labels"]}, **kwargs
+        model, {"pixel_values": inputs["x"], "labels": inputs["labels"]}, **kwargs
     )
     run.train()
     assert run.losses == whole.losses
+    assert prefixes(learn_drop) == [0, 1, 2, 2, 2]
+
+
+def test_layers_behind_which_an_adapter_learns_are_dropped(transformers: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        made = network(transformers, "vit")
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+        return peft.get_peft_model(made, config)
+
+    def freeze(epoch: int, model: nn.Module) -> None:
+        freezing("vit")(epoch, model.base_model.model)
+
+    options = {"label_names": ["labels"], "num_train_epochs": 4}
+    live = trainer(transformers, tmp_path, at_epochs_end(transformers, freeze), mixed=False, model=adapted(), **options)
+    live.train()
+    learn_drop = callback(policy=policy("vit"))
+    run = trainer(transformers, tmp_path, learn_drop, model=adapted(), **options)
+    run.train()
+    assert run.losses == live.losses
+    assert_equal(run.model, live.model)
+    assert prefixes(learn_drop) == [0, 2, 4, 4]

@@ -18,11 +18,11 @@ PACKAGE = ROOT / "learndrop_ext"
 #: In the order the data flows. A module or package imports only what stands before it, and its own siblings.
 FLOW = (
     *("_C", "kernels", "distributed", "rng", "cudnn", "ops", "forward", "rows", "decide", "data", "guards"),
-    *("history", "ledger", "checks", "checkpoint", "scheduler", "lightning", "app"),
+    *("history", "ledger", "checks", "checkpoint", "scheduler", "lightning", "huggingface", "app"),
 )
 #: The scheduler's state is saved and restored in a file of its own, which knows the scheduler by its type.
 FOR_TYPES = {"checkpoint": {"scheduler"}}
-WANTS_AN_EXTRA = {"lightning"}  # imported by its own tests
+WANTS_AN_EXTRA = {"lightning", "huggingface"}  # imported by its own tests
 BUILT = {"_C", "kernels"}  # learndrop_ext.kernels is mapped to kernels/ at the top of the tree
 
 

@@ -105,7 +105,7 @@ class Planner:
         """Yield a plan for each batch of the epoch. rows: no batch is read, as far as is known when the epoch begins."""
         size, all_seen = len(self.seen), bool(self.seen.all())
         for batch in self._order():
-            ids = [id_of(i) for i in batch]
+            ids = list(batch) if set(map(type, batch)) == {int} else [id_of(i) for i in batch]
             if ids and (min(ids) < 0 or max(ids) >= size):
                 outside = next(i for i in ids if not 0 <= i < size)
                 raise IndexError(

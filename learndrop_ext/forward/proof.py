@@ -43,20 +43,22 @@ def check_cut(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch
 
     bypass = Bypass(chain.model, chain.recorded, keep=keep)
 
-    def images(values: torch.Tensor | None) -> Images:
-        standing = Standing(bypass, torch.arange(len(x)), None if values is not None else kept[0], k, None)
-        return Images(form_of(x), x.device, standing, values)  # type: ignore[no-any-return]
+    def images(*, read: bool) -> Images:
+        standing = Standing(bypass, torch.arange(len(x)), None if read else kept[0].clone(), k, None)
+        # The loop may write into its images.
+        return Images(form_of(x), x.device, standing, x.clone() if read else None)  # type: ignore[no-any-return]
 
     with preserved(chain.model), without_benchmark(x.device, deterministic=True):
         chain.model.train()
         bypass.put((k,))
         try:
-            with fork_rng(0):
-                wanted = list(tensors_of(run(images(x))))
+            # The forward may keep a state: each run begins with the same one.
+            with preserved(chain.model):
+                wanted = list(tensors_of(run(images(read=True))))
             if not kept:
                 return f"{chain.names[k - 1]} is not run in train mode"
-            with fork_rng(1), torch.no_grad():
-                again = row_at(chain, k, lambda: run(others))
+            with preserved(chain.model), fork_rng(1), torch.no_grad():
+                again = row_at(chain, k, lambda: run(others.clone()))
             if not rows_agree(kept[0][:half], again[:half]):
                 raise ValueError(
                     "DropScheduler: the rows of a dropped layer must be a function of the sample alone, and those of "
@@ -64,8 +66,8 @@ def check_cut(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch
                     "in eval mode too; drop only the layers before it"
                 )
             try:
-                with fork_rng(0):
-                    got = list(tensors_of(run(images(None))))
+                with preserved(chain.model):
+                    got = list(tensors_of(run(images(read=False))))
             except RuntimeError as error:
                 return str(error)
         finally:

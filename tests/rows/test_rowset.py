@@ -14,6 +14,7 @@ from torch import Tensor
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.rowset import RowSet
+from learndrop_ext.rows.store import rowfile
 from learndrop_ext.rows.store.fingerprint import Fingerprint
 
 SHAPE = (3,)
@@ -365,3 +366,141 @@ def test_check_room_is_for_rows_without_a_file(tmp_path: Path) -> None:
         rows.check_room("rows-1-2.bin", SHAPE, 6)
     (tmp_path / "rows-1-2.bin").touch()
     rows.check_room("rows-1-2.bin", SHAPE, 6)
+
+
+def left(folder: Path, *samples: int, **options: Any) -> bytes:
+    """Leave the rows of samples to others; return their file."""
+    rows = rowset(disk_dir=str(folder), shared=True, **options)
+    rows.advance(1, SHAPE, rows=len(samples))
+    rows.keep(1, ids(*samples), values(1, ids(*samples)))
+    rows.end_epoch()
+    rows.stop()
+    (path,) = folder.iterdir()
+    assert path.match("shared-*.rows")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_rows_of_another_run_are_taken_when_the_first_ones_arrive(tmp_path: Path, mirror: bool) -> None:
+    options: dict[str, Any] = {"mirror": True, "views": "auto"} if mirror else {}
+
+    def made_of(rows: RowSet, samples: Tensor) -> Tensor:
+        return torch.cat([values(1, ids(i), int(v)) for i, v in zip(samples, rows.view(samples), strict=True)])
+
+    other = rowset(disk_dir=str(tmp_path), shared=True, **options)
+    other.advance(1, SHAPE, rows=6 * other.views)
+    for epoch in range(other.views):
+        other.epoch = epoch
+        for batch in (ids(3, 1, 4), ids(0, 5, 2)):
+            other.keep(1, batch, made_of(other, batch))
+    other.end_epoch()
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    moves: list[tuple[list[int], list[int]]] = []
+    rows = rowset(disk_dir=str(tmp_path), shared=True, **options)
+    rows._moved = lambda old, new: moves.append((old.tolist(), new.tolist()))
+    rows.advance(1, SHAPE, rows=6 * rows.views)
+    rows.places(ids(5, 1))  # were given a slot with their labels
+    made = made_of(rows, ids(5, 1))
+    assert rows.level(ids(5, 1)) == 0
+    got = rows.keep(1, ids(5, 1), made + 1e-5)
+    assert torch.equal(got, made)
+    V = rows.views
+    old, new = ([slot * V + v for slot in slots for v in range(V)] for slots in ([1, 0], [1, 4]))
+    assert moves == [(old, new)]
+    for rows.epoch in range(V):
+        level, got = gathered(rows, torch.arange(6))
+        assert level == 1
+        assert torch.equal(got, made_of(rows, torch.arange(6)))
+    # More rows of the batch arrive, in micro-batches.
+    rows.keep(1, ids(2), made_of(rows, ids(2)))
+    assert rows.cache is not None
+    assert rows.cache.saved
+    rows.end_epoch()
+    rows.stop()
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_of_other_images_are_not_taken(tmp_path: Path) -> None:
+    before = left(tmp_path, 0, 1, 2, 3, 4, 5)
+    rows = rowset(disk_dir=str(tmp_path), shared=True)
+    rows.advance(1, SHAPE, rows=6)
+    made = values(1, ids(5, 1))
+    made[1, 2] += 1
+    with pytest.warns(RuntimeWarning, match="the shared rows are not used: shared-.*rows was made of other images"):
+        assert torch.equal(rows.keep(1, ids(5, 1), made), made)
+    rows.keep(1, ids(0, 2, 3, 4), values(1, ids(0, 2, 3, 4)))
+    assert torch.equal(gathered(rows, ids(1, 5))[1], made[[1, 0]])
+    rows.end_epoch()
+    (path,) = tmp_path.iterdir()
+    assert path.read_bytes() == before
+
+
+def test_rows_of_another_dtype_are_not_taken(tmp_path: Path) -> None:
+    left(tmp_path, 0, 1, 2, 3, 4, 5)
+    rows = rowset(disk_dir=str(tmp_path), shared=True)
+    rows.advance(1, SHAPE, rows=6)
+    with pytest.warns(RuntimeWarning, match="the shared rows are not used"):
+        assert rows.keep(1, ids(5), values(1, ids(5)).half()).dtype == torch.float16
+
+
+def test_samples_that_another_run_has_not_drawn_are_added_in_a_copy(tmp_path: Path) -> None:
+    before = left(tmp_path, 3, 1)
+    rows = rowset(disk_dir=str(tmp_path), shared=True)
+    rows.advance(1, SHAPE, rows=6)
+    rows.keep(1, ids(5, 1), values(1, ids(5, 1)))
+    assert_rows(rows, 1, 1, 3, 5)
+    assert_rows(rows, 0, 0)
+    rows.keep(1, ids(0, 4, 2), values(1, ids(0, 4, 2)))
+    assert_rows(rows, 1, *range(6))
+    (path,) = tmp_path.glob("shared-*.rows")
+    assert path.read_bytes() == before
+
+
+def test_shared_rows_come_back_in_the_order_of_memory_of_this_run(tmp_path: Path) -> None:
+    made = torch.randn(6, 2, 3, 4)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        rows = rowset(disk_dir=str(tmp_path), shared=True)
+        rows.advance(1, (2, 3, 4), rows=6)
+        mine = made.contiguous(memory_format=memory_format)
+        got = rows.keep(1, torch.arange(6), mine)
+        assert torch.equal(got, made)
+        assert got.stride() == mine.stride()
+        assert rows.cache is not None
+        assert rows.cache.saved == (memory_format is torch.channels_last)
+        rows.end_epoch()
+        rows.stop()
+
+
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "uint8"])
+def test_shared_rows_of_a_codec_are_told_from_those_of_other_images(tmp_path: Path, codec: str) -> None:
+    made = torch.rand(6, 2, 3, 4)
+    for change, taken in ((0.0, False), (1e-5, True), (0.1, False)):
+        rows = rowset(disk_dir=str(tmp_path), shared=True, codec=codec)
+        rows.advance(1, (2, 3, 4), rows=6)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            rows.keep(1, torch.arange(6), made + change)
+        assert rows.cache is not None
+        assert rows.cache.saved == taken
+        assert len(said) == (change == 0.1)
+        rows.end_epoch()
+        rows.stop()
+
+
+def test_a_folder_without_locks_costs_the_sharing_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    rows = rowset(disk_dir=str(tmp_path), shared=True)
+    rows.advance(1, SHAPE, rows=6)
+    monkeypatch.setattr(rowfile, "find_or_lock", refused)
+    with pytest.warns(RuntimeWarning, match=r"the shared rows are not used: .* No locks available"):
+        rows.keep(1, ids(0, 1), values(1, ids(0, 1)))
+    rows.keep(1, ids(2, 3, 4, 5), values(1, ids(2, 3, 4, 5)))
+    rows.end_epoch()
+    assert_rows(rows, 1, *range(6))
+    assert list(tmp_path.glob("shared-*")) == []

@@ -18,7 +18,7 @@ from learndrop_ext import CacheConfig, DropScheduler, Fixed
 from learndrop_ext.data.source import KNOWN
 from learndrop_ext.guards import PROBES
 from learndrop_ext.rows.cache import ActivationCache
-from small_training import Jittered, Net, data, epoch, parts
+from small_training import Jittered, Net, called, data, epoch, parts
 
 Run = tuple[DropScheduler, Net, torch.optim.Optimizer]
 

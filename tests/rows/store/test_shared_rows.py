@@ -14,10 +14,11 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
+from learndrop_ext.decide import costs
 from learndrop_ext.guards import PROBES
 from learndrop_ext.rows.store.file import read_tables
 from learndrop_ext.rows.store.shared import list_rows
-from small_training import Net, data, epoch, parts, prefix_rows
+from small_training import Net, called, data, epoch, parts, prefix_rows
 
 
 class Counted(Dataset[Any]):
@@ -72,17 +73,19 @@ def once(reads: list[int]) -> bool:
     return 24 <= reads[0] <= 24 + PROBES and max(reads[1:]) <= PROBES
 
 
-def test_the_second_run_reads_each_sample_once_runs_no_dropped_layer_and_trains_the_same(tmp_path: Path) -> None:
+def test_the_second_run_reads_each_sample_once_makes_one_batch_of_rows_and_trains_the_same(tmp_path: Path) -> None:
     first, drop, reads = run(tmp_path)
     assert once(reads)
-    assert drop.history[1].fill_flops > 0
+    fill_flops = drop.history[1].fill_flops
+    assert fill_flops > 0
     (file,) = list_rows(tmp_path)
     assert (file.cut, file.samples, file.codec) == (2, 24, "fp32")
     for seed in (1, 2):
         again, drop, reads = run(tmp_path, seed=seed)
         assert (again == first) == (seed == 1)
         assert once(reads)
-        assert [record.fill_flops for record in drop.history] == [0] * 4
+        # The first of three batches is compared with the rows of the other run.
+        assert [record.fill_flops for record in drop.history] == [0, fill_flops // 3, 0, 0]
     assert list_rows(tmp_path)[0].name == file.name
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -116,8 +119,8 @@ def test_a_run_takes_labels_and_all_else_from_its_own_dataset(tmp_path: Path, ki
         drop, _ = begun(tmp_path, dataset)
         made_of = prefix_rows(drop, 2)
         for _ in range(3):
-            for rows, *rest in drop.loader:
-                drop.model(rows)
+            for x, *rest in drop.loader:
+                _, rows = called(drop, x)
                 ids = (rows[:, None] - made_of).abs().flatten(2).amax(2).argmin(1).tolist()
                 wanted = torch.utils.data.default_collate([dataset[i][1:] for i in ids])
                 assert str(rest) == str(wanted)
@@ -140,8 +143,8 @@ def test_a_fold_is_not_trained_on_the_samples_of_another(tmp_path: Path) -> None
             drop, _ = begun(tmp_path, Fold(Counted(), train))
             wanted = prefix_rows(drop, 2)[train]
             for _ in range(2):
-                for rows, _ in drop.loader:
-                    drop.model(rows)
+                for x, _ in drop.loader:
+                    _, rows = called(drop, x)
                     assert (rows[:, None] - wanted).abs().flatten(2).amax(2).amin(1).max() < 1e-5
                 drop.step()
             drop.close()
@@ -218,8 +221,10 @@ def test_rows_of_runs_that_drew_in_other_orders_keep_the_labels_of_their_samples
     assert (tmp_path / first).exists()
     got, drop, reads = run(tmp_path, drops={0: 1, 2: 2}, epochs=4)
     assert got == wanted
-    assert [record.fill_flops for record in drop.history] == [0] * 5
-    assert [read >= 24 for read in reads] == [True, False, True, False]
+    first, second = (costs.forward_flops(drop.chain[k : k + 1]) for k in (0, 1))
+    # One batch from images, one from the older rows.
+    assert [record.fill_flops for record in drop.history] == [0, 8 * first, 0, 8 * second, 0]
+    assert once(reads)
 
 
 def test_a_run_that_resumes_takes_shared_rows_and_reads_its_labels(tmp_path: Path) -> None:
@@ -259,21 +264,24 @@ def test_reading_labels_for_shared_rows_is_not_taken_for_a_slower_machine(
     run(tmp_path)
     drop, optimizer = begun(tmp_path, Counted())
     epoch(drop, optimizer)
-    assert (drop._rows.ledger[:2], drop._rows.relabelled) == ((0, 0), 24)
+    assert (drop._rows.counts[:2], drop.loader.relabelled) == ((8, 0), 16)
     modelled: list[float] = []
-    monkeypatch.setattr(drop.ledger.costs, "observe", lambda seconds, _: modelled.append(seconds))
-    drop.ledger.costs.image_seconds = 5.0
+    monkeypatch.setattr(drop._ledger._costs, "observe", lambda seconds, _: modelled.append(seconds))
+    drop._ledger._costs.measured = True
+    drop._ledger._costs.image_seconds = 5.0
     for read in (0, 24):
-        drop.ledger.observe(2, samples=24, made=0, read=read, seconds=1.0)
+        drop._ledger.observe(2, samples=24, made=0, read=read, seconds=1.0)
     assert modelled[1] - modelled[0] == pytest.approx(24 * 5.0)
     drop.step()
-    assert drop._rows.relabelled == 0
+    assert drop.loader.relabelled == 0
     drop.close()
 
 
 def test_a_checkpoint_within_the_epoch_that_fills_leaves_no_file_to_others(tmp_path: Path) -> None:
     drop, _ = begun(tmp_path, Counted())
-    next(iter(drop.loader))
+    x, _ = next(iter(drop.loader))
+    assert drop.state_dict()["rows_file"] is None
+    drop.model(x)
     assert drop.state_dict()["rows_file"] is None
     assert list_rows(tmp_path) == []
     drop.close()
@@ -308,17 +316,24 @@ def test_rows_of_other_images_are_seen_and_made_anew(tmp_path: Path) -> None:
     Other.__qualname__, Other.__module__ = Counted.__qualname__, Counted.__module__
     run(tmp_path)
     wanted, _, _ = run(tmp_path / "..", dataset=Other())
-    with pytest.warns(RuntimeWarning, match="the rows are computed again: the images of some samples"):
-        got, _, _ = run(tmp_path, dataset=Other())
+    (path,) = tmp_path.iterdir()
+    before = path.read_bytes()
+    with pytest.warns(RuntimeWarning, match=r"the shared rows are not used: shared-.*\.rows was made of other images"):
+        got, drop, reads = run(tmp_path, dataset=Other())
     assert got == wanted
+    assert once(reads)
+    assert drop.history[1].fill_flops > 0
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_run_beside_one_that_still_fills_makes_its_own_rows(tmp_path: Path) -> None:
     filling, _ = begun(tmp_path, Counted())
-    next(iter(filling.loader))
+    x, _ = next(iter(filling.loader))
+    filling.model(x)
+    other, other_optimizer = begun(tmp_path, Counted())
     with pytest.warns(RuntimeWarning, match="another run has been filling the shared rows"):
-        other, other_optimizer = begun(tmp_path, Counted())
-    assert len(epoch(other, other_optimizer)) == 3
+        assert len(epoch(other, other_optimizer)) == 3
     name = other.state_dict()["rows_file"]
     assert (tmp_path / name).exists()
     other.close()
@@ -327,4 +342,100 @@ def test_a_run_beside_one_that_still_fills_makes_its_own_rows(tmp_path: Path) ->
     filling.close()
     assert list_rows(tmp_path) == []
     run(tmp_path)
+    assert len(list_rows(tmp_path)) == 1
+
+
+def looped(folder: Path, divisor: float, autocast: bool = False) -> tuple[list[float], DropScheduler]:
+    """A run whose loop divides the images, and trains on halves of batches."""
+    drop, optimizer = begun(folder, Counted())
+    losses = []
+    for _ in range(3):
+        for x, y in drop.loader:
+            for images, labels in zip((x / divisor).split(4), y.split(4), strict=True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = torch.nn.functional.cross_entropy(drop.model(images).float(), labels)
+                loss.backward()
+                losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        drop.step()
+    assert drop._rows.cache is not None
+    assert drop._rows.cache.saved
+    drop.close()
+    return losses, drop
+
+
+def test_each_loop_and_autocast_has_rows_of_its_own(tmp_path: Path) -> None:
+    loops = [(2.0, False), (4.0, False), (4.0, True)]
+    first = [looped(tmp_path, *loop) for loop in loops]
+    assert len(list_rows(tmp_path)) == 3
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for loop, (losses, drop) in zip(loops, first, strict=True):
+        again, found = looped(tmp_path, *loop)
+        assert again == losses
+        assert 0 < found.history[1].fill_flops < drop.history[1].fill_flops
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
+def test_rows_come_in_the_memory_format_of_the_run_that_takes_them(tmp_path: Path) -> None:
+    run(tmp_path)
+    drop, optimizer = begun(tmp_path, Counted(), change=[lambda model: model.to(memory_format=torch.channels_last)])
+    epoch(drop, optimizer)
+    drop.step()
+    assert drop.history[1].fill_flops > 0
+    assert drop._rows.cache is not None
+    assert drop._rows.cache.saved
+    for x, _ in drop.loader:
+        _, rows = called(drop, x)
+        assert rows.is_contiguous(memory_format=torch.channels_last)
+        assert not rows.is_contiguous()
+    drop.close()
+
+
+class Photos(Dataset[Any]):
+    """Images with their numbers and, since a later version, more beside them."""
+
+    def __init__(self, ids: list[int], *more: float) -> None:
+        self.ids, self.more = ids, more
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"Photos({self.ids})"
+
+    def __getitem__(self, index: int) -> Any:
+        image = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(self.ids[index]))
+        return image, self.ids[index] % 5, self.ids[index], *self.more
+
+
+def test_cross_validation_trains_on_no_sample_of_its_own_fold(tmp_path: Path) -> None:
+    for fold in range(3):
+        held_out = set(range(8 * fold, 8 * fold + 8))
+        drop, optimizer = begun(tmp_path, Photos([i for i in range(24) if i not in held_out]))
+        for _ in range(3):
+            seen: set[int] = set()
+            for x, y, i in drop.loader:
+                output, rows = called(drop, x)
+                torch.nn.functional.cross_entropy(output, y).backward()
+                optimizer.step()
+                images = torch.stack([Photos([int(number)])[0][0] for number in i])
+                with torch.no_grad():
+                    torch.testing.assert_close(rows, drop.chain.prefix(2)(images))
+                seen |= set(i.tolist())
+            drop.step()
+            assert seen == set(range(24)) - held_out
+        drop.close()
+
+
+def test_a_dataset_that_gives_more_than_it_did_gives_all_of_it(tmp_path: Path) -> None:
+    for more in ((), (1.0,)):
+        drop, _ = begun(tmp_path, Photos(list(range(24)), *more))
+        for _ in range(3):
+            for batch in drop.loader:
+                drop.model(batch[0])
+                assert len(batch) == 3 + len(more)
+                assert [entry.tolist() for entry in batch[3:]] == [[1.0] * 8 for _ in more]
+            drop.step()
+        drop.close()
     assert len(list_rows(tmp_path)) == 1
