@@ -282,10 +282,10 @@ SPEAKERS = (
 #: What a variable at the beginning of a message stands for.
 SPEAKER_OF = {
     "checkpoint.py": ("…:", "DropScheduler.load_state_dict:"),
-    "lightning.py": ("… ", "LearnDropCallback: the Trainer must "),
 }
 SPEAKING = (
     *("scheduler.py", "checks.py", "ledger.py", "checkpoint.py", "guards.py", "data/*.py", "forward/*.py", "rows/rowset.py"),
+    "rows/store/rowfile.py",
     *("rows/config.py", "decide/policy.py", "decide/timing.py", "lightning.py"),
 )
 

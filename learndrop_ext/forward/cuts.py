@@ -193,12 +193,16 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attributes_preserved(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes of all modules on leaving. Of one that is a list, a dict, a set or an object with attributes,
-    what it holds is restored too."""
+def attributes_preserved(model: nn.Module, *, contents: bool = True) -> Iterator[None]:
+    """Restore the attributes of all modules on leaving.
+
+    contents: of an attribute that is a list, a dict, a set or an object with attributes, restore what it holds too. For 400
+        modules this takes about 25 ms, without it 1 ms.
+    """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    tables = [held for module in modules for held in map(_contents, vars(module).values()) if held is not None]
+    held_in = modules if contents else ()
+    tables = [held for module in held_in for held in map(_contents, vars(module).values()) if held is not None]
     copies = [copy.copy(held) for held in tables]
     try:
         yield

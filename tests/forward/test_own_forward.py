@@ -215,7 +215,7 @@ def in_place(model: Any, x: Tensor, age: Tensor) -> Any:
 
 
 def in_parts(model: Any, x: Tensor, age: Tensor) -> Any:
-    return torch.cat([model(part) for part in (x[:3], *x[3:].split(2))])
+    return torch.cat([model(part) for part in (x[:2], *x[2:].split(2))])
 
 
 def joined(model: Any, x: Tensor, age: Tensor) -> Any:
