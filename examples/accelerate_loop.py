@@ -68,11 +68,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
         policy=Fixed({2: 1, 4: 2}),  # without it: drop layers that have stopped learning
         epochs=options.epochs,
         cache=options.codec,
-        autocast={"fp16": torch.float16, "bf16": torch.bfloat16}.get(options.precision),
         # Not accelerator.prepare: a model wrapped before a drop would wait for the gradients of the dropped layers.
         wrap=DistributedDataParallel if several else None,
     )
-    trained = accelerator.prepare(optimizer)
+    prepared = accelerator.prepare(optimizer)
     accelerator.register_for_checkpointing(model, optimizer, drop)
     start = 0
     if options.resume:
@@ -88,13 +87,12 @@ def main(arguments: list[str] | None = None) -> list[float]:
         else:
             sampler.generator.manual_seed(epoch)
         for x, y in drop.loader:
-            with accelerator.accumulate(drop.model):
-                # accelerator.prepare would have wrapped the forward of the model in autocast.
+            with accelerator.accumulate(drop.model):  # the model itself, or DistributedDataParallel of its live part
                 with accelerator.autocast():
                     loss = nn.functional.cross_entropy(drop.model(x), y)
                 accelerator.backward(loss)
-                trained.step()
-                trained.zero_grad()
+                prepared.step()
+                prepared.zero_grad()
         record = drop.step()
         losses.append(loss.item())
         accelerator.print(

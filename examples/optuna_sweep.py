@@ -42,7 +42,7 @@ def fine_tune(
         for _ in range(epochs):
             model.train()
             for x, y in drop.loader:
-                loss = nn.functional.cross_entropy(drop.model(x), y)
+                loss = nn.functional.cross_entropy(model(x), y)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

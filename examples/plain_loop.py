@@ -40,8 +40,8 @@ def main() -> None:
     with DropScheduler(model, optimizer, loader, policy=policy, epochs=args.epochs) as drop:
         for epoch in range(1, args.epochs + 1):
             model.train()
-            for x, y in drop.loader:  # images, or cached outputs of the dropped layers
-                loss = nn.functional.cross_entropy(drop.model(x), y)
+            for x, y in drop.loader:  # images, or what stands for images that were not read
+                loss = nn.functional.cross_entropy(model(x), y)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -49,7 +49,6 @@ def main() -> None:
             record = drop.step()
             print(f"epoch {epoch}: {record.epoch_seconds:.2f} s, {record.prefix} layers dropped: {record.reason}")
 
-    # The model is whole again for evaluation and saving.
     model.eval()
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in make_loader(split.test, 256))

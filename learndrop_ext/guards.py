@@ -174,7 +174,7 @@ class ForwardProbe:
         still = without_benchmark(self._image.device, deterministic=True)
         dtype = self._autocast
         same = torch.autocast(self._image.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
-        with attributes_preserved(self._chain.model, contents=False), fork_rng(0), torch.no_grad(), still, same:
+        with attributes_preserved(self._chain.model, tables=False), fork_rng(0), torch.no_grad(), still, same:
             return row_at(self._chain, self._k, lambda: self._run(self._image.clone())).detach().clone()
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from learndrop_ext import DropScheduler
+from learndrop_ext.forward.images import Images
 
 
 class Net(nn.Module):
@@ -65,13 +66,15 @@ def called(drop: DropScheduler, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """What the model makes of a batch of `drop.loader`, and what its live layers got: the images, or after a drop the rows."""
     if not drop.prefix:
         return drop.model(x), x
-    rows: list[torch.Tensor] = []
-    cut = drop.chain[drop.prefix - 1].cut.module
-    hook = cut.register_forward_hook(lambda _, args, row: rows.append(row.detach().clone()))
-    try:
-        return drop.model(x), rows[-1]
-    finally:
-        hook.remove()
+    output = drop.model(x)
+    if not isinstance(x, Images):  # no rows are kept
+        with torch.no_grad():
+            return output, drop.chain.prefix(drop.prefix)(x)
+    level, at = drop._rows.locate(x.standing.ids)
+    if level == drop.prefix:
+        return output, drop._rows.gather(at, level).clone()
+    with torch.no_grad():  # no rows are kept
+        return output, drop.chain.prefix(drop.prefix)(x.read())
 
 
 class Jittered(Dataset[Any]):

@@ -131,7 +131,7 @@ def one_thread() -> Iterator[None]:
         pytest.param(
             page,
             id=page.name,
-            marks=[pytest.mark.filterwarnings(text) for text in IGNORED] if page.name.startswith(("lightning", "integrations")) else (),
+            marks=[pytest.mark.filterwarnings(text) for text in IGNORED] if page.name == "integrations.md" else (),
         )
         for page in PAGES
     ],
@@ -140,8 +140,9 @@ def test_every_python_block_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    if page.name.startswith(("lightning", "integrations")):
-        request.getfixturevalue("torchvision_stub")  # Lightning imports torchvision where it is installed
+    if page.name == "integrations.md":
+        request.getfixturevalue("pl")
+        request.getfixturevalue("transformers")
     names: dict[str, Any] = {}
     exec(PRELUDE, names)
     for block in blocks(page):
@@ -286,7 +287,7 @@ SPEAKER_OF = {
 SPEAKING = (
     *("scheduler.py", "checks.py", "ledger.py", "checkpoint.py", "guards.py", "data/*.py", "forward/*.py", "rows/rowset.py"),
     "rows/store/rowfile.py",
-    *("rows/config.py", "decide/policy.py", "decide/timing.py", "lightning.py"),
+    *("rows/config.py", "decide/policy.py", "decide/timing.py", "lightning.py", "huggingface.py"),
 )
 
 

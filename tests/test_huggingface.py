@@ -14,10 +14,7 @@ from torch.utils.data import Dataset
 from learndrop_ext import CacheConfig, Fixed
 from learndrop_ext.guards import PROBES
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator is found"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 #: Number of layers that are dropped after two and after three epochs, the modules in which they are, and one of these that
 #: stays live: dropout behind the last weights.

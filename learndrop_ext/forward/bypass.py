@@ -26,6 +26,14 @@ IMAGES = "the images of drop.loader"
 Keep = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class ReachedError(Exception):
+    """The forward has reached a cut, with a row [B, ...]."""
+
+    def __init__(self, row: torch.Tensor) -> None:
+        super().__init__()
+        self.row = row
+
+
 class Bypass:
     """Runs a model's own forward with its first layers frozen, or, given images that were not read, without them.
 
@@ -58,6 +66,7 @@ class Bypass:
         self._keep = keep
         self._watch = watch
         self._current: Images | None = None
+        self._ends = False  # whether the forward ends at the last cut
         self._traced: torch.Tensor | None = None
         self._around: tuple[nn.Module, ...] = ()
         self._live_again: list[dict[str, Any]] = []  # modules around the cut that were in train mode
@@ -125,6 +134,18 @@ class Bypass:
             self.hold_eval()
         if self._watch is not None:
             self._watch(images, True)
+
+    def row(self, call: Callable[[], Any]) -> torch.Tensor:
+        """Return the row with which the live layers begin when `call()` calls the model, kept on the way. The forward ends
+        there."""
+        self._ends = True
+        try:
+            call()
+        except ReachedError as reached:
+            return reached.row
+        finally:
+            self._ends = False
+        raise RuntimeError(f"drop.model: the forward must pass {self._cut(self.cuts[-1]).path}, and did not")
 
     def forget_calls(self) -> None:
         """Reset the number of training calls."""
@@ -253,6 +274,8 @@ class Bypass:
             x = row.clone(memory_format=torch.preserve_format) if self._cut(k).written else row
         if is_last:
             self._restore()
+        if is_last and self._ends:
+            raise ReachedError(x)
         if self.recorded.reentrant and not isinstance(x, Unread):
             x = x.detach().requires_grad_(torch.is_grad_enabled())
         return x

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from learndrop_ext.forward.bypass import IMAGES, Bypass, with_images
+from learndrop_ext.forward.bypass import IMAGES, Bypass, ReachedError, with_images
 from learndrop_ext.forward.cuts import Cut, Layer, Recorded, record_layers
 from learndrop_ext.forward.images import Images, Standing, form_of
 
@@ -134,25 +134,17 @@ class Suffix(_Part):
                 self._bypass.release()
 
 
-class _ReachedError(Exception):
-    """The forward has reached a cut."""
-
-    def __init__(self, row: Any) -> None:
-        super().__init__()
-        self.row = row
-
-
 def row_at(chain: Chain, k: int, call: Callable[[], Any]) -> torch.Tensor:
     """Return what arrives at cut k when `call()` calls the model. The forward ends there."""
     cut: Cut = chain[k - 1].cut
 
     def stop(row: Any) -> Any:
-        raise _ReachedError(row)
+        raise ReachedError(row)
 
     hook = cut.watch(stop)
     try:
         call()
-    except _ReachedError as reached:
+    except ReachedError as reached:
         row: torch.Tensor = reached.row
         return row
     finally:

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from learndrop_ext.cudnn import without_benchmark
-from learndrop_ext.forward.record import RANDOM, ModuleCall, Passing, Recording
+from learndrop_ext.forward.record import GIVEN, RANDOM, ModuleCall, Passing, Recording
 from learndrop_ext.rng import fork_rng
 
 
@@ -192,25 +192,29 @@ def preserved(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-@contextlib.contextmanager
-def attributes_preserved(model: nn.Module, *, contents: bool = True) -> Iterator[None]:
-    """Restore the attributes of all modules on leaving.
+#: Attributes that every module has.
+_TABLES = frozenset(vars(nn.Module()))
 
-    contents: of an attribute that is a list, a dict, a set or an object with attributes, restore what it holds too. For 400
-        modules this takes about 25 ms, without it 1 ms.
+
+@contextlib.contextmanager
+def attributes_preserved(model: nn.Module, *, tables: bool = True) -> Iterator[None]:
+    """Restore the attributes of all modules on leaving. Of one that is a list, a dict, a set or an object with attributes,
+    what it holds is restored too.
+
+    tables: torch's own tables of parameters, buffers, modules and hooks too. For 400 modules that takes about 20 ms.
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    held_in = modules if contents else ()
-    tables = [held for module in held_in for held in map(_contents, vars(module).values()) if held is not None]
-    copies = [copy.copy(held) for held in tables]
+    values = (v for module in modules for name, v in vars(module).items() if tables or name not in _TABLES)
+    holders = [held for held in map(_contents, values) if held is not None]
+    copies = [copy.copy(held) for held in holders]
     try:
         yield
     finally:
         for module, before in zip(modules, attributes, strict=True):
             vars(module).clear()
             vars(module).update(before)
-        for held, content in zip(tables, copies, strict=True):
+        for held, content in zip(holders, copies, strict=True):
             held.clear()
             held.extend(content) if isinstance(held, list) else held.update(content)
 
@@ -270,12 +274,13 @@ def _candidates(recording: Recording, model: nn.Module, samples: int) -> Iterato
     alive, shared = recording.alive(), recording.shared(learning)
     weighted = sorted(when for name, uses in recording.uses.items() if _is_weight(model, name) for when in uses)
     noise = recording.uses.get(RANDOM, [])
+    met = min(recording.uses.get(GIVEN, ()), default=recording.now + 1)  # rows depend on the images alone
     often = Counter(call.module for call in recording.calls)
     for call in recording.calls:
         if call.module is model or often[call.module] > 1 or isinstance(call.module, torch.jit.ScriptModule):
             continue
         for passing in (call.entry, call.exit):
-            if passing is None or passing.at > recording.escape or alive[passing.at] != 1 or shared[passing.at]:
+            if passing is None or passing.at > min(recording.escape, met - 1) or alive[passing.at] != 1 or shared[passing.at]:
                 continue
             form, at = passing.form, passing.at
             gap = bisect_right(weighted, at)
@@ -318,7 +323,7 @@ def _name(weights: Sequence[str]) -> str:
 
 def _is_weight(model: nn.Module, name: str) -> bool:
     """Whether a parameter is more than one value per channel, and not of a norm."""
-    if name == RANDOM:
+    if name in (RANDOM, GIVEN):
         return False
     parameter = model.get_parameter(name)
     owner = model.get_submodule(name.rpartition(".")[0])

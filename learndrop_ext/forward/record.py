@@ -24,6 +24,8 @@ from learndrop_ext.forward.images import Form, form_of
 
 #: Stands for random numbers among the names of parameters.
 RANDOM = "random numbers"
+#: Stands for the tensors that the model is given beside the images.
+GIVEN = "the model's other inputs"
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Recording(TorchDispatchMode):
         self._names = {module: name for name, module in model.named_modules()}
         self._stack: list[ModuleCall] = []
         # storage -> names of the parameters that a value which is not of the images was computed from
+        self._model = model
         self._from: dict[int, frozenset[str]] = defaultdict(frozenset)
         for name, parameter in model.named_parameters():
             self._from[_storage(parameter)] |= {name}
@@ -101,7 +104,8 @@ class Recording(TorchDispatchMode):
 
     def run(self, call: Callable[[], Any]) -> None:
         """Record `call()`, which calls the model."""
-        hooks = [register_module_forward_pre_hook(self._begin), register_module_forward_hook(self._end)]
+        hooks: list[Any] = [register_module_forward_pre_hook(self._begin), register_module_forward_hook(self._end)]
+        hooks.append(self._model.register_forward_pre_hook(self._note_given, with_kwargs=True))
         try:
             with self:
                 out = call()
@@ -113,6 +117,11 @@ class Recording(TorchDispatchMode):
         if self.escape < 0:
             self.escape = self.now
         self.storing = frozenset(module for module in self._names if self._stores(module))
+
+    def _note_given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for tensor in tensors_of((args, kwargs)):
+            if not self._is_of_images(tensor):
+                self._from[_storage(tensor)] |= {GIVEN}
 
     def alive(self) -> list[int]:
         """Return how many storages of the images are needed later, after each number of operations: [now + 1]."""

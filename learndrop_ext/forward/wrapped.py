@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from learndrop_ext.forward.bypass import IMAGES, Bypass, images_in
-from learndrop_ext.forward.chain import Chain, Suffix, row_at
+from learndrop_ext.forward.chain import Chain, Suffix
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -57,7 +57,7 @@ class WrappedModel(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model, chain, bypass = self._held
+        model, _, bypass = self._held
         images = images_in(args, kwargs)
         if not bypass.cuts:
             return self.body(*args, **kwargs)
@@ -68,7 +68,7 @@ class WrappedModel(nn.Module):
             bypass.check(images)
             row = images.standing.rows
         else:
-            row = row_at(chain, k, lambda: model(*args, **kwargs))
+            row = bypass.row(lambda: model(*args, **kwargs))
         if not kwargs and len(args) == 1 and args[0] is images:  # for a wrapper that takes one argument
             return self.body(row)
         args, kwargs = pytree.tree_map(lambda a: IMAGES if a is images else a, (args, kwargs))

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,5 +36,25 @@ def test_optuna_sweep() -> None:
     assert re.search(r"^trial 1: +\d+\.\d\d s\ntrials 2 to 3 +\d+\.\d\d s each$", printed, re.MULTILINE)
 
 
+def test_huggingface_trainer(transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process, whose transformers can import torchvision."""
+    spec = importlib.util.spec_from_file_location("huggingface_trainer", EXAMPLES / "huggingface_trainer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+
+    def dropped(*options: str) -> list[int]:
+        example.main(["--toy", "--out", str(tmp_path), *options])
+        printed = capsys.readouterr().out
+        assert re.search(r"^test accuracy: \d+\.\d %$", printed, re.MULTILINE)
+        return [int(k) for k in re.findall(r"^epoch \d: [\d.]+ s, (\d) layers dropped: ", printed, re.MULTILINE)]
+
+    assert dropped("--epochs", "2") == [2, 2]
+    assert dropped("--epochs", "3", "--resume") == [2, 2, 2]
+
+
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"plain_loop", "accelerate_loop", "optuna_sweep"}
+    """accelerate_loop: tests/test_accelerate.py."""
+    known = {"plain_loop", "accelerate_loop", "huggingface_trainer", "optuna_sweep"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == known

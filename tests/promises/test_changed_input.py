@@ -89,7 +89,6 @@ REFUSED: dict[str, Change] = {
     "mixup": lambda x: 0.7 * x + 0.3 * x[torch.randperm(len(x))],
     "roll": lambda x: x.roll(1, 0),
     "a shuffled batch": lambda x: x[torch.randperm(len(x))],
-    "every second one": lambda x: x[::2],
     "a crop": lambda x: nn.functional.pad(x[..., 1:-1, 1:-1], [1, 1, 1, 1]),
     "a mask": lambda x: torch.where(torch.rand(8, 8) < 0.5, x, torch.zeros(())),
     "the batch's mean": lambda x: x - x.mean(),
@@ -255,7 +254,7 @@ def test_gradient_accumulation_over_slices_of_a_batch_works() -> None:
     assert accuracy(run.model, lambda x: x - 0.5) > 0.95
     got = torch.cat([rows_of(x) for x, _ in run.drop.loader])
     with torch.no_grad():
-        rows = run.model[:6].eval()(quarters().tensors[0] - 0.5)
+        rows = run.model[:6].eval()(quarters().tensors[0] - 0.5).reshape(COUNT, *got.shape[1:])
     order = torch.cdist(got.flatten(1), rows.flatten(1)).argmin(1)
     assert len(order.unique()) == COUNT
     torch.testing.assert_close(got, rows[order])

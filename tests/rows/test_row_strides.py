@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,27 +27,33 @@ class Permuted(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A vision transformer of any image size."""
+    """A vision transformer of any image size: a class token beside the patches, which are viewed as tokens."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch, self.token, self.fc = Permuted(), nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 10)
+        self.token, self.fc = nn.Parameter(torch.randn(1, 1, 8)), nn.Linear(8, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.patch(x)
         token = self.token.expand(len(x), -1, -1)
         return self.fc(torch.cat([token, x.view(len(x), -1, 8)], 1).mean(1))
 
 
 class Back(nn.Module):
-    """Patches that are permuted back, which view() takes from the strides of their memory only."""
+    """Permutes the patches back, where only the strides that they had can be viewed."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.patch, self.fc = Permuted(), nn.Linear(128, 10)
+        self.fc = nn.Linear(128, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.patch(x).permute(0, 3, 1, 2).view(len(x), 128))
+        return self.fc(x.permute(0, 3, 1, 2).view(len(x), 128))
+
+
+class Patches(nn.Sequential):
+    """Patches, and what is made of them."""
+
+    def __init__(self, head: type[nn.Module]) -> None:
+        super().__init__(Permuted(), head())
 
 
 class Digits(nn.Module):
@@ -63,8 +70,12 @@ class Digits(nn.Module):
         return self.fc(x.view(-1, 320))
 
 
-# model, number of dropped layers, their modules
-MODELS = [(Tokens, 1, ["patch"]), (Back, 1, ["patch"]), (Digits, 2, ["conv1", "conv2"])]
+# model, its dropped modules, strides of a row
+MODELS: list[tuple[Callable[[], nn.Module], list[str], tuple[int, ...]]] = [
+    (lambda: Patches(Tokens), ["0"], (4, 1, 16)),
+    (lambda: Patches(Back), ["0"], (4, 1, 16)),
+    (Digits, ["conv1", "conv2"], (64, 8, 1)),
+]
 
 
 def parts(model: nn.Module) -> tuple[torch.optim.Optimizer, DataLoader[Any]]:
@@ -86,22 +97,26 @@ def trained(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Any, *, 
 
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16", "uint8"])
-@pytest.mark.parametrize(("kind", "k", "dropped"), MODELS)
-def test_a_forward_may_view_its_rows(kind: type[nn.Module], k: int, dropped: list[str], codec: str) -> None:
+@pytest.mark.parametrize(("make", "dropped", "strides"), MODELS)
+def test_a_forward_may_view_its_rows(
+    make: Callable[[], nn.Module], dropped: list[str], strides: tuple[int, ...], codec: str
+) -> None:
     torch.manual_seed(0)
-    model = kind()
+    model = make()
     by_hand = copy.deepcopy(model)
     for name in dropped:
         by_hand.get_submodule(name).requires_grad_(False)
     optimizer, loader = parts(by_hand)
     wanted = [trained(by_hand, optimizer, loader) for _ in range(3)]
     optimizer, loader = parts(model)
-    with DropScheduler(model, optimizer, loader, policy=Fixed({0: k}), cache=codec) as drop:
+    with DropScheduler(model, optimizer, loader, policy=Fixed({0: len(dropped)}), cache=codec) as drop:
         got = []
         for turn in range(3):
             got.append(trained(model, optimizer, drop.loader, halves=turn == 2))
             drop.step()
         assert [record.fill_flops > 0 for record in drop.history] == [False, True, False, False]
+        assert drop._rows.cache is not None
+        assert drop._rows.cache.gather(torch.arange(2)).stride()[1:] == strides
     if codec == "fp32":
         assert got == wanted
     torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=0.02, atol=0.02)
