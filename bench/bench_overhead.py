@@ -21,6 +21,7 @@ Prints one JSON record per line, suite "overhead":
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -153,8 +154,8 @@ def batch_of_rows(epochs: int, codec: str) -> dict[str, Any]:
 
 #: Networks whose last layer alone is live: name, image size, how it is made.
 DEEP: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "resnet50": (64, lambda: build_model("resnet50", num_classes=10, in_channels=3, stem="imagenet", seed=0)),
     "tf_efficientnet_lite0": (96, lambda: _timm("tf_efficientnet_lite0")),
-    "resnet50": (64, lambda: _timm("resnet50")),
 }
 
 
@@ -165,10 +166,9 @@ def _timm(name: str) -> nn.Module:
     return model
 
 
-def step_on_rows(name: str, batch: int, epochs: int, device: str) -> dict[str, Any]:
+def step_on_rows(name: str, batch: int, epochs: int, device: str, steps: int = 40) -> dict[str, Any]:
     """A step of which all layers but the last are dropped, beside the same layer fed by index_select from a tensor."""
     size, make = DEEP[name]
-    steps = 40
     count = batch * steps
     model = make().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -180,7 +180,8 @@ def step_on_rows(name: str, batch: int, epochs: int, device: str) -> dict[str, A
     model.train()
     train(drop.loader, model, optimizer)  # keeps the rows
     live = drop.chain.suffix(layers - 1)
-    head: nn.Module = model.get_classifier()  # type: ignore[operator, assignment]
+    classifier: Any = model.fc if hasattr(model, "fc") else model.classifier
+    head = nn.Sequential(nn.Flatten(), classifier)
     beside = torch.optim.SGD(live.parameters(), lr=0.01, momentum=0.9)
     shape = drop.chain[layers - 2].shape
     assert shape is not None
@@ -258,10 +259,21 @@ class _Repeated(torch.utils.data.Dataset[Any]):
         return self._data[index % len(self._data)]
 
 
-def deep(epochs: int, device: str) -> None:
+def _is_there(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except (ImportError, RuntimeError):  # torchvision beside a torch of another build raises the latter
+        return False
+    return True
+
+
+def deep(epochs: int, device: str, steps: int) -> None:
     for name in DEEP:
+        if name != "resnet50" and not _is_there("timm"):
+            print(f"{name}: not measured, timm is not there", file=sys.stderr)
+            continue
         for batch in (32, 256):
-            print(json.dumps(step_on_rows(name, batch, epochs, device)), flush=True)
+            print(json.dumps(step_on_rows(name, batch, epochs, device, steps)), flush=True)
 
 
 def keep_memory() -> None:
@@ -276,6 +288,7 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=20.0, help="what a training step should take (default: 20)")
     parser.add_argument("--epochs", type=int, default=16, help="pairs of epochs (default: 16)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--steps", type=int, default=40, help="in an epoch of steps on rows (default: 40)")
     parser.add_argument("--step-on-rows", action="store_true", help="measure the step on rows alone")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the step on rows (default: cpu)")
     args = parser.parse_args()
@@ -283,12 +296,12 @@ def main() -> None:
         parser.error("--device is for --step-on-rows, the rest runs on the CPU")
     torch.set_num_threads(args.threads)
     if args.step_on_rows:
-        deep(args.epochs, args.device)
+        deep(args.epochs, args.device, args.steps)
         return
     print(json.dumps(never_drops(args.step_ms, args.epochs)), flush=True)
     for codec in ("fp32", "fp16", "uint8"):
         print(json.dumps(batch_of_rows(args.epochs, codec)), flush=True)
-    deep(args.epochs, "cpu")
+    deep(args.epochs, "cpu", args.steps)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ case $stage in
     wait "$tests_process" || failed=1
     step host-time 60 "$python" bench/host_time.py --device "$device" --out "$OUT/host_time.json"
     step step-on-rows 60 "$python" bench/bench_overhead.py --step-on-rows --device "$device" \
-      --epochs "$([ -n "$toy" ] && echo 1 || echo 8)"
+      --epochs "$([ -n "$toy" ] && echo 1 || echo 8)" --steps "$([ -n "$toy" ] && echo 3 || echo 40)"
     ;;
   kernels)
     suites=("$python" -m pytest -q -p no:cacheprovider -n 0 -W default --benchmark-only --benchmark-save-data)

@@ -57,6 +57,8 @@ class FrozenTensors:
         )
         for parameter in chain.parameters(0, k):
             parameter.grad = None
+        self._turn = 0
+        self._turns: list[tuple[list[torch.Tensor], list[int]]] = []
         self.accept()
 
     def accept(self) -> None:

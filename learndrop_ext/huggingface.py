@@ -43,8 +43,9 @@ class _Loader(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         self.end()
-        self.epoch = iter(self.drop.loader)
-        return self.epoch
+        epoch: Iterator[Any] = iter(self.drop.loader)
+        self.epoch = epoch
+        return epoch
 
     @property
     def dataset(self) -> _Loader:

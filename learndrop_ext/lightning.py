@@ -36,7 +36,10 @@ class _Loader:
     """The Trainer's loader: the user's and, once there is a scheduler, `drop.loader`."""
 
     def __init__(self, source: Any) -> None:
-        self._source, self._user, self._drop, self._epoch = source, None, None, None
+        self._source = source
+        self._user: Any = None
+        self._drop: DropScheduler | None = None
+        self._epoch: Any = None
 
     def __getattr__(self, name: str) -> Any:
         if name not in FORWARDED:

@@ -63,7 +63,7 @@ def epoch(drop: DropScheduler, optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 def called(drop: DropScheduler, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """What the model makes of a batch of `drop.loader`, and what its live layers got: the images, or after a drop the rows."""
+    """What the model makes of a batch of `drop.loader`, and what its live layers got: images, or after a drop rows."""
     if not drop.prefix:
         return drop.model(x), x
     output = drop.model(x)

@@ -285,7 +285,16 @@ SPEAKER_OF = {
     "checkpoint.py": ("…:", "DropScheduler.load_state_dict:"),
 }
 SPEAKING = (
-    *("scheduler.py", "checks.py", "ledger.py", "checkpoint.py", "guards.py", "data/*.py", "forward/*.py", "rows/rowset.py"),
+    *(
+        "scheduler.py",
+        "checks.py",
+        "ledger.py",
+        "checkpoint.py",
+        "guards.py",
+        "data/*.py",
+        "forward/*.py",
+        "rows/rowset.py",
+    ),
     "rows/store/rowfile.py",
     *("rows/config.py", "decide/policy.py", "decide/timing.py", "lightning.py", "huggingface.py"),
 )

@@ -49,7 +49,7 @@ def train_by_hand(
             chain.prefix(prefix).eval()
         for x, y in loader:
             with torch.no_grad():
-                rows = (chain.prefix(prefix)(x) if prefix else x)
+                rows = chain.prefix(prefix)(x) if prefix else x
             loss = nn.functional.cross_entropy((chain.suffix(prefix)(rows) if prefix else model(x)), y)
             optimizer.zero_grad()
             loss.backward()

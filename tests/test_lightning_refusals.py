@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.filterwarnings(text) for text in IGNORED]
 def test_a_step_that_leaves_the_network_alone_is_refused(pl: Any) -> None:
     module = classifier(pl)
     module.training_step = lambda batch, batch_idx: module.net.fc.weight.sum()
-    with pytest.raises(RuntimeError, match=r"wanted the model to be trained on drop.loader's batches, got no call of it"):
+    with pytest.raises(
+        RuntimeError, match=r"wanted the model to be trained on drop.loader's batches, got no call of it"
+    ):
         trainer(pl, callback()).fit(module, loader())
     assert all("forward" not in vars(child) for child in module.modules())
 

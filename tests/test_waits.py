@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from small_training import parts
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learndrop_ext import DropScheduler, Fixed
+from small_training import parts
 
 ATEN = torch.ops.aten
 WAITING = {ATEN._local_scalar_dense, ATEN.nonzero, ATEN.equal, ATEN._unique2, ATEN.unique_consecutive, ATEN.is_nonzero}
@@ -60,7 +60,9 @@ def test_a_step_on_rows_looks_at_no_value_of_the_batch(codec: str) -> None:
             optimizer.step()
             x, y = next(batches)
     # Ids and places are on the CPU on every machine; batches, rows and weights are on the device.
-    where = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), y, *drop._extras._stacks[1:])}
+    where = {
+        t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), y, *drop._extras._stacks[1:])
+    }
     for name, tensors in waits.found:
         for tensor in tensors:
             assert not tensor.is_floating_point(), name

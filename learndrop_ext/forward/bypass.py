@@ -378,7 +378,7 @@ def _has_hooks(module: nn.Module) -> bool:
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images | None:
     """Return the images among the arguments of a call."""
     found = next((a for a in (*args, *kwargs.values()) if type(a) is Images), None)
-    return first_of(Images, (args, kwargs)) if found is None else found  # type: ignore[no-any-return]
+    return first_of(Images, (args, kwargs)) if found is None else found
 
 
 def with_images(images: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

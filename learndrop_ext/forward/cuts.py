@@ -167,11 +167,11 @@ def _reentrant_checkpoints() -> Iterator[list[None]]:
         found.append(None)
         return forward(*args)
 
-    CheckpointFunction.forward = staticmethod(note)
+    CheckpointFunction.forward = staticmethod(note)  # type: ignore[method-assign, assignment]
     try:
         yield found
     finally:
-        CheckpointFunction.forward = staticmethod(forward)
+        CheckpointFunction.forward = staticmethod(forward)  # type: ignore[method-assign, assignment]
 
 
 @contextlib.contextmanager
@@ -280,7 +280,9 @@ def _candidates(recording: Recording, model: nn.Module, samples: int) -> Iterato
         if call.module is model or often[call.module] > 1 or isinstance(call.module, torch.jit.ScriptModule):
             continue
         for passing in (call.entry, call.exit):
-            if passing is None or passing.at > min(recording.escape, met - 1) or alive[passing.at] != 1 or shared[passing.at]:
+            if passing is None or passing.at > min(recording.escape, met - 1):
+                continue
+            if alive[passing.at] != 1 or shared[passing.at]:
                 continue
             form, at = passing.form, passing.at
             gap = bisect_right(weighted, at)

@@ -262,7 +262,7 @@ def test_a_loss_on_a_wrapped_model_that_uses_what_dropped_layers_leave_is_seen(l
             try:
                 loss = loss + 0.01 * features.square().mean()
             except RuntimeError as error:
-                assert "output of a dropped layer (0.conv)" in str(error)
+                assert "output of a dropped layer (0.conv)" in str(error)  # noqa: PT017
                 seen = True
             # A compiler has no tensors without values.
             seen = seen or bool(loss.isnan())

@@ -114,7 +114,9 @@ def test_a_batch_that_the_loop_makes_another_one_of_is_refused_at_once(change: C
 def test_the_operation_that_is_refused_is_named() -> None:
     run = Run().epochs(2)
     x, _ = next(iter(run.drop.loader))
-    with pytest.raises(RuntimeError, match=r"flip would have to see 64 values of each sample; move it into the dataset"):
+    with pytest.raises(
+        RuntimeError, match=r"flip would have to see 64 values of each sample; move it into the dataset"
+    ):
         x.flip(-1)
 
 

@@ -52,7 +52,8 @@ def test_the_best_checkpoint_restored_in_mid_epoch_is_refused_by_name() -> None:
 @pytest.mark.parametrize("name", ["0.weight", "3.bias", "4.running_var", "4.num_batches_tracked"])
 def test_one_tensor_that_is_written_to_in_mid_epoch_is_refused_by_name(name: str) -> None:
     run = Run(Long()).epochs(3)
-    with pytest.raises(RuntimeError, match=rf"those of {'0' if name[0] == '0' else '3'} have changed since its rows"):
+    said = rf"those of {'0' if name[0] == '0' else '3'} have changed since its rows"
+    with pytest.raises(RuntimeError, match=said):  # noqa: PT012
         for i, (x, y) in enumerate(run.drop.loader):
             run.train_step(x, y)
             if i == 4:
