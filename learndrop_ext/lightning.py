@@ -51,8 +51,9 @@ class _Loader:
 
     def __iter__(self) -> Iterator[Any]:
         self.end()
-        self._epoch = self._batches()
-        return self._epoch
+        epoch = self._batches()
+        self._epoch = epoch
+        return epoch
 
     def _batches(self) -> Iterator[Any]:
         # Runs from the first batch on: an iterator may have been asked for before there was a scheduler.

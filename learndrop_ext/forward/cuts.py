@@ -161,17 +161,17 @@ def record_layers(model: nn.Module, call: Callable[[], Any], image: torch.Tensor
 def _reentrant_checkpoints() -> Iterator[list[None]]:
     """Give a list to which each reentrant checkpoint inside adds an entry."""
     found: list[None] = []
-    forward = CheckpointFunction.forward
+    forward: Any = CheckpointFunction.forward
 
     def note(*args: Any) -> Any:
         found.append(None)
         return forward(*args)
 
-    CheckpointFunction.forward = staticmethod(note)  # type: ignore[method-assign, assignment]
+    CheckpointFunction.forward = staticmethod(note)  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        CheckpointFunction.forward = staticmethod(forward)  # type: ignore[method-assign, assignment]
+        CheckpointFunction.forward = staticmethod(forward)  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -89,10 +89,12 @@ def code_digest(modules: Iterable[nn.Module], around: Iterable[nn.Module] = ()) 
         around: modules that run both dropped layers and others. Any of their methods may be a part of their forward.
     """
     digest = hashlib.sha256()
-    inside = [(inner, [type(inner).forward]) for outer in modules for inner in outer.modules()]
+    inside: list[tuple[nn.Module, list[Any]]] = [
+        (inner, [type(inner).forward]) for outer in modules for inner in outer.modules()
+    ]
     for module, parts in [*inside, *((outer, _own_classes(outer)) for outer in around)]:
         try:
-            code = "".join(map(inspect.getsource, parts))
+            code = "".join(inspect.getsource(part) for part in parts)
         except (OSError, TypeError):
             code = ""
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
