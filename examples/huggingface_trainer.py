@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
         learning_rate=1e-3 if args.toy else 5e-5,
         save_strategy="epoch",
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
     )

@@ -70,6 +70,8 @@ def called(drop: DropScheduler, x: torch.Tensor) -> tuple[Any, torch.Tensor]:
     if not isinstance(x, Images):  # no rows are kept
         with torch.no_grad():
             return output, drop.chain.prefix(drop.prefix)(x)
+    if x.pixels is None and x.standing.at == drop.prefix:
+        return output, x.standing.rows.clone()
     level, at = drop._rows.locate(x.standing.ids)
     if level == drop.prefix:
         return output, drop._rows.gather(at, level).clone()
