@@ -36,6 +36,7 @@ def test_optuna_sweep() -> None:
     assert re.search(r"^trial 1: +\d+\.\d\d s\ntrials 2 to 3 +\d+\.\d\d s each$", printed, re.MULTILINE)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator is found")
 def test_huggingface_trainer(transformers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In this process, whose transformers can import torchvision."""
     spec = importlib.util.spec_from_file_location("huggingface_trainer", EXAMPLES / "huggingface_trainer.py")
