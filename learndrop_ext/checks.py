@@ -25,6 +25,17 @@ from learndrop_ext.rows.rowset import RowSet
 HOLDERS: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Callable[[], Any]]] = weakref.WeakKeyDictionary()
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of all parameters of a model. Raises TypeError or ValueError for what is no such model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"DropScheduler: model must be a torch.nn.Module, got {type(model).__name__}")
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "no parameters"
+        raise ValueError(f"DropScheduler: model must have its parameters on one device, got {found}")
+    return devices.pop()
+
+
 def check_free(model: nn.Module, but: object = None) -> None:
     """Raise ValueError if a scheduler other than `but` has dropped layers of the model."""
     holder, release = HOLDERS.get(model, (None, None))

@@ -6,9 +6,11 @@ with a warning. What must not happen at all is a RuntimeError.
 
 from __future__ import annotations
 
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,77 +19,69 @@ from torch import nn
 from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, some_of, to_device
 from learndrop_ext.data.source import Source
-from learndrop_ext.forward.chain import Chain, row_at
-from learndrop_ext.forward.cuts import attributes_preserved
-from learndrop_ext.forward.images import Constant, Images, Operation, Standing
+from learndrop_ext.forward.bypass import Bypass
+from learndrop_ext.forward.chain import Chain
+from learndrop_ext.forward.images import Constant, Images, Operation, Standing, Trace, form_of
 from learndrop_ext.ops.digests import TensorDigests
+from learndrop_ext.preserve import attributes_preserved
 from learndrop_ext.rng import fork_rng
+from learndrop_ext.rows.plan import lengthened
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.rows.slots import filled_at
 from learndrop_ext.rows.store.fingerprint import weights_digest
 
 #: Samples that are read again at each epoch.
 PROBES = 4
-#: Steps in which the version counters of all frozen tensors are read once: reading those of the 294 of EfficientNet-Lite0
-#: takes about 40 us.
-TURNS = 8
+#: Frozen tensors whose version counters are read at each step, others at the next one: reading those of the 294 of
+#: EfficientNet-Lite0 takes about 40 us.
+EACH_STEP = 32
+#: Values of each frozen tensor, and a few more, that are compared when an epoch begins. All are when it ends.
+HEAD = 1024
 #: How often they are read if the dataset is random. An entry that changes with p = 0.5 passes for constant if 3 further
 #: readings of 4 samples do not change it: once in 2^12 times.
 READINGS = 4
 
 
 class FrozenTensors:
-    """The parameters and buffers of the dropped layers.
-
-    Args:
-        chain: the layers.
-        k: number of dropped layers.
-        modules: the modules that only they run.
-        optimizer: the user's optimizer.
-    """
+    """The parameters and buffers of the first k layers, as they were when their rows were computed."""
 
     def __init__(self, chain: Chain, k: int, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
         self._chain, self._k, self._modules = chain, k, tuple(modules)
-        self._slots = _slots(chain, k, self._modules)
         held = held_by(optimizer)
-        self._asleep = tuple(  # parameters that did not train when they were dropped, with their requires_grad
-            (layer, owner, name, owner[name].requires_grad)
-            for layer, owner, name in self._slots
-            if isinstance(owner[name], nn.Parameter) and not (owner[name].requires_grad and id(owner[name]) in held)
-        )
+        self._asleep = [  # parameters that did not train when they were dropped, with their requires_grad
+            (slot, slot.tensor.requires_grad)
+            for slot in _slots(chain, k, self._modules)
+            if isinstance(slot.tensor, nn.Parameter) and not (slot.tensor.requires_grad and id(slot.tensor) in held)
+        ]
         for parameter in chain.parameters(0, k):
             parameter.grad = None
-        self._turn = 0
-        self._turns: list[tuple[list[torch.Tensor], list[int]]] = []
         self.accept()
 
     def accept(self) -> None:
         """Accept the values as they are now."""
         self._slots = _slots(self._chain, self._k, self._modules)
-        self._watched = self._tensors()
-        self._digests = TensorDigests(self._watched)
-        self._accepted: list[int] = self._digests.measure().tolist()
-        self._note_writes()
+        self._follow([slot.tensor for slot in self._slots])
+        self._accepted = self._digests.measure().tolist()
 
     def changed_layer(self, *, values: bool = True) -> str | None:
         """Return the name of the first layer with other values than those accepted, or None.
 
-        values: compare all values, and not only those of tensors that were written to, other than through `.data`, or
-            replaced.
+        values: compare all values, and not only the first ones of each tensor, and those of tensors that were written to,
+            other than through `.data`, or replaced.
         """
-        if not values and self._untouched():
+        tensors = [slot.tensor for slot in self._slots]
+        if (gone := next((slot for slot, t in zip(self._slots, tensors, strict=True) if t is None), None)) is not None:
+            return gone.layer
+        same = all(map(operator.is_, tensors, self._watched))
+        if not values and same and self._is_untouched():
             return None
-        tensors = self._tensors()
-        if len(tensors) != len(self._slots):
-            return next(layer for layer, owner, name in self._slots if not isinstance(owner.get(name), torch.Tensor))
-        if any(now is not before for now, before in zip(tensors, self._watched, strict=True)):
-            self._watched, self._digests = tensors, TensorDigests(tensors)
+        if not same:
+            self._follow(tensors)
         now = self._digests.measure().tolist()
-        if now != self._accepted:
-            at = next(i for i, (one, other) in enumerate(zip(now, self._accepted, strict=True)) if one != other)
-            return self._slots[at][0]
-        self._note_writes()
-        return None
+        changed = next((i for i, pair in enumerate(zip(now, self._accepted, strict=True)) if pair[0] != pair[1]), None)
+        if changed is None:
+            self._note_writes()
+        return None if changed is None else self._slots[changed].layer
 
     def check_step(self) -> None:
         """Raise RuntimeError, naming the layer, if a value was written to since the rows were computed.
@@ -95,89 +89,115 @@ class FrozenTensors:
         Compares the version counters of some of the tensors, as it runs at each step: others at the next one. Writes through
         `.data` are found by `changed_layer`.
         """
-        self._turn = (self._turn + 1) % TURNS
+        self._turn = (self._turn + 1) % len(self._turns)
         watched, versions = self._turns[self._turn]
-        if [tensor._version for tensor in watched] == versions:
+        if [tensor._version for tensor in watched] == versions or (layer := self.changed_layer()) is None:
             return
-        layer = self.changed_layer()
-        if layer is not None:
-            raise RuntimeError(
-                f"drop.loader: the weights and buffers of the dropped layers must stay as they are, and those of {layer} "
-                "have changed since its rows were computed; change them between epochs, when rows are computed again, or "
-                "call drop.undrop() first, or exclude the dropped layers from what changes them (weight decay by hand, "
-                "averaging, a loaded checkpoint, a second optimizer)"
-            )
+        raise RuntimeError(
+            f"drop.loader: the weights and buffers of the dropped layers must stay as they are, and those of {layer} have "
+            "changed since its rows were computed; change them between epochs, when rows are computed again, or call "
+            "drop.undrop() first, or exclude the dropped layers from what changes them (weight decay by hand, averaging, a "
+            "loaded checkpoint, a second optimizer)"
+        )
 
     def check_asleep(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise RuntimeError if a parameter of a dropped layer that did not train has been set to train."""
         held = held_by(optimizer)
-        for layer, owner, name, asked in self._asleep:
-            parameter = owner.get(name)
+        for slot, asked in self._asleep:
+            parameter = slot.tensor
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad and (not asked or id(parameter) in held):
                 raise RuntimeError(
-                    f"drop.loader: the parameters of {layer} have been set to train (by requires_grad or by adding them to "
-                    "the optimizer), but the layer is dropped: call drop.undrop() to train all layers, or leave them as "
-                    "they were"
+                    f"drop.loader: the parameters of {slot.layer} have been set to train (by requires_grad or by adding "
+                    "them to the optimizer), but the layer is dropped: call drop.undrop() to train all layers, or leave "
+                    "them as they were"
                 )
+
+    def _follow(self, tensors: list[torch.Tensor]) -> None:
+        self._watched, self._digests = tensors, TensorDigests(tensors)
+        self._heads = TensorDigests(
+            t.detach()[: HEAD * len(t) // t.numel() + 1] if t.numel() > HEAD else t for t in tensors
+        )
+        self._note_writes()
 
     def _note_writes(self) -> None:
         self._turn = 0
-        parts = [self._watched[i::TURNS] for i in range(TURNS)]
+        turns = max(1, len(self._watched) // EACH_STEP)
+        parts = [self._watched[i::turns] for i in range(turns)]
         self._turns = [(part, [tensor._version for tensor in part]) for part in parts]
         self._addresses = [tensor.data_ptr() for tensor in self._watched]
+        self._first = self._heads.measure().tolist()
 
-    def _untouched(self) -> bool:
-        """Whether all tensors are the same objects at the same addresses, and were not written to."""
-        tensors = self._tensors()
-        if len(tensors) != len(self._watched) or any(a is not b for a, b in zip(tensors, self._watched, strict=True)):
-            return False
-        if [tensor.data_ptr() for tensor in tensors] != self._addresses:
-            return False
-        return all([tensor._version for tensor in part] == versions for part, versions in self._turns)
-
-    def _tensors(self) -> list[torch.Tensor]:
-        found = (owner.get(name) for _, owner, name in self._slots)
-        return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+    def _is_untouched(self) -> bool:
+        written = any([tensor._version for tensor in part] != versions for part, versions in self._turns)
+        moved = self._addresses != [tensor.data_ptr() for tensor in self._watched]
+        return not written and not moved and self._heads.measure().tolist() == self._first
 
 
 class ForwardProbe:
-    """One image, whose row says whether the dropped layers still compute what they did: a number that forward reads, a
-    hook, a global variable may have changed where no weight has.
+    """Whether the dropped layers still compute what they did: a number that forward reads, a hook, a global variable may
+    have changed where no weight has.
+
+    Their operations are compared first, on one image that was not read, which computes nothing. Where they differ or cannot
+    run without values, the row of an image is compared.
 
     Args:
-        chain: the layers.
-        k: number of dropped layers.
-        run: calls the model on images, in the loop's way.
+        bypass: runs the model.
+        call: calls it on images, in the loop's way.
         image: [1, ...].
     """
 
-    def __init__(self, chain: Chain, k: int, run: Callable[[torch.Tensor], Any], image: torch.Tensor) -> None:
-        self._chain, self._k, self._run, self._image = chain, k, run, image
+    def __init__(self, bypass: Bypass, call: Callable[[torch.Tensor], Any], image: torch.Tensor) -> None:
+        self._bypass, self._call, self._image = bypass, call, image
         self._autocast = _autocast(image)  # whatever the loop is in when an epoch begins
+        self._traces = True  # whether the layers can run without values
+        self._guarded = {id(tensor) for tensor in (*bypass.model.parameters(), *bypass.model.buffers())}
         self.accept()
 
     def accept(self) -> None:
         """Accept what the layers compute now."""
-        self._row = self._now()
+        self._trace: Trace | None = None
+        self._row, self._trace = self._computed(), self._traced()
 
     def reason(self) -> str | None:
         """Say that the layers compute something else, or return None."""
-        now = self._now()
-        row = self._row
-        if now.shape == row.shape and bool(((now == row) | ((now != now) & (row != row))).all()):
+        trace = self._traced()
+        if trace is not None and self._trace is not None and trace.operations == self._trace.operations:
             return None
-        self._row = now
+        row, self._row, self._trace = self._row, self._computed(), trace
+        if row.shape == self._row.shape and bool(
+            ((self._row == row) | ((self._row != self._row) & (row != row))).all()
+        ):
+            return None
         return (
-            f"the first {self._k} layers compute something else than when their rows were: what their forward reads beside "
-            "its input has changed (an attribute, a hook, a global variable)"
+            f"the first {self._bypass.cuts[-1]} layers compute something else than when their rows were: what their forward "
+            "reads beside its input has changed (an attribute, a hook, a global variable)"
         )
 
-    def _now(self) -> torch.Tensor:
-        still = without_benchmark(self._image.device, deterministic=True)
+    def _traced(self) -> Trace | None:
+        """The operations of the layers, or None."""
+        if not self._traces:
+            return None
+        trace = Trace(self._trace)
+        standing = Standing(self._bypass, torch.zeros(1, dtype=torch.int64), None, 0, None, checked=True, trace=trace)
+        try:
+            self._run(Images(form_of(self._image), self._image.device, standing), opened=True)
+        except Exception:  # whatever an operation that needs values raises
+            self._traces = False
+            return None
+        for constant in trace.constants():
+            if id(constant.tensor) not in self._guarded:
+                constant.keep()
+        return trace
+
+    def _computed(self) -> torch.Tensor:
         dtype = self._autocast
-        same = torch.autocast(self._image.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
-        with attributes_preserved(self._chain.model, tables=False), fork_rng(0), torch.no_grad(), still, same:
-            return row_at(self._chain, self._k, lambda: self._run(self._image.clone())).detach().clone()
+        autocast = torch.autocast(self._image.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+        with without_benchmark(self._image.device, deterministic=True), autocast:
+            return self._run(self._image.clone()).detach().clone()
+
+    def _run(self, image: torch.Tensor, *, opened: bool = False) -> torch.Tensor:
+        with attributes_preserved(self._bypass.model, tables=False), fork_rng(0), torch.no_grad():
+            return self._bypass.row(lambda: self._call(image), opened=opened)
 
 
 class LoopGuard:
@@ -256,46 +276,34 @@ def describe_operations(operations: Sequence[Operation]) -> str:
 
     def word(value: Any) -> str:
         if isinstance(value, Constant):
-            tensor = value.tensor if value.kept is None else value.kept
-            values = tensor.flatten()[:8].tolist()
-            return f"{values}" if tensor.numel() <= 8 else f"{values} of {list(tensor.shape)}"
+            some = value.values.flatten()[:8].tolist()
+            return f"{some}" if value.values.numel() <= 8 else f"{some} of {list(value.values.shape)}"
         return str(value)
 
     return ", then ".join(f"{name}({', '.join(map(word, rest))})" for name, *rest in operations) or "nothing"
 
 
 class DataGuard:
-    """A few samples are compared, at each epoch, with what they were when their rows were kept.
+    """The images of samples, by digests noted when their rows were kept, and the rest of their batches."""
 
-    Args:
-        key: position of the model's input in a batch.
-        like: a batch with the structure of all.
-        extras: what is kept of the batches beside their rows.
-        seed: random seed of the choice.
-    """
-
-    def __init__(self, *, key: InputKey, like: Any, extras: BatchExtras, seed: int) -> None:
+    def __init__(self, *, key: InputKey, like: Any, extras: BatchExtras) -> None:
         self._key, self._like, self._extras = key, like, extras
-        self._seed = seed
-        self._digests = torch.empty(0, dtype=torch.int64)  # [N], of the images
-        self._known = torch.empty(0, dtype=torch.bool)  # [N]
+        self.forget()
 
     def forget(self) -> None:
         """Forget all images."""
-        self._known.zero_()
+        self._digests = torch.empty(0, dtype=torch.int64)  # [N]
+        self._known = torch.empty(0, dtype=torch.bool)  # [N]
 
     def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
         """Note the images of samples `ids` [B], whose rows are about to be kept; or only of those not noted yet."""
-        images, size = input_of(batch, self._key), int(ids.max()) + 1
-        if size > len(self._known):
-            more = max(size, 2 * len(self._known)) - len(self._known)
-            self._known = torch.cat([self._known, torch.zeros(more, dtype=torch.bool)])
-            self._digests = torch.cat([self._digests, self._digests.new_zeros(more)])
+        images = input_of(batch, self._key)
+        self._known = lengthened(self._known, int(ids.max()) + 1)
+        self._digests = lengthened(self._digests.to(images.device), len(self._known))
         if only_new:
             new = torch.nonzero(~self._known[ids]).flatten()
             ids, images = ids[new], images[new.to(images.device)]
         self._known[ids] = True
-        self._digests = self._digests.to(images.device)
         self._digests[ids.to(self._digests.device, non_blocking=True)] = image_digests(images)
 
     def state(self) -> list[torch.Tensor]:
@@ -305,12 +313,6 @@ class DataGuard:
     def load(self, known: torch.Tensor, digests: torch.Tensor) -> None:
         """Know what another process knew."""
         self._known, self._digests = known, digests
-
-    def choose(self, kept: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Return the samples to read again: some of those with rows, `kept` [n]."""
-        generator = torch.Generator().manual_seed((self._seed << 20) + epoch)
-        chosen: torch.Tensor = kept[torch.randint(len(kept), (PROBES,), generator=generator)].unique()
-        return chosen
 
     def check_shape(self, batch: Any) -> None:
         """Raise RuntimeError if the images have another shape."""
@@ -332,12 +334,10 @@ class DataGuard:
             random: whether images differ each time they are read; then only the rest is compared.
         """
         changed = None
-        if not random:
-            known = self._known[ids] if len(self._known) > int(ids.max()) else torch.zeros(len(ids), dtype=torch.bool)
-            if bool(known.any()):
-                now = image_digests(input_of(batch, self._key))[known.to(self._digests.device)]
-                if not torch.equal(now, self._digests[ids[known].to(self._digests.device)]):
-                    changed = "the images"
+        known = torch.isin(ids, torch.nonzero(self._known).flatten())
+        if not random and bool(known.any()):
+            now = image_digests(input_of(batch, self._key)).cpu()[known]
+            changed = None if torch.equal(now, self._digests.cpu()[ids[known]]) else "the images"
         changed = changed or self._extras.first_difference(batch, places, others)
         return (
             changed and f"{changed} of some samples are no longer what the dataset gave when their rows were computed"
@@ -355,7 +355,7 @@ class Guards:
         key: position of the model's input in a batch.
         like: a batch with the structure of all.
         run: calls the model on images [n, ...], in the loop's way.
-        modules: k -> the outermost modules that only the first k layers run.
+        bypass: runs the model without its dropped layers.
     """
 
     def __init__(
@@ -368,21 +368,20 @@ class Guards:
         key: InputKey,
         like: Any,
         run: Callable[[torch.Tensor], Any],
-        modules: Callable[[int], Sequence[nn.Module]],
+        bypass: Bypass,
     ) -> None:
-        self._modules = modules
         self.loop = LoopGuard()
         self._chain, self._source, self._rows, self._extras = chain, source, rows, extras
-        self._key, self._like, self._run = key, like, run
-        self._data = DataGuard(key=key, like=like, extras=extras, seed=rows.config.seed)
+        self._key, self._like, self._run, self._bypass = key, like, run, bypass
+        self._data = DataGuard(key=key, like=like, extras=extras)
         self._tensors: FrozenTensors | None = None
         self._probe: ForwardProbe | None = None
         self._optimizer: torch.optim.Optimizer | None = None
 
-    def drop(self, k: int, modules: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        """Guard the first k layers from now on."""
-        self._tensors = FrozenTensors(self._chain, k, modules, optimizer)
-        self._probe = ForwardProbe(self._chain, k, self._run, input_of(self._like, self._key)[:1])
+    def drop(self, k: int, optimizer: torch.optim.Optimizer) -> None:
+        """Guard the first k layers, which `bypass` has dropped, from now on."""
+        self._tensors = FrozenTensors(self._chain, k, self._bypass.frozen, optimizer)
+        self._probe = ForwardProbe(self._bypass, self._run, input_of(self._like, self._key)[:1])
         self._optimizer = optimizer
 
     def release(self) -> None:
@@ -413,8 +412,8 @@ class Guards:
         if changed:
             self._tensors.accept()
             self._probe.accept()
-            self._discard(where, f"the weights or buffers of the dropped layer {changed} have changed")
-        elif reason:
+            reason = f"the weights or buffers of the dropped layer {changed} have changed"
+        if reason:
             self._discard(where, reason)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -424,15 +423,22 @@ class Guards:
             RuntimeError: a parameter of a dropped layer has been set to train, or images have another shape.
         """
         self.look("loader")
-        if not self._source.readable or not self._rows.stores:
-            return
-        kept = self._rows.drawn()
+        kept = self._rows.drawn() if self._source.readable and self._rows.stores else ()
         if not len(kept):
             return
-        ids = self._data.choose(kept, epoch)
+        generator = torch.Generator().manual_seed((self._rows.config.seed << 20) + epoch)
+        ids = kept[torch.randint(len(kept), (PROBES,), generator=generator)].unique()
         random = self._has_random_views()
-        readings = [self._read(ids, epoch + i) for i in range(READINGS if random else 1)]
-        self._compare_with(readings[0], ids, readings[1:])
+        batch, *others = [
+            to_device(self._source.read(ids.tolist(), epoch + i), self._rows.device)
+            for i in range(READINGS if random else 1)
+        ]
+        self.check_batch(batch, ids)
+        places = self._rows.places(ids)
+        if not bool(filled_at(self._extras, places).all()):
+            return
+        if changed := self._data.reason(batch, ids, places, others, random=random):
+            self._discard("loader", changed)
 
     def check_step(self, images: Images, trains: bool) -> None:
         """Look at a call on images, before its forward. See `LoopGuard.check` and `FrozenTensors.check_step`."""
@@ -502,11 +508,9 @@ class Guards:
 
     def refresh(self, ids: torch.Tensor | None) -> None:
         """Discard the rows and extras of samples [n], or of all, without a warning."""
+        self._rows.forget(ids)
         if ids is None:
-            self._rows.forget()
             self.forget_extras()
-        else:
-            self._rows.forget(ids)
 
     def forget_extras(self) -> None:
         """Discard what is kept beside the rows, and what is known of the images."""
@@ -526,19 +530,7 @@ class Guards:
 
     def checksum(self, k: int) -> str:
         """Return a digest of the weights and buffers of the first k layers, the same in every process."""
-        return weights_digest(self._modules(k), self._chain.parameters(0, k)) if k else ""
-
-    def _compare_with(self, batch: Any, ids: torch.Tensor, others: Sequence[Any]) -> None:
-        self.check_batch(batch, ids)
-        there = filled_at(self._extras, self._rows.places(ids))
-        if not bool(there.all()):
-            return
-        random = self._has_random_views()
-        if changed := self._data.reason(batch, ids, self._rows.places(ids), others, random=random):
-            self._discard("loader", changed)
-
-    def _read(self, ids: torch.Tensor, seed: int) -> Any:
-        return to_device(self._source.read(ids.tolist(), seed), self._rows.device)
+        return weights_digest(self._chain.recorded.before(k), self._chain.parameters(0, k)) if k else ""
 
     def _has_random_views(self) -> bool:
         return self._rows.views > 1 and not self._rows.config.mirror
@@ -547,23 +539,21 @@ class Guards:
         """The reaction: rows are computed again when their samples are next drawn."""
         cache = self._rows.cache
         if cache is not None and bool(cache.filled.any()):
-            warnings.warn(
-                f"drop.{where}: the rows are computed again: {reason}", RuntimeWarning, stacklevel=_frames_up()
-            )
+            warn(f"drop.{where}: the rows are computed again: {reason}")
         self._rows.forget()
         self.loop.forget()
         self.forget_extras()
 
 
-def _frames_up() -> int:
-    """The stack level, for a warning by the caller, of the first frame outside of this package and torch."""
-    frame, level = sys._getframe(1), 1
+def warn(message: str) -> None:
+    """Give a RuntimeWarning at the first frame outside of this package and torch: the user's."""
+    frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "learndrop_ext",
         "torch",
     ):
         frame, level = frame.f_back, level + 1
-    return level
+    warnings.warn(message, RuntimeWarning, stacklevel=level - 1)
 
 
 def image_digests(images: torch.Tensor) -> torch.Tensor:
@@ -584,25 +574,27 @@ def held_by(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-def _slots(chain: Chain, k: int, modules: Sequence[nn.Module]) -> list[tuple[str, Mapping[str, Any], str]]:
-    """(layer, dictionary of the owning module, name) of each parameter and buffer of the first k layers."""
+@dataclass(frozen=True)
+class _Slot:
+    """Where a parameter or buffer of a dropped layer is held: the table of the module that owns it, and its name there."""
+
+    layer: str
+    table: Mapping[str, Any]
+    name: str
+
+    @property
+    def tensor(self) -> Any:
+        """The tensor, or None."""
+        return self.table.get(self.name)
+
+
+def _slots(chain: Chain, k: int, modules: Sequence[nn.Module]) -> list[_Slot]:
     layer_of = {name: layer.name for layer in chain[:k] for name in layer.tensors}
     names = {module: name for name, module in chain.model.named_modules()}
-    found: list[tuple[str, Mapping[str, Any], str]] = []
-    done: set[int] = set()
+    slots = [_Slot(layer, chain.owner(name)._parameters, name.rpartition(".")[2]) for name, layer in layer_of.items()]
     last = chain.names[0]
-    for name, layer in layer_of.items():
-        path, _, own = name.rpartition(".")
-        owner = chain.model.get_submodule(path)._parameters
-        if owner.get(own) is not None and id(owner[own]) not in done:  # None: pruned, and found in its module below
-            done.add(id(owner[own]))
-            found.append((layer, owner, own))
     for module in dict.fromkeys(m for one in modules for m in one.modules()):
-        mine = [layer for name, layer in layer_of.items() if name.startswith(f"{names.get(module, '')}.")]
-        last = mine[0] if mine else last
-        for held in (module._parameters, module._buffers):
-            for own, tensor in held.items():
-                if isinstance(tensor, torch.Tensor) and id(tensor) not in done:
-                    done.add(id(tensor))
-                    found.append((last, held, own))
-    return found
+        last = next((layer for name, layer in layer_of.items() if name.startswith(f"{names.get(module, '')}.")), last)
+        slots += [_Slot(last, table, own) for table in (module._parameters, module._buffers) for own in table]
+    # One pruned or parametrized is None here, and found in its module.
+    return list({id(slot.tensor): slot for slot in reversed(slots) if slot.tensor is not None}.values())[::-1]

@@ -23,6 +23,7 @@ from learndrop_ext.checks import (
     check_touched,
     check_trained,
     checked_decision,
+    device_of,
     traces_of,
     warn_saturated,
     warn_untrained,
@@ -40,7 +41,7 @@ from learndrop_ext.distributed import from_rank_zero, share_buffers
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain, split_layers
 from learndrop_ext.forward.proof import check_cut
-from learndrop_ext.forward.wrapped import Wrap, WrappedModel, device_of
+from learndrop_ext.forward.wrapped import Wrap, WrappedModel
 from learndrop_ext.guards import Guards
 from learndrop_ext.history import Record
 from learndrop_ext.ledger import Ledger
@@ -139,16 +140,14 @@ class DropScheduler:
             len(source), config=config, device=device, made_of=lambda path: made_of(path), moved=extras.move
         )
         self._bypass = bypass = Bypass(
-            model, chain.recorded, keep=rows.keep, watch=lambda images, trains: guards.check_step(images, trains)
+            chain.recorded, keep=rows.keep, watch=lambda images, trains: guards.check_step(images, trains)
         )
-        self._guards = guards = Guards(
-            chain, source, rows, extras, key=input, like=first, run=run_on, modules=bypass.modules_before
-        )
-        made_of = partial(_made_of, chain, source, rows, bypass, guards)
+        self._guards = guards = Guards(chain, source, rows, extras, key=input, like=first, run=run_on, bypass=bypass)
+        made_of = partial(_made_of, chain, source, rows, guards)
         self._loader = DropLoader(source, rows, extras, key=input, like=first, bypass=bypass, guards=guards)
         self._forgotten = weakref.finalize(self._loader, bypass.release)  # once nobody can train on rows any more
         self._forgotten.atexit = False
-        self._model = model if wrap is None else WrappedModel(model, chain, bypass, wrap)
+        self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)
         self._ledger = Ledger(chain, self._rows, self._loader, source, keeps_rows=self._keeps_rows)
         self._deltas = self._deltas_from(0)
         self._traces = traces_of(model)
@@ -396,7 +395,7 @@ class DropScheduler:
         """
         if not situation.epoch:
             warn_untrained(self._base, self._chain, prefix)
-        share_buffers(b for m in self._bypass.modules_before(prefix) for b in m.buffers())
+        share_buffers(b for m in self._chain.recorded.before(prefix) for b in m.buffers())
         body = self._body(prefix)
         left = None if self._epochs is None else self._epochs - situation.epoch
         # Rows that would not be read again are not kept; those of an earlier drop stay.
@@ -411,7 +410,7 @@ class DropScheduler:
         self._ledger.note_drop(self._prefix)
         self._prefix = prefix
         self._bypass.put([*(cut for cut in self._rows.cuts if cut < prefix), prefix])
-        self._guards.drop(prefix, self._bypass.frozen, self._optimizer)
+        self._guards.drop(prefix, self._optimizer)
         HOLDERS[self._base] = weakref.ref(self), self._forgotten
         if isinstance(self._model, WrappedModel) and body is not None:
             self._model.show(body)
@@ -471,12 +470,10 @@ def _run_on(
     return call(model, with_input(batch, key, x))
 
 
-def _made_of(
-    chain: Chain, source: Source, rows: RowSet, bypass: Bypass, guards: Guards, path: list[int]
-) -> Fingerprint:
+def _made_of(chain: Chain, source: Source, rows: RowSet, guards: Guards, path: list[int]) -> Fingerprint:
     """Everything that rows depend on which went through these cuts."""
     k, config = path[-1], rows.config
-    modules = bypass.modules_before(k)
+    modules = chain.recorded.before(k)
     return Fingerprint(
         weights=weights_digest(modules, chain.parameters(0, k)),
         cut=k,
@@ -486,7 +483,7 @@ def _made_of(
         dataset=source.describe(),
         loop=guards.loop.describe(),
         seed=0 if config.mirror or config.rows_per_sample == 1 else config.seed,
-        layers=f"{path} {chain.names[:k]} {code_digest(modules, bypass.modules_around(k))}",
+        layers=f"{path} {chain.names[:k]} {code_digest(modules, chain.recorded.around(k))}",
         images="" if config.shared else source.known_images(),  # those of runs that share rows may differ
         mirror=config.mirror,
     )

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
-from learndrop_ext.guards import PROBES, READINGS, TURNS
+from learndrop_ext.guards import EACH_STEP, PROBES, READINGS
 from small_training import Net, called, data, epoch, parts, prefix_rows
 
 
@@ -338,9 +338,22 @@ def test_a_change_amid_an_epoch_is_refused_by_name(change: Callable[[Net], None]
     drop.model(next(loader)[0])
     change(drop._base)
     with pytest.raises(RuntimeError, match=f"must stay as they are, and those of {layer} have changed since its rows"):
-        [drop.model(next(loader)[0]) for _ in range(TURNS)]
+        drop.model(next(loader)[0])
     drop.undrop()
     epoch(drop, optimizer)
+
+
+def test_a_change_of_one_of_many_layers_is_refused_some_steps_later() -> None:
+    layers = [nn.Linear(3 * 8 * 8, 4), *(nn.Linear(4, 4) for _ in range(100))]
+    model = nn.Sequential(nn.Flatten(), *layers)
+    _, _, loader = parts(batch_size=2)
+    drop = DropScheduler(model, torch.optim.SGD(model.parameters(), 0.1), loader, policy=Fixed({0: 100}), cache="fp32")
+    batches = iter(drop.loader)
+    model(next(batches)[0])
+    with torch.no_grad():
+        layers[70].bias.add_(1)
+    with pytest.raises(RuntimeError, match="those of 71 have changed"):
+        [model(next(batches)[0]) for _ in range(200 // EACH_STEP)]
 
 
 def test_weights_written_with_their_own_values_amid_an_epoch_change_nothing() -> None:
@@ -474,6 +487,47 @@ def test_what_live_layers_read_does_not_cost_the_rows() -> None:
     drop._base.conv3.scale = 2.0
     drop._base.conv3.conv.register_forward_hook(twice_as_much)
     assert_nothing_is_said(drop, optimizer)
+
+
+def test_an_epoch_begins_without_computing_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    drop, optimizer = reading()
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("the dropped layers ran")
+
+    monkeypatch.setattr(drop._guards._probe, "_computed", refuse)
+    assert_nothing_is_said(drop, optimizer)
+
+
+def test_a_setting_that_changes_no_row_does_not_cost_the_rows() -> None:
+    drop, optimizer = reading()
+    drop._base.bn1.momentum = 0.5  # read by forward in eval mode too
+    assert_nothing_is_said(drop, optimizer)
+
+
+#: An operation that cannot run without values.
+LIBRARY = torch.library.Library("learndrop_guards", "DEF")
+LIBRARY.define("same(Tensor x) -> Tensor")
+LIBRARY.impl("same", torch.clone, "CPU")
+
+
+class WithValues(Reading):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn1.register_forward_hook(lambda _, args, x: torch.ops.learndrop_guards.same(x))
+
+
+@pytest.mark.parametrize("change", READ.values(), ids=READ)
+def test_layers_that_need_values_are_compared_by_their_rows(
+    change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "Reading", WithValues)
+    drop, optimizer = reading()
+    assert drop._guards._probe._traced() is None
+    assert_nothing_is_said(drop, optimizer)
+    change(drop._base)
+    with pytest.warns(RuntimeWarning, match="the rows are computed again: the first 2 layers compute something else"):
+        rows_of(drop)
 
 
 def test_the_look_at_what_layers_compute_leaves_the_random_state_and_the_modes() -> None:

@@ -153,7 +153,7 @@ class DropLoader:
         self._guards.begin_epoch(self._epochs)
         *_, last = self._bypass.cuts or (0,)
         cuts = (*(cut for cut in self._rows.stops if cut < last), last)
-        if last and (cuts != self._bypass.cuts or self._bypass.has_new_hooks()):
+        if last:
             self._bypass.put(cuts)
         self._epochs += 1
         self._position = 0

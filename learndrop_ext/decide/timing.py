@@ -20,8 +20,9 @@ from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.decide.costs import LayerCost
 from learndrop_ext.decide.probes import copy_bytes_per_second, wait_for
 from learndrop_ext.forward.chain import Chain
-from learndrop_ext.forward.cuts import Cut, preserved
+from learndrop_ext.forward.cuts import Cut
 from learndrop_ext.forward.record import tensors_of
+from learndrop_ext.preserve import preserved
 
 #: Training steps that are timed after one to warm up; the shorter of the two counts, because other work on the machine only
 #: makes a step longer.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from learndrop_ext.forward.cuts import Cut, Hook, Recorded
+from learndrop_ext.forward.cuts import Hook, Recorded
 from learndrop_ext.forward.images import Feature, Form, Images, Standing, Unread
 from learndrop_ext.forward.record import ModuleCall
 
@@ -43,35 +43,30 @@ class Bypass:
     row that arrives at the cut goes through `keep`. A copy of the model, by `copy` or `pickle`, is an ordinary model.
 
     Args:
-        model: the model.
-        recorded: its layers.
+        recorded: the model and its layers.
         keep: is given the rows of images of `drop.loader` in training; what it returns goes on.
         watch: is called with the images of each call, and whether it trains, before the forward.
     """
 
     def __init__(
         self,
-        model: nn.Module,
         recorded: Recorded,
         *,
-        keep: Keep | None = None,
-        watch: Callable[[Images, bool], None] | None = None,
+        keep: Keep = lambda cut, ids, row: row,
+        watch: Callable[[Images, bool], None] = lambda images, trains: None,
     ) -> None:
-        self.model = model
-        self.recorded = recorded
+        self.model, self.recorded = recorded.model, recorded
         self.inside: Standing | None = None  # what stands for the images on which the model's forward runs
         self.cuts: tuple[int, ...] = ()  # those in place, the last one behind all dropped layers
         self.frozen: tuple[nn.Module, ...] = ()
-        self.calls = 0  # training calls on batches of drop.loader since the last `put`
-        self._keep = keep
-        self._watch = watch
-        self._current: Images | None = None
-        self._ends = False  # whether the forward ends at the last cut
+        self.calls = 0  # training calls on batches of drop.loader since `forget_calls`
+        self._keep, self._watch = keep, watch
+        self._current: Images | None = None  # the images whose rows are kept
+        self._ends = self._opened = False  # whether the forward ends at the last cut, and runs all modules before it
         self._traced: torch.Tensor | None = None
-        self._around: tuple[nn.Module, ...] = ()
-        self._live_again: list[dict[str, Any]] = []  # modules around the cut that were in train mode
+        self._around: list[nn.Module] = []
+        self._live_again: list[nn.Module] = []  # modules around the cut that were in train mode
         self._modes: dict[nn.Module, tuple[bool, bool]] = {}  # of frozen modules and the model, before they were
-        self._hooked: list[nn.Module] = []  # the frozen modules with hooks
         self._placed: list[Any] = []  # what `put` has put into the model
 
     def put(self, cuts: Sequence[int]) -> None:
@@ -80,29 +75,35 @@ class Bypass:
         self.leave()
         for one in self._placed:
             one.remove()
-        self._placed, self._around, self.frozen, self._hooked, self._modes = [], (), (), [], {}
-        self.cuts = tuple(cuts)
+        self.cuts, self._placed, self._around, self.frozen, self._modes = tuple(cuts), [], [], (), {}
         if not cuts:
             return
-        *inner, last = (self._cut(k).at for k in cuts)
-        self._around = tuple(dict.fromkeys(c.module for c in self.recorded.calls if c.has_within(last)))
-        skipped = self._skipped(last, inner)
-        self.frozen = tuple(dict.fromkeys(m for one in skipped for m in one.module.modules()))
-        self._hooked = [m for m in self.frozen if _has_hooks(m)]
+        self._around = self.recorded.around(cuts[-1])
+        times = Counter(call.module for call in self.recorded.calls)
+
+        def runs(call: ModuleCall) -> bool:
+            """Whether a module runs its own forward on `Feature`s: one that leaves something for the loop (what a hook
+            within it gets, a tensor that it stores), that is called more than once, or in whose output not all tensors can
+            be seen. Then the modules within are skipped."""
+            modules = list(call.module.modules())
+            leaves = any(map(_has_hooks, modules[1:])) or not self.recorded.storing.isdisjoint(modules)
+            return leaves or not call.is_plain or times[call.module] > 1
+
+        calls = {call.module: call for call in self.recorded.calls_before(cuts[-1], cuts[:-1], runs)}
+        self.frozen = tuple(dict.fromkeys(m for module in calls for m in module.modules()))
         self._modes = {m: modes.get(m, (m.training, self.model.training)) for m in self.frozen}
         self._placed = [
-            *skipped,
-            *(self._cut(k).watch(partial(self._cross, k)) for k in cuts),
+            *(_Skipped(self, call, runs=runs(call)) for call in calls.values()),
+            *(self.recorded.cut(k).watch(partial(self._cross, k)) for k in cuts),
             self.model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
             self.model.register_forward_hook(Hook(self.leave), always_call=True),
         ]
-        self.hold_eval()
+        self._hold_eval()
 
     def release(self) -> None:
         """Make all layers live again: modules get back the mode that they had, or the model's if that has changed."""
-        modes = self._modes
+        modes, training = self._modes, self.model.training
         self.put(())
-        training = self.model.training
         for module, (own, whole) in modes.items():
             module.training = own if training == whole else training
 
@@ -117,58 +118,28 @@ class Bypass:
             self._modes = modes
             self.put(cuts)
 
-    def hold_eval(self) -> None:
-        """Put the frozen modules into eval mode again, in case of `model.train()`."""
-        for module in self.frozen:
-            if module.training:
-                module.training = False
-
-    def has_new_hooks(self) -> bool:
-        """Return whether hooks of frozen modules have come or gone since the last `put`."""
-        return self._hooked != [m for m in self.frozen if _has_hooks(m)]
-
     def check(self, images: Images) -> None:
         """Note a training call on images, before its forward."""
         self.calls += 1
-        if self.frozen and self.frozen[0].training:  # model.train() sets all of them
-            self.hold_eval()
-        if self._watch is not None:
-            self._watch(images, True)
+        self._watch(images, True)
 
-    def row(self, call: Callable[[], Any]) -> torch.Tensor:
-        """Return the row with which the live layers begin when `call()` calls the model, kept on the way. The forward ends
-        there."""
-        self._ends = True
+    def row(self, call: Callable[[], Any], *, opened: bool = False) -> torch.Tensor:
+        """Return what arrives at the last cut when `call()` calls the model, kept on the way. The forward ends there.
+
+        opened: run the forwards of all modules before it, on images that were not read too.
+        """
+        self._ends, self._opened = True, opened
         try:
             call()
         except ReachedError as reached:
             return reached.row
         finally:
-            self._ends = False
-        raise RuntimeError(f"drop.model: the forward must pass {self._cut(self.cuts[-1]).path}, and did not")
+            self._ends = self._opened = False
+        raise RuntimeError(f"drop.model: the forward must pass {self.recorded.cut(self.cuts[-1]).path}, and did not")
 
     def forget_calls(self) -> None:
         """Reset the number of training calls."""
         self.calls = 0
-
-    def modules_before(self, k: int) -> list[nn.Module]:
-        """Return the outermost modules that only the first k layers run."""
-        return [call.module for call in self._before(self._cut(k).at)]
-
-    def modules_around(self, k: int) -> list[nn.Module]:
-        """Return the modules that run some of the first k layers and others: the model itself, and parts of it."""
-        return list(dict.fromkeys(c.module for c in self.recorded.calls if c.has_within(self._cut(k).at)))
-
-    def modules_behind(self, k: int) -> list[nn.Module]:
-        """Return the outermost modules that the first k layers do not run."""
-        passed = {m for before in self.modules_before(k) for m in before.modules()}
-        passed |= set(self.modules_around(k))
-        found: list[nn.Module] = []
-        for module in self.model.modules():
-            if module not in passed:
-                found.append(module)
-                passed |= set(module.modules())
-        return found
 
     def trace(self, row: torch.Tensor, shape: Sequence[int], args: Any, kwargs: Any) -> Any:
         """Run the model on rows [B, ...] for a compiler. Zeros of the images' `shape` that take no memory stand for the
@@ -182,73 +153,39 @@ class Bypass:
         finally:
             self._traced = None
 
-    def _cut(self, k: int) -> Cut:
-        cut = self.recorded.layers[k - 1].cut
-        assert cut is not None
-        return cut
-
-    def _before(
-        self, at: int, inside: Sequence[int] = (), opened: Callable[[ModuleCall], bool] = lambda call: False
-    ) -> Iterator[ModuleCall]:
-        """The outermost calls that have ended at a cut, of modules that are not called later, with none of the cuts `inside`
-        within them; and those within calls that are `opened`."""
-        last: dict[nn.Module, int] = {}
-        for call in self.recorded.calls:
-            last[call.module] = max(last.get(call.module, 0), call.end)
-        until = 0
-        for call in self.recorded.calls:  # in the order in which they began
-            if call.begin >= until and last[call.module] <= at and not any(map(call.has_within, inside)):
-                yield call
-                until = until if opened(call) else call.end
-
-    def _skipped(self, at: int, inside: Sequence[int]) -> list[_Skipped]:
-        """Put what stands for the modules before a cut in place. One that leaves something for the loop, that is called more
-        than once, or in whose output not all tensors can be seen, runs its own forward on `Feature`s; then the modules
-        within are skipped."""
-        times = Counter(call.module for call in self.recorded.calls)
-
-        def runs(call: ModuleCall) -> bool:
-            return not call.is_plain or times[call.module] > 1 or self._leaves_something(call)
-
-        calls = {call.module: call for call in self._before(at, inside, runs)}
-        return [_Skipped(self, call, runs=runs(call)) for call in calls.values()]
-
-    def _leaves_something(self, call: ModuleCall) -> bool:
-        """Whether a loss may use more of a module than its output: what a hook within it gets, a tensor that it stores."""
-        within = list(call.module.modules())
-        return any(map(_has_hooks, within[1:])) or any(module in self.recorded.storing for module in within)
+    def _hold_eval(self) -> None:
+        """Put the frozen modules into eval mode again, in case of `model.train()`."""
+        for module in self.frozen:
+            if module.training:
+                module.training = False
 
     # --- called by what is put into the model ---------------------------------------------------------------------------
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if self._traced is not None:  # what is read here would be guarded by the compiler
             return None
+        self.leave()  # after a forward that was interrupted
+        trains = self.model.training and torch.is_grad_enabled()
         images = images_in(args, kwargs)
-        self._restore()  # after a forward that was interrupted
-        self.inside = None if images is None else images.standing
-        training = self.model.training
-        if training:
-            for module in self._around:
-                held = module.__dict__
-                if held["training"]:
-                    held["training"] = False
-                    self._live_again.append(held)
+        read = images is None or images.pixels is not None
+        if read or any(module.training for module in self.frozen[:1]):  # model.train() sets all of them
+            self._hold_eval()
+        if self.model.training:
+            self._live_again = [module for module in self._around if module.training]
+            for module in self._live_again:
+                module.__dict__["training"] = False
         if images is None or images.standing.owner is not self:
-            self._current = None
-            self.calls += training and torch.is_grad_enabled()
-            self.hold_eval()
+            self.inside = None if images is None else images.standing
+            self.calls += trains
             return None
-        trains = training and torch.is_grad_enabled()
+        self.inside = images.standing
         if not images.standing.checked:
             if trains:
                 self.check(images)
-            elif self._watch is not None:
+            else:
                 self._watch(images, False)
-        self._current = images if trains or (training and self._watch is None) else None
-        if images.pixels is None:
-            if self.frozen and self.frozen[0].training:  # model.train() sets all of them
-                self.hold_eval()
+        self._current = images if trains else None
+        if not read:
             return None
-        self.hold_eval()
         changed: tuple[Any, Any] = pytree.tree_map_only(
             Images, lambda x: x.pixels if x is images else x, (args, kwargs)
         )
@@ -266,12 +203,12 @@ class Bypass:
             )
         if not isinstance(x, Unread):
             x = x.detach()
-            if self._current is not None and self._keep is not None:
+            if self._current is not None:
                 x = self._keep(k, self._current.standing.ids, x)
         elif x.standing.at == k:
             assert x.standing.rows is not None
             row = x.standing.rows  # the model may be called again, or a checkpoint may run again
-            x = row.clone(memory_format=torch.preserve_format) if self._cut(k).written else row
+            x = row.clone(memory_format=torch.preserve_format) if self.recorded.cut(k).written else row
         if is_last:
             self._restore()
         if is_last and self._ends:
@@ -282,46 +219,38 @@ class Bypass:
 
     def leave(self, *_: Any) -> None:
         """End a forward."""
-        if self._traced is not None:
-            return
-        self.inside = self._current = None
-        self._restore()
+        if self._traced is None:
+            self.inside = self._current = None
+            self._restore()
 
     def _restore(self) -> None:
-        for held in self._live_again:
-            held["training"] = True
-        self._live_again.clear()
+        for module in self._live_again:
+            module.__dict__["training"] = True
+        self._live_again = []
 
 
 class _Skipped:
     """The `forward` on the instance of a module before the cut: its output stays away if its input does.
 
-    Args:
-        bypass: what runs the model.
-        call: the call of the module in the recorded forward.
-        runs: whether its own forward runs all the same.
+    runs: whether its own forward runs all the same.
     """
 
     def __init__(self, bypass: Bypass, call: ModuleCall, *, runs: bool) -> None:
-        self.bypass, self.call, self.module = bypass, call, call.module
-        self._runs = runs
+        self.bypass, self.call, self.module, self.runs = bypass, call, call.module, runs
         # Number of samples -> what the module would return, with forms in the place of tensors.
         self._known: dict[int, Any] = {}
-        self._had = "forward" in vars(self.module)
+        self._had = vars(self.module).get("forward")
         self._run = self.module.forward
         vars(self.module)["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         traced = self.bypass._traced
         if traced is not None:
-            return self._run(*args, **kwargs) if self._runs else self._output(len(traced), partial(_nan, traced))
+            return self._run(*args, **kwargs) if self.runs else self._output(len(traced), partial(_nan, traced))
         x = args[0] if args and isinstance(args[0], Unread) else first_of(Unread, (args, kwargs))
         if x is not None:
-            if self._runs:
+            if self.runs or self.bypass._opened:
                 return self._run(*args, **kwargs)
-            form = self._known.get(x.standing.count)
-            if type(form) is Form:  # at each step
-                return Feature(form, x.device, x.standing, self.call.path)
             return self._output(x.standing.count, lambda form: Feature(form, x.device, x.standing, self.call.path))
         try:
             with torch.no_grad():
@@ -335,10 +264,9 @@ class _Skipped:
     def remove(self) -> None:
         """Give the module its own forward again."""
         if vars(self.module).get("forward") is self:
-            if self._had:
-                vars(self.module)["forward"] = self._run
-            else:
-                del vars(self.module)["forward"]
+            del vars(self.module)["forward"]
+            if self._had is not None:
+                vars(self.module)["forward"] = self._had
 
     def _output(self, B: int, made_of: Callable[[Form], Any]) -> Any:
         """What the module would return for B samples, without values."""
@@ -377,7 +305,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images | None:
     """Return the images among the arguments of a call."""
-    found = next((a for a in (*args, *kwargs.values()) if type(a) is Images), None)
+    found = next((a for a in args if type(a) is Images), None)
     return first_of(Images, (args, kwargs)) if found is None else found
 
 

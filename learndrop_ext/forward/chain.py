@@ -18,15 +18,12 @@ class Chain(Sequence[Layer]):
     """The layers of a model, in the order in which its forward runs them. It holds the model, and no copy of it.
 
     Args:
-        model: the model.
-        recorded: its layers.
+        recorded: the model and its layers.
         image: the form of the images that were recorded, for a batch of any size.
     """
 
-    def __init__(self, model: nn.Module, recorded: Recorded, image: torch.Tensor) -> None:
-        self.model = model
-        self.recorded = recorded
-        self.image = form_of(image)
+    def __init__(self, recorded: Recorded, image: torch.Tensor) -> None:
+        self.model, self.recorded, self.image = recorded.model, recorded, form_of(image)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -39,17 +36,19 @@ class Chain(Sequence[Layer]):
     def __getitem__(self, i: Any) -> Any:
         return self.recorded.layers[i]
 
+    def owner(self, name: str) -> nn.Module:
+        """Return the module that a parameter, by its name in the model, belongs to."""
+        return self.model.get_submodule(name.rpartition(".")[0])
+
     def parameters(self, first: int, last: int) -> Iterator[nn.Parameter]:
         """Yield the parameters that layers first..last-1 of the model hold now."""
-        for layer in self.recorded.layers[first:last]:
-            for name in layer.tensors:
-                path, _, own = name.rpartition(".")
-                owner = self.model.get_submodule(path)
-                parameter = owner._parameters.get(own)
-                if parameter is not None:
-                    yield parameter
-                else:  # pruned or parametrized: weight_orig, parametrizations.weight.original
-                    yield from (p for other, p in owner.named_parameters() if own in other)
+        for name in (name for layer in self.recorded.layers[first:last] for name in layer.tensors):
+            owner, own = self.owner(name), name.rpartition(".")[2]
+            parameter = owner._parameters.get(own)
+            if parameter is not None:
+                yield parameter
+            else:  # pruned or parametrized: weight_orig, parametrizations.weight.original
+                yield from (p for other, p in owner.named_parameters() if own in other)
 
     def prefix(self, k: int) -> Prefix:
         """Return the first k layers: images [B, ...] -> row [B, ...]."""
@@ -59,7 +58,7 @@ class Chain(Sequence[Layer]):
     def suffix(self, k: int) -> Suffix:
         """Return the layers behind the first k: row [B, ...] -> what the model returns."""
         self._check("suffix", k)
-        return Suffix(self, k, Bypass(self.model, self.recorded))
+        return Suffix(self, k, Bypass(self.recorded))
 
     def _check(self, name: str, k: int) -> None:
         if not 1 <= k < len(self):
@@ -78,8 +77,7 @@ class _Part(nn.Module):
         held = {id(p) for p in self.parameters()}
         for layer in chain[first:last]:
             for name in layer.tensors:
-                path, _, own = name.rpartition(".")
-                parameter = chain.model.get_submodule(path)._parameters.get(own)
+                parameter = chain.owner(name)._parameters.get(name.rpartition(".")[2])
                 if parameter is not None and id(parameter) not in held:  # None: pruned, and held by its module
                     held.add(id(parameter))
                     self.register_parameter(name.replace(".", "_"), parameter)
@@ -89,7 +87,7 @@ class Prefix(_Part):
     """The first k layers of a model. See `Chain.prefix`."""
 
     def __init__(self, chain: Chain, k: int) -> None:
-        super().__init__(chain, Bypass(chain.model, chain.recorded).modules_before(k), 0, k)
+        super().__init__(chain, chain.recorded.before(k), 0, k)
         self.k = k
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -101,14 +99,11 @@ class Prefix(_Part):
 class Suffix(_Part):
     """The layers of a model behind its first k. See `Chain.suffix`.
 
-    Args:
-        chain: the layers of the model.
-        k: number of layers before it.
-        bypass: runs the model on rows. If it has no cut in place, it gets one for each call.
+    bypass: runs the model on rows. If it has no cut in place, it gets one for each call.
     """
 
     def __init__(self, chain: Chain, k: int, bypass: Bypass) -> None:
-        super().__init__(chain, bypass.modules_behind(k), k, len(chain))
+        super().__init__(chain, chain.recorded.behind(k), k, len(chain))
         self.k = k
         self._bypass = bypass
 
@@ -122,16 +117,14 @@ class Suffix(_Part):
             assert self._bypass.cuts, "only with its layers dropped, as wrap= does"
             return self._bypass.trace(row, shape, args, kwargs)
         standing = Standing(self._bypass, torch.arange(len(row)), row, self.k, None, checked=True)
-        images = Images(replace(chain.image, shape=shape), row.device, standing)
-        args, kwargs = with_images(images, args, kwargs)
-        is_placed = bool(self._bypass.cuts)
-        if not is_placed:
-            self._bypass.put((self.k,))
+        args, kwargs = with_images(Images(replace(chain.image, shape=shape), row.device, standing), args, kwargs)
+        if self._bypass.cuts:
+            return chain.model(*args, **kwargs)
+        self._bypass.put((self.k,))
         try:
             return chain.model(*args, **kwargs)
         finally:
-            if not is_placed:
-                self._bypass.release()
+            self._bypass.release()
 
 
 def row_at(chain: Chain, k: int, call: Callable[[], Any]) -> torch.Tensor:
@@ -192,4 +185,4 @@ def split_layers(model: nn.Module, example: torch.Tensor, *, call: Callable[[], 
         def call() -> Any:
             return model(image)
 
-    return Chain(model, record_layers(model, call, image), image)
+    return Chain(record_layers(model, call, image), image)

@@ -9,13 +9,11 @@ follow. Dropout belongs to the next layer, so that its noise stays fresh.
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.forward.record import GIVEN, RANDOM, ModuleCall, Passing, Recording
-from learndrop_ext.rng import fork_rng
+from learndrop_ext.preserve import preserved
 
 
 class Hook:
@@ -107,21 +105,62 @@ class Layer:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What two recorded forwards of a model say.
+    """What two recorded forwards of a model say. Cuts are numbered by the layers before them.
 
     Args:
-        layers: the layers.
+        model: the model.
+        layers: its layers.
         calls: the module calls in eval mode, in the order in which they began.
         samples: number of samples that were recorded.
         storing: modules with an attribute in which forward has stored a tensor of the images.
         reentrant: whether a reentrant checkpoint ran, whose part learns only if its input has a gradient.
     """
 
+    model: nn.Module = field(repr=False)
     layers: tuple[Layer, ...]
     calls: tuple[ModuleCall, ...] = field(repr=False)
     samples: int
-    storing: frozenset[nn.Module] = field(repr=False, default=frozenset())
-    reentrant: bool = False
+    storing: frozenset[nn.Module] = field(repr=False)
+    reentrant: bool
+
+    def cut(self, k: int) -> Cut:
+        """Return the cut behind the first k layers."""
+        cut = self.layers[k - 1].cut
+        assert cut is not None
+        return cut
+
+    def calls_before(
+        self, k: int, within: Sequence[int] = (), opened: Callable[[ModuleCall], bool] = lambda call: False
+    ) -> Iterator[ModuleCall]:
+        """Yield the outermost calls that have ended at cut k, of modules that are not called later, with none of the cuts
+        `within` inside them; and those inside calls that are `opened`."""
+        at, inner = self.cut(k).at, [self.cut(other).at for other in within]
+        last: dict[nn.Module, int] = {}
+        for call in self.calls:
+            last[call.module] = max(last.get(call.module, 0), call.end)
+        until = 0
+        for call in self.calls:
+            if call.begin >= until and last[call.module] <= at and not any(map(call.has_within, inner)):
+                yield call
+                until = until if opened(call) else call.end
+
+    def before(self, k: int) -> list[nn.Module]:
+        """Return the outermost modules that only the first k layers run."""
+        return [call.module for call in self.calls_before(k)] if k else []
+
+    def around(self, k: int) -> list[nn.Module]:
+        """Return the modules that run some of the first k layers and others: the model itself, and parts of it."""
+        return list(dict.fromkeys(call.module for call in self.calls if call.has_within(self.cut(k).at)))
+
+    def behind(self, k: int) -> list[nn.Module]:
+        """Return the outermost modules that the first k layers do not run."""
+        passed = {m for before in self.before(k) for m in before.modules()} | set(self.around(k))
+        found: list[nn.Module] = []
+        for module in self.model.modules():
+            if module not in passed:
+                found.append(module)
+                passed |= set(module.modules())
+        return found
 
 
 def record_layers(model: nn.Module, call: Callable[[], Any], image: torch.Tensor) -> Recorded:
@@ -154,7 +193,8 @@ def record_layers(model: nn.Module, call: Callable[[], Any], image: torch.Tensor
             f"before and after it; {type(model).__name__} has none"
         )
     layers = _layers(model, evaluated, cuts, len(image))
-    return Recorded(layers, tuple(evaluated.calls), len(image), evaluated.storing | trained.storing, bool(reentrant))
+    storing = evaluated.storing | trained.storing
+    return Recorded(model, layers, tuple(evaluated.calls), len(image), storing, bool(reentrant))
 
 
 @contextlib.contextmanager
@@ -172,60 +212,6 @@ def _reentrant_checkpoints() -> Iterator[list[None]]:
         yield found
     finally:
         CheckpointFunction.forward = staticmethod(forward)  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore modes, attributes, buffers and gradients of the model, and the random state, on leaving."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    gradients = [(p, p.grad) for p in model.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        with attributes_preserved(model), fork_rng(0):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-
-
-#: Attributes that every module has.
-_TABLES = frozenset(vars(nn.Module()))
-
-
-@contextlib.contextmanager
-def attributes_preserved(model: nn.Module, *, tables: bool = True) -> Iterator[None]:
-    """Restore the attributes of all modules on leaving. Of one that is a list, a dict, a set or an object with attributes,
-    what it holds is restored too.
-
-    tables: torch's own tables of parameters, buffers, modules and hooks too. For 400 modules that takes about 20 ms.
-    """
-    modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
-    values = (v for module in modules for name, v in vars(module).items() if tables or name not in _TABLES)
-    holders = [held for held in map(_contents, values) if held is not None]
-    copies = [copy.copy(held) for held in holders]
-    try:
-        yield
-    finally:
-        for module, before in zip(modules, attributes, strict=True):
-            vars(module).clear()
-            vars(module).update(before)
-        for held, content in zip(holders, copies, strict=True):
-            held.clear()
-            held.extend(content) if isinstance(held, list) else held.update(content)
-
-
-def _contents(value: Any) -> list[Any] | dict[Any, Any] | set[Any] | None:
-    """What can be emptied and filled again of an attribute's value."""
-    if isinstance(value, list | dict | set):
-        return value
-    if isinstance(value, nn.Module | torch.Tensor | type | ModuleType | FunctionType):
-        return None
-    return getattr(value, "__dict__", None)
 
 
 @dataclass(frozen=True)

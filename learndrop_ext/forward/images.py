@@ -5,6 +5,7 @@ B samples in a batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ class Standing:
         at: number of layers behind which the rows enter.
         read: ids -> images [B, ...].
         checked: whether a training call on them was noted.
+        trace: if given, notes the operations on them within the forward.
         count: B.
     """
 
@@ -54,6 +56,7 @@ class Standing:
     at: int
     read: Callable[[torch.Tensor], torch.Tensor] | None
     checked: bool = False
+    trace: Trace | None = None
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -65,36 +68,65 @@ class Standing:
 
 
 class Constant:
-    """An operand of the loop's arithmetic, compared by value."""
+    """An operand beside the images, compared by value."""
 
-    __slots__ = ("kept", "tensor", "version")
+    __slots__ = ("tensor", "values", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.version = tensor, tensor._version
-        self.kept: torch.Tensor | None = None
+        self.tensor, self.version, self.values = tensor, tensor._version, tensor
 
     def keep(self) -> None:
-        """Keep the value, in case the tensor is written to."""
-        if self.kept is None:
-            self.kept = self.tensor.detach().clone()
+        """Keep the values, in case the tensor is written to."""
+        if self.values is self.tensor:
+            self.values = self.tensor.detach().clone()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Constant):
             return False
-        if self.tensor is other.tensor and self.version == other.version:
-            return True
-        one = self.tensor if self.kept is None else self.kept
-        two = other.tensor if other.kept is None else other.kept
-        return one.dtype == two.dtype and torch.equal(one, two)
+        same = self.tensor is other.tensor and self.version == other.version
+        return same or (self.values.dtype == other.values.dtype and torch.equal(self.values, other.values))
 
     __hash__ = None  # type: ignore[assignment]
 
 
+class Trace:
+    """The operations of a forward on images that were not read, in their order: each with its operands, and what its results
+    look like. before: another trace, of which equal operations are not analysed again."""
+
+    def __init__(self, before: Trace | None = None) -> None:
+        self.operations: list[tuple[tuple[Any, ...], Results]] = []
+        self._before = [] if before is None else before.operations
+
+    def note(self, func: Any, args: Any, kwargs: Any, operands: Sequence[Any]) -> tuple[Results, int]:
+        """Note an operation, and return its results' forms and its number."""
+        number = len(self.operations)
+        words = (func, *map(self._word, operands))
+        if number < len(self._before) and self._before[number][0] == words:
+            self.operations.append(self._before[number])
+        else:
+            self.operations.append((words, _forms(func, args, kwargs)))
+        return self.operations[-1][1], number
+
+    def constants(self) -> list[Constant]:
+        """Return the operands that are tensors with values."""
+        return [word for words, _ in self.operations for word in words if isinstance(word, Constant)]
+
+    @staticmethod
+    def _word(operand: Any) -> Any:
+        if not isinstance(operand, torch.Tensor):
+            return operand
+        if isinstance(operand, Unread):
+            return operand.number
+        return Constant(operand)
+
+
+#: The forms of an operation's results, and the type in which it returns them; no forms if they are no tensors.
+Results = tuple[list["Form"], type]
 #: One operation of the loop on its images: its name and its other operands.
 Operation = tuple[Any, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Form:
     """Shape, strides and dtype of a tensor."""
 
@@ -111,13 +143,15 @@ class Form:
 
 def form_of(tensor: torch.Tensor) -> Form:
     """Return the form of a tensor."""
-    return Form(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return tensor.form if isinstance(tensor, Unread) else Form(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 class Unread(torch.Tensor):
     """A tensor without values that something stands for."""
 
+    form: Form
     standing: Standing
+    number = -1, 0  # of the operation in `Standing.trace` that it came from, and among its results
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -125,7 +159,7 @@ class Unread(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(
             cls, form.shape, strides=form.stride, dtype=form.dtype, device=device
         )
-        made.standing = standing
+        made.form, made.standing = form, standing
         return made
 
     def __deepcopy__(self, memo: Any) -> Unread:
@@ -193,50 +227,46 @@ class Images(Unread):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        flat = args if not any(isinstance(a, list | tuple) for a in args) else pytree.tree_leaves(args)
-        images = [a for a in flat if type(a) is Images]
-        if not images:  # an operand in kwargs
-            raise _refused(func, pytree.tree_leaves(kwargs))
-        x = images[0]
+        operands = _operands(args, kwargs)
+        images = [a for a in operands if type(a) is Images]
+        x, packet = images[0], func.overloadpacket
         if x.standing.inside():
             return Feature.__torch_dispatch__(func, types, args, kwargs)
-        packet = func.overloadpacket
         for a in images:
             a.check_memory()
-        if packet is ATEN.cat and len(images) == len(pytree.tree_leaves(args[0])) and (len(args) < 2 or args[1] == 0):
+        if packet is ATEN.cat and len(images) == len(args[0]) and (len(args) < 2 or args[1] == 0):
             return _joined(images)
-        if len(images) > 1 or (args[0] is not x and packet not in (ATEN.mul, ATEN.add)):
-            raise _refused(func, flat)
+        is_first = bool(args) and args[0] is x
+        is_second = packet in (ATEN.mul, ATEN.add) and len(args) > 1 and args[1] is x
+        if len(images) > 1 or not (is_first or is_second):
+            raise _refused(func, x)
         if packet in SLICES:
             return _sliced(func, x, args[1:], kwargs)
-        B = len(x)
-        if packet in ARITHMETIC:
-            for a in flat:
-                if isinstance(a, torch.Tensor) and a is not x and a.dim() >= x.dim() and len(a) > 1:
-                    raise _refused(func, flat)
-        elif packet not in FORMS:
-            raise _refused(func, flat)
+        others = [a for a in operands if isinstance(a, torch.Tensor) and a is not x]
+        mixes = packet in ARITHMETIC and any(a.dim() >= x.dim() and len(a) > 1 for a in others)
+        if mixes or packet not in ARITHMETIC | FORMS or (packet is ATEN.permute and args[1][0] % x.dim()):
+            raise _refused(func, x)
         (form,), _ = _forms(func, args, kwargs)
-        if form.shape[:1] != (B,) or (packet is ATEN.permute and args[1][0] % x.dim() != 0):
-            raise _refused(func, flat)
-        if packet is ATEN.detach or packet is ATEN.alias:
-            note = x.operations
-        elif packet in FORMS:
+        if form.shape[:1] != (len(x),):
+            raise _refused(func, x)
+        if packet in FORMS:
             note = (*x.operations, (packet.__name__, form.shape[1:], form.stride[1:]))
+        elif packet is ATEN.detach or packet is ATEN.alias:
+            note = x.operations
         else:
-            operands = tuple(Constant(a) if isinstance(a, torch.Tensor) else a for a in args if a is not x)
+            values = tuple(Constant(a) if isinstance(a, torch.Tensor) else a for a in args if a is not x)
             named = tuple((k, v) for k, v in kwargs.items() if k not in ("device", "non_blocking"))
-            note = (*x.operations, (packet.__name__.rstrip("_"), *operands, *named))
+            note = (*x.operations, (packet.__name__.rstrip("_"), *values, *named))
         pixels = x.pixels
         if pixels is not None:
             pixels = func(*(pixels if a is x else a for a in args), **kwargs)
-        if packet.__name__.endswith("_") and args[0] is x:
+        if packet.__name__.endswith("_") and is_first:
             x.memory[0] += 1
             x.pixels, x.operations, x.seen = pixels, note, x.memory[0]
             return x
-        device = kwargs.get("device") or x.device
+        device = torch.device(kwargs.get("device") or x.device)
         shared = x.memory if func._schema.returns[0].alias_info is not None else None
-        return Images(form, torch.device(device), x.standing, pixels, note, shared)
+        return Images(form, device, x.standing, pixels, note, shared)
 
 
 class Feature(Unread):
@@ -258,10 +288,10 @@ class Feature(Unread):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = pytree.tree_leaves((args, kwargs))
-        x = next(a for a in leaves if isinstance(a, Unread))
+        operands = _operands(args, kwargs)
+        x = next(a for a in operands if isinstance(a, Unread))
         of = x.of if isinstance(x, Feature) else "the first one"
-        packet = func.overloadpacket
+        packet, trace = func.overloadpacket, x.standing.trace
         in_backward = torch._C._current_graph_task_id() != -1  # of a checkpoint that computes its part again
         if not (x.standing.inside() or in_backward or packet is ATEN.detach):
             raise _absent(packet, of)
@@ -271,40 +301,60 @@ class Feature(Unread):
                 f"drop.loader: {packet.__name__} would write a dropped layer's output, which is not computed any more, into "
                 "a tensor of the model; drop fewer layers"
             )
-        forms, spec = _forms(func, args, kwargs)
+        number = -1
+        if trace is None:
+            forms, kind = _forms(func, args, kwargs)
+        else:
+            (forms, kind), number = trace.note(func, args, kwargs, operands)
         if not forms:
             raise _absent(packet, of)
         if packet.__name__.endswith("_") and isinstance(args[0], Unread):
             return args[0]
         device = torch.device(kwargs.get("device") or x.device)
-        return pytree.tree_unflatten([Feature(form, device, x.standing, of) for form in forms], spec)
+        made = [Feature(form, device, x.standing, of) for form in forms]
+        if trace is not None:
+            for i, feature in enumerate(made):
+                feature.number = number, i
+        return made[0] if kind is torch.Tensor else kind(made)
+
+
+def _operands(args: Any, kwargs: Any) -> list[Any]:
+    """The arguments of an operation of torch, those in lists too: it has no deeper ones."""
+    found: list[Any] = []
+    for a in (*args, *kwargs.values()):
+        found += a if type(a) in (list, tuple) else (a,)
+    return found
 
 
 #: Forms of the results of operations, by the forms of their arguments: torch computes them on the meta device, which takes
 #: about 0.3 ms for a sum.
-_KNOWN: dict[Any, tuple[list[Form], Any]] = {}
+_KNOWN: dict[Any, Results] = {}
 
 
-def _forms(func: Any, args: Any, kwargs: Any) -> tuple[list[Form], Any]:
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    key: Any = (func, spec, tuple(form_of(a) if isinstance(a, torch.Tensor) else a for a in leaves))
-    try:
+def _forms(func: Any, args: Any, kwargs: Any) -> Results:
+    """What an operation's results look like."""
+
+    def key_of(a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return tuple(map(key_of, a))
+        return form_of(a) if isinstance(a, torch.Tensor) else a
+
+    key = (func, *map(key_of, args), *map(key_of, kwargs.items()))
+    with contextlib.suppress(TypeError):  # an argument that cannot be hashed
         if key in _KNOWN:
             return _KNOWN[key]
-    except TypeError:  # an argument that cannot be hashed
-        key = None
 
     def meta(a: Any) -> Any:
         if isinstance(a, torch.Tensor):
             return torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
         return torch.device("meta") if isinstance(a, torch.device) else a
 
-    given, named = pytree.tree_unflatten([meta(a) for a in leaves], spec)
-    outs, out_spec = pytree.tree_flatten(func(*given, **named))
-    found = [form_of(a) for a in outs if isinstance(a, torch.Tensor)], out_spec
-    if len(found[0]) != len(outs):
-        found = [], out_spec
-    if key is not None:
+    given, named = pytree.tree_map(meta, (args, kwargs))
+    out = func(*given, **named)
+    outs = list(out) if isinstance(out, list | tuple) else [out]
+    forms = [form_of(a) for a in outs if isinstance(a, torch.Tensor)]
+    found = (forms if len(forms) == len(outs) else []), type(out)
+    with contextlib.suppress(TypeError):
         _KNOWN[key] = found
     return found
 
@@ -319,7 +369,7 @@ def _sliced(func: Any, x: Images, rest: Any, kwargs: Any) -> Any:
     try:
         ids = parts(x.standing.ids)  # they have one dimension, that of the batch
     except IndexError:
-        raise _refused(func, (x,)) from None
+        raise _refused(func, x) from None
     nothing = [None] * len(ids)
     rows = nothing if x.standing.rows is None else parts(x.standing.rows)
     pixels = nothing if x.pixels is None else parts(x.pixels)
@@ -367,11 +417,10 @@ def _absent(packet: Any, of: str) -> RuntimeError:
     )
 
 
-def _refused(func: Any, operands: Sequence[Any]) -> RuntimeError:
-    x = next((a for a in operands if type(a) is Images), None)
-    of = f"{math.prod(x.shape[1:])} values of each sample" if x is not None else "the images"
+def _refused(func: Any, x: torch.Tensor) -> RuntimeError:
     return RuntimeError(
-        f"drop.loader: the loop may only do to images what keeps each sample by itself and in its place (casts, .to, "
-        f"arithmetic with constants that have no batch dimension, slices of the batch), because cached rows stand for "
-        f"them, and {func.overloadpacket.__name__} would have to see {of}; move it into the dataset or into the model"
+        "drop.loader: the loop may only do to images what keeps each sample by itself and in its place (casts, .to, "
+        "arithmetic with constants that have no batch dimension, slices of the batch), because cached rows stand for them, "
+        f"and {func.overloadpacket.__name__} would have to see {math.prod(x.shape[1:])} values of each sample; move it into "
+        "the dataset or into the model"
     )

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain, row_at
-from learndrop_ext.forward.cuts import preserved
 from learndrop_ext.forward.images import Images, Standing, Unread, form_of
 from learndrop_ext.forward.record import tensors_of
+from learndrop_ext.preserve import preserved
 from learndrop_ext.rng import fork_rng
 
 
@@ -33,28 +34,28 @@ def check_cut(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch
         ValueError: rows depend on the other samples of a batch or on the random state. Names the innermost module whose
             outputs differ for equal inputs.
     """
-    half = len(x) // 2
-    others = torch.cat([x[:half], x[:half], x[2 * half :]])
     kept: list[torch.Tensor] = []
 
     def keep(cut: int, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         kept.append(row.clone())  # a later operation may write into it
         return row
 
-    bypass = Bypass(chain.model, chain.recorded, keep=keep)
+    bypass = Bypass(chain.recorded, keep=keep)
 
-    def images(*, read: bool) -> Images:
+    def outputs(*, read: bool) -> list[torch.Tensor]:
+        """What the model returns. Its forward may keep a state: each run begins with the same one."""
         standing = Standing(bypass, torch.arange(len(x)), None if read else kept[0].clone(), k, None)
-        # The loop may write into its images.
-        return Images(form_of(x), x.device, standing, x.clone() if read else None)  # type: ignore[no-any-return]
+        with preserved(chain.model), torch.enable_grad():
+            # The loop may write into its images.
+            return list(tensors_of(run(Images(form_of(x), x.device, standing, x.clone() if read else None))))
 
+    half = len(x) // 2
+    others = torch.cat([x[:half], x[:half], x[2 * half :]])
     with preserved(chain.model), without_benchmark(x.device, deterministic=True):
         chain.model.train()
         bypass.put((k,))
         try:
-            # The forward may keep a state: each run begins with the same one.
-            with preserved(chain.model):
-                wanted = list(tensors_of(run(images(read=True))))
+            wanted = outputs(read=True)
             if not kept:
                 return f"{chain.names[k - 1]} is not run in train mode"
             with preserved(chain.model), fork_rng(1), torch.no_grad():
@@ -66,8 +67,7 @@ def check_cut(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch
                     "in eval mode too; drop only the layers before it"
                 )
             try:
-                with preserved(chain.model):
-                    got = list(tensors_of(run(images(read=False))))
+                got = outputs(read=False)
             except RuntimeError as error:
                 return str(error)
         finally:
@@ -83,11 +83,7 @@ def rows_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Return whether two tensors are equal to the bit, on a GPU within rounding."""
     if one.shape != other.shape:
         return False
-    return (
-        torch.equal(one, other)
-        or bool(((one == other) | (one != one)).all())
-        or (one.is_cuda and rows_agree(one, other))
-    )
+    return bool(((one == other) | (one != one)).all()) or (one.is_cuda and rows_agree(one, other))
 
 
 def rows_agree(wanted: torch.Tensor, got: torch.Tensor, *, error: float = 0.0) -> bool:
@@ -107,35 +103,25 @@ def rows_agree(wanted: torch.Tensor, got: torch.Tensor, *, error: float = 0.0) -
 
 
 def _guilty(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch.Tensor, others: torch.Tensor) -> str:
-    """The innermost module whose outputs differ for equal inputs."""
-    names = {module: name for name, module in chain.model.named_modules()}
+    """The first module to end whose outputs differ for equal samples: modules within another one end before it."""
     half = len(x) // 2
-    passes = []
+    passes: list[list[tuple[nn.Module, torch.Tensor]]] = []
     for seed, batch in enumerate((x, others)):
-        came: dict[nn.Module, torch.Tensor] = {}
-        seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        ended: list[tuple[nn.Module, torch.Tensor]] = []
+        passes.append(ended)
 
-        def is_rows(value: Any) -> bool:
-            return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == len(x)
+        def leave(module: nn.Module, _: Any, output: Any, ended: Any = ended) -> None:
+            if isinstance(output, torch.Tensor) and output.shape[:1] == x.shape[:1]:
+                ended.append((module, output[:half].clone()))
 
-        def enter(module: nn.Module, inputs: Any, came: Any = came) -> None:
-            if inputs and is_rows(inputs[0]):
-                came[module] = inputs[0][:half].clone()
-
-        def leave(module: nn.Module, _: Any, output: Any, came: Any = came, seen: Any = seen) -> None:
-            if module in came and is_rows(output):
-                seen[module] = came[module], output[:half].clone()
-
-        hooks = [h for m in names for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
-        try:
-            with fork_rng(seed), torch.no_grad():
+        with fork_rng(seed), torch.no_grad():
+            hook = register_module_forward_hook(leave)
+            try:
                 row_at(chain, k, lambda batch=batch: run(batch))  # type: ignore[misc]
-        finally:
-            for hook in hooks:
+            finally:
                 hook.remove()
-        passes.append(seen)
-    for module, (entered, left) in passes[0].items():
-        entered_again, left_again = passes[1].get(module, (entered, left))
-        if rows_agree(entered, entered_again) and not rows_agree(left, left_again):
+    names = {module: name for name, module in chain.model.named_modules()}
+    for (module, one), (_, other) in zip(*passes, strict=False):
+        if module in names and not rows_agree(one, other):
             return f"{names[module]} ({type(module).__name__})"
     return chain.names[k - 1]

@@ -1,4 +1,4 @@
-"""One forward of the user's model, recorded: which operations ran, in which module calls, on which storages.
+"""A forward of the user's model, recorded: which operations ran, in which module calls, on which storages.
 
 A value is *of the images* if it was computed from them; the others come from parameters, buffers and constants alone.
 Operations, and the begins and ends of module calls, are numbered.
@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from learndrop_ext.forward.images import Form, form_of
+from learndrop_ext.preserve import TABLES
 
-#: Stands for random numbers among the names of parameters.
-RANDOM = "random numbers"
-#: Stands for the tensors that the model is given beside the images.
-GIVEN = "the model's other inputs"
+#: Stand for random numbers, and for what the model is given beside the images, among the names of parameters.
+RANDOM, GIVEN = "random numbers", "the model's other inputs"
 
 
 @dataclass(frozen=True)
@@ -39,15 +38,10 @@ class Passing:
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of a module.
+    """One call of a module, from operation `begin` to operation `end`.
 
-    Args:
-        path: name of the module in the model.
-        module: the module.
-        begin, end: number of operations before it began, and when it had ended.
-        entry, exit: its first argument and its output, if they are single tensors of the images.
-        output: what it returned, with a `Form` in the place of each tensor.
-        is_plain: whether all tensors in the output can be seen, so that others can stand for them.
+    entry, exit: its first argument and its output, if they are single tensors of the images. output: what it returned, with
+    a `Form` in the place of each tensor. is_plain: whether all tensors in it can be seen, so that others can stand for them.
     """
 
     path: str
@@ -83,8 +77,7 @@ class Recording(TorchDispatchMode):
     def __init__(self, model: nn.Module, image: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[ModuleCall] = []
-        self.now = 0
-        self.escape = -1
+        self.now, self.escape = 0, -1
         self.made = {_storage(image): 0}
         self.last: dict[int, int] = {}
         self.uses: dict[str, list[int]] = defaultdict(list)
@@ -92,10 +85,9 @@ class Recording(TorchDispatchMode):
         self.storing: frozenset[nn.Module] = frozenset()
         self._written: dict[int, int] = {}  # last operation that wrote into a storage, or into a copy of it
         self._copy_of: dict[int, int] = {}
-        self._names = {module: name for name, module in model.named_modules()}
+        self._model, self._names = model, {module: name for name, module in model.named_modules()}
         self._stack: list[ModuleCall] = []
         # storage -> names of the parameters that a value which is not of the images was computed from
-        self._model = model
         self._from: dict[int, frozenset[str]] = defaultdict(frozenset)
         for name, parameter in model.named_parameters():
             self._from[_storage(parameter)] |= {name}
@@ -112,16 +104,12 @@ class Recording(TorchDispatchMode):
         finally:
             for hook in hooks:
                 hook.remove()
-        for tensor in tensors_of(out):
-            self.last[_storage(tensor)] = self.now + 1
-        if self.escape < 0:
-            self.escape = self.now
-        self.storing = frozenset(module for module in self._names if self._stores(module))
-
-    def _note_given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        for tensor in tensors_of((args, kwargs)):
-            if not self._is_of_images(tensor):
-                self._from[_storage(tensor)] |= {GIVEN}
+        self.last.update((_storage(tensor), self.now + 1) for tensor in tensors_of(out))
+        self.escape = self.now if self.escape < 0 else self.escape
+        attributes = ((m, v) for m in self._names for name, v in vars(m).items() if name not in TABLES)
+        self.storing = frozenset(
+            m for m, value in attributes if any(map(self._is_of_images, tensors_of(value, depth=2)))
+        )
 
     def alive(self) -> list[int]:
         """Return how many storages of the images are needed later, after each number of operations: [now + 1]."""
@@ -163,20 +151,10 @@ class Recording(TorchDispatchMode):
             self.flops[self.now] = int(count(*args, **kwargs, out_val=out))
         return out
 
-    def _stores(self, module: nn.Module) -> bool:
-        values = (value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules"))
-        return any(_storage(t) in self.made for value in values for t in _near(value, 2) if t.layout == torch.strided)
-
-    def _root(self, storage: int) -> int:
-        return self._copy_of.get(storage, storage)
-
-    def _open(self, spans: Iterator[tuple[int, int]]) -> list[int]:
-        """The number of spans (begin, end) that each number of operations lies in; the end is outside."""
-        steps = [0] * (self.now + 3)
-        for begin, end in spans:
-            steps[begin] += 1
-            steps[end] -= 1
-        return list(accumulate(steps))[: self.now + 1]
+    def _note_given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        for tensor in tensors_of((args, kwargs)):
+            if not self._is_of_images(tensor):
+                self._from[_storage(tensor)] |= {GIVEN}
 
     def _begin(self, module: nn.Module, args: Any) -> Any:
         if module not in self._names:
@@ -207,42 +185,42 @@ class Recording(TorchDispatchMode):
         call.output = pytree.tree_map_only(torch.Tensor, form_of, output) if call.is_plain else None
         return output
 
-    def _is_of_images(self, value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and _storage(value) in self.made
-
     def _passed(self, tensor: torch.Tensor) -> tuple[torch.Tensor, Passing]:
         copy = tensor.clone()
         self._copy_of[_storage(copy)] = self._root(_storage(tensor))
         return copy, Passing(self.now, _storage(copy), form_of(tensor))
 
+    def _is_of_images(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.layout == torch.strided and _storage(value) in self.made
 
-def tensors_of(value: Any, _within: tuple[int, ...] = ()) -> Iterator[torch.Tensor]:
+    def _root(self, storage: int) -> int:
+        return self._copy_of.get(storage, storage)
+
+    def _open(self, spans: Iterator[tuple[int, int]]) -> list[int]:
+        """The number of spans (begin, end) that each number of operations lies in; the end is outside."""
+        steps = [0] * (self.now + 3)
+        for begin, end in spans:
+            steps[begin] += 1
+            steps[end] -= 1
+        return list(accumulate(steps))[: self.now + 1]
+
+
+def tensors_of(value: Any, *, depth: int = 6) -> Iterator[torch.Tensor]:
     """Yield the tensors in a value of nested containers, mappings, dataclasses and other objects with attributes, such as
     those of torch.distributions."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_of(item, _within)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from tensors_of(item, _within)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for item in fields(value):
-            yield from tensors_of(getattr(value, item.name, None), _within)
-    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module) and id(value) not in _within:
-        for item in vars(value).values():
-            yield from tensors_of(item, (*_within, id(value)))
-
-
-def _near(value: Any, depth: int) -> Iterator[torch.Tensor]:
-    """Yield the tensors in a value, in its items and attributes, and in theirs."""
-    if isinstance(value, torch.Tensor):
-        yield value
     elif depth and not isinstance(value, type | nn.Module):
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else None
-        for item in getattr(value, "__dict__", {}).values() if items is None else items:
-            yield from _near(item, depth - 1)
+        if isinstance(value, dict):
+            items: Any = value.values()
+        elif isinstance(value, list | tuple | set):
+            items = value
+        elif is_dataclass(value):
+            items = [getattr(value, field.name, None) for field in fields(value)]
+        else:
+            items = getattr(value, "__dict__", {}).values()
+        for item in items:
+            yield from tensors_of(item, depth=depth - 1)
 
 
 def _is_dropout(module: nn.Module) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -20,28 +19,18 @@ class WrappedModel(nn.Module):
 
     At first it calls `wrap(model)`. After a drop, a batch of `drop.loader` gives a row, which goes through `wrap` of a
     module that takes rows and holds the live layers only.
-
-    Args:
-        model: the whole model.
-        chain: its layers.
-        bypass: runs its own forward on rows.
-        wrap: such as `torch.compile`.
     """
 
-    def __init__(self, model: nn.Module, chain: Chain, bypass: Bypass, wrap: Wrap) -> None:
+    def __init__(self, chain: Chain, bypass: Bypass, wrap: Wrap) -> None:
         super().__init__()
-        self._held = model, chain, bypass  # in a tuple, so that the model is not a submodule
+        self._held = chain, bypass  # in a tuple, so that the model is not a submodule
         self._wrap = wrap
         self.body = self.wrapped(0)
 
     def wrapped(self, k: int) -> nn.Module:
-        """Return the wrapped model behind its first k layers.
-
-        Raises:
-            TypeError: `wrap` does not return a module.
-        """
-        model, chain, bypass = self._held
-        body = self._wrap(model if k == 0 else Suffix(chain, k, bypass))
+        """Return the wrapped model behind its first k layers. Raises TypeError if `wrap` does not return a module."""
+        chain, bypass = self._held
+        body = self._wrap(chain.model if k == 0 else Suffix(chain, k, bypass))
         if not isinstance(body, nn.Module):
             raise TypeError(f"DropScheduler: wrap must return a torch.nn.Module, got {type(body).__name__}")
         return body
@@ -53,22 +42,21 @@ class WrappedModel(nn.Module):
     def train(self, mode: bool = True) -> WrappedModel:
         """Set the mode of the user's model, which is that of all of its layers."""
         self.training = mode
-        self._held[0].train(mode)
+        self._held[0].model.train(mode)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        model, _, bypass = self._held
-        images = images_in(args, kwargs)
+        chain, bypass = self._held
         if not bypass.cuts:
             return self.body(*args, **kwargs)
+        images = images_in(args, kwargs)
         if images is None or images.standing.owner is not bypass:
-            return model(*args, **kwargs)
-        k = bypass.cuts[-1]
-        if images.pixels is None and images.standing.at == k:
+            return chain.model(*args, **kwargs)
+        if images.pixels is None and images.standing.at == bypass.cuts[-1]:
             bypass.check(images)
             row = images.standing.rows
         else:
-            row = bypass.row(lambda: model(*args, **kwargs))
+            row = bypass.row(lambda: chain.model(*args, **kwargs))
         if not kwargs and len(args) == 1 and args[0] is images:  # for a wrapper that takes one argument
             return self.body(row)
         args, kwargs = pytree.tree_map(lambda a: IMAGES if a is images else a, (args, kwargs))
@@ -79,19 +67,3 @@ class WrappedModel(nn.Module):
             "drop.model: copies and averages must be of the whole model, which keeps its parameters through a drop; got a "
             "copy of drop.model, which changes with each drop"
         )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return the device of all parameters of a model.
-
-    Raises:
-        TypeError: the model is not a module.
-        ValueError: it has no parameters, or has them on several devices.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"DropScheduler: model must be a torch.nn.Module, got {type(model).__name__}")
-    devices = {p.device for p in model.parameters()}
-    if len(devices) != 1:
-        found = ", ".join(sorted(map(str, devices))) or "no parameters"
-        raise ValueError(f"DropScheduler: model must have its parameters on one device, got {found}")
-    return devices.pop()
