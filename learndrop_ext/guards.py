@@ -34,7 +34,7 @@ from learndrop_ext.rows.store.fingerprint import weights_digest
 PROBES = 4
 #: Frozen tensors whose version counters are read at each step, others at the next one: reading those of the 294 of
 #: EfficientNet-Lite0 takes about 40 us.
-EACH_STEP = 32
+EACH_STEP = 16
 #: Values of each frozen tensor, and a few more, that are compared when an epoch begins. All are when it ends.
 HEAD = 1024
 #: How often they are read if the dataset is random. An entry that changes with p = 0.5 passes for constant if 3 further
@@ -120,10 +120,12 @@ class FrozenTensors:
         self._note_writes()
 
     def _note_writes(self) -> None:
-        self._turn = 0
+        self._turn: int = 0
         turns = max(1, len(self._watched) // EACH_STEP)
         parts = [self._watched[i::turns] for i in range(turns)]
-        self._turns = [(part, [tensor._version for tensor in part]) for part in parts]
+        self._turns: list[tuple[list[torch.Tensor], list[int]]] = [
+            (part, [tensor._version for tensor in part]) for part in parts
+        ]
         self._addresses = [tensor.data_ptr() for tensor in self._watched]
         self._first = self._heads.measure().tolist()
 
