@@ -55,6 +55,7 @@ class FrozenTensors:
         ]
         for parameter in chain.parameters(0, k):
             parameter.grad = None
+        self._turn = 0
         self.accept()
 
     def accept(self) -> None:
@@ -120,7 +121,6 @@ class FrozenTensors:
         self._note_writes()
 
     def _note_writes(self) -> None:
-        self._turn: int = 0
         turns = max(1, len(self._watched) // EACH_STEP)
         parts = [self._watched[i::turns] for i in range(turns)]
         self._turns: list[tuple[list[torch.Tensor], list[int]]] = [
