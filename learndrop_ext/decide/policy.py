@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
-from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
+from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_seconds
 from learndrop_ext.decide.schedules import best_prefixes
 
 
@@ -273,7 +273,7 @@ class Budget:
             return Decision(situation.prefix, f"{name}: {situation.elapsed_seconds:.1f} s of {wanted:.1f} s")
         for weights in self._weights(situation):
             prefixes = self._prefixes(situation, costs, epochs, wanted - situation.elapsed_seconds, weights)
-            rest = total_seconds(plan_prefixes(costs, prefixes, epochs, past=situation.past))
+            rest = sum(plan_seconds(costs, prefixes, past=situation.past))
             if situation.elapsed_seconds + rest > USED * wanted:
                 break
         if not situation.epoch and situation.elapsed_seconds and situation.elapsed_seconds + rest > LATE * wanted:
@@ -304,13 +304,13 @@ class Budget:
             if epoch == epochs:
                 return first
             prefix = max((situation.prefix, *first))
-            begun = plan_prefixes(costs, (*first, *(prefix,) * (epochs - epoch)), epochs, past=past)[: len(first)]
+            begun = plan_seconds(costs, (*first, *(prefix,) * (epochs - epoch)), past=past)[: len(first)]
             more = best_prefixes(
                 costs,
                 epochs,
                 epoch=epoch,
                 prefix=prefix,
-                seconds=seconds - total_seconds(begun),
+                seconds=seconds - sum(begun),
                 past=(*past, *first),
                 weights=weights,
                 hold=1 if first else hold,
@@ -318,7 +318,7 @@ class Budget:
             return (*first, *more)
 
         def total(prefixes: tuple[int, ...]) -> float:
-            return total_seconds(plan_prefixes(costs, prefixes, epochs, past=past))
+            return sum(plan_seconds(costs, prefixes, past=past))
 
         if any(past) and first_half > 0:
             held = best((situation.prefix,) * hold, seconds)
