@@ -6,10 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from learndrop_ext.app.report import align_columns
+from learndrop_ext.decide.forecast import align_columns
 from learndrop_ext.rows.store import shared
-
-__all__ = ["format_listing", "list_and_remove"]
 
 DAY_SECONDS = 86400
 
@@ -52,8 +50,5 @@ def format_listing(listing: dict[str, Any]) -> str:
     rows = listing["rows"]
     if not rows:
         return "\n".join([*lines, f"no rows in {listing['folder']}"])
-    table = [
-        list(rows[0]),
-        *([f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows),
-    ]
-    return "\n".join([*lines, *align_columns(table)])
+    cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    return "\n".join([*lines, *align_columns([list(rows[0]), *cells])])
