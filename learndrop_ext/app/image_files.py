@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IntegrityError", "check_labels", "find_file", "read_cifar", "read_cifar_names", "read_idx"]
-
 
 class IntegrityError(ValueError):
     """A data file or folder is missing, damaged or in the wrong format."""

@@ -20,8 +20,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from learndrop_ext.app.photos import read_photo
 
-__all__ = ["AUGMENTATIONS", "ImageSet", "collate_batch", "make_loader"]
-
 AUGMENTATIONS = (None, "standard", "flip")
 
 Batch: TypeAlias = tuple[Tensor, Tensor]

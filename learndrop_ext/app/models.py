@@ -24,8 +24,6 @@ from torch import Tensor, nn
 
 from learndrop_ext.rng import fork_rng
 
-__all__ = ["MODELS", "STEMS", "VGG", "BasicBlock", "Bottleneck", "ResNet", "build_model"]
-
 STEMS = ("small", "imagenet")
 
 

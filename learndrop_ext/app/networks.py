@@ -20,8 +20,6 @@ from learndrop_ext.app.weights import fit_weights, read_weights
 from learndrop_ext.ops import free_bytes
 from learndrop_ext.rng import fork_rng
 
-__all__ = ["Network", "build_network", "check_network", "is_external", "pixel_statistics"]
-
 
 @dataclass(frozen=True)
 class Network:

@@ -15,8 +15,6 @@ from learndrop_ext.app.image_files import IntegrityError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PHOTO_SUFFIXES", "list_class_folders", "read_photo"]
-
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 #: Files that file managers leave behind. Names that start with a dot are ignored too.

@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["FittedWeights", "fit_weights", "read_weights"]
-
 #: Keys under which a checkpoint may hold the state_dict, beside the epoch, the optimizer and so on.
 NESTED = ("state_dict", "model", "model_state_dict")
 
