@@ -123,15 +123,14 @@ def table_row(result: Mapping[str, Any], run: str) -> tuple[str, ...]:
         seconds += f" ({baseline['seconds'] / numbers['seconds']:.2f}x)"
         flops += f" ({100 * (numbers['forward_flops'] / baseline['forward_flops'] - 1):+.1f} %)"
         accuracy += f" ({numbers['accuracy'] - baseline['accuracy']:+.2f})"
-    drops = [f"{drop['prefix']} {_when(drop['epoch'])}" for drop in numbers["drops"]] or ["none"]
+    drops = [
+        f"{drop['prefix']} after epoch {drop['epoch']}" if drop["epoch"] else f"{drop['prefix']} before the first step"
+        for drop in numbers["drops"]
+    ] or ["none"]
     if len(drops) > 4:
         drops[2:-1] = [f"{len(drops) - 3} more"]
     fill = _seconds(numbers["fill_seconds"]) if numbers["drops"] else "-"
     return run, seconds, fill, flops, accuracy, ", ".join(drops)
-
-
-def _when(epoch: int) -> str:
-    return f"after epoch {epoch}" if epoch else "before the first step"
 
 
 def _seconds(value: float) -> str:

@@ -13,19 +13,11 @@ DAY_SECONDS = 86400
 
 
 def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: int | None) -> dict[str, Any]:
-    """Remove files of rows that exceed a limit, and list the others.
+    """Remove files of rows that exceed a limit, if there is one, and list the others.
 
-    Args:
-        folder: the disk_dir of `CacheConfig(disk_dir=..., shared=True)`.
-        older_than_days: remove files that no run has used for this many days; None for no limit.
-        keep_bytes: then remove the least recently used files until at most this many bytes are left; None for no limit.
-
-    Returns:
-        `{"folder": str, "removed": [...], "in_use": [...], "rows": [...]}`, with one dict per file. Files "in_use" exceed
-        a limit but are being read by a run.
-
-    Raises:
-        ValueError: If `folder` is not a folder.
+    older_than_days: remove files that no run has used for so long; keep_bytes: then remove the least recently used ones
+    until at most so many bytes are left. Returns `{"folder": str, "removed": [...], "in_use": [...], "rows": [...]}`, with
+    one dict per file. Files "in_use" exceed a limit but are being read by a run.
     """
     if not folder.is_dir():
         raise ValueError(

@@ -21,26 +21,15 @@ class TierCost:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's costs per sample.
+    """One layer's costs per sample."""
 
-    Args:
-        name: the layer's name in the chain.
-        flops: forward FLOPs.
-        seconds: seconds of forward in eval mode without gradients, as in a frozen layer.
-        train_seconds: seconds of forward and backward in train mode, as in a live layer behind another live one.
-        shape: shape of its output without the batch dimension; None if it is not a single tensor.
-        first_seconds: like train_seconds, without the gradient of the input, which the first live layer does not need.
-            None: the same as train_seconds.
-        parameters: number of elements that the optimizer updates.
-    """
-
-    name: str
-    flops: int
-    seconds: float
-    train_seconds: float
-    shape: tuple[int, ...] | None
-    first_seconds: float | None = None
-    parameters: int = 0
+    name: str  # in the chain
+    flops: int  # forward FLOPs
+    seconds: float  # of forward, as in a frozen layer
+    train_seconds: float  # of forward and backward, as in a live layer behind another live one
+    shape: tuple[int, ...] | None  # of its output without the batch dimension; None for the last layer
+    first_seconds: float | None = None  # train_seconds without the gradient of the input; None: the same
+    parameters: int = 0  # number of elements that the optimizer updates
 
     @property
     def first_live_seconds(self) -> float:

@@ -149,23 +149,14 @@ def plan_seconds(costs: RunCosts, prefixes: Sequence[int], *, past: Sequence[int
 
 @dataclass(frozen=True)
 class DropForecast:
-    """A whole run with one drop of `prefix` layers after `start` epochs.
-
-    Args:
-        prefix: number of layers dropped.
-        start: number of epochs done before the drop.
-        seconds: time of the whole run.
-        speedup: time of the run without drops over `seconds`.
-        fill_seconds: the part of `seconds` spent computing and storing rows.
-        read_seconds: the part of `seconds` spent gathering rows.
-    """
+    """A whole run with one drop of `prefix` layers after `start` epochs."""
 
     prefix: int
     start: int
     seconds: float
-    speedup: float
-    fill_seconds: float
-    read_seconds: float
+    speedup: float  # time of the run without drops over `seconds`
+    fill_seconds: float  # the part of `seconds` spent computing and storing rows
+    read_seconds: float  # the part of `seconds` spent gathering rows
 
 
 def one_drops(costs: RunCosts, epochs: int, *, prefix: int, starts: Iterable[int]) -> tuple[DropForecast, ...]:
@@ -195,15 +186,10 @@ def largest_speedup(costs: RunCosts, epochs: int, *, start: int = 0) -> float:
 
 @dataclass(frozen=True)
 class RowsForecast:
-    """The rows of one prefix length.
+    """The rows of one prefix length."""
 
-    Args:
-        cut: number of layers after which they are kept; 0 for none.
-        bytes: bytes of all of them in each tier: device, host, disk.
-    """
-
-    cut: int
-    bytes: tuple[int, ...]
+    cut: int  # number of layers after which they are kept; 0 for none
+    bytes: tuple[int, ...]  # of all of them in each tier: device, host, disk
 
 
 @dataclass(frozen=True)
@@ -252,14 +238,7 @@ def forecast(
 ) -> Forecast:
     """Forecast a whole run without drops, and with one drop of each length after each number of epochs.
 
-    Args:
-        costs: costs of the run.
-        epochs: length of the run, at least 1.
-        row_bytes: for each prefix length 0..L-1, the bytes of one of its rows; empty if no rows are kept.
-        tiers: device, host and disk.
-
-    Raises:
-        ValueError: epochs is not a whole number >= 1, or row_bytes does not have L entries.
+    row_bytes: for each prefix length 0..L-1, the bytes of one of its rows; empty if no rows are kept.
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"forecast: epochs must be a whole number >= 1, got {epochs!r}")

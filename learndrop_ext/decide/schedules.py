@@ -29,17 +29,11 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Stage:
-    """Some epochs with one prefix.
+    """Some epochs with one prefix."""
 
-    Args:
-        epoch: number of epochs done before it.
-        length: number of its epochs.
-        weight: number of stages that it counts as in a schedule's loss.
-    """
-
-    epoch: int
-    length: int
-    weight: int = 1
+    epoch: int  # number of epochs done before it
+    length: int  # number of its epochs
+    weight: int = 1  # number of stages that it counts as in a schedule's loss
 
 
 def best_prefixes(
@@ -53,7 +47,7 @@ def best_prefixes(
     weights: Sequence[int] | None = None,
     hold: int = 1,
 ) -> tuple[int, ...]:
-    """Choose the prefix of each remaining epoch so that as much as possible stays live within `seconds`.
+    """Return the prefix of each remaining epoch, chosen so that as much as possible stays live within `seconds`.
 
     Prefixes never shrink. Of the schedules that take at most `seconds`, the one with the smallest loss is chosen: the sum of
     the weights of dropped layers over epochs. Of several, it is the one with the shortest prefix in the first epoch, then in
@@ -68,9 +62,6 @@ def best_prefixes(
         past: the prefix of every epoch done.
         weights: the loss of dropping each layer for one epoch, at least 1. Default: 1 each
         hold: number of remaining epochs, at least one, in which the first prefix is kept.
-
-    Returns:
-        The prefix of each epoch from `epoch` on.
     """
     left = epochs - epoch
     worth = [1] * len(costs.layers) if weights is None else list(weights)

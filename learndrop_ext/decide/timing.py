@@ -36,19 +36,12 @@ INPUT_GRADIENT = 0.5
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Costs per sample of a training step.
-
-    Args:
-        layers: cost of each layer.
-        other_seconds: seconds of a step outside of layers and optimizer: loss, overhead.
-        optimizer_seconds: seconds of the optimizer with all layers live.
-        step_seconds: seconds of the whole step for the batch.
-    """
+    """Costs of a training step, per sample but for `step_seconds`."""
 
     layers: tuple[LayerCost, ...]
-    other_seconds: float
-    optimizer_seconds: float
-    step_seconds: float
+    other_seconds: float  # outside of layers and optimizer: loss, overhead
+    optimizer_seconds: float  # with all layers live
+    step_seconds: float  # of the whole batch
 
 
 def untimed(chain: Chain) -> tuple[LayerCost, ...]:
