@@ -131,8 +131,9 @@ class StoppedLearning:
         for name in ("threshold", "smoothing", "max_dropped", "min_saving"):
             if not 0.0 <= (value := getattr(self, name)) <= 1.0:
                 raise ValueError(f"StoppedLearning: {name} must be within 0.0..1.0, got {value!r}")
-        _check_whole("StoppedLearning: patience", self.patience, 1)
-        _check_whole("StoppedLearning: warmup", self.warmup, 0)
+        for name, least in (("patience", 1), ("warmup", 0)):
+            if not _is_whole(value := getattr(self, name), least):
+                raise ValueError(f"StoppedLearning: {name} must be a whole number >= {least}, got {value!r}")
 
     def __call__(self, situation: Situation) -> Decision:
         if situation.epoch <= self.warmup:
@@ -235,7 +236,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not (isinstance(self.speedup, int | float) and math.isfinite(self.speedup) and self.speedup >= 1):
             raise ValueError(f"Budget: speedup must be a number >= 1, got {self.speedup!r}")
-        _check_whole("Budget: start", self.start, 0)
+        if not _is_whole(self.start, 0):
+            raise ValueError(f"Budget: start must be a whole number >= 0, got {self.start!r}")
 
     def check(self, costs: RunCosts, epochs: int | None) -> None:
         """Raise ValueError if no drop is fast enough, naming the largest speedup, or if the run's length is not known."""
@@ -350,9 +352,8 @@ def _known(epochs: int | None) -> int:
     return epochs
 
 
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def smoothed_scores(situation: Situation, layer: int, *, first: int, smoothing: float) -> list[float]:
