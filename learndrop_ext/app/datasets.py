@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -48,44 +48,42 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Split:
-    """The parts of a dataset, and the properties that a model and a recipe depend on.
-
-    Args:
-        train, test: training and test part.
-        classes: class names, indexed by label.
-        channels: C.
-        size: side of the images in pixels.
-        mean, std: mean and standard deviation of pixels in [0, 1], per channel.
-        validation: a part for choosing a recipe, or None.
-    """
+    """The parts of a dataset, and the properties that a model and a recipe depend on."""
 
     train: ImageSet
     test: ImageSet
-    classes: tuple[str, ...]
-    channels: int
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    validation: ImageSet | None = None
+    classes: tuple[str, ...]  # names, indexed by label
+    validation: ImageSet | None = None  # a part for choosing a recipe
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(self.mean)
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return self.train.size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of the pixels in [0, 1], per channel."""
+        return self.train.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Their standard deviation."""
+        return self.train.std
 
     def map(self, change: Callable[[ImageSet], ImageSet]) -> Split:
         """Return the split with `change` applied to each part."""
-        train = change(self.train)
-        return replace(
-            self,
-            train=train,
-            test=change(self.test),
-            validation=None if self.validation is None else change(self.validation),
-            size=train.size,
-            mean=train.mean,
-            std=train.std,
-        )
+        validation = None if self.validation is None else change(self.validation)
+        return Split(change(self.train), change(self.test), self.classes, validation)
 
     @property
     def bytes_decoded(self) -> int:
         """Bytes of the decoded images of all parts."""
-        parts = (self.train, self.test, *([] if self.validation is None else [self.validation]))
-        return sum(part.bytes_decoded for part in parts)
+        return sum(part.bytes_decoded for part in (self.train, self.test, self.validation) if part is not None)
 
 
 Subset: TypeAlias = tuple[Tensor | Sequence[Path], Tensor]
@@ -133,7 +131,7 @@ def load_dataset(
 def load_folder(
     root: str | Path, *, limit: int | None = None, size: int | None = None, test_share: float | None = None
 ) -> Split:
-    """List the photos of a folder that holds one folder per class.
+    """List the photos of a folder that holds one folder per class, with the mean and standard deviation of ImageNet.
 
     With train/ and test/, val/ or validation/ in `root`, each holds the same class folders. The test part is test/ if it
     exists, and val/ or validation/ is then the validation part. Otherwise `root`, or its train/, holds the class folders,
@@ -145,14 +143,10 @@ def load_folder(
         size: side of the images in pixels; the central square of each photo is scaled to it. Default: 128
         test_share: share of each class for the test part, in (0, 1), if there is no test part. Default: 0.2
 
-    Returns:
-        The split, with undecoded photos, and the mean and standard deviation of ImageNet.
-
     Raises:
         ValueError: If a limit, size or share is out of range, or a share is given although there is a test part.
         ImportError: If pillow is not installed.
-        IntegrityError: If the folder is missing, has only one class, or has one photo of a class to be split, or if
-            `list_class_folders` raises it.
+        IntegrityError: If the folder is missing, has too few classes or photos, or `list_class_folders` raises it.
     """
     root = Path(root)
     _package("PIL", "folder", "pillow")
@@ -216,16 +210,7 @@ def _split(
     ]
     if size is not None:
         parts = [part.resized(size) for part in parts]
-    return Split(
-        train=parts[0],
-        test=parts[1],
-        classes=classes,
-        channels=len(mean),
-        size=parts[0].size,
-        mean=mean,
-        std=std,
-        validation=parts[2] if len(parts) > 2 else None,
-    )
+    return Split(parts[0], parts[1], classes, parts[2] if len(parts) > 2 else None)
 
 
 def _read_digits(_: Path, __: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
@@ -259,12 +244,9 @@ def _read_mnist(
 def _read_cifar10(root: Path, limit: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
     folder = _folder(root, "cifar-10-batches-py", first="data_batch_1")
     names = read_cifar_names(folder / "batches.meta", key="label_names", classes=10)
-    train = [f"data_batch_{i}" for i in range(1, 6)]
-    return (
-        _cifar_part(folder, train, limit, labels="labels", classes=10),
-        _cifar_part(folder, ["test_batch"], limit, labels="labels", classes=10),
-        names,
-    )
+    batches = [f"data_batch_{i}" for i in range(1, 6)]
+    train, test = (_cifar_part(folder, part, limit, labels="labels", classes=10) for part in (batches, ["test_batch"]))
+    return train, test, names
 
 
 def _read_cifar100(root: Path, limit: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
@@ -319,9 +301,8 @@ def _folder(root: Path, usual: str, *, first: str) -> Path:
 
 
 DIGITS = tuple("0123456789")
-FASHION = (
-    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+FASHION = tuple(
+    ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 )
 IMAGENETTE = {
     "n01440764": "tench",

@@ -10,14 +10,13 @@ import math
 import pickle
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
-
-__all__ = ["IntegrityError", "check_labels", "find_file", "read_cifar", "read_cifar_names", "read_idx"]
 
 
 class IntegrityError(ValueError):
@@ -47,18 +46,14 @@ def read_idx(path: Path, *, dims: int) -> Tensor:
     Source: "The IDX file format" on the MNIST page of LeCun, Cortes and Burges: two zero bytes, the type (8 for unsigned
     bytes), the number of dimensions, each size as a big-endian 32-bit integer, then the values in C order.
 
-    Args:
-        path: the file.
-        dims: the expected number of dimensions.
-
     Returns:
-        A uint8 tensor of the shape in the header.
+        A uint8 tensor with `dims` dimensions.
 
     Raises:
         IntegrityError: If the file cannot be read or has the wrong format.
     """
     try:
-        with _open(path) as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             head = file.read(4 + 4 * dims)
             if len(head) < 4 + 4 * dims:
                 raise IntegrityError(path, f"an IDX header has {4 + 4 * dims} bytes, got {len(head)}")
@@ -81,44 +76,17 @@ def read_idx(path: Path, *, dims: int) -> Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(sizes)
 
 
-def _open(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-class _Dtype:
-    """Stand-in for numpy.dtype in a CIFAR pickle. The state is the byte order, which single bytes do not have."""
-
-    def __init__(self, name: str | bytes, *_: object) -> None:
-        self.name = name.decode("ascii", "replace") if isinstance(name, bytes) else str(name)
-
-    def __setstate__(self, _: object) -> None:
-        pass
-
-
-class _Array:
-    """Stand-in for numpy.ndarray in a CIFAR pickle that keeps the pickled state."""
-
-    state: object = None
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes must be encoded as latin1, got {encoding!r}")
     return text.encode("latin1")
 
 
-# The globals in the original files (numpy 2.0 moved _reconstruct), and the one for bytes in files written by Python 3.
-# numpy itself is never called.
-_STAND_INS: dict[tuple[str, str], Callable[..., object]] = {
-    ("numpy", "ndarray"): _Array,
-    ("numpy", "dtype"): _Dtype,
+_reconstruct = np.empty(0).__reduce__()[0]
+#: The globals in the original files (numpy 2.0 moved _reconstruct), and the one for bytes in files written by Python 3.
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("_codecs", "encode"): _encode,
@@ -131,10 +99,9 @@ class _CifarUnpickler(pickle.Unpickler):
         self.path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        found = _STAND_INS.get((module, name))
-        if found is None:
+        if (module, name) not in _GLOBALS:
             raise IntegrityError(self.path, f"refused: it asks for {module}.{name}, which no CIFAR file holds")
-        return found
+        return _GLOBALS[module, name]
 
 
 def _unpickle(path: Path) -> dict[str, object]:
@@ -154,8 +121,8 @@ def read_cifar(path: Path, *, labels: str, classes: int) -> tuple[Tensor, Tensor
     """Read one CIFAR batch.
 
     Source: "the CIFAR-10 and CIFAR-100 datasets", the python version: a pickled dictionary whose `data` is a uint8 array
-    [N, 3072] of red, green and blue planes, each 32 by 32 in C order. The pickle is read with stand-ins for the array types;
-    any other global is refused before it is imported.
+    [N, 3072] of red, green and blue planes, each 32 by 32. A pickle may ask for numpy's arrays; any other global is refused
+    before it is imported.
 
     Args:
         path: the file.
@@ -169,30 +136,18 @@ def read_cifar(path: Path, *, labels: str, classes: int) -> tuple[Tensor, Tensor
         IntegrityError: If the file cannot be read or has the wrong format.
     """
     content = _unpickle(path)
-    images = _images(path, content.get("data"))
-    values = content.get(labels)
+    images, values = content.get("data"), content.get(labels)
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        got = f"one of {images.dtype}" if isinstance(images, np.ndarray) else type(images).__name__
+        raise IntegrityError(path, f"'data' must be a numpy array of uint8, got {got}")
+    if images.ndim != 2 or len(images) < 1 or images.shape[1] != 3072:
+        raise IntegrityError(path, f"'data' must be [N, 3072], got {images.shape}")
     if not isinstance(values, list) or any(type(value) is not int for value in values):
         raise IntegrityError(path, f"{labels!r} must be a list of integers, got {type(values).__name__}")
     if len(values) != len(images):
         raise IntegrityError(path, f"{labels!r} must hold {len(images)} labels, one an image, got {len(values)}")
     check_labels(path, min(values), max(values), classes=classes)
-    return images, torch.tensor(values, dtype=torch.int64)
-
-
-def _images(path: Path, array: object) -> Tensor:
-    state = array.state if isinstance(array, _Array) else None
-    if not isinstance(state, tuple) or len(state) != 5:
-        raise IntegrityError(path, f"'data' must be a numpy array, got {type(array).__name__.lstrip('_')}")
-    _, shape, dtype, fortran, data = state
-    name = dtype.name if isinstance(dtype, _Dtype) else type(dtype).__name__
-    if name not in ("u1", "|u1", "uint8") or fortran or not isinstance(data, bytes):
-        raise IntegrityError(path, f"'data' must be a uint8 array in C order, got {name}, fortran order {fortran}")
-    sizes = shape if isinstance(shape, tuple) and [type(n) for n in shape] == [int, int] else (0, 0)
-    if sizes[0] < 1 or sizes[1] != 3072:
-        raise IntegrityError(path, f"'data' must be [N, 3072], got {shape}")
-    if len(data) != math.prod(sizes):
-        raise IntegrityError(path, f"'data' of {sizes} must hold {math.prod(sizes)} bytes, got {len(data)}")
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(-1, 3, 32, 32)
+    return torch.tensor(images).view(-1, 3, 32, 32), torch.tensor(values, dtype=torch.int64)
 
 
 def read_cifar_names(path: Path, *, key: str, classes: int) -> tuple[str, ...]:

@@ -20,8 +20,6 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from learndrop_ext.app.photos import read_photo
 
-__all__ = ["AUGMENTATIONS", "ImageSet", "collate_batch", "make_loader"]
-
 AUGMENTATIONS = (None, "standard", "flip")
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
@@ -201,14 +199,8 @@ def make_loader(
 ) -> DataLoader[Batch]:
     """Return a DataLoader of (float32 [B, C, H, W], int64 [B]) on the device of the set.
 
-    Args:
-        image_set: the images.
-        batch_size, shuffle, drop_last: as in DataLoader.
-        seed: random seed of the order. Default: draw from torch's global random state
-        num_workers: as in DataLoader; only for a set on the CPU.
-
-    Raises:
-        ValueError: If there are workers and the set is not on the CPU.
+    seed: of the order; None to draw from torch's global random state. Raises ValueError if there are workers and the set is
+    not on the CPU.
     """
     if num_workers and image_set.device.type != "cpu":
         raise ValueError(f"make_loader: num_workers must be 0 for a set on {image_set.device}, got {num_workers}")

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 
 from learndrop_ext.rng import fork_rng
 
-__all__ = ["MODELS", "STEMS", "VGG", "BasicBlock", "Bottleneck", "ResNet", "build_model"]
-
 STEMS = ("small", "imagenet")
 
 
@@ -88,15 +86,9 @@ def _shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequent
 
 
 class ResNet(nn.Module):
-    """A residual network of four stages: [B, C, H, W] float -> logits [B, K].
+    """A residual network of four stages of `depths` blocks: [B, C, H, W] float -> logits [B, K].
 
-    Args:
-        block: type of the blocks.
-        depths: number of blocks in each stage.
-        num_classes, in_channels, stem, width: see `build_model`. Blocks of stage i have width * 2**i.
-
-    Raises:
-        ValueError: If the stem is unknown or a size is not a positive integer.
+    Blocks of stage i have width * 2**i. For the other arguments and errors see `build_model`.
     """
 
     def __init__(
@@ -142,17 +134,11 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """A plain convolutional network of five stages with batch norm: [B, C, H, W] float -> logits [B, K].
+    """A plain network of five stages of `depths` 3x3 convolutions with batch norm: [B, C, H, W] float -> logits [B, K].
 
-    Each stage ends in a 2x2 max pool. With the small stem, pooling rounds odd sizes up, so that images under 32 pixels do
-    not vanish. With the imagenet stem, the classifier has hidden layers of 64 * width units with dropout 0.5.
-
-    Args:
-        depths: number of 3x3 convolutions in each stage.
-        num_classes, in_channels, stem, width: see `build_model`. Stages have 1, 2, 4, 8 and 8 times width channels.
-
-    Raises:
-        ValueError: If the stem is unknown or a size is not a positive integer.
+    Stages have 1, 2, 4, 8 and 8 times width channels and end in a 2x2 max pool. With the small stem, pooling rounds odd
+    sizes up, so that images under 32 pixels do not vanish. With the imagenet stem, the classifier has hidden layers of
+    64 * width units with dropout 0.5. For the other arguments and errors see `build_model`.
     """
 
     def __init__(

@@ -20,8 +20,6 @@ from learndrop_ext.app.weights import fit_weights, read_weights
 from learndrop_ext.ops import free_bytes
 from learndrop_ext.rng import fork_rng
 
-__all__ = ["Network", "build_network", "check_network", "is_external", "pixel_statistics"]
-
 
 @dataclass(frozen=True)
 class Network:
@@ -112,7 +110,7 @@ def build_network(
     if is_external(name):
         if in_channels != 3:
             raise ValueError(f"model: {name} needs images of 3 channels, got {in_channels}")
-        create = _timm_maker(name, weights) if name.startswith("timm:") else _torchvision_maker(name, weights)
+        create = _maker(name, weights)
     else:
         if weights == "default":
             raise ValueError(f"weights: 'default' needs a model timm:NAME or torchvision:NAME, got {name!r}")
@@ -138,16 +136,16 @@ def build_network(
     return Network(model, fitted.note)
 
 
-def _timm_maker(name: str, weights: str | None) -> Callable[[int], nn.Module]:
-    timm, inner = _library("timm"), name.partition(":")[2]
+def _maker(name: str, weights: str | None) -> Callable[[int], nn.Module]:
+    """Return what makes a network of timm or torchvision with a number of classes; timm loads default weights with it."""
+    library, _, inner = name.partition(":")
+    if library == "torchvision":
+        models = _library("torchvision.models")
+        return lambda classes: models.get_model(inner, weights=None, num_classes=classes)
+    timm = _library("timm")
     if weights != "default":
         return lambda classes: timm.create_model(inner.partition(".")[0], num_classes=classes)
     return lambda classes: _fetched(name, lambda: timm.create_model(inner, pretrained=True, num_classes=classes))
-
-
-def _torchvision_maker(name: str, weights: str | None) -> Callable[[int], nn.Module]:
-    models, inner = _library("torchvision.models"), name.partition(":")[2]
-    return lambda classes: models.get_model(inner, weights=None, num_classes=classes)
 
 
 def _fetched(name: str, fetch: Callable[[], Any]) -> Any:

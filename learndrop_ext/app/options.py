@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from learndrop_ext import __version__
+from learndrop_ext.app.models import STEMS
 from learndrop_ext.app.recipe import MAX_SEED, OPTIMIZERS, Recipe
 from learndrop_ext.ops import CODECS
 
@@ -26,6 +27,144 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 #: Options that override the preset.
 RECIPE_OPTIONS = ("width", "epochs", "batch_size", "lr", "optimizer")
+
+
+def _rivals(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in RIVALS:
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(RIVALS)}, separated by commas, got {name!r}")
+    return names
+
+
+def _whole(text: str, lowest: int, wanted: str, highest: int | None = None) -> int:
+    # int() refuses more than 4,300 digits with its own ValueError.
+    value = int(text) if text.lstrip("+-").isdecimal() and len(text) < 4000 else lowest - 1
+    if value < lowest or (highest is not None and value > highest):
+        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text[:40]!r}")
+    return value
+
+
+def _count(text: str) -> int:
+    return _whole(text, 1, "a whole number of at least 1")
+
+
+def _size(text: str) -> int:
+    return _whole(text, 0, "a number of bytes of at least 0")
+
+
+def _seed(text: str) -> int:
+    return _whole(text, 0, f"a whole number within 0..{MAX_SEED}", MAX_SEED)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+#: Each command's line in the list of commands, and its description.
+COMMANDS = {
+    "compare": (
+        "train the same model without and with dropping and show what it saved",
+        "Train the same model twice with the same seed and recipe, without and with dropping. Print a table and write "
+        "report.html and metrics.jsonl. Without arguments: a small ResNet on the handwritten digits that come with "
+        "scikit-learn, in under two minutes on two CPU cores.",
+    ),
+    "train": (
+        "train once with dropping and save the model",
+        "Train one model with dropping and write model.pt (its state_dict), metrics.jsonl and report.html.",
+    ),
+    "forecast": (
+        "forecast the time and memory of a run before training",
+        "Measure the costs of each layer. Print and plot (forecast.html) the time of the run for each number of dropped "
+        "layers and each start, and the memory of the rows. Nothing is trained.",
+    ),
+    "cache": (
+        "list and remove rows shared between runs",
+        "List the files of rows that runs share in a folder, and remove old files or as many as exceed a size.",
+    ),
+    "info": ("show what this installation supports", "Show CUDA, driver, GPUs, Triton, torch and CPU instructions."),
+}
+
+#: Groups of the options of compare, train and forecast: name, type or choices, placeholder, default, help.
+TRAINING: dict[str, list[tuple[str, Any, str | None, Any, str]]] = {
+    "data": [
+        ("dataset", list(PRESETS), None, "digits", "what to train on"),
+        (
+            *("data-root", Path, "DIR", None),
+            "folder with the original files of the dataset; for --dataset folder, one with a folder per class, or with "
+            "train/ and test/, val/ or validation/ that hold a folder per class",
+        ),
+        ("test-share", float, "X", None, "share of photos to test on, without a test folder (default: 0.2)"),
+        ("limit", _count, "N", None, "use only the first N training and N test images"),
+        ("image-size", _count, "PIXELS", None, "side of the images (default: unchanged; photos: 128)"),
+        (
+            *("augment", ["none", "flip", "standard"], None, None),
+            "random flip, or shift and flip (default: depends on the dataset)",
+        ),
+    ],
+    "recipe (defaults depend on the dataset)": [
+        (
+            *("model", str, "NAME", None),
+            "vgg11, vgg13, vgg16, vgg19, resnet10, resnet18, ..., resnet152, timm:NAME or torchvision:NAME",
+        ),
+        (
+            *("weights", str, "FILE", None),
+            "initial weights: a safetensors file or state_dict, or 'default' for those of timm or torchvision (default: "
+            "random weights)",
+        ),
+        ("stem", list(STEMS), None, None, "3x3 for small images, or 7x7 (default: depends on --image-size)"),
+        ("width", _count, "N", None, "channels of the first stage of vgg.. and resnet.."),
+        ("epochs", _count, "N", None, "passes over the training images"),
+        ("batch-size", _count, "N", None, "images per step"),
+        ("lr", _positive, "X", None, "peak learning rate of the one-cycle schedule"),
+        ("optimizer", OPTIMIZERS, None, None, "sgd with Nesterov momentum, or adamw"),
+        ("seed", _seed, "N", 0, "random seed"),
+        ("device", str, "NAME", "auto", "cpu, cuda, or auto: cuda if available"),
+        ("amp", ["bf16"], None, None, "dtype of mixed precision"),
+    ],
+    "dropping": [
+        (
+            *("policy", str, "POLICY", Recipe.policy),
+            "stopped: drop layers that have stopped learning; budget:2.0: finish in half the time; fixed:0=3,1=4: drop "
+            "the first 3 layers before the first step and the first 4 after epoch 1",
+        ),
+        ("codec", CODECS, None, Recipe.codec, "how cached activations are stored"),
+        (
+            *("views", _count, "V", None),
+            "augmented views kept of each image (default: epochs / (2 speedup), at least 2; 1 without --augment)",
+        ),
+        ("mirror", bool, None, False, "keep each image and its mirror image, without --augment"),
+    ],
+    "the policy stopped": [
+        ("threshold", float, "X", Recipe.threshold, "score below which a layer has stopped"),
+        ("patience", _count, "N", Recipe.patience, "measurements in a row below the threshold"),
+        ("warmup", int, "N", Recipe.warmup, "epochs before the first drop"),
+        ("max-dropped", float, "X", Recipe.max_dropped, "largest share of layers to drop"),
+        ("min-saving", float, "X", Recipe.min_saving, "share of the run that a drop must save"),
+    ],
+    "output": [
+        ("out", Path, "DIR", Path("learndrop-report"), "folder for the output files"),
+        ("json", bool, None, False, "print one JSON object instead of the table"),
+    ],
+}
+
+
+def _training_options(parser: argparse.ArgumentParser) -> None:
+    for title, options in TRAINING.items():
+        group = parser.add_argument_group(title)
+        for name, kind, metavar, default, text in options:
+            if kind is bool:
+                group.add_argument(f"--{name}", action="store_true", help=text)
+            elif callable(kind):
+                group.add_argument(f"--{name}", type=kind, metavar=metavar, default=default, help=text)
+            else:
+                group.add_argument(f"--{name}", choices=kind, default=default, help=text)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -74,158 +213,3 @@ def make_parser() -> argparse.ArgumentParser:
         "--keep-bytes", type=_size, metavar="N", help="remove the least recently used files until N bytes are left"
     )
     return parser
-
-
-#: Each command's line in the list of commands, and its description.
-COMMANDS = {
-    "compare": (
-        "train the same model without and with dropping and show what it saved",
-        "Train the same model twice with the same seed and recipe, without and with dropping. Print a table and write "
-        "report.html and metrics.jsonl. Without arguments: a small ResNet on the handwritten digits that come with "
-        "scikit-learn, in under two minutes on two CPU cores.",
-    ),
-    "train": (
-        "train once with dropping and save the model",
-        "Train one model with dropping and write model.pt (its state_dict), metrics.jsonl and report.html.",
-    ),
-    "forecast": (
-        "forecast the time and memory of a run before training",
-        "Measure the costs of each layer. Print and plot (forecast.html) the time of the run for each number of dropped "
-        "layers and each start, and the memory of the rows. Nothing is trained.",
-    ),
-    "cache": (
-        "list and remove rows shared between runs",
-        "List the files of rows that runs share in a folder, and remove old files or as many as exceed a size.",
-    ),
-    "info": ("show what this installation supports", "Show CUDA, driver, GPUs, Triton, torch and CPU instructions."),
-}
-
-
-def _training_options(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=list(PRESETS), default="digits", help="what to train on")
-    data.add_argument(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="folder with the original files of the dataset; for --dataset folder, one with a folder per class, or with "
-        "train/ and test/, val/ or validation/ that hold a folder per class",
-    )
-    data.add_argument(
-        "--test-share", type=float, metavar="X", help="share of photos to test on, without a test folder (default: 0.2)"
-    )
-    data.add_argument("--limit", type=_count, metavar="N", help="use only the first N training and N test images")
-    data.add_argument(
-        "--image-size", type=_count, metavar="PIXELS", help="side of the images (default: unchanged; photos: 128)"
-    )
-    data.add_argument(
-        "--augment",
-        choices=["none", "flip", "standard"],
-        help="random flip, or shift and flip (default: depends on the dataset)",
-    )
-    recipe = parser.add_argument_group("recipe (defaults depend on the dataset)")
-    recipe.add_argument(
-        "--model",
-        metavar="NAME",
-        help="vgg11, vgg13, vgg16, vgg19, resnet10, resnet18, ..., resnet152, timm:NAME or torchvision:NAME",
-    )
-    recipe.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="initial weights: a safetensors file or state_dict, or 'default' for those of timm or torchvision "
-        "(default: random weights)",
-    )
-    recipe.add_argument(
-        "--stem", choices=["small", "imagenet"], help="3x3 for small images, or 7x7 (default: depends on --image-size)"
-    )
-    recipe.add_argument("--width", type=_count, metavar="N", help="channels of the first stage of vgg.. and resnet..")
-    recipe.add_argument("--epochs", type=_count, metavar="N", help="passes over the training images")
-    recipe.add_argument("--batch-size", type=_count, metavar="N", help="images per step")
-    recipe.add_argument("--lr", type=_positive, metavar="X", help="peak learning rate of the one-cycle schedule")
-    recipe.add_argument("--optimizer", choices=OPTIMIZERS, help="sgd with Nesterov momentum, or adamw")
-    recipe.add_argument("--seed", type=_seed, default=0, metavar="N", help="random seed")
-    recipe.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: cuda if available")
-    recipe.add_argument("--amp", choices=["bf16"], help="dtype of mixed precision")
-    dropping = parser.add_argument_group("dropping")
-    dropping.add_argument(
-        "--policy",
-        default=Recipe.policy,
-        metavar="POLICY",
-        help="stopped: drop layers that have stopped learning; budget:2.0: finish in half the time; fixed:0=3,1=4: drop "
-        "the first 3 layers before the first step and the first 4 after epoch 1",
-    )
-    dropping.add_argument("--codec", choices=CODECS, default=Recipe.codec, help="how cached activations are stored")
-    dropping.add_argument(
-        "--views",
-        type=_count,
-        metavar="V",
-        help="augmented views kept of each image (default: epochs / (2 speedup), at least 2; 1 without --augment)",
-    )
-    dropping.add_argument(
-        "--mirror", action="store_true", help="keep each image and its mirror image, without --augment"
-    )
-    stopped = parser.add_argument_group("the policy stopped")
-    stopped.add_argument(
-        "--threshold", type=float, default=Recipe.threshold, metavar="X", help="score below which a layer has stopped"
-    )
-    stopped.add_argument(
-        "--patience",
-        type=_count,
-        default=Recipe.patience,
-        metavar="N",
-        help="measurements in a row below the threshold",
-    )
-    stopped.add_argument("--warmup", type=int, default=Recipe.warmup, metavar="N", help="epochs before the first drop")
-    stopped.add_argument(
-        "--max-dropped", type=float, default=Recipe.max_dropped, metavar="X", help="largest share of layers to drop"
-    )
-    stopped.add_argument(
-        "--min-saving",
-        type=float,
-        default=Recipe.min_saving,
-        metavar="X",
-        help="share of the run that a drop must save",
-    )
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out", type=Path, default=Path("learndrop-report"), metavar="DIR", help="folder for the output files"
-    )
-    output.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-
-
-def _rivals(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in RIVALS:
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(RIVALS)}, separated by commas, got {name!r}")
-    return names
-
-
-def _whole(text: str, lowest: int, wanted: str, highest: int | None = None) -> int:
-    # int() refuses more than 4,300 digits with its own ValueError.
-    value = int(text) if text.lstrip("+-").isdecimal() and len(text) < 4000 else lowest - 1
-    if value < lowest or (highest is not None and value > highest):
-        raise argparse.ArgumentTypeError(f"must be {wanted}, got {text[:40]!r}")
-    return value
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1, "a whole number of at least 1")
-
-
-def _size(text: str) -> int:
-    return _whole(text, 0, "a number of bytes of at least 0")
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, f"a whole number within 0..{MAX_SEED}", MAX_SEED)
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value

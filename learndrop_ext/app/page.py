@@ -1,4 +1,4 @@
-"""HTML pages: the common head and style, rendering and writing."""
+"""HTML pages: their templates, rendering and writing."""
 
 from __future__ import annotations
 
@@ -16,17 +16,11 @@ def check_extras(owner: str) -> None:
 
 
 def render_page(kind: str, body: str, **values: Any) -> str:
-    """Return a self-contained HTML page.
-
-    Args:
-        kind: kind of page for the title, such as "report".
-        body: a jinja2 template.
-        values: the variables of the template.
-    """
+    """Return a self-contained HTML page from a jinja2 template and its variables. kind: for the title, such as "report"."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(HEAD + body + "</body>\n</html>\n").render(kind=kind, **values)
+    return environment.from_string(HEAD + TABLE + body + "</body>\n</html>\n").render(kind=kind, **values)
 
 
 def write_page(path: str | Path, page: str) -> None:
@@ -65,4 +59,80 @@ td, tbody th { white-space: nowrap; } td.words { white-space: normal; min-width:
 </head>
 <body>
 <h1>Learn &amp; drop: {{ kind }}</h1>
+"""
+
+TABLE = """\
+{% macro table(head, rows, caption="", words=-1) %}
+<div class="wide"><table>
+{% if caption %}
+<caption>{{ caption }}</caption>
+{% endif %}
+{% if head %}
+<thead><tr>{% for name in head %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+{% endif %}
+<tbody>
+{% for row in rows %}
+<tr><th scope="row">{{ row[0] }}</th>{% for cell in row[1:] %}
+<td{% if loop.index == words %} class="words"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% endmacro %}
+"""
+
+FORECAST = """\
+<p>The time of a run if the first layers are dropped, forecast from costs measured on this machine.</p>
+{% for svg in figures %}
+<figure>{{ svg | safe }}</figure>
+{% endfor %}
+<pre>{{ table_text }}</pre>
+"""
+
+REPORT = """\
+{% if summary %}
+<p>{{ summary }}</p>
+{% endif %}
+{% for run, epoch in unfinished %}
+<p class="note">The run {{ run }} has not finished: the plots show it up to epoch {{ epoch }}.</p>
+{% endfor %}
+{% if rows %}
+{{ table(columns, rows, "Time includes fills and measurements, but not evaluation. In brackets: compared with the baseline.",
+words=5) }}
+{% else %}
+<p class="note">No run has finished.</p>
+{% endif %}
+{% for title, caption, svg in figures %}
+<h2>{{ title }}</h2>
+{% if svg %}
+<figure>{{ svg | safe }}<figcaption>{{ caption }}</figcaption></figure>
+{% else %}
+<p>Nothing was measured for this plot.</p>
+{% endif %}
+{% endfor %}
+<h2>Drops</h2>
+{% if drops %}
+{{ table(["run", "after epoch", "layers dropped in all", "which", "reason", "fill", "size of a row", "tier"], drops,
+words=4) }}
+{% else %}
+<p>No layer was dropped.</p>
+{% endif %}
+{% if changes %}
+<h2>Last measurement</h2>
+{{ table(["layer", "l1", "l2", "largest", "l1 of weights", "l2 of weights", "relative", "cosine", "not finite"],
+changes.rows, "Change of each layer's parameters over epoch %s of the run %s: norms of the change and of the weights, the
+relative change, its cosine with the previous change, and the number of values that were not finite."
+| format(changes.epoch, changes.run)) }}
+{% endif %}
+{% if forecasts %}
+<h2>Forecast and measured time</h2>
+{{ table(["run", "epoch", "forecast", "measured", "forecast off by"], forecasts,
+"Seconds of each epoch, including the computation of rows.") }}
+{% endif %}
+{% if memory %}
+<p>Peak memory: {% for run, size in memory %}{{ run }} {{ size }}{{ ", " if not loop.last }}{% endfor %}.</p>
+{% endif %}
+{% if config %}
+<h2>Settings</h2>
+{{ table([], config.items(), words=1) }}
+{% endif %}
 """

@@ -15,8 +15,6 @@ from learndrop_ext.app.image_files import IntegrityError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["PHOTO_SUFFIXES", "list_class_folders", "read_photo"]
-
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 #: Files that file managers leave behind. Names that start with a dot are ignored too.
@@ -24,14 +22,7 @@ IGNORED_FILES = ("thumbs.db", "desktop.ini")
 
 
 def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) -> dict[str, tuple[Path, ...]]:
-    """List the photos of each class folder in `folder`, classes and files sorted by name.
-
-    Args:
-        folder: holds one folder per class; files beside the class folders are ignored.
-        classes: the exact set of class folders expected. Default: any
-
-    Returns:
-        The files of each class.
+    """Return the photos of each class folder in `folder`, sorted by name. Files beside the class folders are ignored.
 
     Raises:
         IntegrityError: If the folder is missing, has no class folders or not exactly `classes`, or if a class folder has
@@ -72,20 +63,10 @@ def _shown(names: Sequence[str]) -> str:
 
 
 def read_photo(path: Path, *, size: int) -> Tensor:
-    """Read a photo as RGB and scale its central square (bilinear, antialiased).
+    """Return a photo's central square as RGB, uint8 [3, size, size] (bilinear, antialiased).
 
     The photo is rotated to its EXIF orientation. Grey, palette and CMYK photos are converted to RGB, 16-bit values are
-    scaled to 8 bits, and transparent pixels become white.
-
-    Args:
-        path: the file.
-        size: side of the result in pixels.
-
-    Returns:
-        uint8 [3, size, size].
-
-    Raises:
-        IntegrityError: If the file is not a photo or is damaged.
+    scaled to 8 bits, and transparent pixels become white. Raises IntegrityError if the file is not a photo or is damaged.
     """
     from PIL import Image
 

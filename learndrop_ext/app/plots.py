@@ -19,8 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["plot_accuracy", "plot_dropped", "plot_forecast", "plot_row_bytes", "plot_scores"]
-
 Records = Sequence[Mapping[str, Any]]
 
 #: Colour (Okabe and Ito's colour-blind safe palette), dash and marker of each run.
@@ -47,12 +45,9 @@ MAX_CELLS = 4000
 
 @matplotlib.rc_context(SETTINGS)
 def plot_scores(records: Records) -> str | None:
-    """Draw a map of the score of each layer after each epoch, for the run that dropped layers.
+    """Draw a map of the score of each layer after each epoch, for the run that dropped layers; None without scores.
 
     Cells of layers dropped before the epoch are hatched.
-
-    Returns:
-        SVG, or None if no record holds scores.
     """
     scored = [record for record in records if record.get("scores")]
     run = next((name for name in ("learndrop", "freeze-only") if any(r["run"] == name for r in scored)), None)
@@ -102,11 +97,7 @@ def plot_scores(records: Records) -> str | None:
 
 @matplotlib.rc_context(SETTINGS)
 def plot_dropped(records: Records) -> str | None:
-    """Draw the number of dropped layers against the training time in seconds, for the runs that may drop layers.
-
-    Returns:
-        SVG, or None if there is no such run.
-    """
+    """Draw the number of dropped layers against the training time, for the runs that may drop layers; None without one."""
     records = [record for record in records if record["run"] not in ("baseline", "short")]
     if not records:
         return None
@@ -130,12 +121,9 @@ def plot_dropped(records: Records) -> str | None:
 
 @matplotlib.rc_context(SETTINGS)
 def plot_accuracy(records: Records) -> str | None:
-    """Draw the test accuracy in percent against the training time in seconds.
+    """Draw the test accuracy in percent against the training time in seconds; None without records.
 
     The lower limit of the axis is that of the second halves of the runs: early epochs may be below it.
-
-    Returns:
-        SVG, or None if there are no records.
     """
     if not records:
         return None
@@ -160,13 +148,9 @@ def plot_accuracy(records: Records) -> str | None:
 
 @matplotlib.rc_context(SETTINGS)
 def plot_forecast(forecast: Mapping[str, Any]) -> str:
-    """Draw the time of a run in seconds against the number of layers dropped, one line for each of up to four starts.
+    """Draw the time of a run against the number of layers dropped, one line for each of up to four starts.
 
-    Args:
-        forecast: see `Forecast.as_dict`.
-
-    Returns:
-        SVG.
+    forecast: see `Forecast.as_dict`.
     """
     runs, epochs = forecast["runs"], int(forecast["epochs"])
     starts = sorted({0, min(1, epochs - 1), epochs // 4, epochs // 2})
@@ -192,14 +176,7 @@ def plot_forecast(forecast: Mapping[str, Any]) -> str:
 
 @matplotlib.rc_context(SETTINGS)
 def plot_row_bytes(forecast: Mapping[str, Any]) -> str | None:
-    """Draw the memory of the rows in each tier against the number of layers dropped.
-
-    Args:
-        forecast: see `Forecast.as_dict`.
-
-    Returns:
-        SVG, or None if there are no rows.
-    """
+    """Draw the memory of the rows in each tier against the number of layers dropped; None without rows."""
     rows = forecast["rows"]
     if not any(sum(row["bytes"]) for row in rows):
         return None

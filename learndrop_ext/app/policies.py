@@ -8,8 +8,6 @@ from typing import Any
 
 from learndrop_ext.decide.policy import Budget, Fixed, Policy, StoppedLearning
 
-__all__ = ["PolicySpec", "parse_policy"]
-
 FORMS = "stopped, budget:SPEEDUP, budget:SPEEDUP,start=EPOCH, or fixed:EPOCH=LAYERS,EPOCH=LAYERS,..."
 
 
@@ -35,15 +33,7 @@ class PolicySpec:
 
 
 def parse_policy(text: str) -> PolicySpec:
-    """Parse a policy of the command line.
-
-    Args:
-        text: "stopped" for `StoppedLearning`; "budget:2.0" or "budget:2.0,start=1" for `Budget`; "fixed:0=3,1=4" for
-            `Fixed({0: 3, 1: 4})`, which drops 3 layers before the first step and a fourth after epoch 1.
-
-    Raises:
-        ValueError: If the text is none of these.
-    """
+    """Parse a policy of the command line: one of `FORMS`, or ValueError. "fixed:0=3,1=4" is `Fixed({0: 3, 1: 4})`."""
     kind, _, rest = text.partition(":")
     try:
         if text == "stopped":

@@ -24,48 +24,31 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a training run with a one-cycle learning rate.
+    """The settings of a training run with a one-cycle learning rate."""
 
-    Args:
-        model, stem, width, weights: see `build_network`.
-        epochs: passes over the training images.
-        steps: number of optimizer steps, if the run ends within its last epoch; None for whole epochs. Not with dropping.
-        batch_size: images per step.
-        lr: peak learning rate.
-        optimizer: "sgd" (Nesterov momentum 0.9) or "adamw".
-        weight_decay: weight decay of the optimizer.
-        seed: random seed of the weights, the sample order and the views, in 0..2**32-1.
-        device: device of the model and the images.
-        amp: "bf16" for autocast, or None.
-        augment: see `ImageSet`.
-        codec, views, mirror: see `CacheConfig`, which has the same seed.
-        policy: see `parse_policy`.
-        threshold, patience, warmup, max_dropped, min_saving: see `StoppedLearning`.
-    """
-
-    model: str
+    model: str  # see `build_network`, also for stem, width and weights
     stem: str
     width: int
     epochs: int
     batch_size: int
-    lr: float
+    lr: float  # peak learning rate
     weights: str | None = None
-    optimizer: str = "sgd"
+    optimizer: str = "sgd"  # with Nesterov momentum 0.9, or "adamw"
     weight_decay: float = 5e-4
-    seed: int = 0
+    seed: int = 0  # of the weights, the sample order and the views, in 0..2**32-1
     device: str = "cpu"
-    amp: str | None = None
-    augment: str | None = None
-    codec: str = "fp16"
+    amp: str | None = None  # "bf16" for autocast
+    augment: str | None = None  # see `ImageSet`
+    codec: str = "fp16"  # see `CacheConfig`, also for views and mirror
     views: int = 1
     mirror: bool = False
-    policy: str = "stopped"
-    threshold: float = StoppedLearning.threshold
+    policy: str = "stopped"  # see `parse_policy`
+    threshold: float = StoppedLearning.threshold  # this and the next four: see `StoppedLearning`
     patience: int = StoppedLearning.patience
     warmup: int = StoppedLearning.warmup
     max_dropped: float = StoppedLearning.max_dropped
     min_saving: float = StoppedLearning.min_saving
-    steps: int | None = None
+    steps: int | None = None  # optimizer steps, if the run ends within its last epoch; not with dropping
 
     def __post_init__(self) -> None:
         check_network(self.model)

@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learndrop_ext.app.page import check_extras, render_page, write_page
-from learndrop_ext.app.report_template import BODY
-
-__all__ = ["Reporter", "format_table", "render_report", "write_report"]
+from learndrop_ext.app.page import REPORT, check_extras, render_page, write_page
+from learndrop_ext.decide.forecast import align_columns
 
 RUNS = ("baseline", "learndrop", "freeze-only", "short")
 
@@ -26,16 +24,9 @@ COLUMNS = ("run", "wall-clock time", "of which fill", "forward FLOPs", "test acc
 
 
 class Reporter:
-    """Writes `metrics.jsonl` after each epoch and `report.html` after each run to a folder.
+    """Writes `metrics.jsonl` after each epoch and `report.html` after each run to a folder, which it creates.
 
     On leaving the context it updates the page, so that an interrupted comparison leaves both files readable.
-
-    Args:
-        folder: created if it does not exist.
-
-    Raises:
-        OSError: If the folder cannot be created or written.
-        ImportError: If matplotlib or jinja2 is not installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -98,12 +89,6 @@ def format_table(result: Mapping[str, Any]) -> str:
     return "\n".join([*align_columns(rows), *(["", summary] if summary else [])])
 
 
-def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return one line per row, with each column padded to its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def summarize(result: Mapping[str, Any]) -> str:
     """Return what dropping changed against the baseline, and against `short` if that ran; "" until both have finished."""
     if "baseline" not in result or "learndrop" not in result:
@@ -138,15 +123,14 @@ def table_row(result: Mapping[str, Any], run: str) -> tuple[str, ...]:
         seconds += f" ({baseline['seconds'] / numbers['seconds']:.2f}x)"
         flops += f" ({100 * (numbers['forward_flops'] / baseline['forward_flops'] - 1):+.1f} %)"
         accuracy += f" ({numbers['accuracy'] - baseline['accuracy']:+.2f})"
-    drops = [f"{drop['prefix']} {_when(drop['epoch'])}" for drop in numbers["drops"]] or ["none"]
+    drops = [
+        f"{drop['prefix']} after epoch {drop['epoch']}" if drop["epoch"] else f"{drop['prefix']} before the first step"
+        for drop in numbers["drops"]
+    ] or ["none"]
     if len(drops) > 4:
         drops[2:-1] = [f"{len(drops) - 3} more"]
     fill = _seconds(numbers["fill_seconds"]) if numbers["drops"] else "-"
     return run, seconds, fill, flops, accuracy, ", ".join(drops)
-
-
-def _when(epoch: int) -> str:
-    return f"after epoch {epoch}" if epoch else "before the first step"
 
 
 def _seconds(value: float) -> str:
@@ -168,35 +152,18 @@ def _bytes(value: float) -> str:
 
 
 def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the page as HTML, with inline plots and no reference to another file.
-
-    Args:
-        result: see the top of this module.
-        records: see `Reporter.add`.
-
-    Raises:
-        ImportError: If matplotlib or jinja2 is not installed.
-    """
+    """Return the page as HTML, with inline plots and no reference to another file. records: see `Reporter.add`."""
     check_extras("render_report")
     from learndrop_ext.app import plots
 
     records = [record for record in records if record.get("accuracy") is not None]
+    scored = "How much each layer was still learning: the score of its change since the previous measurement."
+    dropped = "The number of first layers that were not in the training step."
+    accurate = "Test accuracy after each epoch. Early epochs may be below the axis."
     figures = (
-        (
-            "Score per layer and epoch",
-            "How much each layer was still learning: the score of its change since the previous measurement.",
-            plots.plot_scores(records),
-        ),
-        (
-            "Layers dropped over time",
-            "The number of first layers that were not in the training step.",
-            plots.plot_dropped(records),
-        ),
-        (
-            "Accuracy against time",
-            "Test accuracy after each epoch. Early epochs may be below the axis.",
-            plots.plot_accuracy(records),
-        ),
+        ("Score per layer and epoch", scored, plots.plot_scores(records)),
+        ("Layers dropped over time", dropped, plots.plot_dropped(records)),
+        ("Accuracy against time", accurate, plots.plot_accuracy(records)),
     )
     finished = [run for run in RUNS if run in result]
     drops = [
@@ -216,7 +183,7 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     epochs = {str(record["run"]): int(record["epoch"]) for record in records}
     return render_page(
         "report",
-        BODY,
+        REPORT,
         summary=summarize(result),
         columns=COLUMNS,
         rows=[table_row(result, run) for run in finished],

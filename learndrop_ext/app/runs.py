@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ import torch
 from torch import nn
 
 from learndrop_ext.app.datasets import ImageSet, Split, make_loader
-from learndrop_ext.app.memory import peak_bytes, reset_peak
 from learndrop_ext.app.recipe import Recipe, make_scheduler, policy_of, set_up
 from learndrop_ext.app.report import MEASURED
 from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation
@@ -26,51 +27,31 @@ from learndrop_ext.scheduler import DropScheduler
 Progress = Callable[[str, int, int, str], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Dropped:
-    """A drop.
+    """A drop."""
 
-    Args:
-        epoch: number of epochs done before the drop.
-        prefix: number of layers dropped in all.
-        layers: names of the dropped layers.
-        reason: the policy's reason.
-        fill_seconds: time spent computing the rows.
-        row_bytes: bytes of one row.
-        tier: see `slowest_tier`.
-    """
-
-    epoch: int
-    prefix: int
+    epoch: int  # number of epochs done before it
+    prefix: int  # number of layers dropped in all
     layers: list[str]
     reason: str
-    fill_seconds: float
+    fill_seconds: float  # spent computing the rows, in the following epochs
     row_bytes: int
-    tier: str
+    tier: str  # see `slowest_tier`
 
 
-@dataclass(frozen=True)
+@dataclass
 class Result:
-    """The time, accuracy and drops of a run.
+    """The time, accuracy and drops of a run, as far as it got."""
 
-    Args:
-        seconds: wall-clock time of training, including fills, measurements and splitting the model, without evaluation.
-        fill_seconds, measure_seconds: parts of `seconds`.
-        eval_seconds: total time of the evaluations after each epoch.
-        forward_flops: forward FLOPs of all training steps and fills.
-        accuracy: accuracy on the test part after the last epoch, in percent.
-        peak_memory_bytes: see `peak_bytes`.
-        drops: the drops, in order.
-    """
-
-    seconds: float
-    fill_seconds: float
-    measure_seconds: float
-    eval_seconds: float
-    forward_flops: int
-    accuracy: float
-    peak_memory_bytes: int
-    drops: list[Dropped]
+    seconds: float = 0.0  # of training, including fills, measurements and splitting the model, without evaluation
+    fill_seconds: float = 0.0
+    measure_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    forward_flops: int = 0  # of all training steps and fills
+    accuracy: float = 0.0  # on the test part after the last epoch, in percent
+    peak_memory_bytes: int = 0  # see `peak_bytes`
+    drops: list[Dropped] = field(default_factory=list)
 
 
 def train(
@@ -83,7 +64,7 @@ def train(
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     progress: Progress = lambda name, done, total, text: None,
 ) -> tuple[Result, nn.Module]:
-    """Train a model and evaluate it after each epoch.
+    """Train a model and evaluate it after each epoch. Return the result and the trained model.
 
     Args:
         name: name of the run in its records.
@@ -93,29 +74,21 @@ def train(
         caches: whether to cache the outputs of dropped layers; otherwise these layers run at each step.
         on_epoch: called with the record of each epoch, see `Reporter.add`.
         progress: called after each step.
-
-    Returns:
-        The result and the trained model.
     """
     device = torch.device(recipe.device)
     reset_peak(device)
     setup = set_up(split, recipe)
     criterion = nn.CrossEntropyLoss()
     steps = recipe.steps or recipe.epochs * len(setup.loader)
-    drops: list[Dropped] = []
+    result, done = Result(), 0
     drop: DropScheduler | None = None
-    seconds = fill_seconds = measure_seconds = eval_seconds = accuracy = 0.0
-    forward_flops, done = 0, 0
     if policy is not None:
         begin = time.perf_counter()
         drop = make_scheduler(setup, recipe, policy, caches=caches)
-        seconds = measure_seconds = time.perf_counter() - begin
-        layers = len(drop.chain)
-        _note_drop(drops, drop, 0)
-    else:
-        example = setup.train[0][0][None]
-        chain = split_layers(setup.model, example)
-        layers, flops = len(chain), sum(layer.flops for layer in chain)
+        result.seconds = result.measure_seconds = time.perf_counter() - begin
+        _note_drop(result.drops, drop, 0)
+    chain = split_layers(setup.model, setup.train[0][0][None]) if drop is None else drop.chain
+    flops = sum(layer.flops for layer in chain)
     for epoch in range(1, recipe.epochs + 1):
         begin = time.perf_counter()
         setup.model.train()
@@ -139,47 +112,38 @@ def train(
         reason = ""
         if drop is not None:
             record = drop.step()
-            if drops:
-                drops[-1] = dataclasses.replace(drops[-1], fill_seconds=drops[-1].fill_seconds + record.fill_seconds)
-            _note_drop(drops, drop, epoch)
+            if result.drops:
+                result.drops[-1].fill_seconds += record.fill_seconds
+            _note_drop(result.drops, drop, epoch)
             reason, measured = record.reason, _measured(record, drop.chain.names)
-            fill_seconds += record.fill_seconds
-            measure_seconds += record.measure_seconds
-            forward_flops += record.forward_flops + record.fill_flops
+            result.fill_seconds += record.fill_seconds
+            result.measure_seconds += record.measure_seconds
+            result.forward_flops += record.forward_flops + record.fill_flops
         else:
-            forward_flops += flops * samples
+            result.forward_flops += flops * samples
         train_loss = float(total_loss) / (done - begun)
-        seconds += time.perf_counter() - begin
+        result.seconds += time.perf_counter() - begin
         begin = time.perf_counter()
-        accuracy = evaluate(setup.model, setup.test, batch_size=512, amp=recipe.amp)
-        eval_seconds += time.perf_counter() - begin
+        result.accuracy = evaluate(setup.model, setup.test, batch_size=512, amp=recipe.amp)
+        result.eval_seconds += time.perf_counter() - begin
         on_epoch(
             {
                 "run": name,
                 "epoch": epoch,
-                "seconds": seconds,
+                "seconds": result.seconds,
                 "train_loss": train_loss,
-                "accuracy": accuracy,
+                "accuracy": result.accuracy,
                 "prefix": 0 if drop is None else drop.prefix,
-                "layers": layers,
+                "layers": len(chain),
                 "lr": lr,
                 "reason": reason,
                 **measured,
             }
         )
-        progress(name, done, steps, f"epoch {epoch}/{recipe.epochs}, {accuracy:.1f} %")
+        progress(name, done, steps, f"epoch {epoch}/{recipe.epochs}, {result.accuracy:.1f} %")
     if drop is not None:
         drop.close()
-    result = Result(
-        seconds=seconds,
-        fill_seconds=fill_seconds,
-        measure_seconds=measure_seconds,
-        eval_seconds=eval_seconds,
-        forward_flops=forward_flops,
-        accuracy=accuracy,
-        peak_memory_bytes=peak_bytes(device),
-        drops=drops,
-    )
+    result.peak_memory_bytes = peak_bytes(device)
     return result, setup.model
 
 
@@ -189,7 +153,6 @@ def _note_drop(drops: list[Dropped], drop: DropScheduler, epoch: int) -> None:
         return
     record = drop.history[-1]
     names = list(drop.chain.names[: drop.prefix])
-    # Rows are computed in the following epochs; `train` adds that time.
     drops.append(Dropped(epoch, drop.prefix, names, record.reason, 0.0, record.row_bytes, record.tier))
 
 
@@ -243,17 +206,10 @@ def compare(
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     progress: Progress = lambda name, done, total, text: None,
 ) -> Iterator[dict[str, Any]]:
-    """Train without and with dropping, then each rival.
+    """Train without and with dropping, then each rival. Yield the result so far, in the format of `--json`, after each run.
 
-    Args:
-        split: the data.
-        recipe: how to train.
-        rivals: "freeze-only" (the same drops, but the frozen layers run at each step) and "short" (the plain recipe with
-            as many steps as fit into the time that dropping took).
-        on_epoch, progress: see `train`.
-
-    Yields:
-        The result so far, after each run, in the format of `--json`.
+    rivals: "freeze-only" (the same drops, but the frozen layers run at each step) and "short" (the plain recipe with as many
+    steps as fit into the time that dropping took).
     """
     out: dict[str, Any] = {"config": dataclasses.asdict(recipe)}
     warm_up(split, recipe)
@@ -277,6 +233,25 @@ def compare(
             result, _ = run(rival, recipe=short)
         out[rival] = dataclasses.asdict(result)
         yield out
+
+
+def reset_peak(device: torch.device) -> None:
+    """Reset the peak memory of a device to the memory in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # The peak is then that of the process since its start.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Return the peak memory in bytes since `reset_peak`: of the allocator on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def save_model(model: nn.Module, path: Path) -> None:

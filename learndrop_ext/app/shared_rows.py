@@ -6,28 +6,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from learndrop_ext.app.report import align_columns
+from learndrop_ext.decide.forecast import align_columns
 from learndrop_ext.rows.store import shared
-
-__all__ = ["format_listing", "list_and_remove"]
 
 DAY_SECONDS = 86400
 
 
 def list_and_remove(folder: Path, *, older_than_days: float | None, keep_bytes: int | None) -> dict[str, Any]:
-    """Remove files of rows that exceed a limit, and list the others.
+    """Remove files of rows that exceed a limit, if there is one, and list the others.
 
-    Args:
-        folder: the disk_dir of `CacheConfig(disk_dir=..., shared=True)`.
-        older_than_days: remove files that no run has used for this many days; None for no limit.
-        keep_bytes: then remove the least recently used files until at most this many bytes are left; None for no limit.
-
-    Returns:
-        `{"folder": str, "removed": [...], "in_use": [...], "rows": [...]}`, with one dict per file. Files "in_use" exceed
-        a limit but are being read by a run.
-
-    Raises:
-        ValueError: If `folder` is not a folder.
+    older_than_days: remove files that no run has used for so long; keep_bytes: then remove the least recently used ones
+    until at most so many bytes are left. Returns `{"folder": str, "removed": [...], "in_use": [...], "rows": [...]}`, with
+    one dict per file. Files "in_use" exceed a limit but are being read by a run.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -52,8 +42,5 @@ def format_listing(listing: dict[str, Any]) -> str:
     rows = listing["rows"]
     if not rows:
         return "\n".join([*lines, f"no rows in {listing['folder']}"])
-    table = [
-        list(rows[0]),
-        *([f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows),
-    ]
-    return "\n".join([*lines, *align_columns(table)])
+    cells = [[f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    return "\n".join([*lines, *align_columns([list(rows[0]), *cells])])

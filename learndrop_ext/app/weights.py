@@ -10,8 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["FittedWeights", "fit_weights", "read_weights"]
-
 #: Keys under which a checkpoint may hold the state_dict, beside the epoch, the optimizer and so on.
 NESTED = ("state_dict", "model", "model_state_dict")
 
@@ -25,17 +23,10 @@ class FittedWeights:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a file of weights.
+    """Return the tensors of a .safetensors file, or one written by `torch.save`, by key, in file order.
 
-    Args:
-        path: a file with the suffix .safetensors, or one written by `torch.save`. Code in a pickle is never run.
-
-    Returns:
-        Tensors by key, in file order.
-
-    Raises:
-        ValueError: If the file is missing or damaged, or holds anything other than tensors.
-        ImportError: If the file needs safetensors and it is not installed.
+    Code in a pickle is never run. Raises ValueError if the file is missing or damaged, or holds anything other than tensors,
+    and ImportError if it needs safetensors and that is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,16 +75,9 @@ def fit_weights(
     """Match the tensors of a file to those of a network by name or, if the names differ, by order and shape.
 
     Matching by order needs as many tensors as the network has, each of the same shape. A classifier of another shape, or
-    missing in the file, is left out. Batch counters of BatchNorm may be missing.
-
-    Args:
-        weights: tensors of the file, in file order.
-        network: state_dict of the network.
-        classifier: keys of `network` whose shapes depend on the number of classes.
-        path: the file, for error messages.
-
-    Raises:
-        ValueError: If the weights are of another network. The message names the first key that differs.
+    missing in the file, is left out: `classifier` holds the keys of `network` whose shapes depend on the number of classes.
+    Batch counters of BatchNorm may be missing. Raises ValueError, with the first key that differs, if the weights of the
+    file `path` are of another network.
     """
     wanted = {key: value for key, value in network.items() if not _is_counter(key)}
     given = {key: value for key, value in weights.items() if not _is_counter(key)}

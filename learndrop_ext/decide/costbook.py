@@ -9,7 +9,7 @@ import torch
 
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.forecast import RunCosts
-from learndrop_ext.decide.probes import tier_costs, tier_speeds
+from learndrop_ext.decide.probes import tier_speeds
 from learndrop_ext.decide.timing import StepCosts
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.plan import budgets_of
@@ -21,14 +21,7 @@ LARGEST_STEP = 4.0
 
 
 class CostBook:
-    """The costs of a run, for policies and forecasts.
-
-    Args:
-        layers: measured costs of each layer.
-        config: how rows are kept; None if none are.
-        device: the model's device.
-        samples: number of samples in an epoch.
-    """
+    """The costs of a run, for policies and forecasts. config: how rows are kept; None if none are."""
 
     def __init__(
         self, layers: Sequence[costs.LayerCost], config: CacheConfig | None, device: torch.device, *, samples: int
@@ -45,8 +38,6 @@ class CostBook:
         self._device = device
         self._speeds: tuple[float, float, float] | None = None
         self._observed = False
-        self._asked: tuple[object, ...] | None = None
-        self._choices: tuple[costs.CutChoice, ...] = ()
 
     def choices(self, cut: int, rows: int) -> list[costs.CutChoice]:
         """Return for each prefix length where its rows would be kept. cut: that of existing rows; rows: their number."""
@@ -54,17 +45,10 @@ class CostBook:
         if config is None:
             return [costs.CutChoice(0, 0, "frozen, no rows kept")] * len(self.layers)
         tiers = self.tiers()
-        # Called several times per step, with the same result as long as no tier's budget changes.
-        asked = (self.layers, cut, rows, tuple(tiers))
-        if self._asked == asked:
-            return list(self._choices)
-        found: list[costs.CutChoice] = []
-        for k in range(len(self.layers)):
-            kept = cut if k >= cut else 0
-            choice = costs.choose_cut(self.layers, k, kept=kept, rows=rows, codec=config.codec, tiers=tiers)
-            found.append(choice)
-        self._asked, self._choices = asked, tuple(found)
-        return found
+        return [
+            costs.choose_cut(self.layers, k, kept=cut if k >= cut else 0, rows=rows, codec=config.codec, tiers=tiers)
+            for k in range(len(self.layers))
+        ]
 
     def run_costs(self, choices: Sequence[costs.CutChoice], rows: int, *, views: int) -> RunCosts:
         """Return the costs of this run for policies."""
@@ -91,13 +75,11 @@ class CostBook:
         Workers read during the step, so training waits only for what reading takes longer.
         """
         self.measured = True
-        self.layers, self.other_seconds, self.optimizer_seconds = (
-            step.layers,
-            step.other_seconds,
-            step.optimizer_seconds,
+        self.layers = step.layers
+        self.other_seconds, self.optimizer_seconds = step.other_seconds, step.optimizer_seconds
+        self.image_seconds = (
+            read_seconds if workers == 0 else max(0.0, read_seconds / workers - step.step_seconds / batch)
         )
-        waits = read_seconds if workers == 0 else max(0.0, read_seconds / workers - step.step_seconds / batch)
-        self.image_seconds = waits
 
     def observe(self, modelled: float, measured: float) -> None:
         """Correct the cost model by the time of an epoch. modelled: its seconds at a scale of 1."""
@@ -111,11 +93,12 @@ class CostBook:
         """Return the current costs of each tier. Speeds are measured once layers are timed; until then they are infinite."""
         assert self._config is not None
         budgets = budgets_of(self._config, self._device)
-        if not self.measured:
-            return tier_costs(budgets, (math.inf,) * 3)
-        if self._speeds is None:
+        if self.measured and self._speeds is None:
             self._speeds = tier_speeds(budgets, self._config, self._device)
-        return tier_costs(budgets, self._speeds)
+        speeds = self._speeds if self.measured and self._speeds is not None else (math.inf,) * 3
+        assert budgets.device is not None
+        held = (budgets.device, budgets.host, budgets.disk)
+        return [costs.TierCost(budget, speed) for budget, speed in zip(held, speeds, strict=True)]
 
     def _row_seconds(self, cut: int, rows: int, tiers: Sequence[costs.TierCost]) -> float:
         shape = self.layers[cut - 1].shape if cut else None

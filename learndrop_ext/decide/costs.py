@@ -7,33 +7,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from learndrop_ext import ops
-from learndrop_ext.decide.probes import TierCost as TierCost
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.rows.config import CacheConfig
 
 
 @dataclass(frozen=True)
+class TierCost:
+    """One tier of the cache: the limit on its bytes, and its bandwidth in bytes per second."""
+
+    budget_bytes: int
+    bytes_per_second: float
+
+
+@dataclass(frozen=True)
 class LayerCost:
-    """One layer's costs per sample.
+    """One layer's costs per sample."""
 
-    Args:
-        name: the layer's name in the chain.
-        flops: forward FLOPs.
-        seconds: seconds of forward in eval mode without gradients, as in a frozen layer.
-        train_seconds: seconds of forward and backward in train mode, as in a live layer behind another live one.
-        shape: shape of its output without the batch dimension; None if it is not a single tensor.
-        first_seconds: like train_seconds, without the gradient of the input, which the first live layer does not need.
-            None: the same as train_seconds.
-        parameters: number of elements that the optimizer updates.
-    """
-
-    name: str
-    flops: int
-    seconds: float
-    train_seconds: float
-    shape: tuple[int, ...] | None
-    first_seconds: float | None = None
-    parameters: int = 0
+    name: str  # in the chain
+    flops: int  # forward FLOPs
+    seconds: float  # of forward, as in a frozen layer
+    train_seconds: float  # of forward and backward, as in a live layer behind another live one
+    shape: tuple[int, ...] | None  # of its output without the batch dimension; None for the last layer
+    first_seconds: float | None = None  # train_seconds without the gradient of the input; None: the same
+    parameters: int = 0  # number of elements that the optimizer updates
 
     @property
     def first_live_seconds(self) -> float:
@@ -92,15 +88,9 @@ def smallest_row(chain: Chain, config: CacheConfig) -> int:
 def choose_cut(
     layers: Sequence[LayerCost], prefix: int, *, kept: int, rows: int, codec: str, tiers: Sequence[TierCost]
 ) -> CutChoice:
-    """Choose where the rows of a prefix are kept: at its end, if they fit into the tiers.
+    """Choose where `rows` rows (samples x views) of a prefix are kept: at its end, if they fit into the tiers.
 
-    Args:
-        layers: all layers.
-        prefix: number of layers dropped.
-        kept: the cut of existing rows, 0 for none. They need no free memory, and stay if the rows at the end do not fit.
-        rows: number of rows: samples x views.
-        codec: codec of the rows.
-        tiers: budgets and speeds, the fastest first.
+    kept: the cut of existing rows, 0 for none. They need no free memory, and stay if the rows at the end do not fit.
     """
     if not prefix:
         return CutChoice(0, 0, "")
@@ -109,9 +99,10 @@ def choose_cut(
     row = ops.row_stride(shape, codec)
     if prefix == kept or rows_in_tiers(rows, row, tiers) is not None:
         return CutChoice(prefix, row, f"rows after {layers[prefix - 1].name}")
-    texts = format_bytes(row * rows), format_bytes(sum(tier.budget_bytes for tier in tiers))
+    wanted, budget = row * rows, sum(tier.budget_bytes for tier in tiers)
+    texts = format_bytes(wanted), format_bytes(budget)
     if texts[0] == texts[1]:
-        texts = f"{row * rows:,} bytes", f"{sum(tier.budget_bytes for tier in tiers):,} bytes"
+        texts = f"{wanted:,} bytes", f"{budget:,} bytes"
     why = f"no rows: they take {texts[0]} and the budget is {texts[1]}"
     if 0 < kept < prefix:
         before = layers[kept - 1].shape

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class Deltas:
         model: nn.Module | None = None,
     ) -> None:
         self._persistence = persistence
-        self._layers = tuple(tuple(layer) for layer in layers)
+        self._layers = tuple(map(tuple, layers))
         self._slots = None if model is None else find_slots(self._layers, model)
         self._tables = build_tables(self._layers, persistence, {})
 
@@ -81,26 +82,22 @@ class Deltas:
         return len(self._layers)
 
     def measure(self, *, refresh: bool = True) -> tuple[LayerChange, ...]:
-        """Measure the change of each layer since the anchor.
+        """Return the change of each layer since the anchor. Waits for the devices.
 
-        Args:
-            refresh: make the current parameters the anchor.
-
-        Returns:
-            One LayerChange per layer. Waits for the devices.
+        refresh: make the current parameters the anchor.
         """
         self._follow()
         # All devices work at the same time: no result is read before the last pass is launched.
-        sums = [join(ops.delta_norms(part.table, refresh=refresh), part.table.mesh) for part in self._tables]
-        return tuple(map(layer_change, combine([one.cpu() for one in sums]).tolist()))
+        parts = [join(ops.delta_norms(part.table, refresh=refresh), part.table.mesh) for part in self._tables]
+        together = torch.stack([part.cpu() for part in parts])  # [devices, L, K] float64
+        sums = together.sum(0)
+        sums[:, MAXIMUM] = together[:, :, MAXIMUM].amax(0)
+        return tuple(map(layer_change, sums.tolist()))
 
     def drop_first(self, k: int) -> None:
-        """Drop the first `k` layers; the others keep their anchors.
+        """Drop the first `k` layers; the others keep their anchors. Raise ValueError unless 0 <= k <= L.
 
         A parameter shared between a dropped layer and a later one is counted in the later one from now on.
-
-        Raises:
-            ValueError: not 0 <= k <= L.
         """
         if not 0 <= k <= len(self):
             raise ValueError(f"drop_first: k must be from 0 to {len(self)}, got {k}")
@@ -119,19 +116,14 @@ class Deltas:
             newest first; two with persistence).
         """
         self._follow()
-        first: set[tuple[int, str]] = set()
+        saved: set[tuple[int, torch.device]] = set()
         anchors = {}
-        for (layer, i), values in sorted(self._anchors().items(), key=lambda item: item[0]):
-            key = (values[0].data_ptr(), str(values[0].device))
-            if key in first and values[0].numel():
-                continue
-            first.add(key)
-            anchors[f"{layer}.{i}"] = [value.to("cpu", copy=True) for value in values]
-        return {
-            "persistence": self._persistence,
-            "layers": [len(layer) for layer in self._layers],
-            "anchors": anchors,
-        }
+        for (layer, i), values in sorted(self._anchors().items()):
+            memory = (values[0].data_ptr(), values[0].device)
+            if memory not in saved or not values[0].numel():
+                anchors[f"{layer}.{i}"] = [value.to("cpu", copy=True) for value in values]
+            saved.add(memory)
+        return {"persistence": self._persistence, "layers": list(map(len, self._layers)), "anchors": anchors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore anchors from a `state_dict`: the next measurement equals that of the run it was saved in.
@@ -147,7 +139,7 @@ class Deltas:
             raise ValueError(
                 f"load_state_dict: state must have persistence={self._persistence}, got {state['persistence']}"
             )
-        wanted = [len(layer) for layer in self._layers]
+        wanted = list(map(len, self._layers))
         if list(state["layers"]) != wanted:
             raise ValueError(
                 f"load_state_dict: state must have {wanted} parameters in its layers, got {list(state['layers'])}"
@@ -186,12 +178,8 @@ class Deltas:
     def _follow(self) -> None:
         """Rebuild the tables, keeping the anchors, if parameters were replaced or have moved."""
         layers = self._layers if self._slots is None else look_up(self._slots)
-        replaced = any(
-            now is not before
-            for new, old in zip(layers, self._layers, strict=True)
-            for now, before in zip(new, old, strict=True)
-        )
-        if replaced or any(part.table.stale() for part in self._tables):
+        pairs = zip(chain.from_iterable(layers), chain.from_iterable(self._layers), strict=True)
+        if any(now is not before for now, before in pairs) or any(part.table.stale() for part in self._tables):
             self._tables = build_tables(layers, self._persistence, self._anchors())
             self._layers = layers
 
@@ -204,11 +192,7 @@ class DeviceTable:
     places: tuple[tuple[int, ...], ...]
 
 
-def build_tables(
-    layers: Sequence[Sequence[Tensor]],
-    persistence: bool,
-    anchors: Anchors,
-) -> tuple[DeviceTable, ...]:
+def build_tables(layers: Sequence[Sequence[Tensor]], persistence: bool, anchors: Anchors) -> tuple[DeviceTable, ...]:
     """Return a table for each device that holds parameters, each with all layers; one on the CPU if there are none."""
     devices = dict.fromkeys(local_part(tensor).device for layer in layers for tensor in layer)
     parts = []
@@ -227,15 +211,8 @@ def build_tables(
     return tuple(parts)
 
 
-def find_slots(
-    layers: Sequence[Sequence[Tensor]],
-    model: nn.Module,
-) -> Slots:
-    """Return where to find each parameter in `model`: the parameter dictionary of its module, and its name.
-
-    Raises:
-        ValueError: a parameter does not belong to the model.
-    """
+def find_slots(layers: Sequence[Sequence[Tensor]], model: nn.Module) -> Slots:
+    """Return where to find each parameter in `model`: the parameter dictionary of its module, and its name."""
     slots = {
         id(parameter): (module._parameters, name)
         for module in model.modules()
@@ -252,34 +229,18 @@ def find_slots(
 
 
 def look_up(slots: Slots) -> tuple[tuple[Tensor, ...], ...]:
-    """Return the parameters that are in `slots` now.
-
-    Raises:
-        RuntimeError: a module no longer has one of them.
-    """
+    """Return the parameters that are in `slots` now."""
     layers = []
     for i_layer, layer in enumerate(slots):
-        found = [owner.get(name) for owner, name in layer]
-        for i, tensor in enumerate(found):
-            if tensor is None:
+        found = []
+        for i, (owner, name) in enumerate(layer):
+            if (tensor := owner.get(name)) is None:
                 raise RuntimeError(
-                    f"Deltas: layers[{i_layer}][{i}] must stay a parameter of its module, "
-                    f"got a module without {layer[i][1]!r}"
+                    f"Deltas: layers[{i_layer}][{i}] must stay a parameter of its module, got a module without {name!r}"
                 )
-        layers.append(tuple(tensor for tensor in found if tensor is not None))
+            found.append(tensor)
+        layers.append(tuple(found))
     return tuple(layers)
-
-
-def combine(
-    parts: Sequence[Tensor],  # each [L, K] float64, CPU
-) -> Tensor:
-    """The sums over all devices, [L, K] float64. All columns add up except the maximum."""
-    if len(parts) == 1:
-        return parts[0]
-    together = torch.stack(list(parts))
-    sums = together.sum(0)
-    sums[:, MAXIMUM] = together[:, :, MAXIMUM].amax(0)
-    return sums
 
 
 def layer_change(row: Sequence[float]) -> LayerChange:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from learndrop_ext.decide.costs import LayerCost, TierCost, format_bytes, live_seconds, rows_in_tiers
@@ -66,8 +68,7 @@ class RunCosts:
 
     def epoch_seconds(self, prefix: int) -> float:
         """Return the seconds of an epoch with `prefix` layers dropped and all of its rows stored."""
-        frozen = self._frozen_seconds(self.cuts[prefix], prefix)
-        return self._seconds(self.source_seconds(prefix) + frozen + self.live_seconds(prefix), prefix)
+        return self._seconds(prefix, prefix, 0.0)
 
     def filling_seconds(self, before: int, after: int, *, stored: bool = True) -> float:
         """Return the seconds of an epoch that reads what prefix `before` reads and trains behind prefix `after`.
@@ -75,10 +76,8 @@ class RunCosts:
         The rows of `after` are computed on the way, and stored unless `stored` is False. If both prefixes keep rows at the
         same cut, none are computed.
         """
-        frozen = self._frozen_seconds(self.cuts[before], after)
         made = self.cuts[after] > self.cuts[before] and stored
-        written = self.write_seconds[after] if made else 0.0
-        return self._seconds(self.source_seconds(before) + frozen + written + self.live_seconds(after), after)
+        return self._seconds(before, after, self.write_seconds[after] if made else 0.0)
 
     def fill_seconds(self, before: int, after: int) -> float:
         """Return the extra seconds of an epoch that computes the rows of `after` over one that reads them; at least 0."""
@@ -86,7 +85,7 @@ class RunCosts:
 
     def read_seconds(self, prefix: int) -> float:
         """Return the seconds an epoch spends gathering rows; 0 if there are none."""
-        return self._seconds(self.row_seconds[prefix]) if self.cuts[prefix] else 0.0
+        return self.row_seconds[prefix] * self.samples * self.scale if self.cuts[prefix] else 0.0
 
     def drop_estimates(self, prefix: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return what a drop from `prefix` to each prefix length costs once, and what it saves per epoch.
@@ -102,123 +101,62 @@ class RunCosts:
             (*none, *(now - self.epoch_seconds(k) for k in later)),
         )
 
-    def source_seconds(self, prefix: int) -> float:
-        """Return the seconds to read one sample: a row, or the image if there are no rows."""
-        return self.row_seconds[prefix] if self.cuts[prefix] else self.image_seconds
+    @cached_property
+    def _frozen_before(self) -> list[float]:
+        """Seconds of the first k layers on one sample while they are frozen, k from 0 to L."""
+        return list(accumulate((layer.seconds for layer in self.layers), initial=0.0))
 
-    def _frozen_seconds(self, start: int, stop: int) -> float:
-        return sum(layer.seconds for layer in self.layers[start:stop])
-
-    def live_seconds(self, prefix: int) -> float:
-        """Return the seconds of training the layers behind a prefix on one sample, including optimizer and loss."""
+    @cached_property
+    def _live_behind(self) -> list[float]:
+        """Seconds of training the layers behind a prefix on one sample, including optimizer and loss."""
         parameters = sum(layer.parameters for layer in self.layers)
-        live = sum(layer.parameters for layer in self.layers[prefix:])
-        optimizer = self.optimizer_seconds * (live / parameters if parameters else 1.0)
-        return live_seconds(self.layers[prefix:]) + optimizer + self.other_seconds
+        seconds = []
+        for k in range(len(self.layers)):
+            live = sum(layer.parameters for layer in self.layers[k:])
+            optimizer = self.optimizer_seconds * (live / parameters if parameters else 1.0)
+            seconds.append(live_seconds(self.layers[k:]) + optimizer + self.other_seconds)
+        return seconds
 
-    def _seconds(self, per_sample: float, prefix: int = 0) -> float:
+    def _seconds(self, source: int, prefix: int, written: float) -> float:
+        """Seconds of an epoch that reads what prefix `source` reads, and takes `written` seconds a sample to store rows."""
+        read = self.row_seconds[source] if self.cuts[source] else self.image_seconds
+        frozen = self._frozen_before[prefix] - self._frozen_before[self.cuts[source]]
+        per_sample = read + frozen + written + self._live_behind[prefix]
         return per_sample * self.samples * self.scale + (self.fixed_seconds if prefix else 0.0)
 
 
-@dataclass(frozen=True)
-class EpochForecast:
-    """One epoch of a plan.
-
-    Args:
-        epoch: number of epochs done before it.
-        prefix: number of layers dropped in it.
-        seconds: its time.
-        fill_seconds: the part of it spent computing and storing rows.
-        read_seconds: the part of it spent gathering rows.
-        filling: whether rows are stored in it.
-    """
-
-    epoch: int
-    prefix: int
-    seconds: float
-    fill_seconds: float
-    read_seconds: float
-    filling: bool
-
-
-def plan(
-    costs: RunCosts,
-    drops: Mapping[int, int],
-    epochs: int,
-    *,
-    epoch: int = 0,
-    prefix: int = 0,
-    past: Sequence[int] | None = None,
-) -> tuple[EpochForecast, ...]:
-    """Forecast each remaining epoch of a run.
+def plan_seconds(costs: RunCosts, prefixes: Sequence[int], *, past: Sequence[int] = ()) -> tuple[float, ...]:
+    """Return the seconds of each of the last epochs of a run.
 
     Args:
         costs: costs of the run.
-        drops: number of epochs done -> number of layers dropped from there on; a prefix never shrinks.
-        epochs: length of the run.
-        epoch: number of epochs done.
-        prefix: number of layers dropped now.
-        past: the prefix of every epoch done, or at least of the last V; None if all rows of `prefix` are stored.
-
-    Returns:
-        One entry for each epoch from `epoch` to `epochs - 1`.
-
-    Raises:
-        ValueError: a drop leaves no layer to train.
+        prefixes: the prefix of each of these epochs.
+        past: the prefix of each epoch before them, or of at least the last V.
     """
-    last = len(costs.layers) - 1
-    for at, k in drops.items():
-        if not 0 <= k <= last:
-            raise ValueError(f"plan: drops must leave a layer to train: 0 to {last} layers, got {k} at epoch {at}")
-    prefixes = [max([prefix, *(k for at, k in drops.items() if at <= e)]) for e in range(epoch, epochs)]
-    return plan_prefixes(costs, prefixes, epochs, past=[prefix] * costs.views if past is None else past)
-
-
-def plan_prefixes(
-    costs: RunCosts, prefixes: Sequence[int], epochs: int, *, past: Sequence[int] = ()
-) -> tuple[EpochForecast, ...]:
-    """Forecast the last epochs of a run from the prefix of each. past: the prefixes of the epochs before them."""
-    all_prefixes = [*past, *prefixes]
-    entries = []
-    for i, prefix in enumerate(prefixes):
-        epoch = epochs - len(prefixes) + i
-        window = all_prefixes[: len(past) + i][-costs.views :]
+    seen = [*past, *prefixes]
+    seconds = []
+    for i, prefix in enumerate(prefixes, len(past)):
+        window = seen[max(0, i - costs.views) : i]
         # An epoch without dropped layers stores nothing, and undrop() frees what was stored.
         source = window[0] if len(window) == costs.views and all(window) else 0
-        stored = epochs - epoch > costs.views
         if costs.cuts[source] == costs.cuts[prefix]:
-            seconds, filling = costs.epoch_seconds(prefix), False
+            seconds.append(costs.epoch_seconds(prefix))
         else:
-            seconds, filling = costs.filling_seconds(source, prefix, stored=stored), stored
-        fill = max(0.0, seconds - costs.epoch_seconds(prefix))
-        entries.append(EpochForecast(epoch, prefix, seconds, fill, costs.read_seconds(source), filling))
-    return tuple(entries)
-
-
-def total_seconds(entries: Iterable[EpochForecast]) -> float:
-    """Return the seconds of all epochs of a plan."""
-    return sum(entry.seconds for entry in entries)
+            stored = len(seen) - i > costs.views  # else the run ends before they are read
+            seconds.append(costs.filling_seconds(source, prefix, stored=stored))
+    return tuple(seconds)
 
 
 @dataclass(frozen=True)
 class DropForecast:
-    """A whole run with one drop of `prefix` layers after `start` epochs.
-
-    Args:
-        prefix: number of layers dropped.
-        start: number of epochs done before the drop.
-        seconds: time of the whole run.
-        speedup: time of the run without drops over `seconds`.
-        fill_seconds: the part of `seconds` spent computing and storing rows.
-        read_seconds: the part of `seconds` spent gathering rows.
-    """
+    """A whole run with one drop of `prefix` layers after `start` epochs."""
 
     prefix: int
     start: int
     seconds: float
-    speedup: float
-    fill_seconds: float
-    read_seconds: float
+    speedup: float  # time of the run without drops over `seconds`
+    fill_seconds: float  # the part of `seconds` spent computing and storing rows
+    read_seconds: float  # the part of `seconds` spent gathering rows
 
 
 def one_drops(costs: RunCosts, epochs: int, *, prefix: int, starts: Iterable[int]) -> tuple[DropForecast, ...]:
@@ -248,15 +186,10 @@ def largest_speedup(costs: RunCosts, epochs: int, *, start: int = 0) -> float:
 
 @dataclass(frozen=True)
 class RowsForecast:
-    """The rows of one prefix length.
+    """The rows of one prefix length."""
 
-    Args:
-        cut: number of layers after which they are kept; 0 for none.
-        bytes: bytes of all of them in each tier: device, host, disk.
-    """
-
-    cut: int
-    bytes: tuple[int, ...]
+    cut: int  # number of layers after which they are kept; 0 for none
+    bytes: tuple[int, ...]  # of all of them in each tier: device, host, disk
 
 
 @dataclass(frozen=True)
@@ -293,10 +226,8 @@ class Forecast:
         for runs, rows in zip(self.runs, self.rows, strict=True):
             fields = (f"{runs[start].seconds:.1f} s {runs[start].speedup:.2f}x" for start in shown)
             lines.append([f"{runs[0].prefix} ({self.layers[runs[0].prefix - 1]})", *fields, _rows_text(rows)])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(f.ljust(w) for f, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         full = f"{self.epochs} epochs without drops: {self.full_seconds:.1f} s"
-        return "\n".join([full, *table, f"largest speedup: {self.largest_speedup:.2f}x"])
+        return "\n".join([full, *align_columns(lines), f"largest speedup: {self.largest_speedup:.2f}x"])
 
     def __str__(self) -> str:
         return self.format_table()
@@ -307,14 +238,7 @@ def forecast(
 ) -> Forecast:
     """Forecast a whole run without drops, and with one drop of each length after each number of epochs.
 
-    Args:
-        costs: costs of the run.
-        epochs: length of the run, at least 1.
-        row_bytes: for each prefix length 0..L-1, the bytes of one of its rows; empty if no rows are kept.
-        tiers: device, host and disk.
-
-    Raises:
-        ValueError: epochs is not a whole number >= 1, or row_bytes does not have L entries.
+    row_bytes: for each prefix length 0..L-1, the bytes of one of its rows; empty if no rows are kept.
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"forecast: epochs must be a whole number >= 1, got {epochs!r}")
@@ -332,6 +256,12 @@ def forecast(
     largest = max([1.0, *(run.speedup for row in runs for run in row)])
     names = tuple(layer.name for layer in costs.layers)
     return Forecast(epochs, names, costs.views, full, runs, tuple(rows), largest)
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return one line per row, with each column padded to its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _spread(count: int, shown: int) -> list[int]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
-from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
+from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_seconds
 from learndrop_ext.decide.schedules import best_prefixes
 
 
@@ -129,12 +129,10 @@ class StoppedLearning:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "smoothing", "max_dropped", "min_saving"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
+            if not 0.0 <= (value := getattr(self, name)) <= 1.0:
                 raise ValueError(f"StoppedLearning: {name} must be within 0.0..1.0, got {value!r}")
         for name, least in (("patience", 1), ("warmup", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not _is_whole(value := getattr(self, name), least):
                 raise ValueError(f"StoppedLearning: {name} must be a whole number >= {least}, got {value!r}")
 
     def __call__(self, situation: Situation) -> Decision:
@@ -164,12 +162,12 @@ class StoppedLearning:
         values = self.smoothed(situation, prefix)
         if not values:
             return "no score yet"
-        name, threshold = situation.layers[prefix], f"{self.threshold:g}"
-        if values[-1] >= self.threshold:
-            return f"{name} still learns: score {_digits(values[-1], self.threshold)}, threshold {threshold}"
+        name, score = situation.layers[prefix], _digits(values[-1], self.threshold)
         under = next((i for i, value in enumerate(reversed(values)) if value >= self.threshold), len(values))
+        if not under:
+            return f"{name} still learns: score {score}, threshold {self.threshold:g}"
         return (
-            f"{name} may still learn: score {_digits(values[-1], self.threshold)} is under {threshold} "
+            f"{name} may still learn: score {score} is under {self.threshold:g} "
             f"for {under} of {self.patience} measurements"
         )
 
@@ -210,7 +208,7 @@ class Budget:
     """Drops as few layers as possible for the run to take 1 / `speedup` of its time.
 
     Before training and after each epoch, it plans how many layers are dropped in each remaining epoch, from the costs of the
-    layers, which the constructor of DropScheduler measures in three training steps, and the time taken so far. Of all plans
+    layers, which the constructor of DropScheduler measures in two training steps, and the time taken so far. Of all plans
     that end in time it follows the one with the smallest loss. With `start=0` dropping layer i for an epoch counts 2 i - 1,
     so that k dropped layers count k^2: rather a few layers for many epochs than many for a few, because the first layers are
     the most general. Of several such plans it takes the one that drops the fewest layers at first. Such a plan grows only in
@@ -238,12 +236,12 @@ class Budget:
     def __post_init__(self) -> None:
         if not (isinstance(self.speedup, int | float) and math.isfinite(self.speedup) and self.speedup >= 1):
             raise ValueError(f"Budget: speedup must be a number >= 1, got {self.speedup!r}")
-        if not isinstance(self.start, int) or isinstance(self.start, bool) or self.start < 0:
+        if not _is_whole(self.start, 0):
             raise ValueError(f"Budget: start must be a whole number >= 0, got {self.start!r}")
 
     def check(self, costs: RunCosts, epochs: int | None) -> None:
         """Raise ValueError if no drop is fast enough, naming the largest speedup, or if the run's length is not known."""
-        length = self._known(epochs)
+        length = _known(epochs)
         largest = largest_speedup(costs, length, start=min(self.start, length))
         if largest < self.speedup:
             # Rounded down, so that the speedup in the message can be reached.
@@ -254,41 +252,39 @@ class Budget:
             )
 
     def __call__(self, situation: Situation) -> Decision:
-        epochs, costs = self._known(situation.epochs), situation.costs
+        epochs, costs = _known(situation.epochs), situation.costs
         if costs is None:
             raise ValueError("Budget: the run's costs must be measured, got a situation without costs")
         name = f"budget {self.speedup:g}x"
         if situation.epoch < self.start:
             return Decision(situation.prefix, f"{name}: no drop before epoch {self.start}")
         wanted = (situation.full_seconds or costs.epoch_seconds(0) * epochs) / self.speedup
+        elapsed, L = situation.elapsed_seconds, len(situation.layers)
         if situation.epoch >= epochs:
-            if situation.elapsed_seconds > max(LATE * wanted, wanted + LATE_SECONDS):
+            if elapsed > max(LATE * wanted, wanted + LATE_SECONDS):
                 warnings.warn(
-                    f"{name}: the run took {situation.elapsed_seconds:.1f} s, and was asked to take {wanted:.1f} s: without "
-                    f"drops it would take {self.speedup * wanted:.1f} s by estimate. {situation.prefix} of "
-                    f"{len(situation.layers)} layers are dropped; fewer epochs without drops may be better in that time",
+                    f"{name}: the run took {elapsed:.1f} s, and was asked to take {wanted:.1f} s: without drops it would "
+                    f"take {self.speedup * wanted:.1f} s by estimate. {situation.prefix} of {L} layers are dropped; fewer "
+                    "epochs without drops may be better in that time",
                     RuntimeWarning,
                     stacklevel=2,
                 )
-            return Decision(situation.prefix, f"{name}: {situation.elapsed_seconds:.1f} s of {wanted:.1f} s")
+            return Decision(situation.prefix, f"{name}: {elapsed:.1f} s of {wanted:.1f} s")
         for weights in self._weights(situation):
-            prefixes = self._prefixes(situation, costs, epochs, wanted - situation.elapsed_seconds, weights)
-            rest = total_seconds(plan_prefixes(costs, prefixes, epochs, past=situation.past))
-            if situation.elapsed_seconds + rest > USED * wanted:
+            prefixes = self._prefixes(situation, costs, epochs, wanted - elapsed, weights)
+            total = elapsed + sum(plan_seconds(costs, prefixes, past=situation.past))
+            if total > USED * wanted:
                 break
-        if not situation.epoch and situation.elapsed_seconds and situation.elapsed_seconds + rest > LATE * wanted:
+        prefix = prefixes[0]
+        if not situation.epoch and elapsed and total > LATE * wanted:
             warnings.warn(
-                f"{name}: the run is asked to take {wanted:.1f} s, and takes {situation.elapsed_seconds + rest:.1f} s at "
-                f"least: making the DropScheduler took {situation.elapsed_seconds:.1f} s of them. {prefixes[0]} of "
-                f"{len(situation.layers)} layers are dropped; ask for a smaller speedup, or train for more epochs",
+                f"{name}: the run is asked to take {wanted:.1f} s, and takes {total:.1f} s at least: making the "
+                f"DropScheduler took {elapsed:.1f} s of them. {prefix} of {L} layers are dropped; ask for a smaller "
+                "speedup, or train for more epochs",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return Decision(
-            prefixes[0],
-            f"{name}: {prefixes[0]} of {len(situation.layers)} layers, "
-            f"forecast {situation.elapsed_seconds + rest:.1f} s of {wanted:.1f} s",
-        )
+        return Decision(prefix, f"{name}: {prefix} of {L} layers, forecast {total:.1f} s of {wanted:.1f} s")
 
     def _prefixes(
         self, situation: Situation, costs: RunCosts, epochs: int, seconds: float, weights: Sequence[int]
@@ -304,13 +300,13 @@ class Budget:
             if epoch == epochs:
                 return first
             prefix = max((situation.prefix, *first))
-            begun = plan_prefixes(costs, (*first, *(prefix,) * (epochs - epoch)), epochs, past=past)[: len(first)]
+            begun = sum(plan_seconds(costs, (*first, *(prefix,) * (epochs - epoch)), past=past)[: len(first)])
             more = best_prefixes(
                 costs,
                 epochs,
                 epoch=epoch,
                 prefix=prefix,
-                seconds=seconds - total_seconds(begun),
+                seconds=seconds - begun,
                 past=(*past, *first),
                 weights=weights,
                 hold=1 if first else hold,
@@ -318,7 +314,7 @@ class Budget:
             return (*first, *more)
 
         def total(prefixes: tuple[int, ...]) -> float:
-            return total_seconds(plan_prefixes(costs, prefixes, epochs, past=past))
+            return sum(plan_seconds(costs, prefixes, past=past))
 
         if any(past) and first_half > 0:
             held = best((situation.prefix,) * hold, seconds)
@@ -334,11 +330,6 @@ class Budget:
                 return cautious
         return planned
 
-    def _known(self, epochs: int | None) -> int:
-        if epochs is None:
-            raise ValueError("Budget: epochs must be known, give DropScheduler(epochs=...), got None")
-        return epochs
-
     def _weights(self, situation: Situation) -> tuple[tuple[int, ...], ...]:
         """The loss of dropping each layer for an epoch, in the order to try: 1, 3, 5, ... by depth, then 1 each if no such
         plan uses the time; from a later start 1 to 4 by score."""
@@ -353,6 +344,16 @@ class Budget:
         latest = [values[-1] if values else 0.0 for values in smoothed]
         top = max(latest)
         return (tuple(1 + round(3 * value / top) if top > 0 else 1 for value in latest),)
+
+
+def _known(epochs: int | None) -> int:
+    if epochs is None:
+        raise ValueError("Budget: epochs must be known, give DropScheduler(epochs=...), got None")
+    return epochs
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def smoothed_scores(situation: Situation, layer: int, *, first: int, smoothing: float) -> list[float]:

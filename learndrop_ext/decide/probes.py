@@ -6,8 +6,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
@@ -17,23 +16,8 @@ from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.plan import Budgets
 
 
-@dataclass(frozen=True)
-class TierCost:
-    """One tier of the cache: the limit on its bytes, and its bandwidth in bytes per second."""
-
-    budget_bytes: int
-    bytes_per_second: float
-
-
 def median_seconds(run: Callable[[], object], device: torch.device, *, repeats: int, warmup: int = 1) -> float:
-    """Return the median seconds of `run()`, including the device's work.
-
-    Args:
-        run: the function to time.
-        device: device to synchronise before and after each run.
-        repeats: number of timed runs, at least 1.
-        warmup: number of runs before them that are not timed.
-    """
+    """Return the median seconds of `repeats` runs after `warmup` others, including the device's work."""
     times = []
     for _ in range(warmup + repeats):
         wait_for(device)
@@ -67,29 +51,19 @@ def host_bytes_per_second(device: torch.device, *, size: int = 1 << 26) -> float
 
 
 def disk_bytes_per_second(folder: Path, *, size: int = 1 << 25) -> float:
-    """Return the bytes per second of reading a new file in a folder sequentially, without the page cache.
-
-    Raises OSError if it cannot be written.
-    """
-    with tempfile.TemporaryFile(dir=folder) as file:
+    """Return the bytes per second of reading a new file in a folder. Raise OSError if it cannot be written."""
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         file.write(bytes(size))
         file.flush()
         os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # not from the page cache
 
         def read() -> None:
-            at = 0
-            while at < size:
-                at += len(os.pread(file.fileno(), 1 << 20, at))
+            file.seek(0)
+            while file.read(1 << 20):
+                pass
 
         return size / median_seconds(read, torch.device("cpu"), repeats=1, warmup=0)
-
-
-def tier_costs(budgets: Budgets, speeds: Sequence[float]) -> list[TierCost]:
-    """Return the costs of each tier. speeds: bytes per second of device, host and disk."""
-    assert budgets.device is not None
-    held = (budgets.device, budgets.host, budgets.disk)
-    return [TierCost(budget, speed) for budget, speed in zip(held, speeds, strict=True)]
 
 
 def tier_speeds(budgets: Budgets, config: CacheConfig, device: torch.device) -> tuple[float, float, float]:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations_with_replacement, product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from learndrop_ext.decide.forecast import RunCosts, plan_prefixes, total_seconds
+from learndrop_ext.decide.forecast import RunCosts, plan_seconds
 
 #: Largest number of elements of the table. 4e6 doubles are 32 MB, and each takes part in up to L minima: at 1e9 per second,
 #: a network of 20 layers is planned in 0.1 s. With stages of one epoch, one view, 20 layers and 100 epochs would take
@@ -29,17 +29,11 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Stage:
-    """Some epochs with one prefix.
+    """Some epochs with one prefix."""
 
-    Args:
-        epoch: number of epochs done before it.
-        length: number of its epochs.
-        weight: number of stages that it counts as in a schedule's loss.
-    """
-
-    epoch: int
-    length: int
-    weight: int = 1
+    epoch: int  # number of epochs done before it
+    length: int  # number of its epochs
+    weight: int = 1  # number of stages that it counts as in a schedule's loss
 
 
 def best_prefixes(
@@ -53,7 +47,7 @@ def best_prefixes(
     weights: Sequence[int] | None = None,
     hold: int = 1,
 ) -> tuple[int, ...]:
-    """Choose the prefix of each remaining epoch so that as much as possible stays live within `seconds`.
+    """Return the prefix of each remaining epoch, chosen so that as much as possible stays live within `seconds`.
 
     Prefixes never shrink. Of the schedules that take at most `seconds`, the one with the smallest loss is chosen: the sum of
     the weights of dropped layers over epochs. Of several, it is the one with the shortest prefix in the first epoch, then in
@@ -68,9 +62,6 @@ def best_prefixes(
         past: the prefix of every epoch done.
         weights: the loss of dropping each layer for one epoch, at least 1. Default: 1 each
         hold: number of remaining epochs, at least one, in which the first prefix is kept.
-
-    Returns:
-        The prefix of each epoch from `epoch` on.
     """
     left = epochs - epoch
     worth = [1] * len(costs.layers) if weights is None else list(weights)
@@ -87,7 +78,7 @@ def best_prefixes(
     # are being filled are converted one drop after the other. The limit is then corrected by the difference.
     for _ in range(3):
         found, expected = search.schedule(prefix, since if prefix else 0, limit)
-        actual = total_seconds(plan_prefixes(costs, found, epochs, past=past))
+        actual = sum(plan_seconds(costs, found, past=past))
         fits, fitted = actual <= seconds * (1 + 1e-9), best_seconds <= seconds * (1 + 1e-9)
         if best is None or (fits and (not fitted or actual > best_seconds)) or (not fits and actual < best_seconds):
             best, best_seconds = found, actual
@@ -109,7 +100,9 @@ class _Search:
         self.given_up = given_up
         self.steady = np.array([costs.epoch_seconds(k) for k in range(L)])
         # filling[stored][before, after], for before <= after
-        self.filling = np.stack([_filling(costs, stored=stored) for stored in (False, True)])
+        self.filling = np.zeros((2, L, L))
+        for stored, (before, after) in product((0, 1), combinations_with_replacement(range(L), 2)):
+            self.filling[stored, before, after] = costs.filling_seconds(before, after, stored=bool(stored))
         # rest[stage][since, prefix of the stage before, amount]
         end = np.full((V + 1, L, D + 1), np.inf)
         end[:, :, 0] = 0.0
@@ -176,23 +169,6 @@ class _Search:
     def _stored(self, epoch: int) -> int:
         """1 if rows computed in this epoch are read again, else 0."""
         return int(self.epochs - epoch > self.views)
-
-
-def _filling(costs: RunCosts, *, stored: bool) -> Table:
-    """`costs.filling_seconds(before, after)` as an array [before, after], 0 where after < before.
-
-    Vectorised: in a network of 30 layers, one call per entry would take longer than the rest of the planning.
-    """
-    cuts = np.array(costs.cuts)
-    live = np.array([costs.live_seconds(k) for k in range(len(cuts))])
-    source = np.array([costs.source_seconds(k) for k in range(len(cuts))])
-    frozen = np.cumsum([0.0, *(layer.seconds for layer in costs.layers)])
-    made = (cuts[None, :] > cuts[:, None]) & stored
-    per_sample = source[:, None] + frozen[:-1] - frozen[cuts][:, None] + np.where(made, costs.write_seconds, 0.0) + live
-    table: Table = np.triu(
-        per_sample * (costs.samples * costs.scale) + np.where(np.arange(len(cuts)) > 0, costs.fixed_seconds, 0.0)
-    )
-    return table
 
 
 def _stages(epoch: int, left: int, layers: int, views: int, given_up: int, *, hold: int = 1) -> list[Stage]:

@@ -9,9 +9,9 @@ import contextlib
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,8 +24,8 @@ from learndrop_ext.forward.cuts import Cut
 from learndrop_ext.forward.record import tensors_of
 from learndrop_ext.preserve import preserved
 
-#: Training steps that are timed after one to warm up; the shorter of the two counts, because other work on the machine only
-#: makes a step longer.
+#: Training steps. The first one also warms up; the shorter one counts, because other work on the machine only makes a step
+#: longer. With the optimizer's and the recorded forward, making a DropScheduler with `Budget` takes less than three steps.
 STEPS = 2
 #: Bytes that an optimizer which cannot be timed is assumed to move for each parameter, in fp32: weight, gradient and two
 #: states are read, weight and states written.
@@ -37,19 +37,12 @@ INPUT_GRADIENT = 0.5
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Costs per sample of a training step.
-
-    Args:
-        layers: cost of each layer.
-        other_seconds: seconds of a step outside of layers and optimizer: loss, overhead.
-        optimizer_seconds: seconds of the optimizer with all layers live.
-        step_seconds: seconds of the whole step for the batch.
-    """
+    """Costs of a training step, per sample but for `step_seconds`."""
 
     layers: tuple[LayerCost, ...]
-    other_seconds: float
-    optimizer_seconds: float
-    step_seconds: float
+    other_seconds: float  # outside of layers and optimizer: loss, overhead
+    optimizer_seconds: float  # with all layers live
+    step_seconds: float  # of the whole batch
 
 
 def untimed(chain: Chain) -> tuple[LayerCost, ...]:
@@ -65,24 +58,16 @@ def time_step(
 ) -> StepCosts:
     """Time training steps of the model: forward, backward, and `optimizer.step()` on a copy of the optimizer.
 
-    In place of the user's loss it takes the sum of the mean squares of all floating-point outputs. Model, optimizer,
-    gradients and the random state are not changed.
-
-    Args:
-        chain: the model's layers.
-        run: calls the model on a batch, in the loop's way.
-        optimizer: the user's optimizer.
-        batch: number of samples in the batch.
-        device: the model's device.
+    `run` calls the model on a batch of `batch` samples, in the loop's way. In place of the user's loss, the sum of the mean
+    squares of all floating-point outputs is taken. Model, optimizer, gradients and the random state are not changed.
     """
     steps = []
     with preserved(chain.model), _without_hooks(chain.model), without_benchmark(device), torch.enable_grad():
         chain.model.train()
-        for _ in range(1 + STEPS):
+        for _ in range(STEPS):
             steps.append(_laps(chain, run, device))
-            for parameter in chain.model.parameters():
-                parameter.grad = None
-        best = min(steps[1:], key=lambda laps: laps.total)
+            chain.model.zero_grad()
+        best = min(steps, key=lambda laps: laps.total)
         seconds = _optimizer_seconds(optimizer, chain.model, device)
     layers = []
     for i, layer in enumerate(chain):
@@ -117,19 +102,16 @@ def _without_hooks(model: nn.Module) -> Iterator[None]:
             one.update(before)
 
 
-@dataclass(frozen=True)
-class _Laps:
-    """Seconds of each layer's forward and backward pass, whether the latter has a gradient of the layer's input, and
-    seconds of the whole."""
+class _Laps(NamedTuple):
+    """Seconds of each layer's forward and backward pass, and of the whole step."""
 
-    forward: Sequence[float]
-    backward: Sequence[float]
-    has_input_gradient: Sequence[bool]
+    forward: list[float]
+    backward: list[float]
+    has_input_gradient: list[bool]  # whether a layer's backward pass computes the gradient of its input
     total: float
 
 
 def _laps(chain: Chain, run: Callable[[], Any], device: torch.device) -> _Laps:
-    """Seconds of each layer in one forward and backward pass."""
     on_gpu = device.type == "cuda"
 
     def now() -> Any:
@@ -187,16 +169,13 @@ def _laps(chain: Chain, run: Callable[[], Any], device: torch.device) -> _Laps:
     finally:
         for one in hooks:
             one.remove()
-    at = [first]
+    forward, backward, has_input_gradient = [], [], []
+    before, after = first, end
     for i in range(last + 1):  # in train mode a layer may be passed by
-        at.append(left.get(i, at[-1]))
-    forward = [between(at[i], at[i + 1]) for i in range(last + 1)]
-    backward, after = [0.0] * (last + 1), end
-    for i in range(last + 1):
-        if i in entered:
-            backward[i] = between(entered[i], after)
-            after = entered[i]
-    has_input_gradient = [any(j in entered for j in range(i)) for i in range(last + 1)]
+        forward.append(between(before, left.get(i, before)))
+        backward.append(between(entered.get(i, after), after))
+        has_input_gradient.append(any(j in entered for j in range(i)))
+        before, after = left.get(i, before), entered.get(i, after)
     return _Laps(forward, backward, has_input_gradient, total)
 
 

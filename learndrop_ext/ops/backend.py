@@ -60,11 +60,7 @@ def backend_info() -> BackendInfo:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a GPU, or the available memory of the host for the CPU, in bytes.
-
-    Raises:
-        RuntimeError: if the system does not report it.
-    """
+    """Return the free bytes of a GPU, or the available ones of the host. Raise RuntimeError if they are not reported."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     with open("/proc/meminfo", encoding="ascii") as lines:

@@ -62,8 +62,5 @@ class TensorDigests:
 
 
 def digests(tensors: Iterable[Tensor]) -> Tensor:
-    """Return a 64-bit digest of each tensor's bits, [n] int64 on the tensors' device.
-
-    As `TensorDigests(tensors).measure()`, with its arguments and errors, for tensors that are digested once.
-    """
+    """Return `TensorDigests(tensors).measure()`, for tensors that are digested once."""
     return TensorDigests(tensors).measure()

@@ -2,7 +2,7 @@
 
 B rows in a batch, R rows in a cache, S bytes from one cache row to the next. A row is one sample's values: [C, H, W]
 (stored channels last) or any other shape. Codecs: fp32, bf16, fp16 (clamped to +-65504), uint8 (one scale and zero point
-per channel of each row). They are defined in csrc/row_ops.h, and in plain torch in rows_reference.py.
+per channel of each row). They are defined in csrc/row_ops.h.
 """
 
 from __future__ import annotations
@@ -24,14 +24,10 @@ CUDA_COMPILED = bool(_C.build_info()["cuda_architectures"])
 
 
 def row_bytes(values: Sequence[int], codec: str) -> int:
-    """Return the bytes that one row takes in a cache.
+    """Return the bytes that one row of shape `values` takes in a cache.
 
-    Args:
-        values: shape of the row.
-        codec: how its values are stored. uint8 adds a header of 8 bytes per channel, padded to 16 bytes.
-
-    Raises:
-        ValueError: if the codec is unknown, or the shape has no values, or 2^31 or more.
+    uint8 adds a header of 8 bytes per channel, padded to 16 bytes. Raises ValueError if the codec is unknown, or the shape
+    has no values, or 2^31 or more.
     """
     return _geometry("row_bytes", tuple(values), codec)[2]
 
@@ -39,13 +35,7 @@ def row_bytes(values: Sequence[int], codec: str) -> int:
 def row_stride(values: Sequence[int], codec: str, *, align: int = 128) -> int:
     """Return the bytes from one cache row to the next: `row_bytes` rounded up to a multiple of `align`.
 
-    Args:
-        values: shape of the row.
-        codec: how its values are stored.
-        align: bytes, a multiple of 128.
-
-    Raises:
-        ValueError: as `row_bytes`, and if `align` is not a multiple of 128.
+    Raises ValueError as `row_bytes`, and if `align` is not a multiple of 128.
     """
     if align < 128 or align % 128:
         raise ValueError(f"row_stride: align must be a multiple of 128, got {align}")
@@ -99,16 +89,16 @@ def _append(cache: Tensor, rows: Tensor, index: Tensor, codec: str, *, distinct:
     if rows.dtype not in DTYPES:
         raise TypeError(f"{name}: rows must be float32, bfloat16 or float16, got {rows.dtype}")
     if rows.ndim < 1:
-        raise ValueError(f"{name}: rows must be [B, *shape], got {_shape(rows)}")
+        raise ValueError(f"{name}: rows must be [B, *shape], got {[*rows.shape]}")
     if rows.device != cache.device:
         raise ValueError(f"{name}: rows must be on the cache's device {cache.device}, got {rows.device}")
     shape = tuple(rows.shape[1:])
     code, image, used = _geometry(name, shape, codec)
     _check_cache(name, cache, shape, codec, used)
     index = _checked_index(name, cache, index)
-    B = rows.shape[0]
-    if index.shape[0] != B:
-        raise ValueError(f"{name}: index must be [{B}], one for each row, got {_shape(index)}")
+    B = len(rows)
+    if len(index) != B:
+        raise ValueError(f"{name}: index must be [{B}], one for each row, got {[*index.shape]}")
     if index.device.type == "cpu" and not distinct and (repeated := first_repeated(index)) is not None:
         raise ValueError(f"{name}: index must name no row twice, got {repeated} twice")
     rows = rows.detach().resolve_neg()
@@ -172,7 +162,7 @@ def gather_rows(
     code, image, used = _geometry(name, shape, codec)
     _check_cache(name, cache, shape, codec, used)
     index = _checked_index(name, cache, index)
-    B = index.shape[0]
+    B = len(index)
     held = cache.is_cuda and index.device.type == "cpu" and travels_with_launch(index, cache.shape[0])
     if held and torch.cuda.is_current_stream_capturing():
         raise ValueError(f"{name}: index must be on {cache.device} while a CUDA graph is captured, got one on the CPU")
@@ -198,11 +188,6 @@ def gather_rows(
     return out
 
 
-def _check_codec(name: str, codec: str) -> None:
-    if codec not in CODECS:
-        raise ValueError(f"{name}: codec must be one of {', '.join(CODECS)}, got {codec!r}")
-
-
 @functools.lru_cache(maxsize=256)
 def _geometry(name: str, shape: tuple[int, ...], codec: str) -> tuple[int, tuple[int, int, int], int]:
     """Return the codec's number, a row's (height, width, channels) as in csrc/row_ops.h, and its bytes.
@@ -210,7 +195,8 @@ def _geometry(name: str, shape: tuple[int, ...], codec: str) -> tuple[int, tuple
     A row that is no image has one channel. So has, for uint8, an image of one pixel: a scale and a zero point for each
     value would take more bytes than the values.
     """
-    _check_codec(name, codec)
+    if codec not in CODECS:
+        raise ValueError(f"{name}: codec must be one of {', '.join(CODECS)}, got {codec!r}")
     D = math.prod(shape)
     if min(shape, default=1) < 1 or D > LARGEST_ROW:
         raise ValueError(f"{name}: a row must have 1 to {LARGEST_ROW} values, got shape {shape}")
@@ -228,15 +214,11 @@ def _strides(rows: Tensor, image: tuple[int, int, int]) -> tuple[int, int, int, 
     return rows.stride(0), 0, rows.stride(1) if rows.ndim in (2, 4) else 1, 1
 
 
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
 def _check_cache(name: str, cache: Tensor, shape: tuple[int, ...], codec: str, used: int) -> None:
     if cache.dtype != torch.uint8:
         raise TypeError(f"{name}: cache must be uint8, got {cache.dtype}")
     if cache.ndim != 2 or not cache.is_contiguous():
-        raise ValueError(f"{name}: cache must be contiguous [R, S], got {_shape(cache)} with strides {cache.stride()}")
+        raise ValueError(f"{name}: cache must be contiguous [R, S], got {[*cache.shape]} with strides {cache.stride()}")
     place = cache.device.type
     if place not in ("cpu", "cuda"):
         raise ValueError(f"{name}: cache must be on the CPU or a CUDA device, got {cache.device}")
@@ -259,16 +241,12 @@ def _checked_index(name: str, cache: Tensor, index: Tensor) -> Tensor:
     if index.dtype != torch.int64:
         raise TypeError(f"{name}: index must be int64, got {index.dtype}")
     if index.ndim != 1:
-        raise ValueError(f"{name}: index must be [B], got {_shape(index)}")
-    if index.device.type != "cpu":
-        if index.device != cache.device:
-            raise ValueError(f"{name}: index must be on the CPU or {cache.device}, got {index.device}")
-        return index.contiguous()
+        raise ValueError(f"{name}: index must be [B], got {[*index.shape]}")
+    if index.device not in (torch.device("cpu"), cache.device):
+        raise ValueError(f"{name}: index must be on the CPU or {cache.device}, got {index.device}")
     index = index.contiguous()
-    R = cache.shape[0]
-    bad = _C.first_outside(index.data_ptr(), index.shape[0], R)
-    if bad >= 0:
-        raise IndexError(f"{name}: index must be in [0, {R}), got {int(index[bad])} at position {bad}")
+    if index.device.type == "cpu" and (bad := _C.first_outside(index.data_ptr(), len(index), len(cache))) >= 0:
+        raise IndexError(f"{name}: index must be in [0, {len(cache)}), got {int(index[bad])} at position {bad}")
     return index
 
 
@@ -276,7 +254,7 @@ def _check_out(name: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtyp
     if out.dtype != dtype:
         raise TypeError(f"{name}: out must be {dtype}, got {out.dtype}")
     if out.shape != shape:
-        raise ValueError(f"{name}: out must be {list(shape)}, got {_shape(out)}")
+        raise ValueError(f"{name}: out must be {list(shape)}, got {[*out.shape]}")
     if out.device != device:
         raise ValueError(f"{name}: out must be on the cache's device {device}, got {out.device}")
     if not out.is_contiguous(memory_format=memory_format(shape[1:])):

@@ -28,39 +28,23 @@ class RowFile(NamedTuple):
 
 
 def crc32c(data: bytes | bytearray | memoryview, *, portable: bool = False) -> int:
-    """Return the CRC-32C (Castagnoli, as in RFC 3720) of contiguous bytes.
-
-    Args:
-        data (bytes-like): the bytes.
-        portable (bool, optional): do not use the CPU's CRC instruction. Default: False
-    """
+    """Return the CRC-32C (Castagnoli, as in RFC 3720) of contiguous bytes. portable: without the CPU's instruction."""
     return _C.crc32c(data, portable)
 
 
 def read_rows(
     file: RowFile,
-    slots: Tensor,
-    into: Tensor,
-    checksums: Tensor,
+    slots: Tensor,  # [n] int64 (CPU)
+    into: Tensor,  # [n, S] uint8 (CPU), written
+    checksums: Tensor,  # [R] int32, by slot
     *,
     threads: int,
     block_bytes: int = 1,
 ) -> int | None:
-    """Read rows of a file and verify them, without the GIL.
+    """Read rows of a file and verify them, without the GIL. Raise OSError if the file cannot be read.
 
-    Args:
-        file (RowFile): the open file.
-        slots (Tensor): [n] int64 (CPU), the rows to read.
-        into (Tensor): [n, S] uint8 (CPU), written.
-        checksums (Tensor): [R] int32, by slot.
-        threads (int): number of threads.
-        block_bytes (int, optional): size of the blocks in which rows that are not in the page cache are read. Default: 1
-
-    Returns:
-        The first position whose row does not match its checksum, or None.
-
-    Raises:
-        OSError: if the file cannot be read.
+    Rows that are not in the page cache are read in blocks of `block_bytes`. Returns the first position whose row does not
+    match its checksum, or None.
     """
     slots = slots.contiguous()
     bad = _C.read_rows(
@@ -76,41 +60,21 @@ def read_rows(
     return None if bad < 0 else bad
 
 
-def write_rows(file: RowFile, slots: Tensor, rows: Tensor, checksums: Tensor, *, threads: int) -> None:
-    """Write rows to a file and their checksums to a table.
-
-    Args:
-        file (RowFile): the open file.
-        slots (Tensor): [n] int64 (CPU), the slots to write, none twice.
-        rows (Tensor): [n, S] uint8 (CPU).
-        checksums (Tensor): [R] int32, by slot, written.
-        threads (int): number of threads.
-
-    Raises:
-        OSError: if the file cannot be written; these slots then hold undefined bytes.
-    """
+def write_rows(
+    file: RowFile,
+    slots: Tensor,  # [n] int64 (CPU), none twice
+    rows: Tensor,  # [n, S] uint8 (CPU)
+    checksums: Tensor,  # [R] int32, by slot, written
+    *,
+    threads: int,
+) -> None:
+    """Write rows to a file and their checksums to a table. After an OSError these slots hold undefined bytes."""
     slots = slots.contiguous()
-    _C.write_rows(
-        file,
-        slots.data_ptr(),
-        len(slots),
-        rows.data_ptr(),
-        rows.stride(0),
-        checksums.data_ptr(),
-        threads,
-    )
+    _C.write_rows(file, slots.data_ptr(), len(slots), rows.data_ptr(), rows.stride(0), checksums.data_ptr(), threads)
 
 
 def pin(rows: Tensor, device: torch.device) -> None:
-    """Pin host memory in place for the copy engines and kernels of a GPU.
-
-    Args:
-        rows (Tensor): uint8 (CPU), contiguous.
-        device (torch.device): the GPU.
-
-    Raises:
-        RuntimeError: if it cannot be pinned.
-    """
+    """Pin contiguous uint8 host memory in place for a GPU. Raise RuntimeError if it cannot be pinned."""
     if rows.nbytes:
         number = torch.cuda.current_device() if device.index is None else device.index
         _C.pin(rows.data_ptr(), rows.nbytes, number)
@@ -122,17 +86,12 @@ def unpin(rows: Tensor) -> None:
         _C.unpin(rows.data_ptr())
 
 
-def copy_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
-    """Copy pinned rows to a GPU with its copy engines, on the current stream.
-
-    Args:
-        source (Tensor): [R, S] uint8, pinned; S a multiple of 16.
-        index (Tensor): [n] int64 (CPU), the rows to copy.
-        into (Tensor): [n, S] uint8 on the GPU.
-
-    Raises:
-        RuntimeError: if the GPU refuses a copy.
-    """
+def copy_rows_to_device(
+    source: Tensor,  # [R, S] uint8, pinned; S a multiple of 16
+    index: Tensor,  # [n] int64 (CPU)
+    into: Tensor,  # [n, S] uint8 on the GPU
+) -> None:
+    """Copy rows to a GPU with its copy engines, on the current stream. Raise RuntimeError if it refuses a copy."""
     _host_rows(source, index, into, kernel=False)
 
 

@@ -169,17 +169,12 @@ def test_read_cifar_refuses_another_encoding_of_bytes(tmp_path: Path) -> None:
         read_cifar(path, labels="labels", classes=10)
 
 
-WIDE = np.zeros((4, 3072), dtype=np.int16)
-FORTRAN = np.zeros((4, 3072), dtype=np.uint8, order="F")
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({b"data": b"raw"}, "'data' must be a numpy array, got bytes"),
-        ({b"data": None}, "'data' must be a numpy array, got NoneType"),
-        ({b"data": WIDE}, "'data' must be a uint8 array in C order, got i2, fortran order False"),
-        ({b"data": FORTRAN}, "'data' must be a uint8 array in C order, got u1, fortran order True"),
+        ({b"data": b"raw"}, "'data' must be a numpy array of uint8, got bytes"),
+        ({b"data": None}, "'data' must be a numpy array of uint8, got NoneType"),
+        ({b"data": np.zeros((4, 3072), np.int16)}, "'data' must be a numpy array of uint8, got one of int16"),
         ({b"data": np.zeros((4, 784), np.uint8)}, "'data' must be [N, 3072], got (4, 784)"),
         ({b"data": np.zeros(3072, np.uint8)}, "'data' must be [N, 3072], got (3072,)"),
         ({b"data": np.zeros((0, 3072), np.uint8)}, "'data' must be [N, 3072], got (0, 3072)"),
@@ -200,7 +195,7 @@ def test_read_cifar_refuses_an_array_shorter_than_its_shape(tmp_path: Path) -> N
     path = tmp_path / "batch"
     whole = pickle.dumps(cifar_content(1), protocol=4)
     path.write_bytes(whole.replace(b"K\x01M\x00\x0c", b"K\x02M\x00\x0c"))
-    with pytest.raises(IntegrityError, match=re.escape("'data' of (2, 3072) must hold 6144 bytes, got 3072")):
+    with pytest.raises(IntegrityError, match="is not a whole pickle: ValueError: buffer size"):
         read_cifar(path, labels="labels", classes=10)
 
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from learndrop_ext.decide.costs import LayerCost
-from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
+from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_seconds
 from learndrop_ext.decide.policy import Budget, Decision, Situation
 
 
@@ -28,7 +28,7 @@ def cheapest(
         for plan in itertools.combinations_with_replacement(range(seen.prefix, len(seen.layers)), left)
         if len(set(plan[:hold])) == 1 and plan[: len(first)] == first
     ]
-    taken = {plan: total_seconds(plan_prefixes(costs, plan, seen.epochs, past=seen.past)) for plan in plans}
+    taken = {plan: sum(plan_seconds(costs, plan, past=seen.past)) for plan in plans}
     in_time = [plan for plan in plans if taken[plan] <= seconds * (1 + 1e-9)]
     return (
         min(in_time, key=lambda plan: (sum(sum(weights[:k]) for k in plan), plan))
@@ -45,7 +45,7 @@ def as_documented(speedup: float, start: int, seen: Situation) -> tuple[int, flo
     hold = max(1, first_half)
 
     def total(plan: tuple[int, ...]) -> float:
-        return total_seconds(plan_prefixes(costs, plan, seen.epochs, past=seen.past))
+        return sum(plan_seconds(costs, plan, past=seen.past))
 
     def plan_with(weights: tuple[int, ...]) -> tuple[int, ...]:
         if any(seen.past) and first_half > 0:

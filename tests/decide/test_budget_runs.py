@@ -9,7 +9,7 @@ import statistics
 import pytest
 
 from learndrop_ext.decide.costs import LayerCost
-from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_prefixes, total_seconds
+from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_seconds
 from learndrop_ext.decide.policy import Budget, Situation
 from learndrop_ext.decide.schedules import best_prefixes
 
@@ -72,8 +72,8 @@ def play(truth: RunCosts, policy: Budget, epochs: int, *, wrong: float, seed: in
         )
         past.append(policy(seen).prefix)
         rest = past + past[-1:] * (epochs - len(past))
-        taken += plan_prefixes(truth, rest, epochs)[epoch].seconds * draw.uniform(0.97, 1.03)
-        modelled += plan_prefixes(model, rest, epochs)[epoch].seconds
+        taken += plan_seconds(truth, rest)[epoch] * draw.uniform(0.97, 1.03)
+        modelled += plan_seconds(model, rest)[epoch]
     return taken / (full / policy.speedup)
 
 
@@ -122,7 +122,7 @@ def followed(truth: RunCosts, policy: Budget, epochs: int) -> tuple[list[int], f
         )
         prefixes.append(policy(seen).prefix)
         rest = prefixes + prefixes[-1:] * (epochs - 1 - epoch)
-        taken += plan_prefixes(truth, rest, epochs)[epoch].seconds
+        taken += plan_seconds(truth, rest)[epoch]
     return prefixes, taken
 
 
@@ -153,7 +153,7 @@ def test_budget_drops_a_few_layers_for_many_epochs_rather_than_many_for_a_few(sp
     weights = Budget(speedup)._weights(seen)[0]
     prefixes = best_prefixes(truth, 10, epoch=0, prefix=0, seconds=full / speedup, weights=weights)
     by_depth = sum(k * k for k in prefixes)
-    static = next(k for k in range(10) if total_seconds(plan_prefixes(truth, [k] * 10, 10)) <= full / speedup)
+    static = next(k for k in range(10) if sum(plan_seconds(truth, [k] * 10)) <= full / speedup)
     assert prefixes[0] <= static
     # No worse than the fixed prefix that is fast enough.
     assert by_depth <= 10 * static * static

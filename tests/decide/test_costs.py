@@ -7,6 +7,7 @@ from torch import nn
 from learndrop_ext.decide.costs import (
     CutChoice,
     LayerCost,
+    TierCost,
     choose_cut,
     format_bytes,
     live_seconds,
@@ -14,7 +15,6 @@ from learndrop_ext.decide.costs import (
     rows_in_tiers,
     smallest_row,
 )
-from learndrop_ext.decide.probes import TierCost
 from learndrop_ext.forward.chain import split_layers
 from learndrop_ext.rows.config import CacheConfig
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,14 +10,12 @@ from four_layers import four_layers
 from learndrop_ext.decide.costs import LayerCost, TierCost
 from learndrop_ext.decide.forecast import (
     DropForecast,
-    EpochForecast,
     RowsForecast,
     RunCosts,
     forecast,
     largest_speedup,
     one_drops,
-    plan,
-    total_seconds,
+    plan_seconds,
 )
 
 COSTS = four_layers()
@@ -123,101 +120,45 @@ def test_run_costs_refuses(changed: dict[str, Any], message: str) -> None:
         four_layers(**changed)
 
 
-# costs, drops, epochs, keywords of plan; then prefix, seconds and whether rows are stored, epoch by epoch
-PLANS: list[tuple[RunCosts, Mapping[int, int], int, dict[str, Any], list[tuple[int, float, bool]]]] = [
-    (COSTS, {}, 2, {}, [(0, 26.6, False)] * 2),
-    (COSTS, {1: 0}, 2, {}, [(0, 26.6, False)] * 2),
-    (COSTS, {0: 3}, 3, {}, [(3, 14.8, True), (3, 7.3, False), (3, 7.3, False)]),
+# costs, the prefixes of the epochs before, and the prefix and seconds of each epoch
+PLANS: list[tuple[RunCosts, tuple[int, ...], list[tuple[int, float]]]] = [
+    (COSTS, (), [(0, 26.6)] * 2),
+    (COSTS, (), [(3, 14.8), (3, 7.3), (3, 7.3)]),
     # Images are read in one epoch only; then rows come from rows.
-    (
-        COSTS,
-        {1: 1, 2: 3},
-        4,
-        {},
-        [(0, 26.6, False), (1, 23.4, True), (3, 12.3, True), (3, 7.3, False)],
-    ),
+    (COSTS, (), [(0, 26.6), (1, 23.4), (3, 12.3), (3, 7.3)]),
     # Rows of the last epoch would never be read.
-    (COSTS, {2: 3}, 3, {}, [(0, 26.6, False), (0, 26.6, False), (3, 13.8, False)]),
-    (COSTS, {0: 1, 2: 3}, 3, {}, [(1, 23.4, True), (1, 19.9, False), (3, 11.3, False)]),
+    (COSTS, (), [(0, 26.6), (0, 26.6), (3, 13.8)]),
+    (COSTS, (), [(1, 23.4), (1, 19.9), (3, 11.3)]),
     # Two views: two epochs of images.
-    (
-        four_layers(views=2),
-        {1: 3},
-        5,
-        {},
-        [(0, 26.6, False), (3, 14.8, True), (3, 14.8, True), (3, 7.3, False), (3, 7.3, False)],
-    ),
+    (four_layers(views=2), (), [(0, 26.6), (3, 14.8), (3, 14.8), (3, 7.3), (3, 7.3)]),
     # The second view is stored at the new cut at once, the first is brought there when it is next drawn.
-    (
-        four_layers(views=2),
-        {0: 1, 1: 3},
-        5,
-        {},
-        [(1, 23.4, True), (3, 14.8, True), (3, 12.3, True), (3, 7.3, False), (3, 7.3, False)],
-    ),
+    (four_layers(views=2), (), [(1, 23.4), (3, 14.8), (3, 12.3), (3, 7.3), (3, 7.3)]),
     # Each of two views is drawn once in the two epochs left.
-    (four_layers(views=2), {1: 3}, 3, {}, [(0, 26.6, False), (3, 13.8, False), (3, 13.8, False)]),
-    (four_layers(views=2), {0: 3}, 3, {}, [(3, 14.8, True), (3, 13.8, False), (3, 7.3, False)]),
-    (FREEZE_ONLY, {1: 2}, 3, {}, [(0, 26.6, False), (2, 18.2, False), (2, 18.2, False)]),
-    (FIXED, {1: 1, 2: 3}, 4, {}, [(0, 26.6, False), (1, 25.4, True), (3, 14.3, True), (3, 9.3, False)]),
-    (FIXED, {1: 3}, 2, {}, [(0, 26.6, False), (3, 15.8, False)]),
+    (four_layers(views=2), (), [(0, 26.6), (3, 13.8), (3, 13.8)]),
+    (four_layers(views=2), (), [(3, 14.8), (3, 13.8), (3, 7.3)]),
+    (FREEZE_ONLY, (), [(0, 26.6), (2, 18.2), (2, 18.2)]),
+    (FIXED, (), [(0, 26.6), (1, 25.4), (3, 14.3), (3, 9.3)]),
+    (FIXED, (), [(0, 26.6), (3, 15.8)]),
     # The rows of two layers do not fit: frozen, and no rows kept.
     (
         four_layers(cuts=(0, 1, 0, 3), row_seconds=(0.0, 0.25, 0.0, 0.25), write_seconds=(0.0, 0.5, 0.0, 0.5)),
-        {0: 2, 1: 3},
-        3,
-        {},
-        [(2, 18.2, False), (3, 14.8, True), (3, 7.3, False)],
+        (),
+        [(2, 18.2), (3, 14.8), (3, 7.3)],
     ),
     # The rest of a run.
-    (COSTS, {1: 1, 2: 3}, 4, {"epoch": 2, "prefix": 1}, [(3, 12.3, True), (3, 7.3, False)]),
-    (COSTS, {}, 4, {"epoch": 2, "prefix": 3}, [(3, 7.3, False)] * 2),
-    # A prefix never shrinks.
-    (COSTS, {0: 1}, 4, {"epoch": 2, "prefix": 3}, [(3, 7.3, False)] * 2),
-    (
-        four_layers(views=2),
-        {},
-        6,
-        {"epoch": 3, "prefix": 3, "past": (0, 0, 3)},
-        [(3, 14.8, True), (3, 7.3, False), (3, 7.3, False)],
-    ),
+    (COSTS, (1, 1), [(3, 12.3), (3, 7.3)]),
+    (COSTS, (3,), [(3, 7.3)] * 2),
+    (four_layers(views=2), (0, 0, 3), [(3, 14.8), (3, 7.3), (3, 7.3)]),
     # Rows freed by undrop() in between are not there.
-    (COSTS, {3: 3}, 5, {"epoch": 3, "prefix": 0, "past": (3, 3, 0)}, [(3, 14.8, True), (3, 7.3, False)]),
-    (
-        four_layers(views=2),
-        {3: 3},
-        6,
-        {"epoch": 3, "prefix": 0, "past": (3, 3, 0)},
-        [(3, 14.8, True), (3, 13.8, False), (3, 7.3, False)],
-    ),
+    (COSTS, (3, 3, 0), [(3, 14.8), (3, 7.3)]),
+    (four_layers(views=2), (3, 3, 0), [(3, 14.8), (3, 13.8), (3, 7.3)]),
 ]
 
 
-@pytest.mark.parametrize(("costs", "drops", "epochs", "more", "wanted"), PLANS)
-def test_plan(
-    costs: RunCosts,
-    drops: Mapping[int, int],
-    epochs: int,
-    more: dict[str, Any],
-    wanted: list[tuple[int, float, bool]],
-) -> None:
-    entries = plan(costs, drops, epochs, **more)
-    assert [(e.prefix, round(e.seconds, 9), e.filling) for e in entries] == wanted
-    assert [e.epoch for e in entries] == list(range(more.get("epoch", 0), epochs))
-    assert total_seconds(entries) == pytest.approx(sum(seconds for _, seconds, _ in wanted))
-
-
-def test_plan_says_what_rows_take() -> None:
-    entries = plan(COSTS, {0: 1, 2: 3}, 4)
-    assert entries[0] == EpochForecast(0, 1, pytest.approx(23.4), pytest.approx(3.5), 0.0, True)
-    assert entries[1] == EpochForecast(1, 1, pytest.approx(19.9), 0.0, pytest.approx(0.5), False)
-    assert entries[2] == EpochForecast(2, 3, pytest.approx(12.3), pytest.approx(5.0), pytest.approx(0.5), True)
-
-
-@pytest.mark.parametrize("prefix", [-1, 4])
-def test_plan_refuses(prefix: int) -> None:
-    with pytest.raises(ValueError, match=rf"plan: drops must leave a layer to train: .* got {prefix} at epoch 1"):
-        plan(COSTS, {1: prefix}, 3)
+@pytest.mark.parametrize(("costs", "past", "wanted"), PLANS)
+def test_plan_seconds(costs: RunCosts, past: tuple[int, ...], wanted: list[tuple[int, float]]) -> None:
+    found = plan_seconds(costs, [prefix for prefix, _ in wanted], past=past)
+    assert found == pytest.approx([seconds for _, seconds in wanted])
 
 
 @pytest.mark.parametrize(
@@ -260,10 +201,13 @@ def test_largest_speedup_is_at_least_that_of_no_drop() -> None:
 def test_one_drops_are_plans_of_a_whole_run(views: int, prefix: int, row: float, fixed: float) -> None:
     costs = four_layers(views=views, row_seconds=(0.0, row, row, row), fixed_seconds=fixed)
     for drop in one_drops(costs, 6, prefix=prefix, starts=range(6)):
-        entries = plan(costs, {drop.start: prefix}, 6, past=())
-        assert drop.seconds == pytest.approx(total_seconds(entries))
-        assert drop.fill_seconds == pytest.approx(sum(entry.fill_seconds for entry in entries))
-        assert drop.read_seconds == pytest.approx(sum(entry.read_seconds for entry in entries))
+        left = 6 - drop.start
+        seconds = plan_seconds(costs, [0] * drop.start + [prefix] * left)
+        assert drop.seconds == pytest.approx(sum(seconds))
+        fills = [max(0.0, one - costs.epoch_seconds(prefix)) for one in seconds[drop.start :]]
+        assert drop.fill_seconds == pytest.approx(sum(fills))
+        # Rows are read behind the epochs that make them, one for each view.
+        assert drop.read_seconds == pytest.approx(max(0, left - views) * 2 * row)
         assert drop.speedup == pytest.approx(6 * 26.6 / drop.seconds)
 
 

@@ -8,11 +8,9 @@ import torch
 
 from learndrop_ext.decide import probes
 from learndrop_ext.decide.probes import (
-    TierCost,
     copy_bytes_per_second,
     disk_bytes_per_second,
     median_seconds,
-    tier_costs,
     tier_speeds,
 )
 from learndrop_ext.rows.config import CacheConfig
@@ -83,7 +81,3 @@ def test_tier_speeds(
     clock(*seconds)
     config = CacheConfig(disk_dir=str(tmp_path) if folder else None)
     assert tier_speeds(budgets, config, CPU) == speeds
-
-
-def test_tier_costs() -> None:
-    assert tier_costs(Budgets(3, 2, 1), (30.0, 20.0, 10.0)) == [TierCost(3, 30.0), TierCost(2, 20.0), TierCost(1, 10.0)]

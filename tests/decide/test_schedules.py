@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 from itertools import combinations_with_replacement
@@ -11,7 +10,7 @@ from four_layers import four_layers
 
 from learndrop_ext.decide import schedules
 from learndrop_ext.decide.costs import LayerCost
-from learndrop_ext.decide.forecast import RunCosts, plan_prefixes, total_seconds
+from learndrop_ext.decide.forecast import RunCosts, plan_seconds
 from learndrop_ext.decide.schedules import Stage, best_prefixes
 
 COSTS = four_layers()
@@ -54,7 +53,7 @@ def test_the_first_prefix_is_held(hold: int) -> None:
         found = best_prefixes(costs, 4, epoch=0, prefix=0, seconds=seconds, hold=hold)
         assert len(set(found[:hold])) == 1
         held = [p for p in combinations_with_replacement(range(4), 4) if len(set(p[:hold])) == 1]
-        times = {p: total_seconds(plan_prefixes(costs, p, 4)) for p in held}
+        times = {p: sum(plan_seconds(costs, p)) for p in held}
         fitting = [p for p in held if times[p] <= seconds]
         if fitting:
             assert sum(found) == min(map(sum, fitting))
@@ -95,7 +94,7 @@ def test_best_prefixes_are_the_best_of_all(seed: int, views: int) -> None:
     seconds = costs.epoch_seconds(0) * (epochs - epoch) / draw.uniform(1.0, 3.0)
 
     def total(prefixes: Sequence[int]) -> float:
-        return total_seconds(plan_prefixes(costs, prefixes, epochs, past=past))
+        return sum(plan_seconds(costs, prefixes, past=past))
 
     def given_up(prefixes: Sequence[int]) -> int:
         return sum(sum(weights[prefix:k]) for k in prefixes)
@@ -135,23 +134,4 @@ def test_best_prefixes_of_a_long_run_end_in_time(monkeypatch: pytest.MonkeyPatch
     found = best_prefixes(costs, 90, epoch=0, prefix=0, seconds=full / 2)
     assert len(found) == 90
     assert list(found) == sorted(found)
-    assert 0.97 * full / 2 < total_seconds(plan_prefixes(costs, found, 90)) <= full / 2
-
-
-@pytest.mark.parametrize("views", [1, 3])
-def test_the_search_takes_the_seconds_of_a_forecast(views: int) -> None:
-    costs = random_costs(random.Random(views), 6, views)
-    for stored in (False, True):
-        table = schedules._filling(costs, stored=stored)
-        for before, after in itertools.product(range(6), repeat=2):
-            wanted = costs.filling_seconds(before, after, stored=stored) if before <= after else 0.0
-            assert table[before, after] == pytest.approx(wanted, rel=1e-12)
-
-
-def test_a_plan_asks_for_the_seconds_of_each_prefix_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    live = RunCosts.live_seconds
-    monkeypatch.setattr(RunCosts, "live_seconds", lambda self, prefix: calls.append(prefix) or live(self, prefix))
-    costs = random_costs(random.Random(0), 32, 1)
-    best_prefixes(costs, 5, epoch=0, prefix=0, seconds=0.5 * 5 * costs.epoch_seconds(0))
-    assert len(calls) < 4 * 32
+    assert 0.97 * full / 2 < sum(plan_seconds(costs, found)) <= full / 2

@@ -52,31 +52,30 @@ def total_of(found: StepCosts) -> float:
 
 def test_a_step_is_its_layers_the_optimizer_and_the_rest(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(Ticking(clock, seconds) for seconds in ((1, 2, 9), (2, 1, 3), (5, 1, 1))))
-    monkeypatch.setattr(timing, "wait_for", lambda device: clock.tick(0.4))
+    monkeypatch.setattr(timing, "wait_for", lambda device: clock.tick(0.5))
     found = steps_of(model, torch.rand(8, 4), optimizer=TickingSGD(clock, model))
     # The first layer has no gradient of its input. Half of a backward pass is taken to be for that.
     assert seconds_of(found) == [(1, 3, 3), (2, 6, 4), (5, 7, 6)]
     # A step ends when the device has done its work; so does that of the optimizer, of six parameters.
-    assert found.other_seconds == pytest.approx(0.4 / 8)
-    assert found.optimizer_seconds == pytest.approx(6.4 / 8)
-    assert found.step_seconds == pytest.approx(16 * 8 + 0.4 + 6.4)
+    assert found.other_seconds == pytest.approx(0.5 / 8)
+    assert found.optimizer_seconds == pytest.approx(6.5 / 8)
+    assert found.step_seconds == pytest.approx(16 * 8 + 0.5 + 6.5)
     assert total_of(found) * 8 == pytest.approx(found.step_seconds)
     assert live_seconds(found.layers[1:]) == pytest.approx(4 + 7)
 
 
-def test_the_shorter_of_two_steps_after_one_to_warm_up_counts(clock: Clock) -> None:
+@pytest.mark.parametrize("late", [(400.0, 20.0), (20.0, 400.0)])
+def test_the_shorter_of_two_steps_counts(clock: Clock, late: tuple[float, ...]) -> None:
     model = nn.Sequential(*(Ticking(clock, (1, 1, 1)) for _ in range(3)))
     chain, x = split_layers(model, torch.rand(2, 4)), torch.rand(4, 4)
-    late = [0.0, 400.0, 20.0]
-    taken = []
+    still = iter(late)
 
     def run() -> torch.Tensor:
-        taken.append(late.pop(0))
-        clock.tick(taken[-1])
+        clock.tick(next(still))
         return model(x)
 
     found = time_step(chain, run, torch.optim.SGD(model.parameters(), lr=0.1), batch=4, device=CPU)
-    assert taken == [0.0, 400.0, 20.0]
+    assert list(still) == []
     # What comes before the first layer is part of it.
     assert seconds_of(found)[0] == (1 + 20 / 4, 2 + 20 / 4, 2 + 20 / 4)
     assert found.step_seconds == 8 * 4 + 20
@@ -357,7 +356,7 @@ def test_steps_are_trained_as_the_loop_calls_the_model() -> None:
 
     with torch.no_grad():
         time_step(chain, run, torch.optim.SGD(model.parameters(), lr=0.1), batch=4, device=CPU)
-    assert noted == [(True, True, torch.bfloat16, 4)] * 3
+    assert noted == [(True, True, torch.bfloat16, 4)] * 2
     assert not torch.is_autocast_enabled("cpu")
 
 

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import rows_reference as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from learndrop_ext import _C, ops
-from learndrop_ext.ops import rows_reference as reference
 
 BEST = _C.build_info()["cpu_simd"]
 SETS = ("portable", "avx2", "avx512")[: ("portable", "avx2", "avx512").index(BEST) + 1]

@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import rows_reference as reference
 import torch
 
 from learndrop_ext import ops
-from learndrop_ext.ops import rows_reference as reference
 from learndrop_ext.ops import transfer
 
 pytestmark = pytest.mark.cuda
