@@ -1,16 +1,16 @@
 """Rows in one file, which is written under another name, synced and renamed: it is complete and correct, or refused.
 
 A file being filled is called `<name>.part`; it has no header, and its tables are in memory. A part left by a killed process
-is overwritten.
+is overwritten. R rows, S bytes from one row to the next in memory, n rows in a call.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import fcntl
 import math
 import os
+import shutil
 import time
 import weakref
 from dataclasses import dataclass
@@ -43,23 +43,6 @@ THREADS = 8
 BLOCK_BYTES = 128 << 10
 
 
-@dataclass(frozen=True)
-class SavedRows:
-    """The contents of a file.
-
-    Args:
-        disk (DiskTier): the rows.
-        manifest (Manifest): their description.
-        filled (Tensor): [R] bool, which rows were written.
-        sidecar (Sidecar): other data stored in the file.
-    """
-
-    disk: DiskTier
-    manifest: Manifest
-    filled: Tensor
-    sidecar: Sidecar
-
-
 @dataclass
 class _OpenFile:
     """An open file. part: its path while it is unfinished, else None. A forked process does not own it."""
@@ -83,7 +66,8 @@ class DiskTier:
     """R rows by slot in one file, read and written by several threads without the GIL.
 
     A new file is `<path>.part` until `commit`, and is deleted if it is closed before that. A file from `open_rows` stays at
-    `path` until a row is written, which makes it a part again: rows at `path` never change in place.
+    `path` until a row is written, which makes it a part again: rows at `path` never change in place. All methods that
+    change the file raise OSError if the disk is full, and RuntimeError in a forked process.
 
     Args:
         path (Path): path of the committed file.
@@ -107,43 +91,30 @@ class DiskTier:
         self._free_bytes = -math.inf, 0  # time of the last query and its result
         self._hold(_new_part(path) if _descriptor is None else _OpenFile(_descriptor, None))
 
-    @property
-    def part(self) -> Path:
-        """The path of the file while it is unfinished."""
-        return _part_of(self.path)
-
-    @property
-    def committed(self) -> bool:
-        """Whether the file at `path` holds exactly these rows."""
-        return self._file.part is None
-
     def grow(self, slots: int, *, first: int) -> None:
-        """Make room for more rows. Their disk space is allocated now, so that a full disk is found before the work is done.
+        """Make room for R = slots rows, of which those before `first` are in another tier.
 
-        Args:
-            slots (int): the new R.
-            first (int): the first slot that needs disk space; earlier ones are in another tier.
-
-        Raises:
-            OSError: if the disk is full.
-            RuntimeError: in a forked process.
+        Their disk space is allocated now, so that a full disk is found before the work is done.
         """
-        if self.committed and slots <= self.slots:
+        if self._file.part is None and slots <= self.slots:
             return
         self._reopen_part()
-        self._allocate(slots, first)
+        begin, end = self.layout.begin(first), self.layout.end(slots)
+        start, rows = begin, slots - first
+        if self._allocated.start <= begin <= self._allocated.stop:
+            start, begin, rows = self._allocated.start, self._allocated.stop, slots - self.slots
+        if first < slots and begin < end:
+            with naming(f"cache file {self.path}", f"must have {end - begin:,} bytes of disk space for {rows} rows"):
+                os.posix_fallocate(self._file.descriptor, begin, end - begin)
+            self._allocated = range(start, end)
         self.checksums = lengthened(self.checksums, slots)
         self.slots = max(slots, self.slots)
 
     def read(self, slots: Tensor, into: Tensor) -> None:
-        """Read rows.
+        """Read rows at slots [n] int64 (CPU) to `into` [n, S] uint8 (CPU).
 
         If the whole file fits into half of the free memory, small rows are read in blocks, which stay in the page cache. An
         epoch then reads the disk once, whatever the order of the rows.
-
-        Args:
-            slots (Tensor): [n] int64 (CPU).
-            into (Tensor): [n, S] uint8 (CPU), written.
 
         Raises:
             CacheFileError: if a row does not match its checksum.
@@ -165,16 +136,7 @@ class DiskTier:
             )
 
     def write(self, slots: Tensor, rows: Tensor) -> None:
-        """Write rows.
-
-        Args:
-            slots (Tensor): [n] int64 (CPU), no slot twice.
-            rows (Tensor): [n, S] uint8 (CPU).
-
-        Raises:
-            OSError: if the rows cannot be written; these slots then hold no rows.
-            RuntimeError: in a forked process.
-        """
+        """Write rows [n, S] uint8 (CPU) at distinct slots [n] int64 (CPU), which hold no rows if that fails."""
         self._reopen_part()
         with naming(
             f"cache file {self.path}", f"must have disk space for {len(slots)} rows of {self.layout.row_bytes:,} bytes"
@@ -182,32 +144,25 @@ class DiskTier:
             transfer.write_rows(self.layout.file(self._file.descriptor), slots, rows, self.checksums, threads=THREADS)
 
     def commit(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
-        """Turn the part into the file at `path`, replacing an old one.
+        """Turn the part into the file at `path`, replacing an old one, which stays if that fails.
 
-        Args:
-            manifest (Manifest): description of the rows.
-            filled (Tensor): [R] bool, which rows were written.
-            sidecar (Sidecar): other data to store.
-
-        Raises:
-            TypeError: if the sidecar holds values that JSON cannot; nothing is changed then.
-            OSError: if the disk is full. The old file stays, and the rows can be read and committed again.
-            RuntimeError: in a forked process.
+        filled: [R] bool, which rows were written. Raises TypeError if the sidecar holds values that JSON cannot.
         """
         tail_offset = self.layout.end(manifest.slots)
         page, tail = pack_tables(Tables(manifest, filled, self.checksums[: manifest.slots], sidecar), tail_offset)
         self._reopen_part()
-        descriptor = self._file.descriptor
+        file = self._file
+        assert file.part is not None
         with naming(f"cache file {self.path}", "must have disk space for its tables"):
-            os.ftruncate(descriptor, tail_offset)
+            os.ftruncate(file.descriptor, tail_offset)
             self._allocated = range(self._allocated.start, min(self._allocated.stop, tail_offset))
-            _write_all(descriptor, tail, tail_offset)
-            _write_all(descriptor, page, 0)
-            os.fsync(descriptor)
-            os.rename(self.part, self.path)
-            self._file.part = None
+            _write_all(file.descriptor, tail, tail_offset)
+            _write_all(file.descriptor, page, 0)
+            os.fsync(file.descriptor)
+            os.rename(file.part, self.path)
+            file.part = None
             _sync_folder(self.path)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        fcntl.flock(file.descriptor, fcntl.LOCK_SH)
 
     def check_owner(self) -> None:
         """Raise RuntimeError in a forked process, whose writes would change the rows of its parent."""
@@ -234,29 +189,17 @@ class DiskTier:
             self._free_bytes = now, free_bytes(torch.device("cpu"))
         return 2 * self.layout.end(self.slots) <= self._free_bytes[1]
 
-    def _allocate(self, slots: int, first: int) -> None:
-        """Allocate disk space for the slots from `first` on, except where it is allocated already."""
-        begin, end = self.layout.begin(first), self.layout.end(slots)
-        start, rows = begin, slots - first
-        if self._allocated.start <= begin <= self._allocated.stop:
-            start, begin, rows = self._allocated.start, self._allocated.stop, slots - self.slots
-        if first >= slots or end <= begin:
-            return
-        with naming(f"cache file {self.path}", f"must have {end - begin:,} bytes of disk space for {rows} rows"):
-            os.posix_fallocate(self._file.descriptor, begin, end - begin)
-        self._allocated = range(start, end)
-
     def _reopen_part(self) -> None:
         """Turn a committed file into a part again, before it changes."""
         self.check_owner()
-        if not self.committed:
+        if self._file.part is not None:
             return
         if self.aside is not None:
             return self._copy_aside(self.aside)
         with naming(f"cache file {self.path}", "must not be read by another process while rows are written"):
             lock(self._file.descriptor, fcntl.LOCK_EX)
-            os.rename(self.path, self.part)
-            self._file.part = self.part
+            os.rename(self.path, _part_of(self.path))
+            self._file.part = _part_of(self.path)
             _sync_folder(self.path)
 
     def _copy_aside(self, path: Path) -> None:
@@ -266,12 +209,8 @@ class DiskTier:
         try:
             with naming(f"cache file {path}", f"must have {size:,} bytes of disk space for a copy of {self.path.name}"):
                 os.posix_fallocate(copy.descriptor, 0, size)
-                done = 0
-                while done < size:
-                    sent = os.sendfile(copy.descriptor, self._file.descriptor, done, size - done)
-                    if sent == 0:
-                        raise OSError(errno.EIO, f"only {done:,} bytes of it")
-                    done += sent
+                with open(self.path, "rb") as source, open(copy.descriptor, "wb", closefd=False) as target:
+                    shutil.copyfileobj(source, target, BLOCK_BYTES)
         except BaseException:
             copy.close()
             raise
@@ -280,7 +219,7 @@ class DiskTier:
         self._hold(copy)
 
 
-def open_rows(path: Path, fingerprint: Fingerprint, *, aside: Path | None = None) -> SavedRows:
+def open_rows(path: Path, fingerprint: Fingerprint, *, aside: Path | None = None) -> tuple[DiskTier, Tables]:
     """Open a committed file. Its rows are verified when they are read.
 
     Args:
@@ -299,14 +238,15 @@ def open_rows(path: Path, fingerprint: Fingerprint, *, aside: Path | None = None
     try:
         with naming(f"cache file {path}", "must not be written by another process"):
             lock(descriptor, fcntl.LOCK_SH)
-        manifest, filled, checksums, sidecar = read_tables(path, descriptor)
-        check_fingerprint(path, fingerprint, manifest.fingerprint)
+        tables = read_tables(path, descriptor)
+        check_fingerprint(path, fingerprint, tables.manifest.fingerprint)
     except BaseException:
         os.close(descriptor)
         raise
+    manifest = tables.manifest
     rows = DiskTier(path, RowLayout(manifest.row_bytes, manifest.stride_bytes), _descriptor=descriptor)
-    rows.checksums, rows.slots, rows.aside = checksums, manifest.slots, aside
-    return SavedRows(rows, manifest, filled, sidecar)
+    rows.checksums, rows.slots, rows.aside = tables.checksums, manifest.slots, aside
+    return rows, tables
 
 
 def _part_of(path: Path) -> Path:

@@ -17,7 +17,7 @@ from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.plan import Budgets, TierPlan
 from learndrop_ext.rows.store.file import CacheFileError
-from learndrop_ext.rows.tiered import TieredRows
+from learndrop_ext.rows.tiers import TieredRows
 
 SLOTS, STRIDE = 48, 128
 ORDERS = 20  # a test
@@ -84,7 +84,7 @@ class Run:
         for came, wanted in self.batches:
             assert torch.equal(came, wanted)
         every = torch.arange(SLOTS)
-        assert torch.equal(plain(self.rows._read_rows(self.rows.storage, every)), self.wanted)
+        assert torch.equal(plain(self.rows.storage.rows(every)), self.wanted)
         assert self.gpu.faults == []
 
 

@@ -11,7 +11,7 @@ from tiered_cache import CPU, PRINT, ids, rows, tiered
 from torch import Tensor
 
 from learndrop_ext import _C
-from learndrop_ext.rows import storage
+from learndrop_ext.rows import tiers
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.plan import Budgets, TierPlan
 from learndrop_ext.rows.store.file import CacheFileError
@@ -72,13 +72,13 @@ def test_prefetch_reads_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cache = tiered(5, (5,), tmp_path / "rows", device=0, host=2, staging=3)
     cache.append(torch.arange(5), rows(5, 5))
     asked: list[list[int]] = []
-    read = storage.TierStorage.read
+    read = tiers.TierStorage.read
 
-    def noting(self: storage.TierStorage, slots: Tensor, into: Tensor) -> None:
+    def noting(self: tiers.TierStorage, slots: Tensor, into: Tensor) -> None:
         asked.append(slots.tolist())
         read(self, slots, into)
 
-    monkeypatch.setattr(storage.TierStorage, "read", noting)
+    monkeypatch.setattr(tiers.TierStorage, "read", noting)
     read_ahead = []
     for batch in (ids(3, 1), ids(2, 4, 2), ids(0)):
         cache.prefetch(batch)

@@ -1,17 +1,19 @@
 """Rows as bytes by slot over device, host and disk, with staging areas through which the slower tiers are read ahead.
 
-R rows, S bytes from one row to the next, B rows in a batch, T rows in each of two staging areas.
+R rows, S bytes from one row to the next, B rows in a batch, n rows in a call, T rows in each of two staging areas.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,23 +21,109 @@ import torch
 from torch import Tensor
 
 from learndrop_ext.rows.disk import DiskTier
-from learndrop_ext.rows.host import CopyStream
+from learndrop_ext.rows.host import CopyStream, HostTier
 from learndrop_ext.rows.layout import RowLayout
-from learndrop_ext.rows.plan import STAGING_ROWS, Budgets, TierPlan, add_reserve, plan_tiers, room_for
-from learndrop_ext.rows.storage import Resources, TierMemoryError, TierStorage, allocate_storage
+from learndrop_ext.rows.plan import STAGING_ROWS, Budgets, TierPlan, plan_tiers, room_for
 from learndrop_ext.rows.store.file import Manifest, Sidecar
+
+HOST = 1
+
+
+@dataclass(frozen=True)
+class TierStorage:
+    """The memory and the file of a plan. data: [plan.device + 2 * T, S] uint8, the device's rows, then the areas."""
+
+    plan: TierPlan
+    data: Tensor
+    host: HostTier | None
+    disk: DiskTier | None
+
+    def read(self, slots: Tensor, into: Tensor, bounce: Callable[[int], Tensor] | None = None) -> None:
+        """Copy rows at slots [n], ascending, to `into` [n, S]. bounce: gives the memory [n, S] through which rows of the
+        disk go to a GPU. Raises OSError or CacheFileError."""
+        on_device, in_memory = self._ends(slots)
+        if on_device:
+            into[:on_device] = self.data[slots[:on_device].to(self.data.device)].cpu()
+        if self.host is not None and in_memory > on_device:
+            self.host.read(slots[on_device:in_memory] - self.plan.device, into[on_device:in_memory])
+        if self.disk is None or in_memory == len(slots):
+            return
+        from_disk = into[in_memory:]
+        if bounce is None:
+            self.disk.read(slots[in_memory:], from_disk)
+        else:
+            read = bounce(len(from_disk))
+            self.disk.read(slots[in_memory:], read)
+            from_disk.copy_(read, non_blocking=True)
+
+    def write(self, slots: Tensor, rows: Tensor) -> None:
+        """Store rows [n, S] of any device at slots [n], ascending. Raises OSError."""
+        on_device, in_memory = self._ends(slots)
+        if on_device:
+            self.data[slots[:on_device].to(self.data.device)] = rows[:on_device].to(self.data.device)
+        if self.host is not None and in_memory > on_device:
+            self.host.write(slots[on_device:in_memory] - self.plan.device, rows[on_device:in_memory])
+        if self.disk is not None and in_memory < len(slots):
+            self.disk.write(slots[in_memory:], rows[in_memory:].cpu())
+
+    def take(self, other: TierStorage, filled: Tensor) -> None:
+        """Copy the rows in `filled` [R] that are elsewhere in another storage. Both have the same file, if any."""
+        if self.data is other.data and self.host is other.host and self.disk is other.disk:
+            return
+        if self.data is not other.data:
+            both = min(self.plan.device, other.plan.device)
+            self.data[:both] = other.data[:both]
+        slots = torch.nonzero(filled).flatten()
+        ours = self._tier(slots)
+        moved = ours != other._tier(slots)
+        if self.host is not other.host:
+            moved |= ours == HOST
+        for part in slots[moved].split(STAGING_ROWS):
+            self.write(part, other.rows(part))
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Return rows [n, S] on the CPU. Raises OSError or CacheFileError."""
+        rows = torch.empty((len(slots), self.data.shape[1]), dtype=torch.uint8)
+        self.read(slots, rows)
+        return rows
+
+    def _tier(self, slots: Tensor) -> Tensor:
+        """[n]: 0 on the device, 1 in host memory, 2 on disk."""
+        return (slots >= self.plan.device).int() + (slots >= self.plan.device + self.plan.host).int()
+
+    def _ends(self, slots: Tensor) -> tuple[int, int]:
+        """The number of slots on the device, and the number on the device or in host memory."""
+        return int((slots < self.plan.device).sum()), int((slots < self.plan.device + self.plan.host).sum())
+
+
+@dataclass
+class Resources:
+    """What must be released when the rows are closed or garbage-collected."""
+
+    storage: TierStorage
+    copy_stream: CopyStream | None = None
+    thread: ThreadPoolExecutor | None = None
+    process: int = field(default_factory=os.getpid)
+
+    def end(self) -> None:
+        """End the thread, wait for the copies and close the file, each even if another fails."""
+        if self.process != os.getpid():
+            return
+        with contextlib.ExitStack() as stack:  # calls the last one first
+            if self.storage.disk is not None:
+                stack.callback(self.storage.disk.close)
+            if self.copy_stream is not None:
+                stack.callback(self.copy_stream.stream.synchronize)
+            if self.thread is not None:
+                stack.callback(self.thread.shutdown, wait=False)
 
 
 @dataclass(frozen=True)
 class StagedBatch:
-    """A part of a batch with at most T rows of the slower tiers.
+    """Positions begin to end of a batch, with at most T rows of the slower tiers.
 
-    Args:
-        begin (int): its first position in the batch.
-        end (int): the position after its last.
-        index (Tensor): [end - begin] int64 (CPU), the positions of its rows in `TieredRows.data`.
-        slow (Tensor): [n] int64 (CPU), its slots in the slower tiers, ascending: the first n rows of the area.
-        area (int): 0 or 1, the staging area of these rows.
+    index: [end - begin] int64 (CPU), the positions of its rows in `TieredRows.data`; slow: [n] int64 (CPU), its slots in
+    the slower tiers, ascending, which are the first n rows of the area (0 or 1).
     """
 
     begin: int
@@ -54,7 +142,7 @@ class _Prefetch(NamedTuple):
 
 
 class TieredRows:
-    """R rows of S bytes by slot in up to three tiers. A batch is one index into `data`, whatever its tiers.
+    """R rows by slot in up to three tiers. A batch is one index into `data`, whatever its tiers.
 
     If a tier cannot allocate its memory, the next one takes its rows, with a RuntimeWarning. A forked process can read the
     rows, but not write those on disk.
@@ -105,47 +193,23 @@ class TieredRows:
     @property
     def plan(self) -> TierPlan:
         """Where the slots are, including those reserved for later rows."""
-        return self.storage.plan
+        return self._resources.storage.plan
 
     @property
     def data(self) -> Tensor:
         """[plan.device + 2 * T, S] uint8, on the device."""
-        return self.storage.data
+        return self._resources.storage.data
 
     def grow(self, slots: int, filled: Tensor) -> None:
-        """Make room for more slots. Memory grows by at least a quarter, so that rows added one by one are rarely copied.
-
-        Args:
-            slots (int): the new R.
-            filled (Tensor): [R] bool, which rows were written.
-
-        Raises:
-            ValueError, OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
-        """
-        plan = self.plan
-        if slots <= plan.slots:
-            return
-        if plan.disk:
-            wanted = plan_tiers(slots, self.layout, self.budgets, kept=plan)
-            self.discard_prefetch()
-            assert self.storage.disk is not None
-            self.storage.disk.grow(slots, first=plan.slots)
-            self._resources.storage = replace(self.storage, plan=wanted)
-        else:
-            self.arrange(slots, self.budgets, filled, kept=plan)
+        """Make room for R = slots rows; filled: [R] bool. Raises as the constructor; nothing is changed then."""
+        if slots > self.plan.slots:
+            self.arrange(slots, self.budgets, filled, kept=self.plan)
 
     def arrange(self, slots: int, budgets: Budgets, filled: Tensor, *, kept: TierPlan | None = None) -> None:
-        """Move the rows to where `plan_tiers` puts them.
+        """Move the rows in `filled` [R] bool to where `plan_tiers` puts them.
 
-        Args:
-            slots (int): the new R.
-            budgets (Budgets): limit of each tier from now on.
-            filled (Tensor): [R] bool, which rows were written.
-            kept (TierPlan, optional): the current plan if rows are added to it, see `plan_tiers`; memory that grows is
-                then reserved for more. Default: None
-
-        Raises:
-            ValueError, OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
+        kept: the current plan if rows are added to it; memory that grows is then reserved for more, so that rows added one
+        by one are rarely copied. Raises as the constructor; nothing is changed then.
         """
         plan_tiers(slots, self.layout, budgets, kept=kept)
         self.discard_prefetch()
@@ -153,32 +217,29 @@ class TieredRows:
         if old_stream is not None:
             old_stream.stream.synchronize()
         new, budgets = self._allocate(slots, budgets, kept)
+        plan, disk = new.plan, old.disk
         try:
+            if plan.disk:
+                assert self.path is not None
+                disk = disk or DiskTier(self.path, self.layout)
+                disk.grow(plan.slots, first=plan.slots - plan.disk)
+            new = replace(new, disk=disk)
             copy_stream = self._copy_stream_for(new)
-            if new.data is not old.data:
-                both = min(new.plan.device, old.plan.device)
-                new.data[:both] = old.data[:both]
-            for part in new.moved_from(old, torch.nonzero(filled).flatten()).split(STAGING_ROWS):
-                new.write(part, self._read_rows(old, part))
+            new.take(old, filled)
         except BaseException:
-            if new.disk is not None and new.disk is not old.disk:
-                new.disk.close()
+            if disk is not None and disk is not old.disk:
+                disk.close()
             raise
-        if new.disk is not None and not new.plan.disk:
-            new.disk.close()
+        if disk is not None and not plan.disk:
+            disk.close()
             new = replace(new, disk=None)
         self.budgets = budgets
         self._resources.storage, self._resources.copy_stream = new, copy_stream
 
     def staged(self, slots: Tensor, *, load: bool) -> Iterator[StagedBatch]:
-        """Yield a batch in parts, each with an area for its rows of the slower tiers.
+        """Yield a batch of slots [B] int64 (CPU) in parts, each with an area for its rows of the slower tiers.
 
-        Args:
-            slots (Tensor): [B] int64 (CPU).
-            load (bool): True to read these rows into the area; False if the caller writes them there.
-
-        Raises:
-            OSError, CacheFileError: as `DiskTier.read`.
+        load: read these rows into the area; else the caller writes them there. Raises OSError or CacheFileError.
         """
         self._leave_parent()
         plan = self.plan
@@ -207,11 +268,7 @@ class TieredRows:
             self.storage.disk.check_owner()
 
     def prefetch(self, slots: Tensor) -> None:
-        """Start reading the first T rows of a batch's slower tiers into an area, on a thread.
-
-        Args:
-            slots (Tensor): [B] int64 (CPU).
-        """
+        """Start reading the first T rows of the slower tiers of a batch [B] into an area, on a thread."""
         self.discard_prefetch()
         begin, end = self._split(slots)[0]
         part = slots[begin:end]
@@ -239,17 +296,8 @@ class TieredRows:
             )
 
     def save(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
-        """Write the rows of all tiers to the file at `path`.
-
-        Args:
-            manifest (Manifest): description of the rows.
-            filled (Tensor): [R] bool, which rows were written.
-            sidecar (Sidecar): other data to store.
-
-        Raises:
-            OSError: if the disk is full.
-            TypeError: if the sidecar holds values that JSON cannot.
-        """
+        """Write the rows in `filled` [R] bool of all tiers to the file at `path`. Raises OSError, and TypeError if the
+        sidecar holds values that JSON cannot."""
         self.discard_prefetch()
         assert self.path is not None
         disk = self.storage.disk or DiskTier(self.path, self.layout)
@@ -257,7 +305,7 @@ class TieredRows:
             disk.grow(manifest.slots, first=0)
             in_memory = torch.nonzero(filled[: self.plan.device + self.plan.host]).flatten()
             for part in in_memory.split(STAGING_ROWS):
-                disk.write(part, self._read_rows(self.storage, part))
+                disk.write(part, self.storage.rows(part))
             disk.commit(manifest, filled, sidecar)
         finally:
             if disk is not self.storage.disk:
@@ -276,36 +324,37 @@ class TieredRows:
         finally:
             self._finalizer()
 
-    def _read_rows(self, storage: TierStorage, slots: Tensor) -> Tensor:
-        rows = torch.empty((len(slots), self.layout.stride_bytes), dtype=torch.uint8)
-        storage.read(slots, rows)
-        return rows
-
     def _allocate(self, slots: int, budgets: Budgets, kept: TierPlan | None) -> tuple[TierStorage, Budgets]:
-        """Storage for the slots, and the budgets it keeps to: smaller than those given if a tier is out of memory."""
-        reserve = 0 if kept is None else room_for(kept.slots)
+        """The memory for the slots, without the file, and the budgets it keeps to: 0 for a tier that is out of memory."""
+        old, room = self.storage, 0 if kept is None else room_for(kept.slots)
         while True:
-            exact = plan_tiers(slots, self.layout, budgets, kept=kept)
-            plan = add_reserve(exact, self.layout, budgets, slots=reserve)
+            plan = plan_tiers(slots, self.layout, budgets, kept=kept, room=room)
+            data, host = old.data, old.host if plan.host else None
+            tier = "device"
             try:
-                return allocate_storage(plan, self.layout, self.device, old=self.storage, path=self.path), budgets
-            except TierMemoryError as error:
-                if plan == exact:
-                    budgets, kept = self._budgets_without(error, slots, budgets), None
-                reserve = 0
+                if (plan.device, plan.staging) != (old.plan.device, old.plan.staging):
+                    data = allocate(plan.device + 2 * plan.staging, self.layout.stride_bytes, self.device)
+                tier = "host"
+                if plan.host and (plan.device, plan.host) != (old.plan.device, old.plan.host):
+                    host = HostTier(plan.host, self.layout.stride_bytes, self.device)
+                return TierStorage(plan, data, host, None), budgets
+            except torch.OutOfMemoryError as error:
+                if plan.slots == slots:
+                    budgets, kept = self._without(tier, slots, budgets, error), None
+                room = 0
 
-    def _budgets_without(self, error: TierMemoryError, slots: int, budgets: Budgets) -> Budgets:
-        """The budgets without the tier that is out of memory. Raises the error if they do not hold the rows."""
-        fewer = replace(budgets, **{error.tier: 0})
+    def _without(self, tier: str, slots: int, budgets: Budgets, error: torch.OutOfMemoryError) -> Budgets:
+        """The budgets without a tier that is out of memory. Raises the error if they do not hold the rows."""
+        fewer = replace(budgets, **{tier: 0})
         try:
             plan = plan_tiers(slots, self.layout, fewer)
         except ValueError:
-            raise error.error from None
+            raise error from None
         if fewer == budgets:
-            raise error.error
+            raise error
         warnings.warn(
-            f"ActivationCache: the rows that were to be kept on the {error.tier} did not fit into its memory; "
-            f"now {plan} ({error.error})",
+            f"ActivationCache: the rows that were to be kept on the {tier} did not fit into its memory; "
+            f"now {plan} ({error})",
             RuntimeWarning,
             stacklevel=6,
         )
@@ -333,10 +382,13 @@ class TieredRows:
 
     def _next_area(self) -> int:
         self._area = 1 - self._area
-        copy_stream = self._resources.copy_stream
-        if copy_stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(copy_stream.filled[self._area])
+        self._wait_for(self._area)
         return self._area
+
+    def _wait_for(self, area: int) -> None:
+        """Let the current stream wait until an area is filled."""
+        if self._resources.copy_stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._resources.copy_stream.filled[area])
 
     def _loaded_area(self, slow: Tensor) -> int:
         """The area that holds rows `slow`, read ahead or now."""
@@ -347,29 +399,15 @@ class TieredRows:
             self.discard_prefetch()
             area = self._next_area()
             self._load(slow, area)
-        copy_stream = self._resources.copy_stream
-        if copy_stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(copy_stream.filled[area])
+        self._wait_for(area)
         return area
 
     def _load(self, slow: Tensor, area: int) -> None:
-        into = self._area_rows(area, len(slow))
-        storage, copy_stream = self.storage, self._resources.copy_stream
+        into, copy_stream = self._area_rows(area, len(slow)), self._resources.copy_stream
         if copy_stream is None:
-            return storage.read(slow, into)
-        on_host = int((slow < storage.plan.device + storage.plan.host).sum())
-        with torch.cuda.stream(copy_stream.stream):
-            copy_stream.stream.wait_event(copy_stream.free[area])
-            try:
-                if storage.host is not None and on_host:
-                    storage.host.read(slow[:on_host] - storage.plan.device, into[:on_host])
-                if storage.disk is not None and on_host < len(slow):
-                    bounce = copy_stream.bounce_rows(area, len(slow) - on_host)
-                    storage.disk.read(slow[on_host:], bounce)
-                    into[on_host:].copy_(bounce, non_blocking=True)
-            finally:
-                # Even if a read fails: copies before it are in flight, and the next use of the area waits for them.
-                copy_stream.filled[area].record(copy_stream.stream)
+            return self.storage.read(slow, into)
+        with copy_stream.filling(area):
+            self.storage.read(slow, into, functools.partial(copy_stream.bounce_rows, area))
 
     def _area_rows(self, area: int, count: int) -> Tensor:
         return self.data[self.plan.device + area * self.plan.staging :][:count]
@@ -379,3 +417,15 @@ class TieredRows:
         if self._process != os.getpid():
             self._process = os.getpid()
             self._prefetch, self._resources.thread = None, None
+
+
+def allocate(rows: int, stride_bytes: int, device: torch.device) -> Tensor:
+    """Return memory [rows, stride_bytes] uint8. Raises torch.OutOfMemoryError on a CPU too."""
+    try:
+        return torch.empty((rows, stride_bytes), dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
