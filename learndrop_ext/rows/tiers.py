@@ -315,7 +315,7 @@ class TieredRows:
         """Do not change the committed file from now on; later files go to `aside`."""
         self.path = aside
         if self.storage.disk is not None:
-            self.storage.disk.aside = aside
+            self.storage.disk.share(aside)
 
     def close(self) -> None:
         """Stop reading ahead and close the file, even if the GPU reports an error, which is then raised."""
