@@ -100,10 +100,8 @@ class ActivationCache:
         """Return the cache that `save` wrote. Rows that stay on disk are verified when they are gathered, others now.
 
         Args:
-            path (Path): the file.
+            path, device, budgets: as for the constructor.
             fingerprint (Fingerprint): what the rows must depend on.
-            device (torch.device): device of the rows stored and returned.
-            budgets (Budgets, optional): bytes of rows in each tier. Default: all rows on the device
             aside (Path, optional): open a file that other runs read too, see `share`. Default: None
 
         Raises:
@@ -111,13 +109,12 @@ class ActivationCache:
             CacheFileError: if the file is damaged or of another cache; it names the first difference.
             ValueError, OSError, torch.OutOfMemoryError: as the constructor.
         """
-        disk, tables = open_rows(path, fingerprint, aside=aside)
-        was = tables.manifest
-        saved = disk, tables
+        saved = open_rows(path, fingerprint, aside=aside)
+        was = saved[1].manifest
         try:
             cache = cls(was.slots, was.shape, codec=was.codec, device=device, budgets=budgets, path=path, _saved=saved)
         except BaseException:
-            disk.close()
+            saved[0].close()
             raise
         cache.dtype = getattr(torch, was.dtype) if was.dtype else None
         cache._form = RowForm(was.shape, was.codec, was.stored, was.strides)
@@ -175,7 +172,8 @@ class ActivationCache:
             raise ValueError(f"ActivationCache.append: slots must be [{len(rows)}], got [{len(slots)}]")
         if (repeated := ops.first_repeated(slots)) is not None:
             raise ValueError(f"ActivationCache.append: slots must name no row twice, got {repeated} twice")
-        tiers.check_writable()
+        if tiers.storage.disk is not None:
+            tiers.storage.disk.check_owner()
         tiers.discard_prefetch()
         form = RowForm.of(rows, self.codec) if self.dtype is None else self._form
         stored = form.to_store(rows)
@@ -227,15 +225,9 @@ class ActivationCache:
         self._form = self._form.returned_as(rows)
 
     def prefetch(self, slots: torch.Tensor) -> None:
-        """Start reading rows of the slower tiers for the next `gather`, in the background.
+        """Start reading slots [B] int64 (CPU) of the slower tiers for the next `gather`, in the background.
 
         If a row cannot be read, the next `gather` raises the error, or gives a RuntimeWarning if it asks for other rows.
-
-        Args:
-            slots (Tensor): [B] int64 (CPU), the slots of the next `gather`.
-
-        Raises:
-            TypeError, ValueError, IndexError: as `gather`.
         """
         tiers = self._open("prefetch")
         self._check_filled("prefetch", slots)
@@ -243,14 +235,10 @@ class ActivationCache:
             tiers.prefetch(slots)
 
     def grow(self, slots: int) -> None:
-        """Make room for more rows, keeping the existing ones. Memory grows by at least a quarter, so calls can be frequent.
-
-        Args:
-            slots (int): the new R, not smaller than the old one.
+        """Make room for R = slots rows. Memory grows by at least a quarter, so calls can be frequent.
 
         Raises:
-            ValueError: if the budgets are too small; nothing is changed then.
-            OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
+            ValueError, OSError, torch.OutOfMemoryError: as the constructor, or if R would shrink; nothing is changed then.
         """
         tiers = self._open("grow")
         if slots < len(self.filled):
@@ -263,10 +251,7 @@ class ActivationCache:
         self.filled = self._filled_table[:slots]
 
     def forget(self, slots: torch.Tensor | None = None) -> None:
-        """Treat rows as never written. Once no row is left, the next rows may be of another dtype.
-
-        Args:
-            slots (Tensor, optional): [n] int64 (CPU); None for all. Default: None
+        """Treat slots [n] int64 (CPU), or all, as never written. Once no row is left, the next may be of another dtype.
 
         Raises:
             TypeError, ValueError, IndexError: if a slot is outside the cache; nothing is changed then.
@@ -312,15 +297,13 @@ class ActivationCache:
 
     def share(self, aside: Path) -> None:
         """Leave the saved file to other runs. From now on it is never changed: the first change of a row copies the rows on
-        disk to `aside`, which becomes the `path` of this cache.
-
-        Raises:
-            ValueError: if the rows are not saved.
-        """
+        disk to `aside`, which becomes the `path` of this cache. Raises ValueError if the rows are not saved."""
         tiers = self._open("share")
         if not self.saved:
             raise ValueError("ActivationCache.share: the rows must be saved, and they were changed since")
-        tiers.share(aside)
+        tiers.path = aside
+        if tiers.storage.disk is not None:
+            tiers.storage.disk.share(aside)
 
     def close(self) -> None:
         """Free the rows. A saved file stays."""

@@ -120,10 +120,8 @@ class CopyStream:
     Args:
         data (Tensor): [R, S] uint8 on the GPU, with the areas at its end.
         staging (int): T.
-        bounces (bool): whether rows of a file pass through it; they need pinned memory [2, T, S].
-
-    Raises:
-        torch.OutOfMemoryError: if the host is out of memory, or it cannot be pinned.
+        bounces (bool): whether rows of a file pass through it; they need pinned memory [2, T, S], or it raises
+            torch.OutOfMemoryError.
     """
 
     def __init__(self, data: Tensor, staging: int, *, bounces: bool) -> None:

@@ -25,22 +25,12 @@ GROWTH_SHARE = 4
 
 @dataclass(frozen=True)
 class Budgets:
-    """Limits on the bytes of rows in each tier.
+    """Limits on the bytes of rows in each tier, read once for each decision. Raises ValueError if one is negative."""
 
-    Args:
-        device (int, optional): bytes on the device, including staging areas; None for no limit. Default: None
-        host (int, optional): bytes in host memory. Default: 0
-        disk (int, optional): bytes in a file. Default: 0
-        staging_rows (int, optional): rows of the slower tiers that are read ahead at once. Default: 256
-
-    Raises:
-        ValueError: if a number of bytes is negative, or there is not at least one staging row.
-    """
-
-    device: int | None = None
+    device: int | None = None  # including the staging areas; None for no limit
     host: int = 0
     disk: int = 0
-    staging_rows: int = STAGING_ROWS
+    staging_rows: int = STAGING_ROWS  # rows of the slower tiers that are read ahead at once
 
     def __post_init__(self) -> None:
         for name in ("device", "host", "disk"):
@@ -53,16 +43,14 @@ class Budgets:
 
 @dataclass(frozen=True)
 class TierPlan:
-    """How many slots each tier holds: the first are on the device, the next on the host, the last on disk.
-
-    staging: rows of each of the two areas on the device through which rows of the slower tiers pass; 0 if all slots are on
-    the device.
-    """
+    """How many slots each tier holds: the first are on the device, the next on the host, the last on disk."""
 
     device: int
     host: int = 0
     disk: int = 0
-    staging: int = 0
+    staging: int = (
+        0  # rows of each of two areas on the device through which rows of the slower tiers pass; 0 without any
+    )
 
     @property
     def slots(self) -> int:
@@ -87,19 +75,11 @@ def plan_tiers(
 
     If the rows do not all fit on the device, its budget also holds two staging areas of `budgets.staging_rows` rows each
     (fewer if there are fewer slots, or if an area would exceed STAGING_BYTES). They are needed even if the budget is too
-    small for them.
+    small for them. A row takes `stride_bytes` in memory, and its share of pages in a file.
 
-    Args:
-        slots (int): number of rows.
-        layout (RowLayout): size of the rows; a row takes `stride_bytes` in memory, and its share of pages in a file.
-        budgets (Budgets): limit of each tier.
-        kept (TierPlan, optional): the current plan for fewer slots. Slower tiers begin where they did, so that no row
-            changes its tier. Default: None
-        room (int, optional): slots to reserve memory for in the last tier, as far as its budget allows. A file grows
-            without being copied, and nothing is reserved in it. Default: 0
-
-    Raises:
-        ValueError: if the budgets do not hold all rows.
+    kept: the current plan for fewer slots. Slower tiers begin where they did, so that no row changes its tier.
+    room: slots to reserve memory for in the last tier, as far as its budget allows. A file grows without being copied, and
+    nothing is reserved in it. Raises ValueError if the budgets do not hold all rows.
     """
     row = layout.stride_bytes
     limit = max(slots, room) if budgets.device is None else budgets.device // row

@@ -92,11 +92,9 @@ def first_of_each(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Filled(Protocol):
-    """What is kept by place."""
+    """What is kept by place. filled: [R] bool, which places were written."""
 
-    @property
-    def filled(self) -> torch.Tensor:
-        """[R] bool, which places were written."""
+    filled: torch.Tensor
 
 
 def filled_at(store: Filled | None, at: torch.Tensor) -> torch.Tensor:

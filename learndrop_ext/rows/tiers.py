@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,45 +119,21 @@ class Resources:
 
 @dataclass(frozen=True)
 class StagedBatch:
-    """Positions begin to end of a batch, with at most T rows of the slower tiers.
-
-    index: [end - begin] int64 (CPU), the positions of its rows in `TieredRows.data`; slow: [n] int64 (CPU), its slots in
-    the slower tiers, ascending, which are the first n rows of the area (0 or 1).
-    """
+    """Positions begin to end of a batch, with at most T rows of the slower tiers."""
 
     begin: int
     end: int
-    index: Tensor
-    slow: Tensor
-    area: int
-
-
-class _Prefetch(NamedTuple):
-    """Rows `slow` [n] of the slower tiers that a thread is reading into an area."""
-
-    slow: Tensor
-    area: int
-    future: Future[None]
+    index: Tensor  # [end - begin] int64 (CPU), the positions of its rows in `TieredRows.data`
+    slow: Tensor  # [n] int64 (CPU), its slots in the slower tiers, ascending: the first n rows of the area
+    area: int  # 0 or 1
 
 
 class TieredRows:
-    """R rows by slot in up to three tiers. A batch is one index into `data`, whatever its tiers.
+    """R = slots rows in up to three tiers, of which `saved` (a DiskTier that holds all, and [R] bool) may have some.
 
-    If a tier cannot allocate its memory, the next one takes its rows, with a RuntimeWarning. A forked process can read the
-    rows, but not write those on disk.
-
-    Args:
-        slots (int): R.
-        layout (RowLayout): size of the rows.
-        device (torch.device): device of `data`.
-        budgets (Budgets): limit of each tier.
-        path (Path, optional): the file. Default: None
-        saved (tuple, optional): a DiskTier that holds all rows, and which of them were written, [R] bool. Default: None
-
-    Raises:
-        ValueError: if the budgets are too small.
-        OSError: if the disk is full.
-        torch.OutOfMemoryError: if a tier is out of memory and the next one may not take its rows.
+    A batch is one index into `data`, whatever its tiers. If a tier cannot allocate its memory, the next one takes its rows,
+    with a RuntimeWarning. A forked process can read the rows, but not write those on disk. Raises ValueError if the budgets
+    are too small, OSError if the disk is full, torch.OutOfMemoryError if the next tier may not take the rows.
     """
 
     def __init__(
@@ -175,7 +150,8 @@ class TieredRows:
         self.device = device
         self.budgets = budgets
         self.path = path
-        self._prefetch: _Prefetch | None = None
+        # Rows [n] of the slower tiers that a thread is reading, and into which area.
+        self._prefetch: tuple[Tensor, int, Future[None]] | None = None
         self._area = 0
         disk, filled = saved if saved is not None else (None, torch.zeros(slots, dtype=torch.bool))
         nothing = torch.empty(0, layout.stride_bytes, dtype=torch.uint8, device=device)
@@ -201,16 +177,13 @@ class TieredRows:
         return self._resources.storage.data
 
     def grow(self, slots: int, filled: Tensor) -> None:
-        """Make room for R = slots rows; filled: [R] bool. Raises as the constructor; nothing is changed then."""
+        """Make room for R = slots rows, and some more, so that rows are rarely copied. Raises as the constructor."""
         if slots > self.plan.slots:
             self.arrange(slots, self.budgets, filled, kept=self.plan)
 
     def arrange(self, slots: int, budgets: Budgets, filled: Tensor, *, kept: TierPlan | None = None) -> None:
-        """Move the rows in `filled` [R] bool to where `plan_tiers` puts them.
-
-        kept: the current plan if rows are added to it; memory that grows is then reserved for more, so that rows added one
-        by one are rarely copied. Raises as the constructor; nothing is changed then.
-        """
+        """Move the rows in `filled` [R] bool to where `plan_tiers` puts them. Raises as the constructor; nothing is changed
+        then."""
         plan_tiers(slots, self.layout, budgets, kept=kept)
         self.discard_prefetch()
         old, old_stream = self.storage, self._resources.copy_stream
@@ -237,10 +210,8 @@ class TieredRows:
         self._resources.storage, self._resources.copy_stream = new, copy_stream
 
     def staged(self, slots: Tensor, *, load: bool) -> Iterator[StagedBatch]:
-        """Yield a batch of slots [B] int64 (CPU) in parts, each with an area for its rows of the slower tiers.
-
-        load: read these rows into the area; else the caller writes them there. Raises OSError or CacheFileError.
-        """
+        """Yield a batch of slots [B] int64 (CPU) in parts, each with an area for its rows of the slower tiers: they are read
+        into it (`load`; raises OSError or CacheFileError), or written there by the caller."""
         self._leave_parent()
         plan = self.plan
         for begin, end in self._split(slots):
@@ -262,30 +233,24 @@ class TieredRows:
         """Write rows from the area to their slower tiers. Raises OSError."""
         self.storage.write(batch.slow, self._area_rows(batch.area, len(batch.slow)))
 
-    def check_writable(self) -> None:
-        """Raise RuntimeError in a forked process, if rows are on disk."""
-        if self.storage.disk is not None:
-            self.storage.disk.check_owner()
-
     def prefetch(self, slots: Tensor) -> None:
         """Start reading the first T rows of the slower tiers of a batch [B] into an area, on a thread."""
         self.discard_prefetch()
-        begin, end = self._split(slots)[0]
-        part = slots[begin:end]
+        part = slots[: self._split(slots)[0][1]]
         slow = part[part >= self.plan.device].unique()
         if len(slow) == 0:
             return
         if self._resources.thread is None:
             self._resources.thread = ThreadPoolExecutor(1, thread_name_prefix="learndrop-rows")
         area = self._next_area()
-        self._prefetch = _Prefetch(slow, area, self._resources.thread.submit(self._load, slow, area))
+        self._prefetch = slow, area, self._resources.thread.submit(self._load, slow, area)
 
     def discard_prefetch(self) -> None:
         """Wait for rows that are being read ahead, and discard them. If they could not be read, give a RuntimeWarning."""
         self._leave_parent()
         if self._prefetch is None:
             return
-        future, self._prefetch = self._prefetch.future, None
+        (_, _, future), self._prefetch = self._prefetch, None
         try:
             future.result()
         except Exception as error:
@@ -310,12 +275,6 @@ class TieredRows:
         finally:
             if disk is not self.storage.disk:
                 disk.close()
-
-    def share(self, aside: Path) -> None:
-        """Do not change the committed file from now on; later files go to `aside`."""
-        self.path = aside
-        if self.storage.disk is not None:
-            self.storage.disk.share(aside)
 
     def close(self) -> None:
         """Stop reading ahead and close the file, even if the GPU reports an error, which is then raised."""
@@ -392,7 +351,7 @@ class TieredRows:
 
     def _loaded_area(self, slow: Tensor) -> int:
         """The area that holds rows `slow`, read ahead or now."""
-        if self._prefetch is not None and torch.equal(self._prefetch.slow, slow):
+        if self._prefetch is not None and torch.equal(self._prefetch[0], slow):
             (_, area, future), self._prefetch = self._prefetch, None
             future.result()
         else:

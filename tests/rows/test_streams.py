@@ -145,7 +145,7 @@ def test_rows_dropped_without_close_are_released_after_their_copies(
         # The allocator was told that this stream uses the memory too.
         assert (run.rows.data.data_ptr(), copy_stream.stream) in run.gpu.recorded
         run.rows.prefetch(torch.arange(SLOTS - run.staging, SLOTS))
-        promise = run.rows._prefetch.future  # type: ignore[union-attr]
+        promise = run.rows._prefetch[2]  # type: ignore[index]
         promise.run()  # type: ignore[attr-defined]
         del promise
         assert run.gpu.pinned != {}

@@ -56,7 +56,7 @@ def test_prefetch_is_forgotten_when_rows_change(tmp_path: Path) -> None:
     cache.prefetch(ids(1, 3))
     assert cache._rows is not None
     assert cache._rows._prefetch is not None
-    cache._rows._prefetch.future.result()
+    cache._rows._prefetch[2].result()
     cache.append(torch.arange(4), changed)
     assert torch.equal(cache.gather(ids(1, 3)), changed[[1, 3]])
     cache.prefetch(ids(0, 1))
@@ -84,7 +84,7 @@ def test_prefetch_reads_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         cache.prefetch(batch)
         assert cache._rows is not None
         assert cache._rows._prefetch is not None
-        cache._rows._prefetch.future.result()
+        cache._rows._prefetch[2].result()
         read_ahead.append(asked[-1])
         cache.gather(batch)
     assert read_ahead == asked == [[1, 3], [2, 4], [0]]
