@@ -117,7 +117,7 @@ def _append(cache: Tensor, rows: Tensor, index: Tensor, codec: str, *, distinct:
         _strides(rows, image),
         index.data_ptr(),
         torch.get_num_threads(),
-        _target(name, cache),
+        _target(cache),
     )
 
 
@@ -159,33 +159,54 @@ def gather_rows(
     if dtype not in DTYPES:
         raise TypeError(f"{name}: dtype must be float32, bfloat16 or float16, got {dtype}")
     shape = tuple(shape)
-    code, image, used = _geometry(name, shape, codec)
-    _check_cache(name, cache, shape, codec, used)
+    _check_cache(name, cache, shape, codec, _geometry(name, shape, codec)[2])
     index = _checked_index(name, cache, index)
     B = len(index)
-    held = cache.is_cuda and index.device.type == "cpu" and travels_with_launch(index, cache.shape[0])
-    if held and torch.cuda.is_current_stream_capturing():
+    if _is_held(cache, index) and torch.cuda.is_current_stream_capturing():
         raise ValueError(f"{name}: index must be on {cache.device} while a CUDA graph is captured, got one on the CPU")
     if out is None:
         out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=memory_format(shape))
     else:
         _check_out(name, out, (B, *shape), dtype, cache.device)
-    index = index if held else _on_device(index, cache.device)
+    gather_known_rows(cache, index, shape, out, codec=codec)
+    return out
+
+
+def gather_known_rows(cache: Tensor, index: Tensor, shape: tuple[int, ...], out: Tensor, *, codec: str) -> None:
+    """Do the same as `gather_rows` with arguments that the caller knows to be right: nothing is checked.
+
+    Args:
+        cache: [R, S] uint8.
+        index: [B] int64, rows that are there, on the CPU or the cache's device.
+        shape: shape of one row as it is stored.
+        out: B rows without gaps, whose values lie in the order in which they are stored; written.
+        codec: the codec that the rows were written with.
+    """
+    code, image, _ = _geometry("gather_rows", shape, codec)
+    index = index.contiguous()
+    R, S = cache.shape
+    held = _is_held(cache, index)
+    if cache.is_cuda and not held:
+        index = _on_device(index, cache.device)
     _C.gather_rows(
         cache.data_ptr(),
-        cache.shape[0],
-        cache.shape[1],
+        R,
+        S,
         code,
         out.data_ptr(),
-        DTYPES.index(dtype),
-        B,
+        DTYPES.index(out.dtype),
+        len(index),
         image,
         index.data_ptr(),
         held,
         torch.get_num_threads(),
-        _target(name, cache),
+        _target(cache),
     )
-    return out
+
+
+def _is_held(cache: Tensor, index: Tensor) -> bool:
+    """Whether an index into a cache on a GPU travels there with the launch of the kernel."""
+    return cache.is_cuda and not index.is_cuda and travels_with_launch(index, cache.shape[0])
 
 
 @functools.lru_cache(maxsize=256)
@@ -279,7 +300,7 @@ def _on_device(values: Tensor, device: torch.device) -> Tensor:
     return values.to(device, non_blocking=not values.is_pinned())
 
 
-def _target(name: str, cache: Tensor) -> tuple[int, int]:
-    if cache.device.type == "cpu":
+def _target(cache: Tensor) -> tuple[int, int]:
+    if not cache.is_cuda:
         return -1, 0
     return cache.get_device(), torch.cuda.current_stream(cache.device).cuda_stream

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from learndrop_ext import ops
-from learndrop_ext.rows.checks import check_filled, check_form, check_range, check_unique
-from learndrop_ext.rows.disk import SavedRows, open_rows
-from learndrop_ext.rows.form import RowForm, contiguous_form
-from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.disk import DiskTier, open_rows
+from learndrop_ext.rows.layout import RowForm, RowLayout
 from learndrop_ext.rows.output_pool import OutputPool
 from learndrop_ext.rows.plan import Budgets, TierPlan, lengthened
-from learndrop_ext.rows.store.file import Manifest, Sidecar
+from learndrop_ext.rows.store.file import Manifest, Sidecar, Tables
 from learndrop_ext.rows.store.fingerprint import Fingerprint
-from learndrop_ext.rows.tiered import TieredRows
+from learndrop_ext.rows.tiers import TieredRows
 
 LARGEST_FP16 = torch.finfo(torch.float16).max
 #: Batches in which to look for values out of fp16's range. Later batches of the same layers have the same range.
@@ -29,7 +28,7 @@ class ActivationCache:
     Rows are returned in the dtype and with the strides of the first rows stored, as the layers behind them may call `view`:
     contiguous, channels-last or any other order of a row's dimensions. Rows that are not dense come back dense, in the same
     order. If a tier cannot allocate its memory, the next tier takes its rows, with a RuntimeWarning. A forked process can
-    read rows, except those in pinned memory.
+    read rows, except those in pinned memory. Every use after `close` raises RuntimeError.
 
     Args:
         slots (int): R.
@@ -60,7 +59,7 @@ class ActivationCache:
         device: torch.device,
         budgets: Budgets | None = None,
         path: Path | None = None,
-        _saved: SavedRows | None = None,
+        _saved: tuple[DiskTier, Tables] | None = None,
     ) -> None:
         if slots < 0:
             raise ValueError(f"ActivationCache: slots must be >= 0, got {slots}")
@@ -69,24 +68,23 @@ class ActivationCache:
         self.shape = tuple(shape)
         self.codec = codec
         self.device = device
-        self.filled = torch.zeros(slots, dtype=torch.bool) if _saved is None else _saved.filled
+        self.filled = torch.zeros(slots, dtype=torch.bool) if _saved is None else _saved[1].filled
         self.saved = _saved is not None
-        self.sidecar = Sidecar() if _saved is None else _saved.sidecar
+        self.sidecar = Sidecar() if _saved is None else _saved[1].sidecar
         self.dtype: torch.dtype | None = None
         self.path = path
         self._filled_table = self.filled  # `filled`, with room for more slots
         self._outputs = OutputPool(device)
         self._saturated: torch.Tensor | None = None
         self._saturation_batches = 0
-        layout = RowLayout(ops.row_bytes(self.shape, codec), ops.row_stride(self.shape, codec))
-        self._form = contiguous_form(self.shape, codec)  # of the first rows
+        self._form = RowForm.of(torch.empty((1, *shape), device="meta"), codec)  # of the first rows
         self._rows: TieredRows | None = TieredRows(
             slots,
-            layout,
+            RowLayout.of(self.shape, codec),
             device,
             budgets=budgets or Budgets(),
             path=path,
-            saved=None if _saved is None else (_saved.disk, _saved.filled),
+            saved=None if _saved is None else (_saved[0], self.filled),
         )
 
     @classmethod
@@ -102,10 +100,8 @@ class ActivationCache:
         """Return the cache that `save` wrote. Rows that stay on disk are verified when they are gathered, others now.
 
         Args:
-            path (Path): the file.
+            path, device, budgets: as for the constructor.
             fingerprint (Fingerprint): what the rows must depend on.
-            device (torch.device): device of the rows stored and returned.
-            budgets (Budgets, optional): bytes of rows in each tier. Default: all rows on the device
             aside (Path, optional): open a file that other runs read too, see `share`. Default: None
 
         Raises:
@@ -114,22 +110,14 @@ class ActivationCache:
             ValueError, OSError, torch.OutOfMemoryError: as the constructor.
         """
         saved = open_rows(path, fingerprint, aside=aside)
-        manifest = saved.manifest
+        was = saved[1].manifest
         try:
-            cache = cls(
-                manifest.slots,
-                manifest.shape,
-                codec=manifest.codec,
-                device=device,
-                budgets=budgets,
-                path=path,
-                _saved=saved,
-            )
+            cache = cls(was.slots, was.shape, codec=was.codec, device=device, budgets=budgets, path=path, _saved=saved)
         except BaseException:
-            saved.disk.close()
+            saved[0].close()
             raise
-        cache.dtype = getattr(torch, manifest.dtype) if manifest.dtype else None
-        cache._form = RowForm(manifest.shape, manifest.codec, manifest.stored, manifest.strides)
+        cache.dtype = getattr(torch, was.dtype) if was.dtype else None
+        cache._form = RowForm(was.shape, was.codec, was.stored, was.strides)
         if aside is not None:
             cache.share(aside)
         return cache
@@ -142,8 +130,7 @@ class ActivationCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all rows, without memory reserved for later ones."""
-        self._open("nbytes")
-        return len(self.filled) * self.row_bytes
+        return len(self.filled) * self._open("nbytes").layout.stride_bytes
 
     @property
     def plan(self) -> TierPlan:
@@ -169,7 +156,7 @@ class ActivationCache:
             rows (Tensor): [B, *shape] on the cache's device, of the dtype of the first rows.
 
         Raises:
-            RuntimeError: if the cache is closed, or in a forked process if rows are on disk.
+            RuntimeError: in a forked process if rows are on disk.
             TypeError, ValueError, IndexError: if rows or slots are not as above; nothing is written then.
             OSError: if the disk is full; the rows being written are lost.
         """
@@ -180,17 +167,24 @@ class ActivationCache:
             )
         if self.dtype not in (None, rows.dtype):
             raise ValueError(f"ActivationCache.append: rows must be {self.dtype} as the first were, got {rows.dtype}")
-        check_form("append", slots)
+        _check_slots("append", slots, len(self.filled))
+        if len(rows) != len(slots):
+            raise ValueError(f"ActivationCache.append: slots must be [{len(rows)}], got [{len(slots)}]")
+        if (repeated := ops.first_repeated(slots)) is not None:
+            raise ValueError(f"ActivationCache.append: slots must name no row twice, got {repeated} twice")
+        if tiers.storage.disk is not None:
+            tiers.storage.disk.check_owner()
+        tiers.discard_prefetch()
         form = RowForm.of(rows, self.codec) if self.dtype is None else self._form
-        batch = form.to_store(rows)
-        if tiers.plan.staging:
-            self._append_tiered(tiers, slots, batch, form)
-        else:
-            # Checks the slots against R, not against the memory reserved.
-            ops.append_rows(tiers.data[: len(self.filled)], batch, slots, codec=self.codec)
+        stored = form.to_store(rows)
+        for part in tiers.staged(slots, load=False):
+            ops.append_distinct_rows(tiers.data, stored[part.begin : part.end], part.index, codec=self.codec)
             self._change(tiers)
             self.dtype, self._form = rows.dtype, form
-            self.filled[slots] = True
+            if len(part.slow):
+                self.filled[part.slow] = False
+                tiers.write_back(part)
+            self.filled[slots[part.begin : part.end]] = True
         self._note_saturation(rows)
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor:
@@ -205,22 +199,25 @@ class ActivationCache:
             Tensor: [B, *shape].
 
         Raises:
-            RuntimeError: if the cache is closed.
-            TypeError, IndexError: if a slot is outside the cache or was never written.
+            TypeError, ValueError, IndexError: if slots are not as above, outside the cache, or were never written.
             CacheFileError: if a row on disk has changed.
         """
-        tiers = self._open("gather")
-        check_filled("gather", slots, self.filled)
-        form, dtype, shape = self._form, self.dtype or torch.float32, (len(slots), *self.shape)
-        out = self._outputs.take(shape, (form.values, *form.strides), dtype)
-        stored = out
+        self._check_filled("gather", slots)
+        return self.gather_known(slots)
+
+    def gather_known(self, slots: torch.Tensor) -> torch.Tensor:
+        """Do the same as `gather` with slots that the caller knows to be filled: they are not checked."""
+        tiers, form, dtype = self._open("gather"), self._form, self.dtype or torch.float32
+        shape = (len(slots), *form.shape)
+        out = stored = self._outputs.take(shape, (form.values, *form.strides), dtype)
         if not form.is_returned_as_stored:
             stored = self._outputs.take(shape, (form.values, *form.stored), dtype)
-        into = form.to_write(stored)
-        if tiers.plan.staging:
-            self._gather_tiered(tiers, slots, into)
+        if not tiers.plan.staging:
+            ops.gather_known_rows(tiers.data, slots, form.stored_shape, stored, codec=self.codec)
         else:
-            ops.gather_rows(tiers.data, slots, form.stored_shape, codec=self.codec, dtype=dtype, out=into)
+            for part in tiers.staged(slots, load=True):
+                into = stored[part.begin : part.end]
+                ops.gather_known_rows(tiers.data, part.index, form.stored_shape, into, codec=self.codec)
         return out if stored is out else out.copy_(stored)
 
     def return_as(self, rows: torch.Tensor) -> None:
@@ -228,30 +225,20 @@ class ActivationCache:
         self._form = self._form.returned_as(rows)
 
     def prefetch(self, slots: torch.Tensor) -> None:
-        """Start reading rows of the slower tiers for the next `gather`, in the background.
+        """Start reading slots [B] int64 (CPU) of the slower tiers for the next `gather`, in the background.
 
         If a row cannot be read, the next `gather` raises the error, or gives a RuntimeWarning if it asks for other rows.
-
-        Args:
-            slots (Tensor): [B] int64 (CPU), the slots of the next `gather`.
-
-        Raises:
-            RuntimeError, TypeError, IndexError: as `gather`.
         """
         tiers = self._open("prefetch")
-        check_filled("prefetch", slots, self.filled)
+        self._check_filled("prefetch", slots)
         if tiers.plan.staging:
             tiers.prefetch(slots)
 
     def grow(self, slots: int) -> None:
-        """Make room for more rows, keeping the existing ones. Memory grows by at least a quarter, so calls can be frequent.
-
-        Args:
-            slots (int): the new R, not smaller than the old one.
+        """Make room for R = slots rows. Memory grows by at least a quarter, so calls can be frequent.
 
         Raises:
-            ValueError: if the budgets are too small; nothing is changed then.
-            OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
+            ValueError, OSError, torch.OutOfMemoryError: as the constructor, or if R would shrink; nothing is changed then.
         """
         tiers = self._open("grow")
         if slots < len(self.filled):
@@ -264,21 +251,16 @@ class ActivationCache:
         self.filled = self._filled_table[:slots]
 
     def forget(self, slots: torch.Tensor | None = None) -> None:
-        """Treat rows as never written. Once no row is left, the next rows may be of another dtype.
-
-        Args:
-            slots (Tensor, optional): [n] int64 (CPU); None for all. Default: None
+        """Treat slots [n] int64 (CPU), or all, as never written. Once no row is left, the next may be of another dtype.
 
         Raises:
-            RuntimeError: if the cache is closed.
             TypeError, ValueError, IndexError: if a slot is outside the cache; nothing is changed then.
         """
         tiers = self._open("forget")
         if slots is None:
             self.filled.zero_()
         else:
-            check_form("forget", slots)
-            check_range("forget", slots, len(self.filled))
+            _check_slots("forget", slots, len(self.filled))
             self.filled[slots] = False
         self._change(tiers)
         if not bool(self.filled.any()):
@@ -315,41 +297,19 @@ class ActivationCache:
 
     def share(self, aside: Path) -> None:
         """Leave the saved file to other runs. From now on it is never changed: the first change of a row copies the rows on
-        disk to `aside`, which becomes the `path` of this cache.
-
-        Raises:
-            ValueError: if the rows are not saved.
-        """
+        disk to `aside`, which becomes the `path` of this cache. Raises ValueError if the rows are not saved."""
         tiers = self._open("share")
         if not self.saved:
             raise ValueError("ActivationCache.share: the rows must be saved, and they were changed since")
-        tiers.share(aside)
+        tiers.path = aside
+        if tiers.storage.disk is not None:
+            tiers.storage.disk.share(aside)
 
     def close(self) -> None:
-        """Free the rows; any later use raises RuntimeError. A saved file stays."""
+        """Free the rows. A saved file stays."""
         rows, self._rows = self._rows, None
         if rows is not None:
             rows.close()
-
-    def _append_tiered(self, tiers: TieredRows, slots: torch.Tensor, rows: torch.Tensor, form: RowForm) -> None:
-        if len(rows) != len(slots):
-            raise ValueError(f"ActivationCache.append: slots must be [{len(rows)}], got [{len(slots)}]")
-        check_range("append", slots, len(self.filled))
-        check_unique("append", slots)
-        tiers.check_writable()
-        tiers.discard_prefetch()
-        for part in tiers.staged(slots, load=False):
-            ops.append_distinct_rows(tiers.data, rows[part.begin : part.end], part.index, codec=self.codec)
-            self._change(tiers)
-            self.dtype, self._form = rows.dtype, form
-            self.filled[part.slow] = False
-            tiers.write_back(part)
-            self.filled[slots[part.begin : part.end]] = True
-
-    def _gather_tiered(self, tiers: TieredRows, slots: torch.Tensor, out: torch.Tensor) -> None:
-        for part in tiers.staged(slots, load=True):
-            into, shape = out[part.begin : part.end], self._form.stored_shape
-            ops.gather_rows(tiers.data, part.index, shape, codec=self.codec, dtype=out.dtype, out=into)
 
     def _change(self, tiers: TieredRows) -> None:
         """Note that the file at `path` no longer holds these rows."""
@@ -365,7 +325,31 @@ class ActivationCache:
         clamped = ((size > LARGEST_FP16) & size.isfinite()).any()
         self._saturated = clamped if self._saturated is None else self._saturated | clamped
 
+    def _check_filled(self, name: str, slots: torch.Tensor) -> None:
+        if slots.dtype == torch.int64 and slots.ndim == 1 and slots.device.type == "cpu":
+            # The usual case takes one pass over the slots.
+            with contextlib.suppress(IndexError, RuntimeError):
+                if bool(self.filled.index_select(0, slots).all()):
+                    return
+        _check_slots(name, slots, len(self.filled))
+        missing = int(slots[~self.filled[slots]][0])
+        raise IndexError(f"ActivationCache.{name}: slots must have been written, got {missing}, which was not")
+
     def _open(self, name: str) -> TieredRows:
         if self._rows is None:
             raise RuntimeError(f"ActivationCache.{name}: the cache must be open, and it was closed")
         return self._rows
+
+
+def _check_slots(name: str, slots: torch.Tensor, count: int) -> None:
+    """Raise TypeError, ValueError or IndexError unless slots are [B] int64 on the CPU, within 0..count-1."""
+    if slots.dtype != torch.int64:
+        raise TypeError(f"ActivationCache.{name}: slots must be int64, got {slots.dtype}")
+    if slots.ndim != 1 or slots.device.type != "cpu":
+        raise ValueError(
+            f"ActivationCache.{name}: slots must be [B] on the CPU, got {list(slots.shape)} on {slots.device}"
+        )
+    if len(slots) and (int(slots.min()) < 0 or int(slots.max()) >= count):
+        raise IndexError(
+            f"ActivationCache.{name}: slots must be within 0..{count - 1}, got {int(slots.min())}..{int(slots.max())}"
+        )

@@ -1,19 +1,12 @@
-"""Rows in one file, which is written under another name, synced and renamed: it is complete and correct, or refused.
-
-A file being filled is called `<name>.part`; it has no header, and its tables are in memory. A part left by a killed process
-is overwritten.
-"""
+"""Rows by slot in one file. R rows, S bytes from one row to the next in memory, n rows in a call."""
 
 from __future__ import annotations
 
-import dataclasses
-import errno
-import fcntl
+import contextlib
 import math
 import os
 import time
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,12 +21,12 @@ from learndrop_ext.rows.store.file import (
     Sidecar,
     Tables,
     check_fingerprint,
-    lock,
     naming,
     pack_tables,
     read_tables,
 )
 from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.store.part import PartFile
 
 #: Eight reads at a time keep the queue of an NVMe disk filled; the threads sleep meanwhile.
 THREADS = 8
@@ -43,113 +36,50 @@ THREADS = 8
 BLOCK_BYTES = 128 << 10
 
 
-@dataclass(frozen=True)
-class SavedRows:
-    """The contents of a file.
-
-    Args:
-        disk (DiskTier): the rows.
-        manifest (Manifest): their description.
-        filled (Tensor): [R] bool, which rows were written.
-        sidecar (Sidecar): other data stored in the file.
-    """
-
-    disk: DiskTier
-    manifest: Manifest
-    filled: Tensor
-    sidecar: Sidecar
-
-
-@dataclass
-class _OpenFile:
-    """An open file. part: its path while it is unfinished, else None. A forked process does not own it."""
-
-    descriptor: int
-    part: Path | None
-    process: int = dataclasses.field(default_factory=os.getpid)
-
-    def close(self) -> None:
-        """Close it, and delete it if it is unfinished."""
-        if self.process != os.getpid():
-            return
-        if self.part is not None:
-            self.part.unlink(missing_ok=True)
-        # A forked process keeps the descriptor, and would keep the lock with it.
-        fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-        os.close(self.descriptor)
-
-
 class DiskTier:
-    """R rows by slot in one file, read and written by several threads without the GIL.
+    """R rows in the file at `path`, read and written by several threads without the GIL.
 
-    A new file is `<path>.part` until `commit`, and is deleted if it is closed before that. A file from `open_rows` stays at
-    `path` until a row is written, which makes it a part again: rows at `path` never change in place.
-
-    Args:
-        path (Path): path of the committed file.
-        layout (RowLayout): positions of the rows in it.
-
-    Attributes:
-        aside (Path or None): if set, other runs read the file at `path` too. It is not changed: the first change of a row
-            is made in a copy at this path.
-
-    Raises:
-        OSError: if the part cannot be created, or another cache is writing it.
+    It is a part until `commit`, and again once a row is written: rows at `path` never change in place, see `PartFile`. The
+    checksums of its rows are in memory. What changes the file raises OSError if the disk is full, and RuntimeError in a
+    forked process.
     """
 
-    def __init__(self, path: Path, layout: RowLayout, *, _descriptor: int | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, layout: RowLayout, *, _file: PartFile | None = None) -> None:
         self.layout = layout
         self.slots = 0
         self.checksums = torch.zeros(0, dtype=torch.int32)  # by slot; may be longer than R
-        self.aside: Path | None = None
         self._allocated = range(0)  # bytes of the file that have disk space
         self._free_bytes = -math.inf, 0  # time of the last query and its result
-        self._hold(_new_part(path) if _descriptor is None else _OpenFile(_descriptor, None))
-
-    @property
-    def part(self) -> Path:
-        """The path of the file while it is unfinished."""
-        return _part_of(self.path)
-
-    @property
-    def committed(self) -> bool:
-        """Whether the file at `path` holds exactly these rows."""
-        return self._file.part is None
+        self._file = _file or PartFile(path)
+        self._finalizer = weakref.finalize(self, self._file.close)
 
     def grow(self, slots: int, *, first: int) -> None:
-        """Make room for more rows. Their disk space is allocated now, so that a full disk is found before the work is done.
+        """Make room for R = slots rows, of which those before `first` are in another tier.
 
-        Args:
-            slots (int): the new R.
-            first (int): the first slot that needs disk space; earlier ones are in another tier.
-
-        Raises:
-            OSError: if the disk is full.
-            RuntimeError: in a forked process.
+        Their disk space is allocated now, so that a full disk is found before the work is done.
         """
-        if self.committed and slots <= self.slots:
+        if self._file.part is None and slots <= self.slots:
             return
-        self._reopen_part()
-        self._allocate(slots, first)
+        self._change()
+        begin, end = self.layout.begin(first), self.layout.end(slots)
+        start, rows = begin, slots - first
+        if self._allocated.start <= begin <= self._allocated.stop:
+            start, begin, rows = self._allocated.start, self._allocated.stop, slots - self.slots
+        if first < slots and begin < end:
+            with self._naming(f"must have {end - begin:,} bytes of disk space for {rows} rows"):
+                os.posix_fallocate(self._file.descriptor, begin, end - begin)
+            self._allocated = range(start, end)
         self.checksums = lengthened(self.checksums, slots)
         self.slots = max(slots, self.slots)
 
     def read(self, slots: Tensor, into: Tensor) -> None:
-        """Read rows.
+        """Read rows at slots [n] int64 (CPU) to `into` [n, S] uint8 (CPU). Raises OSError, and CacheFileError if a row does
+        not match its checksum.
 
         If the whole file fits into half of the free memory, small rows are read in blocks, which stay in the page cache. An
         epoch then reads the disk once, whatever the order of the rows.
-
-        Args:
-            slots (Tensor): [n] int64 (CPU).
-            into (Tensor): [n, S] uint8 (CPU), written.
-
-        Raises:
-            CacheFileError: if a row does not match its checksum.
-            OSError: if the file cannot be read.
         """
-        with naming(f"cache file {self.path}", f"must give {len(slots)} rows"):
+        with self._naming(f"must give {len(slots)} rows"):
             bad = transfer.read_rows(
                 self.layout.file(self._file.descriptor),
                 slots,
@@ -160,70 +90,44 @@ class DiskTier:
             )
         if bad is not None:
             raise CacheFileError(
-                f"cache file {self.path}: row {int(slots[bad])} must have the checksum it was written with, got another: "
-                "the file was altered or truncated; delete it, and its rows are computed again"
+                f"cache file {self._file.path}: row {int(slots[bad])} must have the checksum it was written with, got "
+                "another: the file was altered or truncated; delete it, and its rows are computed again"
             )
 
     def write(self, slots: Tensor, rows: Tensor) -> None:
-        """Write rows.
-
-        Args:
-            slots (Tensor): [n] int64 (CPU), no slot twice.
-            rows (Tensor): [n, S] uint8 (CPU).
-
-        Raises:
-            OSError: if the rows cannot be written; these slots then hold no rows.
-            RuntimeError: in a forked process.
-        """
-        self._reopen_part()
-        with naming(
-            f"cache file {self.path}", f"must have disk space for {len(slots)} rows of {self.layout.row_bytes:,} bytes"
-        ):
+        """Write rows [n, S] uint8 (CPU) at distinct slots [n] int64 (CPU), which hold no rows if that fails."""
+        self._change()
+        with self._naming(f"must have disk space for {len(slots)} rows of {self.layout.row_bytes:,} bytes"):
             transfer.write_rows(self.layout.file(self._file.descriptor), slots, rows, self.checksums, threads=THREADS)
 
     def commit(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
-        """Turn the part into the file at `path`, replacing an old one.
+        """Make the part the file at `path`; filled: [R] bool, which rows were written.
 
-        Args:
-            manifest (Manifest): description of the rows.
-            filled (Tensor): [R] bool, which rows were written.
-            sidecar (Sidecar): other data to store.
-
-        Raises:
-            TypeError: if the sidecar holds values that JSON cannot; nothing is changed then.
-            OSError: if the disk is full. The old file stays, and the rows can be read and committed again.
-            RuntimeError: in a forked process.
+        Raises TypeError if the sidecar holds values that JSON cannot; nothing is changed then.
         """
-        tail_offset = self.layout.end(manifest.slots)
-        page, tail = pack_tables(Tables(manifest, filled, self.checksums[: manifest.slots], sidecar), tail_offset)
-        self._reopen_part()
-        descriptor = self._file.descriptor
-        with naming(f"cache file {self.path}", "must have disk space for its tables"):
-            os.ftruncate(descriptor, tail_offset)
-            self._allocated = range(self._allocated.start, min(self._allocated.stop, tail_offset))
-            _write_all(descriptor, tail, tail_offset)
-            _write_all(descriptor, page, 0)
-            os.fsync(descriptor)
-            os.rename(self.part, self.path)
-            self._file.part = None
-            _sync_folder(self.path)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        end = self.layout.end(manifest.slots)
+        page, tail = pack_tables(Tables(manifest, filled, self.checksums[: manifest.slots], sidecar), end)
+        self._change()
+        self._allocated = range(self._allocated.start, min(self._allocated.stop, end))
+        self._file.commit(page, tail, end)
 
     def check_owner(self) -> None:
-        """Raise RuntimeError in a forked process, whose writes would change the rows of its parent."""
-        if self._file.process != os.getpid():
-            raise RuntimeError(
-                f"cache file {self.path}: its rows must be written by the process that opened it, {self._file.process}, "
-                f"got the forked process {os.getpid()}"
-            )
+        """Raise RuntimeError in a forked process."""
+        self._file.check_owner()
+
+    def share(self, aside: Path) -> None:
+        """Do not change the file from now on: the first change of a row is made in a copy at another path."""
+        self._file.aside = aside
 
     def close(self) -> None:
         """Close the file, and delete it if it was not committed."""
         self._finalizer()
 
-    def _hold(self, file: _OpenFile) -> None:
-        self._file = file
-        self._finalizer = weakref.finalize(self, file.close)
+    def _change(self) -> None:
+        self._file.change(self.layout.end(self.slots))
+
+    def _naming(self, wanted: str) -> contextlib.AbstractContextManager[None]:
+        return naming(f"cache file {self._file.path}", wanted)
 
     def _reads_blocks(self) -> bool:
         """Whether rows are small and the file fits into half of the free memory, which is queried once per second."""
@@ -234,60 +138,9 @@ class DiskTier:
             self._free_bytes = now, free_bytes(torch.device("cpu"))
         return 2 * self.layout.end(self.slots) <= self._free_bytes[1]
 
-    def _allocate(self, slots: int, first: int) -> None:
-        """Allocate disk space for the slots from `first` on, except where it is allocated already."""
-        begin, end = self.layout.begin(first), self.layout.end(slots)
-        start, rows = begin, slots - first
-        if self._allocated.start <= begin <= self._allocated.stop:
-            start, begin, rows = self._allocated.start, self._allocated.stop, slots - self.slots
-        if first >= slots or end <= begin:
-            return
-        with naming(f"cache file {self.path}", f"must have {end - begin:,} bytes of disk space for {rows} rows"):
-            os.posix_fallocate(self._file.descriptor, begin, end - begin)
-        self._allocated = range(start, end)
 
-    def _reopen_part(self) -> None:
-        """Turn a committed file into a part again, before it changes."""
-        self.check_owner()
-        if not self.committed:
-            return
-        if self.aside is not None:
-            return self._copy_aside(self.aside)
-        with naming(f"cache file {self.path}", "must not be read by another process while rows are written"):
-            lock(self._file.descriptor, fcntl.LOCK_EX)
-            os.rename(self.path, self.part)
-            self._file.part = self.part
-            _sync_folder(self.path)
-
-    def _copy_aside(self, path: Path) -> None:
-        """Continue in a copy of the file. Other runs go on reading the original."""
-        copy = _new_part(path)
-        size = self.layout.end(self.slots)
-        try:
-            with naming(f"cache file {path}", f"must have {size:,} bytes of disk space for a copy of {self.path.name}"):
-                os.posix_fallocate(copy.descriptor, 0, size)
-                done = 0
-                while done < size:
-                    sent = os.sendfile(copy.descriptor, self._file.descriptor, done, size - done)
-                    if sent == 0:
-                        raise OSError(errno.EIO, f"only {done:,} bytes of it")
-                    done += sent
-        except BaseException:
-            copy.close()
-            raise
-        self.close()
-        self.path, self.aside, self._allocated = path, None, range(size)
-        self._hold(copy)
-
-
-def open_rows(path: Path, fingerprint: Fingerprint, *, aside: Path | None = None) -> SavedRows:
-    """Open a committed file. Its rows are verified when they are read.
-
-    Args:
-        path (Path): the file.
-        fingerprint (Fingerprint): what its rows must depend on.
-        aside (Path, optional): open a file that other runs read too, for reading only. The first change of a row makes a
-            copy at this path. Default: None
+def open_rows(path: Path, fingerprint: Fingerprint, *, aside: Path | None = None) -> tuple[DiskTier, Tables]:
+    """Open a committed file, for reading only if it is to be copied `aside`. Its rows are verified when they are read.
 
     Raises:
         FileNotFoundError: if there is no file.
@@ -295,48 +148,14 @@ def open_rows(path: Path, fingerprint: Fingerprint, *, aside: Path | None = None
         CacheFileError: if the header or the tail is damaged or truncated, the version is another one, or the fingerprint
             differs; it names the first difference.
     """
-    descriptor = os.open(path, (os.O_RDWR if aside is None else os.O_RDONLY) | os.O_CLOEXEC)
+    file = PartFile.open(path, aside=aside)
     try:
-        with naming(f"cache file {path}", "must not be written by another process"):
-            lock(descriptor, fcntl.LOCK_SH)
-        manifest, filled, checksums, sidecar = read_tables(path, descriptor)
-        check_fingerprint(path, fingerprint, manifest.fingerprint)
+        tables = read_tables(path, file.descriptor)
+        check_fingerprint(path, fingerprint, tables.manifest.fingerprint)
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
-    rows = DiskTier(path, RowLayout(manifest.row_bytes, manifest.stride_bytes), _descriptor=descriptor)
-    rows.checksums, rows.slots, rows.aside = checksums, manifest.slots, aside
-    return SavedRows(rows, manifest, filled, sidecar)
-
-
-def _part_of(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
-
-
-def _new_part(path: Path) -> _OpenFile:
-    """A new, empty part, locked."""
-    part = _part_of(path)
-    with naming(f"cache file {path}", "must be written by one cache at a time, in a folder that is there"):
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            lock(descriptor, fcntl.LOCK_EX)
-            os.ftruncate(descriptor, 0)
-        except BaseException:
-            os.close(descriptor)
-            raise
-    return _OpenFile(descriptor, part)
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while len(view):
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    manifest = tables.manifest
+    rows = DiskTier(path, RowLayout(manifest.row_bytes, manifest.stride_bytes), _file=file)
+    rows.checksums, rows.slots = tables.checksums, manifest.slots
+    return rows, tables

@@ -5,6 +5,7 @@ R rows, S bytes from one row to the next, n rows in a call, T rows in a staging 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
@@ -12,7 +13,7 @@ import statistics
 import time
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -30,23 +31,16 @@ COPY_ENGINE_BYTES = 32 << 10
 
 
 class PinnedRows:
-    """Host memory [R, S] uint8 that the copy engines and kernels of a GPU can read.
+    """Host memory `data` [count, stride_bytes] uint8 that the copy engines and kernels of a GPU can read.
 
     A forked process does not inherit its pages (MADV_DONTFORK). After a fork, the operating system copies a page that either
-    process writes, and this process might be left with the copy, which the GPU does not see.
-
-    Args:
-        count (int): R.
-        stride_bytes (int): S.
-        device (torch.device): the GPU.
-
-    Raises:
-        torch.OutOfMemoryError: if the host is out of memory, or it cannot be pinned.
+    process writes, and this process might be left with the copy, which the GPU does not see. Raises torch.OutOfMemoryError
+    if the host is out of memory, or it cannot be pinned.
     """
 
     def __init__(self, count: int, stride_bytes: int, device: torch.device) -> None:
         size = count * stride_bytes
-        self.data = torch.empty((count, stride_bytes), dtype=torch.uint8) if size == 0 else self._map(size, device)
+        self.data = torch.empty(size, dtype=torch.uint8) if size == 0 else self._map(size, device)
         self.data = self.data.view(count, stride_bytes)
 
     def _map(self, size: int, device: torch.device) -> Tensor:
@@ -73,16 +67,10 @@ def _unpin(data: Tensor, pages: mmap.mmap, owner: int) -> None:
 
 
 class HostTier:
-    """Rows [R, S] uint8 in host memory, pinned if the model is on a GPU.
+    """Rows `data` [count, stride_bytes] uint8 in host memory, pinned if they are read to a GPU.
 
-    Args:
-        count (int): R.
-        stride_bytes (int): S.
-        device (torch.device): device that rows are read to. For a GPU the faster way is measured now, once, and not during
-            a training step; see `copy_engine_from`.
-
-    Raises:
-        torch.OutOfMemoryError: if the host is out of memory, or it cannot be pinned.
+    For a GPU the faster way is measured now, once, and not during a training step; see `copy_engine_from`. Raises
+    torch.OutOfMemoryError if the host is out of memory, or it cannot be pinned.
     """
 
     def __init__(self, count: int, stride_bytes: int, device: torch.device) -> None:
@@ -102,15 +90,7 @@ class HostTier:
             ) from error
 
     def read(self, index: Tensor, into: Tensor) -> None:
-        """Copy rows; on a GPU, enqueue the copies on the current stream.
-
-        Args:
-            index (Tensor): [n] int64 (CPU), the rows to copy.
-            into (Tensor): [n, S] uint8, written.
-
-        Raises:
-            RuntimeError: in a forked process, which does not have pinned memory.
-        """
+        """Copy rows index [n] int64 (CPU) to `into` [n, S] uint8; on a GPU, enqueue it on the current stream."""
         self._check_process()
         if into.device.type == "cpu":
             # index_select would take threads from the training step.
@@ -121,19 +101,12 @@ class HostTier:
             transfer.gather_rows_to_device(self.data, index, into)
 
     def write(self, index: Tensor, rows: Tensor) -> None:
-        """Store rows.
-
-        Args:
-            index (Tensor): [n] int64 (CPU), the rows to write.
-            rows (Tensor): [n, S] uint8.
-
-        Raises:
-            RuntimeError: in a forked process, which does not have pinned memory.
-        """
+        """Store `rows` [n, S] uint8 of any device as rows index [n] int64 (CPU)."""
         self._check_process()
         self.data.index_copy_(0, index, rows.cpu())
 
     def _check_process(self) -> None:
+        """Raise RuntimeError in a forked process, which does not have pinned memory."""
         if self._pinned is not None and self._process != os.getpid():
             raise RuntimeError(
                 "ActivationCache: rows in pinned memory must be used by the process that made the cache, "
@@ -147,10 +120,8 @@ class CopyStream:
     Args:
         data (Tensor): [R, S] uint8 on the GPU, with the areas at its end.
         staging (int): T.
-        bounces (bool): whether rows of a file pass through it; they need pinned memory [2, T, S].
-
-    Raises:
-        torch.OutOfMemoryError: if the host is out of memory, or it cannot be pinned.
+        bounces (bool): whether rows of a file pass through it; they need pinned memory [2, T, S], or it raises
+            torch.OutOfMemoryError.
     """
 
     def __init__(self, data: Tensor, staging: int, *, bounces: bool) -> None:
@@ -168,6 +139,17 @@ class CopyStream:
         # If it is freed while a copy is in flight, the allocator must not reuse it before the copy has ended.
         data.record_stream(self.stream)
 
+    @contextlib.contextmanager
+    def filling(self, area: int) -> Iterator[None]:
+        """Enqueue the copies of a `with` block on this stream, once the area is free."""
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.free[area])
+            try:
+                yield
+            finally:
+                # Even if a read fails: copies before it are in flight, and the next use of the area waits for them.
+                self.filled[area].record(self.stream)
+
     def bounce_rows(self, area: int, count: int) -> Tensor:
         """Wait for the last copy from an area's host memory, and return that memory, [count, S]."""
         assert self.bounce is not None
@@ -179,16 +161,9 @@ class CopyStream:
 def copy_engine_from(device: torch.device, *, rows: int = 128, repeats: int = 7) -> int:
     """Return the row bytes from which a GPU's copy engines read scattered host rows faster than a kernel does.
 
-    Measured once for each GPU at each of SWITCH_SIZES, on rows in random order in MEASURED_BYTES of pinned memory. If that
-    memory cannot be allocated, gives a RuntimeWarning and returns COPY_ENGINE_BYTES.
-
-    Args:
-        device (torch.device): the GPU.
-        rows (int, optional): largest number of rows to copy at once. Default: 128
-        repeats (int, optional): number of measurements, of which the median is taken. Default: 7
-
-    Returns:
-        The first of SWITCH_SIZES from which the copy engines are faster at every size; twice the last if there is none.
+    That is the first of SWITCH_SIZES from which they are faster at every size; twice the last if there is none. Measured
+    once for each GPU: the median of some repeats, on up to `rows` rows in random order in MEASURED_BYTES of pinned memory.
+    If that memory cannot be allocated, gives a RuntimeWarning and returns COPY_ENGINE_BYTES.
     """
     try:
         source = PinnedRows(1, MEASURED_BYTES, device)

@@ -1,9 +1,16 @@
-"""The positions of rows in memory and in a file."""
+"""How rows lie in memory and in a file. B samples in a batch, D values in a row, S bytes from one row to the next."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+import torch
+
+from learndrop_ext import ops
 from learndrop_ext.ops.transfer import PAGE_BYTES, RowFile
 
 
@@ -13,13 +20,16 @@ class RowLayout:
 
     Args:
         row_bytes (int): bytes of a row without padding.
-        stride_bytes (int): bytes from one row to the next, in memory and within a page.
-        first_byte (int, optional): file offset of the first row, after the header. Default: one page
+        stride_bytes (int): S, in memory and within a page.
     """
 
     row_bytes: int
     stride_bytes: int
-    first_byte: int = PAGE_BYTES
+
+    @classmethod
+    def of(cls, shape: Sequence[int], codec: str) -> RowLayout:
+        """Return the layout of rows of a shape."""
+        return cls(ops.row_bytes(shape, codec), ops.row_stride(shape, codec))
 
     @property
     def rows_per_group(self) -> int:
@@ -32,15 +42,90 @@ class RowLayout:
         return -(-self.rows_per_group * self.stride_bytes // PAGE_BYTES) * PAGE_BYTES
 
     def begin(self, slot: int) -> int:
-        """Return the file offset of the group that holds a slot."""
-        return self.first_byte + slot // self.rows_per_group * self.group_bytes
+        """Return the file offset of the group that holds a slot. The first page of a file is its header."""
+        return PAGE_BYTES + slot // self.rows_per_group * self.group_bytes
 
     def end(self, slots: int) -> int:
         """Return the file offset after the last of `slots` rows."""
-        return self.first_byte + -(-slots // self.rows_per_group) * self.group_bytes
+        return PAGE_BYTES + -(-slots // self.rows_per_group) * self.group_bytes
 
     def file(self, descriptor: int) -> RowFile:
         """Return an open file with this layout for `transfer.read_rows` and `transfer.write_rows`."""
-        return RowFile(
-            descriptor, self.first_byte, self.rows_per_group, self.group_bytes, self.stride_bytes, self.row_bytes
-        )
+        return RowFile(descriptor, PAGE_BYTES, self.rows_per_group, self.group_bytes, self.stride_bytes, self.row_bytes)
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """The order of a row's values, as they are stored and as they are returned.
+
+    Values are stored in the order in which they lay in memory. Only uint8 rows [C, H, W] are stored channels last, as each
+    channel has its scale.
+
+    Args:
+        shape (tuple of int): shape of a row.
+        codec (str): how a row is stored.
+        stored (tuple of int): strides of the stored values, without gaps in any order of the dimensions.
+        strides (tuple of int): strides of the rows returned, without gaps in any order of the dimensions.
+    """
+
+    shape: tuple[int, ...]
+    codec: str
+    stored: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, codec: str) -> RowForm:
+        """Return the form of rows [B, *shape], which are stored and returned as they are."""
+        shape, strides = tuple(rows.shape[1:]), _dense_strides(rows)
+        form = cls(shape, codec, strides, strides)
+        if not form.has_channels:
+            return form
+        C, _, W = shape
+        return dataclasses.replace(form, stored=(1, W * C, C))
+
+    def returned_as(self, rows: torch.Tensor) -> RowForm:
+        """Return the form of the same stored rows, returned with the strides of `rows` [B, *shape]."""
+        return dataclasses.replace(self, strides=_dense_strides(rows))
+
+    def to_store(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows [B, *shape] as [B, *stored_shape], without a copy if they lie as stored."""
+        if self.has_channels:
+            return rows
+        order = (1 + d for d in _outermost_first(self.stored))
+        return rows.permute(0, *order).reshape(len(rows), self.values)
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether each channel is stored with a scale of its own."""
+        return self.codec == "uint8" and len(self.shape) == 3
+
+    @cached_property
+    def values(self) -> int:
+        """D."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of a row for the row operations: [D], or [C, H, W] where channels matter."""
+        return self.shape if self.has_channels else (self.values,)
+
+    @cached_property
+    def is_returned_as_stored(self) -> bool:
+        """Whether values are returned in the order in which they are stored."""
+        pairs = zip(self.shape, self.strides, self.stored, strict=True)
+        return all(size == 1 or stride == stored for size, stride, stored in pairs)
+
+
+def _dense_strides(rows: torch.Tensor) -> tuple[int, ...]:
+    """The strides of a row of [B, *shape]. If it has gaps or overlap, those without, in the same order."""
+    shape, strides = rows.shape[1:], list(rows.stride()[1:])
+    values = 1
+    for d in reversed(_outermost_first(strides)):
+        if shape[d] != 1:  # the stride of a single value has no meaning, and is kept
+            strides[d] = values
+            values *= shape[d]
+    return tuple(strides)
+
+
+def _outermost_first(strides: Sequence[int]) -> list[int]:
+    return sorted(range(len(strides)), key=lambda d: -strides[d])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,22 +25,12 @@ GROWTH_SHARE = 4
 
 @dataclass(frozen=True)
 class Budgets:
-    """Limits on the bytes of rows in each tier.
+    """Limits on the bytes of rows in each tier, read once for each decision. Raises ValueError if one is negative."""
 
-    Args:
-        device (int, optional): bytes on the device, including staging areas; None for no limit. Default: None
-        host (int, optional): bytes in host memory. Default: 0
-        disk (int, optional): bytes in a file. Default: 0
-        staging_rows (int, optional): rows of the slower tiers that are read ahead at once. Default: 256
-
-    Raises:
-        ValueError: if a number of bytes is negative, or there is not at least one staging row.
-    """
-
-    device: int | None = None
+    device: int | None = None  # including the staging areas; None for no limit
     host: int = 0
     disk: int = 0
-    staging_rows: int = STAGING_ROWS
+    staging_rows: int = STAGING_ROWS  # rows of the slower tiers that are read ahead at once
 
     def __post_init__(self) -> None:
         for name in ("device", "host", "disk"):
@@ -52,20 +43,14 @@ class Budgets:
 
 @dataclass(frozen=True)
 class TierPlan:
-    """How many slots each tier holds: the first are on the device, the next on the host, the last on disk.
-
-    Args:
-        device (int): slots on the device.
-        host (int, optional): slots in host memory. Default: 0
-        disk (int, optional): slots in the file. Default: 0
-        staging (int, optional): rows of each of the two staging areas on the device, through which rows of the slower
-            tiers pass; 0 if all slots are on the device. Default: 0
-    """
+    """How many slots each tier holds: the first are on the device, the next on the host, the last on disk."""
 
     device: int
     host: int = 0
     disk: int = 0
-    staging: int = 0
+    staging: int = (
+        0  # rows of each of two areas on the device through which rows of the slower tiers pass; 0 without any
+    )
 
     @property
     def slots(self) -> int:
@@ -83,69 +68,50 @@ class TierPlan:
         return ", ".join(f"{count} rows on {name}" for name, count in tiers if count) or "no rows"
 
 
-def plan_tiers(slots: int, layout: RowLayout, budgets: Budgets, *, kept: TierPlan | None = None) -> TierPlan:
+def plan_tiers(
+    slots: int, layout: RowLayout, budgets: Budgets, *, kept: TierPlan | None = None, room: int = 0
+) -> TierPlan:
     """Distribute slots over the tiers, the fastest first.
 
     If the rows do not all fit on the device, its budget also holds two staging areas of `budgets.staging_rows` rows each
     (fewer if there are fewer slots, or if an area would exceed STAGING_BYTES). They are needed even if the budget is too
-    small for them.
+    small for them. A row takes `stride_bytes` in memory, and its share of pages in a file.
 
-    Args:
-        slots (int): number of rows.
-        layout (RowLayout): size of the rows; a row takes `stride_bytes` in memory, and its share of pages in a file.
-        budgets (Budgets): limit of each tier.
-        kept (TierPlan, optional): the current plan for fewer slots. Slower tiers begin where they did, so that no row
-            changes its tier. Default: None
-
-    Returns:
-        TierPlan: the slots of each tier.
-
-    Raises:
-        ValueError: if the budgets do not hold all rows.
+    kept: the current plan for fewer slots. Slower tiers begin where they did, so that no row changes its tier.
+    room: slots to reserve memory for in the last tier, as far as its budget allows. A file grows without being copied, and
+    nothing is reserved in it. Raises ValueError if the budgets do not hold all rows.
     """
     row = layout.stride_bytes
-    on_device = slots if budgets.device is None else budgets.device // row
-    one_tier = kept is None or kept.device == kept.slots
-    if slots <= on_device and one_tier:
-        return TierPlan(slots)
+    limit = max(slots, room) if budgets.device is None else budgets.device // row
+    if slots <= limit and (kept is None or kept.device == kept.slots):
+        return TierPlan(min(max(slots, room), limit))
     if kept is not None and kept.staging:
         area, device = kept.staging, kept.device
     else:
         area = max(1, min(budgets.staging_rows, slots, STAGING_BYTES // row))
-        device = max(0, on_device - 2 * area)
+        device = max(0, limit - 2 * area)
     host = min(slots - device, budgets.host // row)
     if kept is not None and kept.disk:
         host = kept.host
     disk = slots - device - host
+    if not disk:
+        host = min(max(slots, room) - device, budgets.host // row)
     taken = layout.end(slots) - layout.begin(device + host) if disk else 0
     if taken > budgets.disk:
-        limit = "no" if budgets.device is None else f"{budgets.device:,}"
+        on_device = "no" if budgets.device is None else f"{budgets.device:,}"
         raise ValueError(
-            f"plan_tiers: budgets must hold {slots} rows of {row:,} bytes, got {limit} bytes on the device, "
+            f"plan_tiers: budgets must hold {slots} rows of {row:,} bytes, got {on_device} bytes on the device, "
             f"{budgets.host:,} on the host and {budgets.disk:,} on disk ({taken:,} wanted there)"
         )
     return TierPlan(device, host, disk, area)
 
 
-def add_reserve(plan: TierPlan, layout: RowLayout, budgets: Budgets, *, slots: int) -> TierPlan:
-    """Return the plan with memory reserved for later rows in its last tier, within that tier's budget.
-
-    Nothing is reserved in a file, which grows without being copied.
-
-    Args:
-        plan (TierPlan): the plan of the current rows.
-        layout (RowLayout): size of the rows.
-        budgets (Budgets): limit of each tier.
-        slots (int): number of slots to reserve memory for.
-    """
-    more = max(0, slots - plan.slots)
-    if plan.disk:
-        return plan
-    if plan.host:
-        return replace(plan, host=plan.host + min(more, budgets.host // layout.stride_bytes - plan.host))
-    if budgets.device is not None:
-        more = min(more, budgets.device // layout.stride_bytes - plan.device)
-    return replace(plan, device=plan.device + more)
+def plan_for(shape: Sequence[int], codec: str, rows: int, budgets: Budgets) -> TierPlan | None:
+    """Return where a number of rows of a shape would lie; None if the budgets do not hold them."""
+    try:
+        return plan_tiers(rows, RowLayout.of(shape, codec), budgets)
+    except ValueError:
+        return None
 
 
 def room_for(slots: int) -> int:

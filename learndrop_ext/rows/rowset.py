@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from learndrop_ext import ops
 from learndrop_ext.forward.proof import rows_agree
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.layout import RowLayout
-from learndrop_ext.rows.plan import budgets_of, plan_tiers
+from learndrop_ext.rows.plan import Budgets, budgets_of, plan_tiers
 from learndrop_ext.rows.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.rows.stopwatch import Stopwatch
 from learndrop_ext.rows.store.fingerprint import Fingerprint
@@ -68,9 +67,9 @@ class RowSet:
         self._made = [0, 0]  # rows computed from images and from older rows since `forget_counts`
         self._full = False  # whether the budgets are exhausted
         self._looks = False  # whether to look for rows of other runs when the first rows arrive
-        self._whole: bool | None = (
-            None  # whether all samples with a slot have all of their rows; None if it is not known
-        )
+        # The place [N] of each sample's row in an epoch (-1: not drawn yet), if all that are drawn have all of their rows.
+        self._places: torch.Tensor | None = None
+        self._places_epoch = -1  # the epoch for which they were looked up; -1 after rows have come or gone
 
     @property
     def cut(self) -> int:
@@ -90,24 +89,25 @@ class RowSet:
         """V, the number of rows of each sample."""
         return self.config.rows_per_sample
 
-    def advance(self, cut: int, shape: Sequence[int], *, rows: int) -> None:
+    def advance(self, cut: int, shape: Sequence[int], *, rows: int, budgets: Budgets | None = None) -> None:
         """Keep rows of a shape after `cut` layers from now on: those of another run, if it has left the first that arrive.
 
         Args:
             cut: a later cut than the current one.
             shape: shape of a row.
             rows: number of rows to make room for.
+            budgets: the bytes that the cut was chosen by. Default: those of now
 
         Raises:
             ValueError, OSError, torch.OutOfMemoryError: what ActivationCache raises. Nothing is changed then.
         """
         self.file.release()
-        new = self._new_cache(cut, shape, max(rows, self.slots.used * self.views))
+        new = self._new_cache(cut, shape, max(rows, self.slots.used * self.views), budgets)
         self._drop_older()
         self.older, self.cache = self.cache, new
         self.cuts = [*self.cuts[-1:], cut] if self.older is not None else [cut]
         self._path, self._looks = [*self._path, cut], True
-        self.stores, self._full, self._whole = True, False, None
+        self.stores, self._full, self._places_epoch = True, False, -1
 
     def level(self, ids: torch.Tensor) -> int:
         """Return the number of layers that the samples `ids` [B] need not run in this epoch: the latest cut at which all of
@@ -116,16 +116,25 @@ class RowSet:
 
     def locate(self, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
         """Return the `level` of the samples `ids` [B], and the places [B] of their rows."""
+        if self._places_epoch != self.epoch:
+            self._look_up_places()
+        # In most epochs every sample drawn so far has its row.
+        if self._places is not None and len(ids):
+            at = self._places.index_select(0, ids)
+            if self.slots.used == len(self.slots) or int(at.min()) >= 0:
+                return self.cuts[-1], at
         at = self.slots.places(ids, self.epoch)
         if self.cache is None or not len(at):
             return 0, at
-        if self._whole is None:
-            used = self.slots.used * self.views
-            self._whole = used <= len(self.cache.filled) and bool(self.cache.filled[:used].all())
-        # In most epochs every sample drawn so far has its row.
-        if int(at.min()) >= 0 if self._whole else bool(filled_at(self.cache, at).all()):
+        if bool(filled_at(self.cache, at).all()):
             return self.cuts[-1], at
         return (self.cuts[-2] if self.older is not None and bool(filled_at(self.older, at).all()) else 0), at
+
+    def _look_up_places(self) -> None:
+        self._places, self._places_epoch = None, self.epoch
+        rows = self.slots.used * self.views
+        if self.cache is not None and rows <= len(self.cache.filled) and bool(self.cache.filled[:rows].all()):
+            self._places = self.slots.all_places(self.epoch)
 
     def complete(self, ids: torch.Tensor) -> bool:
         """Return whether all of the samples `ids` [n] have rows for this epoch, so that no image is needed."""
@@ -133,8 +142,11 @@ class RowSet:
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the places [B] of the samples' rows in this epoch; samples without a slot get one."""
-        self._whole = None
-        return self.slots.assign(ids, self.epoch)
+        used = self.slots.used
+        at = self.slots.assign(ids, self.epoch)
+        if self.slots.used > used:
+            self._places_epoch = -1
+        return at
 
     def first_places(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the distinct places [n] of samples `ids` [B] in this epoch, and the position [n] of the first of each."""
@@ -144,7 +156,7 @@ class RowSet:
         """Return the rows [B, ...] at the places [B] and the cut that `locate` gave."""
         cache = self.cache if level == self.cuts[-1] else self.older
         assert cache is not None
-        return cache.gather(at)
+        return cache.gather_known(at)
 
     def dtype(self, level: int) -> torch.dtype | None:
         """Return the dtype of the rows at a cut that `level` gave; None if they have gone since."""
@@ -167,15 +179,10 @@ class RowSet:
         cache = self.cache if is_last else self.older
         if cache is None:
             return row
-        self._whole = None
-        at = self.slots.assign(ids, self.epoch)
-        places, order = first_of_each(at)
-        if cache.saved and bool(filled_at(cache, at).all()):
-            row = cache.gather(at)  # to write the same rows would copy the file of another run
-        elif len(places) == len(at):
-            row = cache.gather(at) if self._store(cache, at, row) else row
-        elif self._store(cache, places, row[order.to(row.device)]):
-            row = cache.gather(at)
+        at = self.places(ids)
+        # To write rows that are saved would copy the file of another run.
+        if (cache.saved and bool(filled_at(cache, at).all())) or self._store(cache, at, row):
+            row = cache.gather_known(at)
         if is_last and self._begun is not None:
             self._watch.add(self._begun)
             self._begun = None
@@ -186,8 +193,8 @@ class RowSet:
         rows = self.cache
         if rows is None or not rows.plan.staging or not len(ids):
             return
-        at = self.slots.places(ids, self.epoch)
-        if bool(filled_at(rows, at).all()):
+        level, at = self.locate(ids)
+        if level == self.cuts[-1]:
             rows.prefetch(at)
 
     def view(self, ids: torch.Tensor) -> torch.Tensor:
@@ -206,6 +213,7 @@ class RowSet:
                 f"drop.loader: the dataset must keep its {len(self.slots)} samples, or get more, got {size}"
             )
         self.slots.extend(more)
+        self._places_epoch = -1
         return more
 
     def renumber(self, size: int, offsets: torch.Tensor, views: int | str) -> None:
@@ -214,6 +222,7 @@ class RowSet:
             self.config = dataclasses.replace(self.config, views=views)
             self.slots = SlotTable(size, self.views, self.generator)
         self.slots.view_offset[: len(offsets)] = offsets
+        self._places_epoch = -1
 
     def drawn(self) -> torch.Tensor:
         """Return the samples [n] that have rows for this epoch."""
@@ -231,7 +240,7 @@ class RowSet:
         if ids is not None:
             slots = self.slots.table[ids]
             places = self._all_views(slots[slots >= 0])
-            self._whole = None
+            self._places_epoch = -1
             self.cache.forget(places)
             if self.older is not None:
                 self.older.forget(places)
@@ -256,9 +265,7 @@ class RowSet:
     def check_room(self, name: str | None, shape: Sequence[int], rows: int) -> None:
         """Raise ValueError if `find` would find neither the file nor room for rows of a shape."""
         if not self.file.exists(name):
-            codec = self.config.codec
-            layout = RowLayout(ops.row_bytes(shape, codec), ops.row_stride(shape, codec))
-            plan_tiers(rows, layout, budgets_of(self.config, self.device))
+            plan_tiers(rows, RowLayout.of(shape, self.config.codec), budgets_of(self.config, self.device))
 
     def find(self, name: str | None, path: Sequence[int], shape: Sequence[int]) -> FoundRows | None:
         """Replace the rows by those after the last of the cuts `path` in the file that `save` wrote.
@@ -315,7 +322,7 @@ class RowSet:
         self._drop_older()
         if self.cache is not None:
             self.cache.close()
-        self.cache, self._full, self._whole, self._looks = None, False, None, False
+        self.cache, self._full, self._looks, self._places_epoch = None, False, False, -1
         self.slots.clear()
 
     def _drop_older(self) -> None:
@@ -342,6 +349,7 @@ class RowSet:
         if found is None:
             return
         self._drop_older()
+        self._places_epoch = -1
         drawn = self.slots.drawn()
         before = self.slots.table[drawn]
         self.slots.load(found.slots)
@@ -369,24 +377,25 @@ class RowSet:
     def _as_stored(self, row: torch.Tensor) -> torch.Tensor:
         """Rows [B, ...] as a cache gives them back."""
         scratch = ActivationCache(len(row), row.shape[1:], codec=self.config.codec, device=self.device)
-        scratch.append(torch.arange(len(row)), row)
-        stored = scratch.gather(torch.arange(len(row)))
-        scratch.close()
-        return stored
+        every = torch.arange(len(row))
+        scratch.append(every, row)
+        return scratch.gather_known(every)
 
-    def _new_cache(self, cut: int, shape: Sequence[int], rows: int) -> ActivationCache:
+    def _new_cache(self, cut: int, shape: Sequence[int], rows: int, budgets: Budgets | None = None) -> ActivationCache:
         return ActivationCache(
             rows,
             shape,
             codec=self.config.codec,
             device=self.device,
-            budgets=budgets_of(self.config, self.device),
+            budgets=budgets or budgets_of(self.config, self.device),
             path=self.file.new_path(cut),
         )
 
     def _store(self, cache: ActivationCache, at: torch.Tensor, rows: torch.Tensor) -> bool:
-        """Store rows at distinct places; return False if the budgets do not hold them."""
-        wanted = int(at.max()) + 1
+        """Store rows [B, ...] at places [B], of several at one place the first; return False if the budgets do not hold
+        them."""
+        places, order = first_of_each(at)
+        wanted = int(places[-1]) + 1 if len(places) else 0
         if wanted > len(cache.filled):
             if self._full or cache is self.older:
                 return False
@@ -401,5 +410,8 @@ class RowSet:
                     stacklevel=4,
                 )
                 return False
+        self._places_epoch = -1
+        if len(places) < len(at):
+            at, rows = places, rows[order.to(rows.device)]
         cache.append(at, rows)
         return True

@@ -63,6 +63,10 @@ class SlotTable:
             return slots
         return torch.where(slots < 0, -1, slots * self.views + self.view(ids, epoch))
 
+    def all_places(self, epoch: int) -> torch.Tensor:
+        """Return the place [N] of each sample's row in an epoch, -1 for samples without a slot."""
+        return self.table if self.views == 1 else self.places(torch.arange(len(self.table)), epoch)
+
     def assign(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return `places`, after assigning slots to samples that have none."""
         at = self.places(ids, epoch)
@@ -88,11 +92,9 @@ def first_of_each(places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Filled(Protocol):
-    """What is kept by place."""
+    """What is kept by place. filled: [R] bool, which places were written."""
 
-    @property
-    def filled(self) -> torch.Tensor:
-        """[R] bool, which places were written."""
+    filled: torch.Tensor
 
 
 def filled_at(store: Filled | None, at: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,37 @@ def test_free_bytes_of_the_cpu_are_those_that_are_available(monkeypatch: pytest.
     assert free_bytes(CPU) == 3000 * 1024
 
 
+# limit, used and inactive bytes of the outer and of the inner group, and what is free
+GROUPS = [
+    (("max", 900, 0), ("max", 700, 0), 3000 * 1024),
+    (("max", 900, 0), ("1000", 700, 50), 350),
+    (("1000", 900, 30), ("2000", 700, 50), 130),
+    (("max", 900, 0), ("1000", 1100, 50), 0),
+    (("max", 900, 0), (str(1 << 40), 700, 0), 3000 * 1024),
+]
+
+
+@pytest.mark.parametrize(("outer", "inner", "wanted"), GROUPS)
+def test_free_bytes_of_the_cpu_keep_to_the_limits_of_a_container(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    outer: tuple[str, int, int],
+    inner: tuple[str, int, int],
+    wanted: int,
+) -> None:
+    own, groups = tmp_path / "cgroup", tmp_path / "groups"
+    own.write_text("5:cpu:/other\n0::/outer/inner\n")
+    for folder, (limit, used, inactive) in ((groups / "outer", outer), (groups / "outer" / "inner", inner)):
+        folder.mkdir(parents=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\n")
+    monkeypatch.setattr(backend, "OWN_GROUP", own)
+    monkeypatch.setattr(backend, "GROUPS", groups)
+    monkeypatch.setattr(backend, "open", lambda *_, **__: io.StringIO(MEMINFO), raising=False)
+    assert free_bytes(CPU) == wanted
+
+
 def test_free_bytes_of_this_machine() -> None:
     total = re.search(r"MemTotal: +(\d+) kB", Path("/proc/meminfo").read_text())
     assert total is not None

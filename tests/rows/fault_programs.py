@@ -17,9 +17,9 @@ import torch
 from learndrop_ext.ops import transfer
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.plan import Budgets, TierPlan
-from learndrop_ext.rows.storage import TierStorage
 from learndrop_ext.rows.store.fingerprint import Fingerprint
 from learndrop_ext.rows.store.shared import FillLock, find_or_lock
+from learndrop_ext.rows.tiers import TierStorage
 
 CPU = torch.device("cpu")
 ON_DISK = Budgets(0, 0, 1 << 30)
@@ -43,7 +43,7 @@ class KillSwitch:
         self.half = False
         transfer.write_rows = self.counted(transfer.write_rows, self.half_of_rows)
         os.pwrite = self.counted(os.pwrite, self.half_of_bytes)
-        for name in ("posix_fallocate", "ftruncate", "fsync", "rename", "sendfile"):
+        for name in ("posix_fallocate", "ftruncate", "fsync", "rename"):
             # There is no half of these: they are done, and then the process ends.
             setattr(os, name, self.counted(getattr(os, name), lambda real, *arguments: real(*arguments)))
 

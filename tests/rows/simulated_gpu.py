@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from learndrop_ext.ops import transfer
-from learndrop_ext.rows import host, storage, tiered
+from learndrop_ext.rows import host, tiers
 
 CUDA = torch.device("cuda")
 
@@ -186,8 +186,8 @@ class Gpu:
         monkeypatch.setattr(transfer, "unpin", lambda rows: self.pinned.pop(rows.data_ptr(), None))
         monkeypatch.setattr(host, "copy_engine_from", lambda device: 4096)
         monkeypatch.setattr(host.HostTier, "read", read)
-        monkeypatch.setattr(storage, "allocate", allocate)
-        monkeypatch.setattr(tiered, "ThreadPoolExecutor", Executor)
+        monkeypatch.setattr(tiers, "allocate", allocate)
+        monkeypatch.setattr(tiers, "ThreadPoolExecutor", Executor)
 
     @contextlib.contextmanager
     def on(self, stream: Stream) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 from fault_programs import CPU, MOSTLY_ON_DISK, ON_DISK, PRINT, SHAPE, rows
 
 from learndrop_ext.rows import host as host_rows
-from learndrop_ext.rows import storage
+from learndrop_ext.rows import tiers
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.plan import Budgets, TierPlan
@@ -137,7 +137,7 @@ def test_rows_that_cannot_be_moved_stay_where_they_are(tmp_path: Path, monkeypat
 
 def no_memory(monkeypatch: pytest.MonkeyPatch, *, above: int, host: bool = False) -> None:
     """Device memory of more than `above` rows cannot be had; none of the host's if `host`."""
-    real = storage.allocate
+    real = tiers.allocate
 
     def allocate(count: int, stride_bytes: int, device: torch.device) -> torch.Tensor:
         if count > above:
@@ -147,7 +147,7 @@ def no_memory(monkeypatch: pytest.MonkeyPatch, *, above: int, host: bool = False
     def init(self: host_rows.HostTier, count: int, stride_bytes: int, device: torch.device) -> None:
         raise torch.OutOfMemoryError("no host memory")
 
-    monkeypatch.setattr(storage, "allocate", allocate)
+    monkeypatch.setattr(tiers, "allocate", allocate)
     if host:
         monkeypatch.setattr(host_rows.HostTier, "__init__", init)
 

@@ -11,7 +11,7 @@ from five_values import ROW, cache_of, rows
 from tiered_cache import CPU, PRINT, ids
 from torch import Tensor
 
-from learndrop_ext.rows import storage
+from learndrop_ext.rows import tiers
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.host import HostTier
@@ -23,7 +23,7 @@ from learndrop_ext.rows.plan import Budgets, TierPlan
 def allocated(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
     """Rows of each piece of memory that a tier takes, one after the other."""
     taken: dict[str, list[int]] = {"device": [], "host": []}
-    real, real_init = storage.allocate, HostTier.__init__
+    real, real_init = tiers.allocate, HostTier.__init__
 
     def allocate(count: int, stride_bytes: int, device: torch.device) -> Tensor:
         taken["device"].append(count)
@@ -33,7 +33,7 @@ def allocated(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
         taken["host"].append(count)
         real_init(self, count, stride_bytes, device)
 
-    monkeypatch.setattr(storage, "allocate", allocate)
+    monkeypatch.setattr(tiers, "allocate", allocate)
     monkeypatch.setattr(HostTier, "__init__", init)
     return taken
 
@@ -125,14 +125,14 @@ def test_growth_beyond_the_budgets_changes_nothing(tmp_path: Path) -> None:
 def test_growth_without_memory_for_a_reserve_takes_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_of(8)
     cache.append(torch.arange(8), rows(8))
-    real = storage.allocate
+    real = tiers.allocate
 
     def scarce(count: int, stride_bytes: int, device: torch.device) -> Tensor:
         if count > 9:
             raise torch.OutOfMemoryError(f"{count} rows do not fit")
         return real(count, stride_bytes, device)
 
-    monkeypatch.setattr(storage, "allocate", scarce)
+    monkeypatch.setattr(tiers, "allocate", scarce)
     cache.grow(9)
     assert torch.equal(cache.gather(torch.arange(8)), rows(8))
     with pytest.raises(torch.OutOfMemoryError, match="10 rows do not fit"):

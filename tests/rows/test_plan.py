@@ -11,7 +11,7 @@ from tiered_cache import CPU
 from learndrop_ext.rows import plan as tier_plan
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.layout import RowLayout
-from learndrop_ext.rows.plan import Budgets, TierPlan, add_reserve, budgets_of, lengthened, plan_tiers, room_for
+from learndrop_ext.rows.plan import Budgets, TierPlan, budgets_of, lengthened, plan_for, plan_tiers, room_for
 
 KILOBYTE = RowLayout(row_bytes=1000, stride_bytes=1024)
 
@@ -77,25 +77,38 @@ def test_tier_plan_says_what_is_where() -> None:
     assert str(TierPlan(0)) == "no rows"
 
 
-# plan, budgets in rows, slots to have room for, the plan with room
+# slots, budgets in rows, slots to reserve memory for, the plan
 RESERVES = [
-    (TierPlan(8), (None, 0, 0), 10, TierPlan(10)),
-    (TierPlan(8), (9, 50, 0), 10, TierPlan(9)),
-    (TierPlan(8), (8, 50, 0), 10, TierPlan(8)),
-    (TierPlan(8), (20, 50, 0), 8, TierPlan(8)),
-    (TierPlan(8), (20, 50, 0), 7, TierPlan(8)),
-    (TierPlan(8), (20, 50, 0), 0, TierPlan(8)),
-    (TierPlan(2, 6, 0, 1), (4, 50, 0), 10, TierPlan(2, 8, 0, 1)),
-    (TierPlan(2, 6, 0, 1), (4, 7, 90), 10, TierPlan(2, 7, 0, 1)),
-    (TierPlan(2, 6, 2, 1), (4, 7, 90), 20, TierPlan(2, 6, 2, 1)),
+    (8, (None, 0, 0), 10, TierPlan(10)),
+    (8, (9, 50, 0), 10, TierPlan(9)),
+    (8, (8, 50, 0), 10, TierPlan(8)),
+    (8, (20, 50, 0), 8, TierPlan(8)),
+    (8, (20, 50, 0), 7, TierPlan(8)),
+    (8, (20, 50, 0), 0, TierPlan(8)),
+    (8, (4, 50, 0), 10, TierPlan(2, 8, 0, 1)),
+    (8, (4, 7, 90), 10, TierPlan(2, 7, 0, 1)),
+    (10, (4, 6, 90), 20, TierPlan(2, 6, 2, 1)),
 ]
 
 
-@pytest.mark.parametrize(("plan", "kilobytes", "slots", "wanted"), RESERVES)
-def test_add_reserve(plan: TierPlan, kilobytes: tuple[int | None, int, int], slots: int, wanted: TierPlan) -> None:
+@pytest.mark.parametrize(("slots", "kilobytes", "room", "wanted"), RESERVES)
+def test_plan_tiers_reserves_memory_in_the_last_tier_within_its_budget(
+    slots: int, kilobytes: tuple[int | None, int, int], room: int, wanted: TierPlan
+) -> None:
     device, host, disk = kilobytes
-    budgets = Budgets(None if device is None else device * 1024, host * 1024, disk * 1024)
-    assert add_reserve(plan, KILOBYTE, budgets, slots=slots) == wanted
+    budgets = Budgets(None if device is None else device * 1024, host * 1024, disk * 1024, 1)
+    assert plan_tiers(slots, KILOBYTE, budgets, room=room) == wanted
+
+
+def test_plan_for_says_whether_rows_fit_with_the_areas_and_pages_that_they_need() -> None:
+    # 1,000 rows of 128 bytes on the device and 80 pages on disk would be 3,560 rows, were it not for the areas.
+    budgets = Budgets(1000 * 128, 0, 80 * 4096)
+    assert plan_for((64,), "fp16", 1000, budgets) == TierPlan(1000)
+    assert plan_for((64,), "fp16", 1050, budgets) == TierPlan(488, 0, 562, 256)
+    # Rows of 4 KB: 1,000 on the device and 80 on disk, and only 488 beside two areas of 256.
+    budgets = Budgets(1000 * 4096, 0, 80 * 4096)
+    assert plan_for((2048,), "fp16", 1000, budgets) == TierPlan(1000)
+    assert plan_for((2048,), "fp16", 1050, budgets) is None
 
 
 def test_room_for_is_a_quarter_more() -> None:

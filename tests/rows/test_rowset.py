@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from tiered_cache import CPU, ids
 from torch import Tensor
 
+from learndrop_ext.rows import rowset as rowset_module
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.plan import Budgets, TierPlan, plan_for
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.rows.store import rowfile
 from learndrop_ext.rows.store.fingerprint import Fingerprint
@@ -164,6 +167,21 @@ def test_an_advance_that_the_budgets_do_not_hold_changes_nothing() -> None:
     assert_rows(rows, 1, 0, 5)
 
 
+def test_an_advance_keeps_to_the_budgets_that_its_cut_was_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rowset()
+
+    def not_again(*_: Any) -> None:
+        raise AssertionError("the memory was read a second time")
+
+    monkeypatch.setattr(rowset_module, "budgets_of", not_again)
+    with pytest.raises(ValueError, match="plan_tiers: budgets must hold 6 rows of 128 bytes, got 640 bytes"):
+        rows.advance(1, SHAPE, rows=6, budgets=Budgets(5 * ROW))
+    assert plan_for(SHAPE, "fp32", 6, Budgets(5 * ROW)) is None
+    rows.advance(1, SHAPE, rows=6, budgets=Budgets(6 * ROW))
+    assert rows.cache is not None
+    assert rows.cache.plan == plan_for(SHAPE, "fp32", 6, Budgets(6 * ROW)) == TierPlan(6)
+
+
 def test_older_rows_serve_until_every_sample_has_new_ones() -> None:
     rows = advanced(1, 3)
     older = rows.older
@@ -263,6 +281,36 @@ def test_forget_of_all_goes_on_at_the_same_cut() -> None:
     assert_rows(rows, 0, 0)
     rows.keep(2, torch.arange(6), values(2, torch.arange(6)))
     assert_rows(rows, 2, *range(6))
+
+
+# what changes, and a sample that has no row then
+CHANGES: list[tuple[Callable[[RowSet], Any], int]] = [
+    (lambda rows: rows.forget(ids(2)), 2),
+    (lambda rows: rows.forget(), 0),
+    (lambda rows: rows.follow_size(7), 6),
+    (lambda rows: rows.advance(2, SHAPE, rows=12), 5),
+]
+
+
+@pytest.mark.parametrize(("change", "without"), CHANGES)
+@pytest.mark.parametrize("views", [1, 2])
+def test_locate_follows_each_change_of_the_rows(change: Callable[[RowSet], Any], without: int, views: int) -> None:
+    rows = rowset(views=views)
+    rows.advance(1, SHAPE, rows=6 * views)
+    order = ids(5, 0, 3, 1, 4, 2)
+    for rows.epoch in range(views):
+        rows.keep(1, order, values(1, order))
+    for rows.epoch in range(4):
+        level, at = rows.locate(order)
+        assert level == 1
+        assert torch.equal(at, rows.slots.places(order, rows.epoch))
+    change(rows)
+    assert rows.locate(ids(without))[0] < rows.cut
+    made = values(rows.cut, ids(without))
+    rows.keep(rows.cut, ids(without), made)
+    level, at = rows.locate(ids(without))
+    assert level == rows.cut
+    assert torch.equal(rows.gather(at, level), made)
 
 
 def test_a_dataset_may_grow_and_not_shrink() -> None:

@@ -17,7 +17,7 @@ from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.plan import Budgets, TierPlan
 from learndrop_ext.rows.store.file import CacheFileError
-from learndrop_ext.rows.tiered import TieredRows
+from learndrop_ext.rows.tiers import TieredRows
 
 SLOTS, STRIDE = 48, 128
 ORDERS = 20  # a test
@@ -84,7 +84,7 @@ class Run:
         for came, wanted in self.batches:
             assert torch.equal(came, wanted)
         every = torch.arange(SLOTS)
-        assert torch.equal(plain(self.rows._read_rows(self.rows.storage, every)), self.wanted)
+        assert torch.equal(plain(self.rows.storage.rows(every)), self.wanted)
         assert self.gpu.faults == []
 
 
@@ -145,7 +145,7 @@ def test_rows_dropped_without_close_are_released_after_their_copies(
         # The allocator was told that this stream uses the memory too.
         assert (run.rows.data.data_ptr(), copy_stream.stream) in run.gpu.recorded
         run.rows.prefetch(torch.arange(SLOTS - run.staging, SLOTS))
-        promise = run.rows._prefetch.future  # type: ignore[union-attr]
+        promise = run.rows._prefetch[2]  # type: ignore[index]
         promise.run()  # type: ignore[attr-defined]
         del promise
         assert run.gpu.pinned != {}

@@ -11,7 +11,7 @@ from tiered_cache import CPU, PRINT, ids, rows, tiered
 from torch import Tensor
 
 from learndrop_ext import _C
-from learndrop_ext.rows import storage
+from learndrop_ext.rows import tiers
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.plan import Budgets, TierPlan
 from learndrop_ext.rows.store.file import CacheFileError
@@ -56,7 +56,7 @@ def test_prefetch_is_forgotten_when_rows_change(tmp_path: Path) -> None:
     cache.prefetch(ids(1, 3))
     assert cache._rows is not None
     assert cache._rows._prefetch is not None
-    cache._rows._prefetch.future.result()
+    cache._rows._prefetch[2].result()
     cache.append(torch.arange(4), changed)
     assert torch.equal(cache.gather(ids(1, 3)), changed[[1, 3]])
     cache.prefetch(ids(0, 1))
@@ -72,19 +72,19 @@ def test_prefetch_reads_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cache = tiered(5, (5,), tmp_path / "rows", device=0, host=2, staging=3)
     cache.append(torch.arange(5), rows(5, 5))
     asked: list[list[int]] = []
-    read = storage.TierStorage.read
+    read = tiers.TierStorage.read
 
-    def noting(self: storage.TierStorage, slots: Tensor, into: Tensor) -> None:
+    def noting(self: tiers.TierStorage, slots: Tensor, into: Tensor) -> None:
         asked.append(slots.tolist())
         read(self, slots, into)
 
-    monkeypatch.setattr(storage.TierStorage, "read", noting)
+    monkeypatch.setattr(tiers.TierStorage, "read", noting)
     read_ahead = []
     for batch in (ids(3, 1), ids(2, 4, 2), ids(0)):
         cache.prefetch(batch)
         assert cache._rows is not None
         assert cache._rows._prefetch is not None
-        cache._rows._prefetch.future.result()
+        cache._rows._prefetch[2].result()
         read_ahead.append(asked[-1])
         cache.gather(batch)
     assert read_ahead == asked == [[1, 3], [2, 4], [0]]
