@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ def with_input(batch: Any, key: InputKey, model_input: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         return model_input
     entries, spec = pytree.tree_flatten(batch, is_leaf=lambda value: value is not batch)
-    entries[list(batch).index(key) if isinstance(batch, Mapping) else key] = model_input  # type: ignore[call-overload]
+    place: Any = list(batch).index(key) if isinstance(batch, Mapping) else key
+    entries[place] = model_input
     return pytree.tree_unflatten(entries, spec)
 
 
@@ -106,28 +108,22 @@ def equal(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other or (one != one and other != other))
 
 
+@dataclass
 class _Column:
     """One entry of the batches, by place.
 
-    kind: "tensor" or "array" (a row per sample), "list" (a value per sample), "constant" or, of which nothing is stored,
-        "input".
+    kind: "tensor" or "array" (a row per sample), "list" (a value per sample), "constant" or "input" (not stored).
     form: a description that is the same in all batches.
     """
 
-    def __init__(self, name: str, kind: str, form: str, stored: Any = None) -> None:
-        self.name, self.kind, self.form, self.stored = name, kind, form, stored
+    name: str
+    kind: str
+    form: str
+    stored: Any = None
 
-    @classmethod
-    def of(cls, name: str, leaf: Any, count: int, device: torch.device) -> _Column:
-        """Return the column of an entry of a batch of `count` samples, without its values."""
-        if leaf is _INPUT:
-            return cls(name, "input", "the model's input")
-        kind, form = _kind(name, leaf, count)
-        if kind == "tensor":
-            return cls(name, kind, form, torch.empty((0, *leaf.shape[1:]), dtype=leaf.dtype, device=device))
-        if kind == "array":
-            return cls(name, kind, form, np.empty((0, *leaf.shape[1:]), dtype=leaf.dtype))
-        return cls(name, kind, form, [] if kind == "list" else leaf)
+    @property
+    def has_rows(self) -> bool:
+        return self.kind in ("tensor", "array")
 
     def check(self, leaf: Any, count: int) -> None:
         """Raise ValueError for an entry unlike that of the first batch."""
@@ -147,9 +143,7 @@ class _Column:
 
     def put(self, leaf: Any, at: torch.Tensor, take: torch.Tensor | None) -> None:
         """Store the samples `take` [n] of a batch's entry at places [n]; all with None."""
-        if self.kind == "tensor":
-            self.stored = _written(self.stored, at, leaf if take is None else leaf[take])
-        elif self.kind == "array":
+        if self.has_rows:
             self.stored = _written(self.stored, at, leaf if take is None else leaf[take.numpy()])
         elif self.kind == "list":
             places = at.tolist()
@@ -197,10 +191,7 @@ class BatchExtras:
 
     def check(self, batch: Any) -> None:
         """Raise ValueError for a batch that cannot be stored, naming the entry."""
-        if self._spec is None:
-            self._columns_of(batch)
-        else:
-            self._leaves(batch)
+        self._columns_of(batch) if self._spec is None else self._leaves(batch)
 
     def put(self, batch: Any, at: torch.Tensor, take: torch.Tensor | None = None) -> None:
         """Store the extras of a batch.
@@ -221,7 +212,7 @@ class BatchExtras:
         self.filled = _written(self.filled, at, torch.ones(len(at), dtype=torch.bool))
 
     def get(self, at: torch.Tensor, model_input: torch.Tensor, where: torch.Tensor | None = None) -> Any:
-        """Return the batch at places [B] int64 (CPU), with `model_input` in place of the images. where: `at` on the device."""
+        """Return the batch at places [B] int64 (CPU, and `where` on the device), with `model_input` as its images."""
         if where is None:
             where = at.to(self.device, non_blocking=True)
         leaves = [model_input if column.kind == "input" else column.get(at, where) for column in self._columns]
@@ -247,10 +238,10 @@ class BatchExtras:
         """
         where = at.to(self.device)
         readings = [self._spec.flatten_up_to(one) for one in (batch, *others)]
-        for column, leaf, *again in zip(self._columns, *readings, strict=True):
-            if column.kind == "input" or not all(equal(leaf, other) for other in again):
-                continue
-            if not equal(leaf, column.get(at, where)):
+        for i, column in enumerate(self._columns):
+            leaf, *again = (leaves[i] for leaves in readings)
+            random = not all(equal(leaf, other) for other in again)
+            if column.kind != "input" and not random and not equal(leaf, column.get(at, where)):
                 return column.name
         return None
 
@@ -264,34 +255,36 @@ class BatchExtras:
             spec = pytree.treespec_dumps(self._spec)
         except NotImplementedError as error:
             raise TypeError(f"BatchExtras.state: batches must be of plain containers, got {error}") from None
-        stacked = [column.kind in ("tensor", "array") for column in self._columns]
-        tensors = [torch.as_tensor(c.stored).cpu() for c, is_tensor in zip(self._columns, stacked, strict=True) if is_tensor]
-        return {
-            "spec": spec,
-            "entries": [[column.name, column.kind, column.form] for column in self._columns],
-            "stacks": [None if is_tensor else c.stored for c, is_tensor in zip(self._columns, stacked, strict=True)],
-        }, [self.filled, *tensors]
+        entries = [[c.name, c.kind, c.form, None if c.has_rows else c.stored] for c in self._columns]
+        rows = [torch.as_tensor(column.stored).cpu() for column in self._columns if column.has_rows]
+        return {"spec": spec, "entries": entries}, [self.filled, *rows]
 
     def load(self, values: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
         """Replace what is stored by a `state`."""
         self._spec = pytree.treespec_loads(values["spec"])
-        self._columns = [_Column(*entry, stored) for entry, stored in zip(values["entries"], values["stacks"], strict=True)]
-        self.filled, *stacked = tensors
-        left = iter(stacked)
-        for column in self._columns:
-            if column.kind == "tensor":
-                column.stored = next(left).to(self.device)
-            elif column.kind == "array":
-                column.stored = next(left).numpy()
+        self._columns = [_Column(*entry) for entry in values["entries"]]
+        self.filled, *rows = tensors
+        for column, stack in zip([c for c in self._columns if c.has_rows], rows, strict=True):
+            column.stored = stack.numpy() if column.kind == "array" else stack.to(self.device)
 
     def _columns_of(self, batch: Any) -> tuple[Any, list[_Column]]:
         """The structure of a batch, and its columns without values."""
         count = len(input_of(batch, self.key))
         marked = with_input(batch, self.key, _INPUT)
-        pairs, spec = pytree.tree_flatten_with_path(
-            marked, is_leaf=lambda value: value is not marked and _is_list_of_samples(value, count)
-        )
-        return spec, [_Column.of(f"batch{pytree.keystr(path)}", leaf, count, self.device) for path, leaf in pairs]
+
+        def is_leaf(value: Any) -> bool:
+            return value is not marked and _is_list_of_samples(value, count)
+
+        pairs, spec = pytree.tree_flatten_with_path(marked, is_leaf=is_leaf)
+        columns = []
+        for path, leaf in pairs:
+            name = f"batch{pytree.keystr(path)}"
+            kind, form = ("input", "the model's input") if leaf is _INPUT else _kind(name, leaf, count)
+            column = _Column(name, kind, form, None if leaf is _INPUT else [] if kind == "list" else leaf)
+            if column.has_rows:
+                column.stored = to_device(leaf[:0], self.device)
+            columns.append(column)
+        return spec, columns
 
     def _leaves(self, batch: Any) -> list[Any]:
         """The entries of a batch, checked against the first one."""
@@ -343,15 +336,14 @@ def _is_square(value: Any, count: int) -> bool:
 
 def _written(stack: Any, at: torch.Tensor, rows: Any) -> Any:
     """The stack with rows [n, ...] at places [n]. Its memory grows in steps."""
-    size, is_tensor = int(at.max()) + 1 if len(at) else 0, isinstance(stack, torch.Tensor)
+    size = int(at.max()) + 1 if len(at) else 0
     if size > len(stack):
         shape = (max(size, room_for(len(stack))) - len(stack), *stack.shape[1:])
-        more = stack.new_zeros(shape) if is_tensor else np.zeros(shape, dtype=stack.dtype)
-        stack = torch.cat([stack, more]) if is_tensor else np.concatenate([stack, more])
-    if is_tensor:
-        stack[at.to(stack.device)] = rows.to(stack.device)
-    else:
-        stack[at.numpy()] = rows
+        if isinstance(stack, torch.Tensor):
+            stack = torch.cat([stack, stack.new_zeros(shape)])
+        else:
+            stack = np.concatenate([stack, np.zeros(shape, dtype=stack.dtype)])
+    stack[at.numpy()] = rows.to(stack.device) if isinstance(stack, torch.Tensor) else rows
     return stack
 
 
