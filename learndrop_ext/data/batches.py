@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.utils.data import (
     BatchSampler,
-    DataLoader,
     DistributedSampler,
     RandomSampler,
     SequentialSampler,
@@ -22,7 +21,7 @@ from torch.utils.data import (
 from learndrop_ext.data.extras import to_device
 from learndrop_ext.data.id_source import IdSource, length_of
 from learndrop_ext.data.places import Places, Plan
-from learndrop_ext.data.reading import id_of, rebuilt
+from learndrop_ext.data.reading import id_of
 from learndrop_ext.data.share import Share
 from learndrop_ext.data.source import DatasetSource, Source
 from learndrop_ext.distributed import process_rank, several_processes
@@ -33,83 +32,6 @@ from learndrop_ext.rows.rowset import RowSet
 BLOCK = 64
 #: batch of images, ids [B], positions of ids that came before in the epoch -> whether any of them has a row
 Compare = Callable[[Any, torch.Tensor, "torch.Tensor | None"], bool]
-
-
-class Planner:
-    """The user's order, and the batch sampler of the image loader: those of the user's batches that have to be read.
-
-    It checks ids and records which were drawn. The plans of all batches wait in `plans`, in order.
-    """
-
-    def __init__(self, batch_sampler: Any, size: int, places: Places, share: Share | None) -> None:
-        self.batch_sampler = batch_sampler
-        self.share = share  # this rank's share of the samples, with several processes
-        self.seen = torch.zeros(size, dtype=torch.bool)
-        self.plans: deque[Plan] = deque()
-        self.epoch = 0
-        self.dropped = False  # whether rows are kept
-        self._places = places
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for plan in self.draw(1):
-            self.plans.append(plan)
-            if plan.reads:
-                yield plan.ids.tolist()
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-    def begin(self, epoch: int, *, more: int, dropped: bool) -> None:
-        """Begin an epoch, with `more` new samples. Discards plans of an epoch that was broken off."""
-        if more:
-            self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
-        if self.share is not None and (more or not dropped):
-            self.share.forget()
-        self.epoch, self.dropped = epoch, dropped
-        self.plans.clear()
-
-    def draw(self, block: int) -> Iterator[Plan]:
-        """Yield the plans of an epoch, drawing up to `block` batches at once where nobody can see that.
-
-        The last batch is drawn when it is its turn: a RandomSampler then draws one permutation more.
-        """
-        order, left = self._order()
-        all_seen = bool(self.seen.all())
-        while batches := [list(batch) for batch in islice(order, max(1, min(block, left - 1)))]:
-            left -= len(batches)
-            ids = self._checked(list(chain.from_iterable(batches)))
-            new = not all_seen and not bool(self.seen[ids].all())
-            for plan in self._places.plans(ids, [len(batch) for batch in batches]):
-                if new:
-                    self.seen[plan.ids] = True
-                yield plan
-
-    def needed(self) -> torch.Tensor:
-        """Return the samples drawn so far [n], or those of this rank's share."""
-        drawn: torch.Tensor = torch.nonzero(self.seen).flatten()
-        return drawn if self.share is None or self.share.ids is None else self.share.ids
-
-    def _order(self) -> tuple[Iterator[Any], int]:
-        """The batches of an epoch: the user's, or those of this rank's share; and their number, 0 if the user may see when
-        they are drawn."""
-        share, sampler = self.share, self.batch_sampler
-        count = len(sampler) if draws_at_once(sampler) else 0
-        if share is None or not self.dropped:
-            return iter(sampler), count
-        if share.ids is not None:
-            return share.batches(self.epoch), len(share)
-        return share.note(sampler, len(sampler) if hasattr(sampler, "__len__") else None), count
-
-    def _checked(self, drawn: list[Any]) -> torch.Tensor:
-        """What a sampler has drawn as ids [n] of the dataset."""
-        size = len(self.seen)
-        ids = drawn if set(map(type, drawn)) == {int} else [id_of(i) for i in drawn]
-        if ids and (min(ids) < 0 or max(ids) >= size):
-            outside = next(i for i in ids if not 0 <= i < size)
-            raise IndexError(
-                f"drop.loader: the sampler must name samples of the dataset, within 0..{size - 1}, got {outside}"
-            )
-        return torch.tensor(ids, dtype=torch.int64)
 
 
 def draws_at_once(batch_sampler: Any) -> bool:
@@ -126,41 +48,52 @@ def draws_at_once(batch_sampler: Any) -> bool:
 
 
 class PlannedBatches:
-    """The batches of a DataLoader's sampler. A batch is read whole, or not at all."""
+    """The batches of a DataLoader's sampler, each read whole or not at all.
+
+    It is also the batch sampler of the loader that reads them: of the batches that have to be read. That loader asks for
+    them some steps ahead; the plans of all batches wait in their order.
+    """
 
     def __init__(self, source: DatasetSource, rows: RowSet, places: Places) -> None:
-        share = None
-        if several_processes() and rows.config.partition == "share":
-            share = Share(seed=rows.config.seed, rank=process_rank())
+        self.seen = torch.zeros(len(source), dtype=torch.bool)  # the samples drawn so far: [N]
         self._source, self._rows, self._places = source, rows, places
-        self._planner = Planner(source.loader.batch_sampler, len(source), places, share)
-        # The planner does not refer to this loader: without a reference cycle its workers end with it.
-        self._images: DataLoader[Any] = rebuilt(source.loader, self._planner)
+        self._sampler: Any = source.loader.batch_sampler
+        shares = several_processes() and rows.config.partition == "share"
+        self._share = Share(seed=rows.config.seed, rank=process_rank()) if shares else None
+        self._plans: deque[Plan] = deque()
+        self._epoch = 0
+        self._dropped = False  # whether rows are kept, as the epoch begins
         self._seeded = False  # whether persistent workers have been given their seed
 
     def __len__(self) -> int:
-        return len(self._planner)
+        return len(self._sampler)
 
-    @property
-    def seen(self) -> torch.Tensor:
-        """The samples drawn so far: [N] bool."""
-        return self._planner.seen
+    def __iter__(self) -> Iterator[list[int]]:
+        for plan in self._draw(1):
+            self._plans.append(plan)
+            if plan.reads:
+                yield plan.ids.tolist()
 
     def begin(self, epoch: int) -> None:
-        """Begin an epoch; the dataset may have grown."""
+        """Begin an epoch; the dataset may have grown, and the epoch before may have been broken off."""
         more = self._rows.follow_size(len(self._source))
-        self._planner.begin(epoch, more=more, dropped=self._rows.cache is not None)
+        if more:
+            self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
+        self._epoch, self._dropped = epoch, self._rows.cache is not None
+        if self._share is not None and (more or not self._dropped):
+            self._share.forget()
+        self._plans.clear()
 
     def reads_images(self) -> bool:
-        """Return whether a sample drawn so far has to be read, or none was drawn yet."""
-        needed = self._planner.needed()
+        """Return whether a sample drawn so far, or one of this rank's share, has to be read, or none was drawn yet."""
+        drawn = torch.nonzero(self.seen).flatten()
+        needed = drawn if self._share is None or self._share.ids is None else self._share.ids
         return not len(needed) or self._places.needs_images(needed)
 
-    def images(self) -> Iterator[tuple[Plan, Any]]:
-        """Yield the plans in the sampler's order, each with its batch if it is read."""
-        self._seeded = self._images.num_workers > 0 and self._images.persistent_workers
-        read, plans = iter(self._images), self._planner.plans
-        # The image loader asks for batches some steps ahead, which adds their plans and those between them.
+    def images(self, loader: Any) -> Iterator[tuple[Plan, Any]]:
+        """Yield the plans in the sampler's order, each with its batch if `loader` reads it."""
+        self._seeded = self._has_persistent_workers()
+        read, plans = iter(loader), self._plans
         while (batch := next(read, None)) is not None or plans:
             while plans and not plans[0].reads:
                 yield plans.popleft(), None
@@ -173,25 +106,67 @@ class PlannedBatches:
             # A DataLoader draws its workers' seed before the sampler draws the order. Draw it too, so that the order is the
             # one of training on images. Persistent workers get their seed in the first epoch only.
             torch.empty((), dtype=torch.int64).random_(generator=self._source.loader.generator)
-        self._seeded = self._images.num_workers > 0 and self._images.persistent_workers
-        return self._planner.draw(BLOCK)
+        self._seeded = self._has_persistent_workers()
+        return self._draw(BLOCK)
 
     def expected_rows(self) -> int:
         """Return the number of rows a drop will keep: of all samples, of those drawn so far if they are less than half, or
         of one rank's share."""
-        share, size, drawn = self._planner.share, len(self.seen), int(self.seen.sum())
-        if share is None:
+        size, drawn = len(self.seen), int(self.seen.sum())
+        if self._share is None:
             kept = drawn if 0 < 2 * drawn < size else size
-        elif share.ids is not None:
-            kept = len(share.ids)
+        elif self._share.ids is not None:
+            kept = len(self._share.ids)
         else:
-            batch_size = getattr(self._planner.batch_sampler, "batch_size", None)
+            batch_size = getattr(self._sampler, "batch_size", None)
             kept = min(size, len(self) * (batch_size if isinstance(batch_size, int) else 32))
         return kept * self._rows.views
 
     def load(self, seen: torch.Tensor) -> None:
         """Mark the samples that an earlier process has seen."""
         self.seen[: len(seen)] = seen
+
+    def _draw(self, block: int) -> Iterator[Plan]:
+        """Yield the plans of an epoch, drawing up to `block` batches at once where nobody can see that.
+
+        The last batch is drawn when it is its turn: a RandomSampler then draws one permutation more.
+        """
+        order, left = self._order()
+        all_seen = bool(self.seen.all())
+        while batches := [list(batch) for batch in islice(order, max(1, min(block, left - 1)))]:
+            left -= len(batches)
+            ids = self._checked(list(chain.from_iterable(batches)))
+            new = not all_seen and not bool(self.seen[ids].all())
+            for plan in self._places.plans(ids, [len(batch) for batch in batches]):
+                if new:
+                    self.seen[plan.ids] = True
+                yield plan
+
+    def _order(self) -> tuple[Iterator[Any], int]:
+        """The batches of an epoch: the user's, or those of this rank's share; and their number, 0 if the user may see when
+        they are drawn."""
+        share, sampler = self._share, self._sampler
+        count = len(sampler) if draws_at_once(sampler) else 0
+        if share is None or not self._dropped:
+            return iter(sampler), count
+        if share.ids is not None:
+            return share.batches(self._epoch), len(share)
+        return share.note(sampler, len(sampler) if hasattr(sampler, "__len__") else None), count
+
+    def _checked(self, drawn: list[Any]) -> torch.Tensor:
+        """What a sampler has drawn as ids [n] of the dataset."""
+        size = len(self.seen)
+        ids = drawn if set(map(type, drawn)) == {int} else [id_of(i) for i in drawn]
+        if ids and (min(ids) < 0 or max(ids) >= size):
+            outside = next(i for i in ids if not 0 <= i < size)
+            raise IndexError(
+                f"drop.loader: the sampler must name samples of the dataset, within 0..{size - 1}, got {outside}"
+            )
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def _has_persistent_workers(self) -> bool:
+        loader = self._source.loader
+        return loader.num_workers > 0 and loader.persistent_workers
 
 
 class PassingBatches:
@@ -245,9 +220,9 @@ class PassingBatches:
             )
         return not self._source.whole
 
-    def images(self) -> Iterator[tuple[Plan, Any]]:
-        """Yield the batches of the loader."""
-        for i, (ids, read) in enumerate(self._source.iterate()):
+    def images(self, loader: Any) -> Iterator[tuple[Plan, Any]]:
+        """Yield the batches of `loader`."""
+        for i, (ids, read) in enumerate(self._source.iterate(loader)):
             self._follow_size()
             self._seen[ids] = True
             batch = to_device(read, self._rows.device)
@@ -262,7 +237,7 @@ class PassingBatches:
         for ids in self._source.order(known, self._rows.epoch).split(BLOCK * size):
             yield from self._places.plans(ids, size)
 
-    def rest(self, given: int) -> Iterator[tuple[Plan, Any]]:
+    def rest(self, loader: Any, given: int) -> Iterator[tuple[Plan, Any]]:
         """Return the remaining number of batches from the loader: rows have gone since the epoch began."""
         warnings.warn(
             "drop.loader: the rest of the epoch comes from loader, in its order: rows have been freed, and "
@@ -270,7 +245,7 @@ class PassingBatches:
             RuntimeWarning,
             stacklevel=4,
         )
-        return islice(self.images(), self._source.batches(int(self.seen.sum())) - given)
+        return islice(self.images(loader), self._source.batches(int(self.seen.sum())) - given)
 
     def expected_rows(self) -> int:
         """Return the number of rows a drop will keep: of all samples that are known or expected."""

@@ -178,9 +178,7 @@ class BatchExtras:
     """
 
     def __init__(self, *, key: InputKey, device: torch.device, like: Any = None) -> None:
-        self.key = key
-        self.device = device
-        self._like = like
+        self.key, self.device, self._like = key, device, like
         self.clear()
 
     def clear(self) -> None:
@@ -194,16 +192,10 @@ class BatchExtras:
         self._columns_of(batch) if self._spec is None else self._leaves(batch)
 
     def put(self, batch: Any, at: torch.Tensor, take: torch.Tensor | None = None) -> None:
-        """Store the extras of a batch.
-
-        Args:
-            batch: a batch of B samples.
-            at: [B] int64 on the CPU, their places; [n] with `take`.
-            take: [n] int64 on the CPU, the samples of the batch to store. Default: all
+        """Store the samples of a batch, or of `take` [n] only, at places [B] or [n] int64 (CPU).
 
         Raises:
-            ValueError: an entry is neither per sample nor constant, or the structure is not that of the first batch.
-                Nothing is stored.
+            ValueError: an entry is neither per sample nor constant, or unlike that of the first batch. Nothing is stored.
         """
         if self._spec is None:
             self._spec, self._columns = self._columns_of(batch if self._like is None else self._like)
@@ -231,11 +223,8 @@ class BatchExtras:
             self.put(old.get(before[there], torch.empty(int(there.sum()))), after[there])
 
     def first_difference(self, batch: Any, at: torch.Tensor, others: Sequence[Any] = ()) -> str | None:
-        """Return the name of the first entry of a batch that differs from what is stored at places [B], or None.
-
-        Entries that differ between the batch and `others`, further readings of the same samples, are random and not
-        compared.
-        """
+        """Return the name of the first entry of a batch that differs from what is stored at places [B], or None. Entries
+        that differ in `others`, further readings of the same samples, are random and not compared."""
         where = at.to(self.device)
         readings = [self._spec.flatten_up_to(one) for one in (batch, *others)]
         for i, column in enumerate(self._columns):
@@ -246,11 +235,7 @@ class BatchExtras:
         return None
 
     def state(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """Return everything stored, as plain values and tensors on the CPU.
-
-        Raises:
-            TypeError: the structure or a value of the batches cannot be expressed that way.
-        """
+        """Return everything stored, as plain values and tensors on the CPU. TypeError for what cannot be expressed so."""
         try:
             spec = pytree.treespec_dumps(self._spec)
         except NotImplementedError as error:

@@ -29,12 +29,6 @@ class IdSource:
 
     `first` draws one batch from the loader. If the loader is its own iterator, that batch is used as the first one of the
     first epoch. The methods are those of `DatasetSource`.
-
-    Args:
-        loader: any object that gives batches each time it is iterated over.
-        ids: position of the samples' ids in a batch.
-        key: position of the model's input in a batch.
-        seed: random seed with which the first batch is drawn.
     """
 
     readable = False
@@ -113,13 +107,8 @@ class IdSource:
         return self._table.numbers(self._first_ids)
 
     def check_repeats(self, *, accept_random: bool = False) -> bool:
-        """Have the samples of the first batch compared with later readings of them: ValueError where one differs.
-
-        `accept_random` is ignored, since it is not known yet whether samples are random.
-
-        Raises:
-            ValueError: an id stands for different samples within the first batch.
-        """
+        """Have the first batch compared with later readings of its samples, and within itself: ValueError where one differs.
+        `accept_random` is ignored, since it is not known yet whether samples are random."""
         x = input_of(self.first_batch, self._key)
         self._kept = BatchExtras(key=self._key, device=x.device, like=self.first_batch)
         self._kept.put(self.first_batch, torch.arange(len(x)))
@@ -134,13 +123,8 @@ class IdSource:
             f"drop.loader: samples of a loader with ids= can be read only as they come by, got {len(ids)} asked for by id"
         )
 
-    def iterate(self) -> Iterator[tuple[torch.Tensor, Any]]:
-        """Yield the batches of one iteration over the loader, each with the numbers [B] of its samples.
-
-        Raises:
-            RuntimeError: the loader gives no batch.
-            ValueError: a sample of the first batch has changed, see `check_repeats`.
-        """
+    def iterate(self, loader: Any) -> Iterator[tuple[torch.Tensor, Any]]:
+        """Yield the batches of one iteration over `loader`, each with the numbers [B] of its samples."""
         batch, self._begun = self._begun, None
         drawn = batch is not None  # whether the batch was drawn by `first`, and waits to be given
         # Ids of the first batch that did not come; None for the iteration that this batch belongs to.
@@ -148,7 +132,7 @@ class IdSource:
         samples = given = last = 0
         met = torch.empty(0, dtype=torch.bool)
         repeats = False
-        iterator, length = iter(self.loader), length_of(self.loader)
+        iterator, length = iter(loader), length_of(loader)
         while True:
             if not drawn:
                 begin = time.perf_counter()
@@ -176,7 +160,7 @@ class IdSource:
         if not given:
             raise RuntimeError(
                 f"drop.loader: loader must give batches each time it is iterated over, got none from a "
-                f"{type(self.loader).__name__}"
+                f"{type(loader).__name__}"
             )
         self._end(length, samples, last, unmet, repeats=repeats)
 
@@ -205,14 +189,8 @@ class IdSource:
 
     def state(self) -> dict[str, Any] | None:
         """Return the ids in the order of their numbers, and what the last iteration has shown."""
-        return {
-            "values": list(self._table.ids),
-            "whole": self.whole,
-            "repeats": self.repeats,
-            "keeps_last": self._keeps_last,
-            "samples": self._samples,
-            "length": self._length,
-        }
+        shown = {"whole": self.whole, "repeats": self.repeats, "keeps_last": self._keeps_last}
+        return {"values": list(self._table.ids), **shown, "samples": self._samples, "length": self._length}
 
     def check_state(self, state: dict[str, Any] | None) -> None:
         """Raise ValueError for the state of a run without ids, or with ids of another type."""

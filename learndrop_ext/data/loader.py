@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from learndrop_ext.data.batches import PassingBatches, batches_of
 from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, to_device, with_input
+from learndrop_ext.data.id_source import IdSource
 from learndrop_ext.data.places import Places, Plan
+from learndrop_ext.data.reading import rebuilt
 from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.images import Form, Images, Standing, form_of
@@ -22,22 +24,6 @@ FORWARDED = (
     *("dataset", "batch_size", "sampler", "batch_sampler", "num_workers", "drop_last", "collate_fn", "generator"),
     *("pin_memory", "persistent_workers", "prefetch_factor", "timeout", "worker_init_fn", "multiprocessing_context"),
 )
-
-
-class Guard(Protocol):
-    """What looks at the samples for as long as their rows are relied on; see `Guards`."""
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Look at the model and the samples before an epoch begins."""
-
-    def check_batch(self, batch: Any, ids: torch.Tensor) -> None:
-        """Raise ValueError or RuntimeError for a batch of samples `ids` [B] of which no rows can be kept."""
-
-    def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
-        """Note samples `ids` [B] of a batch, whose rows are about to be kept; or only those not noted yet."""
-
-    def compare(self, batch: Any, ids: torch.Tensor, again: torch.Tensor | None) -> bool:
-        """Compare samples `ids` [B] with those that were noted; return whether any of them was."""
 
 
 class DropLoader:
@@ -57,15 +43,15 @@ class DropLoader:
         key: InputKey,
         like: Any,
         bypass: Bypass,
-        guards: Guard,
+        guards: Any,  # the run's `Guards`
     ) -> None:
-        self._user: Any = source.loader
         self._source, self._rows, self._extras, self._key = source, rows, extras, key
         self._bypass, self._guards = bypass, guards
         self._form = form_of(input_of(like, key))
         self._places = places = Places(rows, extras)
-        # Neither refers to this loader: without a reference cycle its workers end with it.
         self.batches = batches_of(source, rows, places, guards.compare)
+        # Nothing refers to this loader: without a reference cycle its workers end with the scheduler.
+        self._images = source.loader if isinstance(source, IdSource) else rebuilt(source.loader, self.batches)
         self._reader = partial(_read_images, source, rows, key) if source.readable else None
         self._epochs = 0  # begun
         self._closed = False
@@ -79,7 +65,7 @@ class DropLoader:
 
     def __getattr__(self, name: str) -> Any:
         if name in FORWARDED:
-            return getattr(self._user, name)
+            return getattr(self._source.loader, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
@@ -157,7 +143,7 @@ class DropLoader:
         self._epochs += 1
 
     def _from_images(self) -> Iterator[Any]:
-        for plan, read in self.batches.images():
+        for plan, read in self.batches.images(self._images):
             yield self._batch(plan, read)
 
     def _from_rows(self) -> Iterator[Any]:
@@ -167,7 +153,7 @@ class DropLoader:
         while plan is not None:
             plan = self._places.current(plan)
             if plan.reads and isinstance(self.batches, PassingBatches):
-                for other, read in self.batches.rest(given):
+                for other, read in self.batches.rest(self._images, given):
                     yield self._batch(other, read)
                 return
             batch = self._batch(plan)
@@ -206,10 +192,10 @@ class DropLoader:
 
     def _unread(self, plan: Plan, like: Form) -> Images:
         """Images that are not read, with their rows. like: the form of such images."""
-        ids, level = plan.ids, plan.level
-        row = self._rows.gather(plan.at, level)
-        form = Form((len(ids), *like.shape[1:]), like.stride, like.dtype)
-        return Images(form, row.device, Standing(self._bypass, ids, row, level, self._reader))  # type: ignore[no-any-return]
+        row = self._rows.gather(plan.at, plan.level)
+        form = Form((len(plan.ids), *like.shape[1:]), like.stride, like.dtype)
+        standing = Standing(self._bypass, plan.ids, row, plan.level, self._reader)
+        return Images(form, row.device, standing)  # type: ignore[no-any-return]
 
     def _mirrored(self, batch: Any, ids: torch.Tensor) -> Any:
         """A batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""

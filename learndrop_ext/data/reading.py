@@ -114,11 +114,8 @@ def id_of(value: Any) -> int:
 
 
 def first_batch_ids(loader: DataLoader[Any]) -> list[int]:
-    """Return the ids of the first batch that the loader's sampler draws.
-
-    They are drawn from a copy of the sampler, so the run's own order is not changed. A sampler that cannot be copied is
-    assumed to draw every id.
-    """
+    """Return the ids of the first batch that a copy of the loader's sampler draws, so the run's own order is not changed. A
+    sampler that cannot be copied is assumed to draw every id."""
     size = len(loader.dataset)  # type: ignore[arg-type]
     try:
         # Do not copy a dataset that the sampler holds.
@@ -149,11 +146,8 @@ def is_function_of_id(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]
 
 
 def is_random_by_sample(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]) -> bool:
-    """Return whether each sample is drawn independently of the others, so that `collate_fn` adds no randomness.
-
-    The samples are read once, and collated with two random seeds and in two halves, compared as in `is_function_of_id`.
-    False for a dataset with `__getitems__`, which may draw the samples of a batch together.
-    """
+    """Return whether each sample is drawn independently of the others: read once, and collated with two random seeds and in
+    two halves, they are equal. False for a dataset with `__getitems__`, which may draw a batch's samples together."""
     inner = loader.dataset
     while isinstance(inner, Subset):
         inner = inner.dataset

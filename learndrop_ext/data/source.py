@@ -29,13 +29,7 @@ KNOWN = 8
 
 
 class DatasetSource:
-    """The samples of a DataLoader's dataset, numbered 0..N-1. No method advances the run's random state.
-
-    Args:
-        loader: the user's loader.
-        key: position of the model's input in a batch.
-        seed: random seed with which samples are read.
-    """
+    """The samples of a DataLoader's dataset, numbered 0..N-1. No method advances the run's random state."""
 
     readable = True  # whether any sample can be read by number at any time
 
@@ -43,8 +37,7 @@ class DatasetSource:
         check_loader(loader)
         self.loader = loader
         self.known_ids: list[int] = []  # samples by which a run that resumes knows its images
-        self._key = key
-        self._seed = seed
+        self._key, self._seed = key, seed
 
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
@@ -73,13 +66,8 @@ class DatasetSource:
         return self._first_ids, self._first
 
     def check_repeats(self, *, accept_random: bool = False) -> bool:
-        """Return whether every sample is the same each time it is read: some are, with another seed and in other batches.
-
-        accept_random: accept random samples, as long as each is drawn independently of the others.
-
-        Raises:
-            ValueError: a sample differs between two readings.
-        """
+        """Return whether samples are the same each time they are read, with another seed and in other batches. ValueError if
+        they are not, or, with `accept_random`, if they are not drawn independently of each other."""
         if is_function_of_id(self.loader, self._key, self._first_ids, self._first, self._seed):
             return True
         if accept_random and is_random_by_sample(self.loader, self._key, self._first_ids):
@@ -132,8 +120,7 @@ Source = DatasetSource | IdSource
 def views_within(epochs: int, speedup: float) -> int:
     """Return how many views of random samples to keep, at least 2, since one would freeze the augmentation.
 
-    A run keeping V views reads images in V epochs and rows in the epochs after them. A run of E epochs is to take the time
-    of E / speedup epochs. Half of that may go to epochs that read images: V = E / (2 speedup).
+    A run of E epochs is to take the time of E / speedup. V of them read images, which may take half: V = E / (2 speedup).
     """
     return max(2, int(epochs / (2 * speedup)))
 
@@ -147,21 +134,8 @@ def settle_views(
     row_bytes: int,
     device: torch.device,
 ) -> CacheConfig:
-    """Check that rows can be kept as configured, and return the configuration with a number for `views="auto"`.
-
-    The views are those of `views_within`, or fewer if the budgets do not hold as many rows of each sample, but at least 2.
-
-    Args:
-        config: the user's configuration.
-        source: the samples.
-        epochs: E, or None if it is not known.
-        speedup: time of the run without drops over the time wanted.
-        row_bytes: bytes of the smallest row that may be kept.
-        device: the model's device.
-
-    Raises:
-        ValueError: samples are random, and views is 1, or E is not known, or the samples of a batch are random together.
-    """
+    """Return the configuration with a number for `views="auto"`: that of `views_within`, or fewer if the budgets do not hold
+    as many rows of `row_bytes`, but at least 2. ValueError for random samples of which rows cannot be kept as configured."""
     if config.views in (1, "auto"):
         may_choose = config.views == "auto" and not config.mirror and epochs is not None
         views = 1
@@ -176,14 +150,7 @@ def settle_views(
 
 
 def source_of(loader: Any, ids: IdKey | None, *, key: InputKey, seed: int, config: CacheConfig) -> Source:
-    """Return the source of a loader's samples.
-
-    Args:
-        loader: a DataLoader or, with `ids`, any iterable of batches.
-        ids: position of the samples' ids in a batch; None if the loader's dataset numbers its samples.
-        key: position of the model's input in a batch.
-        seed: random seed with which samples are read.
-        config: how the rows are kept.
+    """Return the source of a DataLoader's samples or, with `ids`, of those of any iterable of batches.
 
     Raises:
         TypeError, ValueError: the loader or `ids` cannot be used, or `ids` is given with several processes or with rows
