@@ -60,9 +60,8 @@ def test_a_step_on_rows_looks_at_no_value_of_the_batch(codec: str) -> None:
             optimizer.step()
             x, y = next(batches)
     # Ids and places are on the CPU on every machine; batches, rows and weights are on the device.
-    where = {
-        t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), y, *drop._extras._stacks[1:])
-    }
+    labels = [column.stored for column in drop._extras._columns[1:]]
+    where = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), y, *labels)}
     for name, tensors in waits.found:
         for tensor in tensors:
             assert not tensor.is_floating_point(), name

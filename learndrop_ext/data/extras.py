@@ -6,7 +6,7 @@ B samples in a batch, R places.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from learndrop_ext.rows.plan import room_for
 from learndrop_ext.rows.slots import filled_at
 
 InputKey = int | str
+#: Stands for the model's input in the structure of a batch.
+_INPUT: Any = object()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -27,11 +30,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def input_of(batch: Any, key: InputKey) -> torch.Tensor:
-    """Return the model's input: the batch itself if it is a tensor, else the entry at `key`.
-
-    Raises:
-        ValueError: there is no such entry, or it is not a tensor.
-    """
+    """Return the model's input: the batch itself if it is a tensor, else the entry at `key`. Raises ValueError."""
     if isinstance(batch, torch.Tensor):
         return batch
     try:
@@ -49,6 +48,16 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
     return found
 
 
+def with_input(batch: Any, key: InputKey, model_input: Any) -> Any:
+    """Return the batch with something else in place of the model's input."""
+    if isinstance(batch, torch.Tensor):
+        return model_input
+    entries, spec = pytree.tree_flatten(batch, is_leaf=lambda value: value is not batch)
+    place: Any = list(batch).index(key) if isinstance(batch, Mapping) else key
+    entries[place] = model_input
+    return pytree.tree_unflatten(entries, spec)
+
+
 def check_count(batch: Any, count: int, key: InputKey) -> None:
     """Raise ValueError unless a batch has its `count` samples, so that each can be told by its id."""
     got = len(input_of(batch, key))
@@ -57,14 +66,6 @@ def check_count(batch: Any, count: int, key: InputKey) -> None:
             f"drop.loader: collate_fn must give every sample of a batch, because rows are kept by sample, wanted {count}, "
             f"got {got}; leave out samples that cannot be read with a Subset or a sampler, or give cache=None"
         )
-
-
-def with_input(batch: Any, key: InputKey, model_input: torch.Tensor) -> Any:
-    """Return the batch with another tensor in place of the model's input."""
-    pairs, spec = pytree.tree_flatten_with_path(batch)
-    leaves = [leaf for _, leaf in pairs]
-    place = _input_place(pairs, input_of(batch, key), key)
-    return pytree.tree_unflatten([*leaves[:place], model_input, *leaves[place + 1 :]], spec)
 
 
 def is_ambiguous(batch: Any, key: InputKey) -> bool:
@@ -91,17 +92,75 @@ def some_of(batch: Any, take: torch.Tensor, *, key: InputKey, like: Any) -> Any:
     return part.get(at, x[take.to(x.device)])
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One leaf of a batch. kind: "input", "tensor", "array" or "list" (a value per sample), or "constant"."""
+def equal(one: Any, other: Any) -> bool:
+    """Return whether two values are of one type and equal to the bit, NaN to NaN."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        other = other.to(one.device)
+        return bool(((one == other) | ((one != one) & (other != other))).all())
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.shape == other.shape and bool(np.all((one == other) | ((one != one) & (other != other))))
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    return type(one) is type(other) and bool(one == other or (one != one and other != other))
 
-    path: tuple[Any, ...]
+
+@dataclass
+class _Column:
+    """One entry of the batches, by place.
+
+    kind: "tensor" or "array" (a row per sample), "list" (a value per sample), "constant" or "input" (not stored).
+    form: a description that is the same in all batches.
+    """
+
+    name: str
     kind: str
-    form: str  # a description that must be the same in all batches
+    form: str
+    stored: Any = None
 
     @property
-    def name(self) -> str:
-        return f"batch{pytree.keystr(self.path)}"
+    def has_rows(self) -> bool:
+        return self.kind in ("tensor", "array")
+
+    def check(self, leaf: Any, count: int) -> None:
+        """Raise ValueError for an entry unlike that of the first batch."""
+        if self.kind == "input":
+            return
+        kind, form = _kind(self.name, leaf, count)
+        if form != self.form:
+            raise ValueError(
+                f"DropScheduler: entries of all batches must be alike, wanted {self.form} as in the first, got {form} at "
+                f"{self.name}"
+            )
+        if kind == "constant" and not equal(leaf, self.stored):
+            raise ValueError(
+                "DropScheduler: every entry of a batch must be per sample or the same in all batches, got "
+                f"{leaf!r} after {self.stored!r} at {self.name}"
+            )
+
+    def put(self, leaf: Any, at: torch.Tensor, take: torch.Tensor | None) -> None:
+        """Store the samples `take` [n] of a batch's entry at places [n]; all with None."""
+        if self.has_rows:
+            self.stored = _written(self.stored, at, leaf if take is None else leaf[take.numpy()])
+        elif self.kind == "list":
+            places = at.tolist()
+            self.stored.extend([None] * (max(places, default=-1) + 1 - len(self.stored)))
+            for place, i in zip(places, range(len(leaf)) if take is None else take.tolist(), strict=True):
+                self.stored[place] = _own(leaf[i])
+
+    def get(self, at: torch.Tensor, where: torch.Tensor) -> Any:
+        """Return the entry of a batch at places [B]. where: the same on the device."""
+        if self.kind == "tensor":
+            return self.stored.index_select(0, where)
+        if self.kind == "array":
+            return self.stored[at.numpy()]
+        if self.kind == "list":
+            values = [_own(self.stored[place]) for place in at.tolist()]
+            return tuple(values) if self.form.startswith("a tuple") else values
+        return self.stored
 
 
 class BatchExtras:
@@ -119,208 +178,128 @@ class BatchExtras:
     """
 
     def __init__(self, *, key: InputKey, device: torch.device, like: Any = None) -> None:
-        self.key = key
-        self.device = device
-        self._like = like
+        self.key, self.device, self._like = key, device, like
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all that was stored."""
         self._spec: Any = None
-        self._entries: list[_Entry] = []
-        self._stacks: list[Any] = []
+        self._columns: list[_Column] = []
         self.filled = torch.empty(0, dtype=torch.bool)  # which places hold extras; its length grows in steps
-        self._end = 0  # behind the last of them
-        self._whole: bool | None = None  # whether all places before the end hold extras; None if it is not known
 
     def check(self, batch: Any) -> None:
         """Raise ValueError for a batch that cannot be stored, naming the entry."""
-        self._read(batch)
+        self._columns_of(batch) if self._spec is None else self._leaves(batch)
 
     def put(self, batch: Any, at: torch.Tensor, take: torch.Tensor | None = None) -> None:
-        """Store the extras of a batch.
-
-        Args:
-            batch: a batch of B samples.
-            at: [B] int64 on the CPU, their places; [n] with `take`.
-            take: [n] int64 on the CPU, the samples of the batch to store. Default: all
+        """Store the samples of a batch, or of `take` [n] only, at places [B] or [n] int64 (CPU).
 
         Raises:
-            ValueError: an entry is neither per sample nor constant, or the structure is not that of the first batch.
-                Nothing is stored.
+            ValueError: an entry is neither per sample nor constant, or unlike that of the first batch. Nothing is stored.
         """
         if self._spec is None:
-            entries, leaves, spec = self._read(batch if self._like is None else self._like)
-            self._stacks = [self._new_stack(entry, leaf) for entry, leaf in zip(entries, leaves, strict=True)]
-            self._spec, self._entries = spec, entries
-        entries, leaves, _ = self._read(batch)
-        for i, (entry, leaf) in enumerate(zip(entries, leaves, strict=True)):
-            if entry.kind in ("tensor", "array"):
-                rows = leaf if take is None else leaf[take if entry.kind == "tensor" else take.numpy()]
-                self._stacks[i] = _put_rows(self._stacks[i], at, rows)
-            elif entry.kind == "list":
-                chosen = range(len(leaf)) if take is None else take.tolist()
-                stack = self._stacks[i]
-                for place, sample in zip(at.tolist(), chosen, strict=True):
-                    stack.extend([None] * (place + 1 - len(stack)))
-                    stack[place] = _own(leaf[sample])
-        self.filled = _put_rows(self.filled, at, torch.ones(len(at), dtype=torch.bool))
-        self._end, self._whole = max(self._end, int(at.max()) + 1 if len(at) else 0), None
+            self._spec, self._columns = self._columns_of(batch if self._like is None else self._like)
+        for column, leaf in zip(self._columns, self._leaves(batch), strict=True):
+            column.put(leaf, at, take)
+        self.filled = _written(self.filled, at, torch.ones(len(at), dtype=torch.bool))
 
-    def get(self, at: torch.Tensor, model_input: torch.Tensor) -> Any:
-        """Return the batch at places [B] int64 (CPU), with `model_input` in place of the images."""
-        leaves: list[Any] = []
-        where = at if self.device.type == "cpu" else at.to(self.device, non_blocking=True)
-        for entry, stack in zip(self._entries, self._stacks, strict=True):
-            if entry.kind == "input":
-                leaves.append(model_input)
-            elif entry.kind == "tensor":
-                leaves.append(stack.index_select(0, where))
-            elif entry.kind == "array":
-                leaves.append(stack[at.numpy()])
-            elif entry.kind == "list":
-                values = [_own(stack[place]) for place in at.tolist()]
-                leaves.append(tuple(values) if entry.form.startswith("a tuple") else values)
-            else:
-                leaves.append(stack)
+    def get(self, at: torch.Tensor, model_input: torch.Tensor, where: torch.Tensor | None = None) -> Any:
+        """Return the batch at places [B] int64 (CPU, and `where` on the device), with `model_input` as its images."""
+        if where is None:
+            where = at.to(self.device, non_blocking=True)
+        leaves = [model_input if column.kind == "input" else column.get(at, where) for column in self._columns]
         return pytree.tree_unflatten(leaves, self._spec)
 
     def has(self, at: torch.Tensor) -> bool:
         """Return whether all places [B] were written."""
-        if not len(at) or int(at.max()) >= self._end:
-            return False
-        if self._whole is None:
-            self._whole = bool(self.filled[: self._end].all())
-        return self._whole or bool(self.filled[at].all())
+        return len(at) > 0 and bool(filled_at(self, at).all())
 
     def move(self, before: torch.Tensor, after: torch.Tensor) -> None:
         """Store at places `after` [n] what is at `before` [n], and forget all else."""
         there = filled_at(self, before)
-        if not bool(there.any()):
-            self.clear()
-            return
-        batch = self.get(before[there], torch.empty(int(there.sum())))
+        old = copy.copy(self)
         self.clear()
-        self.put(batch, after[there])
-
-    def clear(self) -> None:
-        """Forget all that was stored."""
-        self._end, self._whole = 0, None
-        self._spec, self._entries, self._stacks = None, [], []
-        self.filled = torch.empty(0, dtype=torch.bool)
+        if bool(there.any()):
+            self.put(old.get(before[there], torch.empty(int(there.sum()))), after[there])
 
     def first_difference(self, batch: Any, at: torch.Tensor, others: Sequence[Any] = ()) -> str | None:
-        """Return the name of the first entry of a batch that differs from what is stored at places [B], or None.
-
-        Entries that differ between the batch and `others`, further readings of the same samples, are random and not
-        compared.
-        """
-        wanted = self._leaves(self.get(at, input_of(batch, self.key)))
-        again = [self._leaves(other) for other in others]
-        for i, (entry, leaf) in enumerate(zip(self._entries, self._leaves(batch), strict=True)):
-            random = not all(_equal(leaf, leaves[i]) for leaves in again)
-            if entry.kind != "input" and not random and not _equal(leaf, wanted[i]):
-                return entry.name
+        """Return the name of the first entry of a batch that differs from what is stored at places [B], or None. Entries
+        that differ in `others`, further readings of the same samples, are random and not compared."""
+        where = at.to(self.device)
+        readings = [self._spec.flatten_up_to(one) for one in (batch, *others)]
+        for i, column in enumerate(self._columns):
+            leaf, *again = (leaves[i] for leaves in readings)
+            random = not all(equal(leaf, other) for other in again)
+            if column.kind != "input" and not random and not equal(leaf, column.get(at, where)):
+                return column.name
         return None
 
     def state(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """Return everything stored, as plain values and tensors on the CPU.
-
-        Raises:
-            TypeError: the structure or a value of the batches cannot be expressed that way.
-        """
+        """Return everything stored, as plain values and tensors on the CPU. TypeError for what cannot be expressed so."""
         try:
             spec = pytree.treespec_dumps(self._spec)
         except NotImplementedError as error:
             raise TypeError(f"BatchExtras.state: batches must be of plain containers, got {error}") from None
-        stacks, tensors = [], [self.filled]
-        for entry, stack in zip(self._entries, self._stacks, strict=True):
-            if entry.kind in ("tensor", "array"):
-                tensors.append(torch.as_tensor(stack).cpu())
-                stack = None
-            stacks.append(stack)
-        entries = [[_plain_path(entry.path), entry.kind, entry.form] for entry in self._entries]
-        return {"spec": spec, "entries": entries, "stacks": stacks}, tensors
+        entries = [[c.name, c.kind, c.form, None if c.has_rows else c.stored] for c in self._columns]
+        rows = [torch.as_tensor(column.stored).cpu() for column in self._columns if column.has_rows]
+        return {"spec": spec, "entries": entries}, [self.filled, *rows]
 
     def load(self, values: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
         """Replace what is stored by a `state`."""
         self._spec = pytree.treespec_loads(values["spec"])
-        self._entries = [_Entry(_path_of(path), kind, form) for path, kind, form in values["entries"]]
-        self.filled, *stored = tensors
-        self._end, self._whole = len(self.filled), None
-        left = iter(stored)
-        self._stacks = []
-        for entry, stack in zip(self._entries, values["stacks"], strict=True):
-            if entry.kind == "tensor":
-                stack = next(left).to(self.device)
-            elif entry.kind == "array":
-                stack = next(left).numpy()
-            self._stacks.append(stack)
+        self._columns = [_Column(*entry) for entry in values["entries"]]
+        self.filled, *rows = tensors
+        for column, stack in zip([c for c in self._columns if c.has_rows], rows, strict=True):
+            column.stored = stack.numpy() if column.kind == "array" else stack.to(self.device)
+
+    def _columns_of(self, batch: Any) -> tuple[Any, list[_Column]]:
+        """The structure of a batch, and its columns without values."""
+        count = len(input_of(batch, self.key))
+        marked = with_input(batch, self.key, _INPUT)
+
+        def is_leaf(value: Any) -> bool:
+            return value is not marked and _is_list_of_samples(value, count)
+
+        pairs, spec = pytree.tree_flatten_with_path(marked, is_leaf=is_leaf)
+        columns = []
+        for path, leaf in pairs:
+            name = f"batch{pytree.keystr(path)}"
+            kind, form = ("input", "the model's input") if leaf is _INPUT else _kind(name, leaf, count)
+            column = _Column(name, kind, form, None if leaf is _INPUT else [] if kind == "list" else leaf)
+            if column.has_rows:
+                column.stored = to_device(leaf[:0], self.device)
+            columns.append(column)
+        return spec, columns
 
     def _leaves(self, batch: Any) -> list[Any]:
-        """The leaves of a batch with the structure of the first one."""
-        lists = {id(_entry_at(batch, entry.path)) for entry in self._entries if entry.kind == "list"}
-        leaves: list[Any] = pytree.tree_leaves(batch, is_leaf=lambda value: id(value) in lists or value is None)
+        """The entries of a batch, checked against the first one."""
+        count = len(input_of(batch, self.key))
+        try:
+            leaves: list[Any] = self._spec.flatten_up_to(batch)
+        except ValueError as error:
+            raise ValueError(
+                f"DropScheduler: all batches must have the same structure, got another one than {self._spec}: {error}"
+            ) from None
+        for column, leaf in zip(self._columns, leaves, strict=True):
+            column.check(leaf, count)
         return leaves
 
-    def _read(self, batch: Any) -> tuple[list[_Entry], list[Any], Any]:
-        """The entries of a batch, their leaves and its structure, checked against the first batch."""
-        model_input = input_of(batch, self.key)
-        count = len(model_input)
-        if self._spec is None:
 
-            def is_leaf(value: Any) -> bool:
-                return value is None or (value is not batch and _is_list_of_samples(value, count))
-        else:
-            lists = {id(_entry_at(batch, entry.path)) for entry in self._entries if entry.kind == "list"}
-
-            def is_leaf(value: Any) -> bool:
-                return value is None or id(value) in lists
-
-        pairs, spec = pytree.tree_flatten_with_path(batch, is_leaf=is_leaf)
-        if self._spec is not None and spec != self._spec:
-            raise ValueError(f"DropScheduler: all batches must have the same structure, got {spec} after {self._spec}")
-        place = _input_place(pairs, model_input, self.key)
-        entries = []
-        for i, (path, leaf) in enumerate(pairs):
-            entry = _entry(path, leaf, count, is_input=i == place)
-            if self._entries and entry.form != self._entries[i].form:
-                raise ValueError(
-                    f"DropScheduler: entries of all batches must be alike, wanted {self._entries[i].form} as in the "
-                    f"first, got {entry.form} at {entry.name}"
-                )
-            if self._entries and entry.kind == "constant" and not _equal(leaf, self._stacks[i]):
-                raise ValueError(
-                    "DropScheduler: every entry of a batch must be per sample or the same in all batches, got "
-                    f"{leaf!r} after {self._stacks[i]!r} at {entry.name}"
-                )
-            entries.append(entry)
-        return entries, [leaf for _, leaf in pairs], spec
-
-    def _new_stack(self, entry: _Entry, leaf: Any) -> Any:
-        if entry.kind == "tensor":
-            return torch.empty((0, *leaf.shape[1:]), dtype=leaf.dtype, device=self.device)
-        if entry.kind == "array":
-            return np.empty((0, *leaf.shape[1:]), dtype=leaf.dtype)
-        return [] if entry.kind == "list" else leaf if entry.kind == "constant" else None
-
-
-def _input_place(pairs: Sequence[tuple[Any, Any]], model_input: torch.Tensor, key: InputKey) -> int:
-    """Return which leaf is the model's input, -1 for none. If a batch holds the tensor twice, it is the one at `key`."""
-    places = [i for i, (_, leaf) in enumerate(pairs) if leaf is model_input]
-    named = [i for i in places if [getattr(step, "key", getattr(step, "idx", None)) for step in pairs[i][0]] == [key]]
-    return (named or places or [-1])[0]
-
-
-def _entry(path: tuple[Any, ...], leaf: Any, count: int, *, is_input: bool) -> _Entry:
-    if is_input:
-        return _Entry(path, "input", "the model's input")
+def _kind(name: str, leaf: Any, count: int) -> tuple[str, str]:
+    """The kind and the form of an entry; see `_Column`."""
     if isinstance(leaf, torch.Tensor | np.ndarray) and leaf.ndim > 0 and len(leaf) == count:
-        kind = "tensor" if isinstance(leaf, torch.Tensor) else "array"
-        return _Entry(path, kind, f"{leaf.dtype} rows {list(leaf.shape[1:])}")
+        return "tensor" if isinstance(leaf, torch.Tensor) else "array", f"{leaf.dtype} rows {list(leaf.shape[1:])}"
     if isinstance(leaf, list | tuple) and len(leaf) == count:
-        return _Entry(path, "list", f"a {type(leaf).__name__} of values")
+        return "list", f"a {type(leaf).__name__} of values"
     if leaf is None or isinstance(leaf, str | bytes | int | float | np.generic):
-        return _Entry(path, "constant", f"a {type(leaf).__name__}")
+        return "constant", f"a {type(leaf).__name__}"
+    if isinstance(leaf, torch.Tensor | np.ndarray):
+        got = f"a {'tensor' if isinstance(leaf, torch.Tensor) else 'numpy array'} {list(leaf.shape)}"
+    else:
+        got = f"{len(leaf)} values" if isinstance(leaf, list | tuple) else f"a {type(leaf).__name__}"
     raise ValueError(
         f"DropScheduler: every entry of a batch must be a tensor of {count} rows or a list of {count} values, one per "
-        f"sample, or a value that is the same in all batches, got {_describe(leaf)} at batch{pytree.keystr(path)}"
+        f"sample, or a value that is the same in all batches, got {got} at {name}"
     )
 
 
@@ -340,69 +319,19 @@ def _is_square(value: Any, count: int) -> bool:
     )
 
 
-def _put_rows(stack: Any, at: torch.Tensor, rows: Any) -> Any:
+def _written(stack: Any, at: torch.Tensor, rows: Any) -> Any:
     """The stack with rows [n, ...] at places [n]. Its memory grows in steps."""
-    wanted = int(at.max()) + 1 if len(at) else 0
-    if wanted > len(stack):
-        size = max(wanted, len(stack) + len(stack) // 2)
+    size = int(at.max()) + 1 if len(at) else 0
+    if size > len(stack):
+        shape = (max(size, room_for(len(stack))) - len(stack), *stack.shape[1:])
         if isinstance(stack, torch.Tensor):
-            stack = torch.cat([stack, stack.new_zeros((size - len(stack), *stack.shape[1:]))])
+            stack = torch.cat([stack, stack.new_zeros(shape)])
         else:
-            stack = np.concatenate([stack, np.zeros((size - len(stack), *stack.shape[1:]), dtype=stack.dtype)])
-    if isinstance(stack, torch.Tensor):
-        stack[at.to(stack.device)] = rows.to(stack.device)
-    else:
-        stack[at.numpy()] = rows
+            stack = np.concatenate([stack, np.zeros(shape, dtype=stack.dtype)])
+    stack[at.numpy()] = rows.to(stack.device) if isinstance(stack, torch.Tensor) else rows
     return stack
 
 
 def _own(value: Any) -> Any:
     """A copy that the training loop may change in place, as it may scale boxes."""
     return value if isinstance(value, str | bytes | int | float | None) else copy.deepcopy(value)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        same = one.shape == other.shape and one.dtype == other.dtype
-        return same and bool(((one == other.to(one.device)) | ((one != one) & (other != other).to(one.device))).all())
-    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
-        return one.shape == other.shape and bool(np.all((one == other) | ((one != one) & (other != other))))
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    return type(one) is type(other) and bool(one == other or (one != one and other != other))
-
-
-def _entry_at(batch: Any, path: tuple[Any, ...]) -> Any:
-    """The value at a path, or None if the batch has no such path."""
-    try:
-        for step in path:
-            batch = step.get(batch)
-    except (KeyError, IndexError, TypeError, AttributeError):
-        return None
-    return batch
-
-
-def _plain_path(path: tuple[Any, ...]) -> list[Any]:
-    """A path as plain values: the kind and key of each step."""
-    steps = []
-    for step in path:
-        if isinstance(step, pytree.SequenceKey):
-            steps.append(["sequence", step.idx])
-        elif isinstance(step, pytree.MappingKey) and isinstance(step.key, str | int):
-            steps.append(["mapping", step.key])
-        else:
-            raise TypeError(f"BatchExtras.state: batches must be of plain containers, got {step!r}")
-    return steps
-
-
-def _path_of(steps: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
-    kinds = {"sequence": pytree.SequenceKey, "mapping": pytree.MappingKey}
-    return tuple(kinds[kind](key) for kind, key in steps)
-
-
-def _describe(leaf: Any) -> str:
-    if isinstance(leaf, torch.Tensor | np.ndarray):
-        return f"a {'tensor' if isinstance(leaf, torch.Tensor) else 'numpy array'} {list(leaf.shape)}"
-    return f"{len(leaf)} values" if isinstance(leaf, list | tuple) else f"a {type(leaf).__name__}"

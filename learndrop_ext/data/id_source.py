@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, some_of
+from learndrop_ext.data.extras import BatchExtras, InputKey, equal, input_of, some_of
 from learndrop_ext.data.ids import IdKey, IdTable, check_key, ids_of
 from learndrop_ext.data.reading import left_alone
 from learndrop_ext.rows.plan import lengthened
@@ -28,13 +28,7 @@ class IdSource:
     """The samples of a loader whose batches carry ids. A sample is available only while its batch is.
 
     `first` draws one batch from the loader. If the loader is its own iterator, that batch is used as the first one of the
-    first epoch.
-
-    Args:
-        loader: any object that gives batches each time it is iterated over.
-        ids: position of the samples' ids in a batch.
-        key: position of the model's input in a batch.
-        seed: random seed with which the first batch is drawn.
+    first epoch. The methods are those of `DatasetSource`.
     """
 
     readable = False
@@ -56,14 +50,11 @@ class IdSource:
         # Positions in the current batch of ids that its iteration has had before.
         self.again = torch.empty(0, dtype=torch.int64)
         self.batch_size = 0  # samples in the first batch
-        self._place = ids
-        self._key = key
-        self._seed = seed
+        self.first_batch: Any = None  # as the loader gave it
+        self._place, self._key, self._seed = ids, key, seed
         self._table = IdTable()
-        self._first: Any = None
-        self._first_ids: list[int] | list[str] = []
-        self._is_iterator = False  # whether the loader is its own iterator
-        self._begun: Any = None  # the first batch of such a loader, until its first iteration
+        self._first_ids: Sequence[int | str] = []
+        self._begun: Any = None  # the first batch of a loader that is its own iterator, until its first iteration
         self._kept: BatchExtras | None = None  # the first batch, with which later ones are compared
         self._unmatched: dict[int | str, int] = {}  # id -> position of its samples that were not compared yet
         self._waits: deque[float] = deque(maxlen=TIMED_BATCHES)
@@ -91,11 +82,7 @@ class IdSource:
         return ""
 
     def first(self) -> tuple[list[int], Any]:
-        """Draw the first batch.
-
-        Raises:
-            ValueError: the loader has no batch, or there is no input or no ids in it where `input` and `ids` say.
-        """
+        """Draw the first batch. Raises ValueError if there is none, or no input or no ids where `input` and `ids` say."""
         with left_alone(self.loader, self._seed):
             begin = time.perf_counter()
             iterator = iter(self.loader)
@@ -108,35 +95,26 @@ class IdSource:
             raise ValueError("DropScheduler: loader must give batches of one sample or more, got an empty one")
         self._first_ids = ids_of(batch, self._place, count)
         if iterator is self.loader:
-            self._begun, self._is_iterator = batch, True
+            self._begun = batch
         # A loader may write its next batch to the same memory.
-        self._first = _copied(batch)
+        copied = pytree.tree_map_only(torch.Tensor, torch.clone, batch)
+        self.first_batch = pytree.tree_map_only(np.ndarray, np.copy, copied)
         self.batch_size = count
-        return self._table.numbers(self._first_ids).tolist(), self._first
+        return self.first_numbers().tolist(), self.first_batch
 
     def first_numbers(self) -> torch.Tensor:
         """Return the numbers of the first batch's samples."""
         return self._table.numbers(self._first_ids)
 
-    @property
-    def first_batch(self) -> Any:
-        """The first batch, as the loader gave it."""
-        return self._first
-
     def check_repeats(self, *, accept_random: bool = False) -> bool:
-        """Have the samples of the first batch compared with later readings of them: ValueError where one differs.
-
-        `accept_random` is ignored, since it is not known yet whether samples are random.
-
-        Raises:
-            ValueError: an id stands for different samples within the first batch.
-        """
-        x = input_of(self._first, self._key)
-        self._kept = BatchExtras(key=self._key, device=x.device, like=self._first)
-        self._kept.put(self._first, torch.arange(len(x)))
-        self._unmatched = {self._first_ids[i]: i for i in range(len(self._first_ids))}
-        again = [i for i in range(len(x)) if self._unmatched[self._first_ids[i]] != i]
-        self._check_same(self._first, self._first_ids, again)
+        """Have the first batch compared with later readings of its samples, and within itself: ValueError where one differs.
+        `accept_random` is ignored, since it is not known yet whether samples are random."""
+        x = input_of(self.first_batch, self._key)
+        self._kept = BatchExtras(key=self._key, device=x.device, like=self.first_batch)
+        self._kept.put(self.first_batch, torch.arange(len(x)))
+        self._unmatched = {value: i for i, value in enumerate(self._first_ids)}
+        again = [i for i, value in enumerate(self._first_ids) if self._unmatched[value] != i]
+        self._check_same(self.first_batch, self._first_ids, again)
         return True
 
     def read(self, ids: Sequence[int], seed: int) -> Any:
@@ -145,23 +123,18 @@ class IdSource:
             f"drop.loader: samples of a loader with ids= can be read only as they come by, got {len(ids)} asked for by id"
         )
 
-    def iterate(self) -> Iterator[tuple[torch.Tensor, Any]]:
-        """Return the batches of one iteration over the loader, each with the numbers [B] of its samples.
-
-        Raises:
-            RuntimeError: the loader gives no batch.
-            ValueError: a sample of the first batch has changed, see `check_repeats`.
-        """
+    def iterate(self, loader: Any) -> Iterator[tuple[torch.Tensor, Any]]:
+        """Yield the batches of one iteration over `loader`, each with the numbers [B] of its samples."""
         batch, self._begun = self._begun, None
-        is_first = batch is not None  # this iteration begins with the batch that `first` drew
+        drawn = batch is not None  # whether the batch was drawn by `first`, and waits to be given
+        # Ids of the first batch that did not come; None for the iteration that this batch belongs to.
+        unmet: set[int | str] | None = None if drawn else set(self._first_ids)
         samples = given = last = 0
         met = torch.empty(0, dtype=torch.bool)
-        unmet: set[int | str] = set(self._first_ids)
         repeats = False
-        iterator = iter(self.loader)
-        length = length_of(self.loader)
+        iterator, length = iter(loader), length_of(loader)
         while True:
-            if given or not is_first:
+            if not drawn:
                 begin = time.perf_counter()
                 batch = next(iterator, _END)
                 if batch is _END:
@@ -171,23 +144,25 @@ class IdSource:
             last = len(input_of(batch, self._key))
             ids = ids_of(batch, self._place, last)
             numbers = self._table.numbers(ids)
-            if given or not is_first:
-                self._compare(batch, ids)
+            if not drawn and not self._unmatched.keys().isdisjoint(ids):
+                self._check_same(batch, ids, [i for i, value in enumerate(ids) if value in self._unmatched])
+            drawn = False
             met = lengthened(met, len(self))
             self.again = torch.nonzero(met[numbers]).flatten()
             repeats = repeats or len(self.again) > 0 or len(set(ids)) < len(ids)
             met[numbers] = True
-            unmet.difference_update(ids)
+            if unmet is not None:
+                unmet.difference_update(ids)
             given, samples = given + 1, samples + last
             if given == length:  # the caller may stop here
-                self._end(length, samples, last, unmet=None if is_first else unmet, repeats=repeats)
+                self._end(length, samples, last, unmet, repeats=repeats)
             yield numbers, batch
         if not given:
             raise RuntimeError(
                 f"drop.loader: loader must give batches each time it is iterated over, got none from a "
-                f"{type(self.loader).__name__}"
+                f"{type(loader).__name__}"
             )
-        self._end(length, samples, last, unmet=None if is_first else unmet, repeats=repeats)
+        self._end(length, samples, last, unmet, repeats=repeats)
 
     def follow_length(self) -> None:
         """Iterate over the loader again if its length has changed."""
@@ -198,11 +173,11 @@ class IdSource:
         """Return how many batches `count` samples make."""
         return -(-count // self.batch_size) if self._keeps_last else count // self.batch_size
 
-    def order(self, numbers: torch.Tensor, epoch: int) -> Iterator[torch.Tensor]:
-        """Return an epoch of batches [B] of all samples `numbers` [n], shuffled by seed and epoch."""
+    def order(self, numbers: torch.Tensor, epoch: int) -> torch.Tensor:
+        """Return all samples `numbers` [n] of an epoch's batches, shuffled by seed and epoch."""
         generator = torch.Generator().manual_seed(self._seed + epoch)
         shuffled = numbers[torch.randperm(len(numbers), generator=generator)]
-        yield from shuffled.split(self.batch_size)[: self.batches(len(numbers))]
+        return shuffled[: self.batches(len(numbers)) * self.batch_size]
 
     def reading(self) -> tuple[float, int]:
         """Return the seconds that training waits for a sample, and 0; before the first epoch, those that the first batch
@@ -212,16 +187,10 @@ class IdSource:
         workers = self.loader.num_workers if isinstance(self.loader, DataLoader) else 0
         return self._first_wait / self.batch_size, workers
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any] | None:
         """Return the ids in the order of their numbers, and what the last iteration has shown."""
-        return {
-            "values": list(self._table.ids),
-            "whole": self.whole,
-            "repeats": self.repeats,
-            "keeps_last": self._keeps_last,
-            "samples": self._samples,
-            "length": self._length,
-        }
+        shown = {"whole": self.whole, "repeats": self.repeats, "keeps_last": self._keeps_last}
+        return {"values": list(self._table.ids), **shown, "samples": self._samples, "length": self._length}
 
     def check_state(self, state: dict[str, Any] | None) -> None:
         """Raise ValueError for the state of a run without ids, or with ids of another type."""
@@ -241,31 +210,22 @@ class IdSource:
         self._samples, self._length = state["samples"], state["length"]
         self.unchecked = True
 
-    def _end(self, length: int | None, samples: int, last: int, *, unmet: set[int | str] | None, repeats: bool) -> None:
-        """Note what an iteration has shown. unmet: ids of the first batch that it did not have; None for the iteration
-        that the first batch belongs to."""
+    def _end(self, length: int | None, samples: int, last: int, unmet: set[int | str] | None, *, repeats: bool) -> None:
+        """Note what an iteration has shown."""
         self.whole, self.repeats = unmet is not None and not unmet and not repeats, repeats
         self._keeps_last = last < self.batch_size
         self._samples, self._length = samples, length
         if unmet is not None:
             self._unmatched = {value: i for value, i in self._unmatched.items() if value in unmet}
 
-    def _compare(self, batch: Any, ids: Sequence[int | str]) -> None:
-        """Compare a batch with the first one where they share samples that were not compared yet."""
-        if self._kept is None or self._unmatched.keys().isdisjoint(ids):
-            return
-        self._check_same(batch, ids, [i for i in range(len(ids)) if ids[i] in self._unmatched])
-
     def _check_same(self, batch: Any, ids: Sequence[int | str], take: list[int]) -> None:
         """Raise ValueError unless the samples at positions `take` of a batch equal those of the first batch."""
         if self._kept is None or not take:
             return
-        part = some_of(batch, torch.tensor(take), key=self._key, like=self._first)
+        part = some_of(batch, torch.tensor(take), key=self._key, like=self.first_batch)
         at = torch.tensor([self._unmatched[ids[i]] for i in take])
-        x, before = input_of(part, self._key), input_of(self._first, self._key)
-        same = x.shape[1:] == before.shape[1:]
-        same = same and bool(((x == before[at]) | ((x != x) & (before[at] != before[at]))).all())
-        if not same or self._kept.first_difference(part, at) is not None:
+        x, before = input_of(part, self._key), input_of(self.first_batch, self._key)
+        if not equal(x, before[at]) or self._kept.first_difference(part, at) is not None:
             raise ValueError(
                 "DropScheduler: loader with ids must give the same sample for the same id each time, got a different one "
                 f"for one of {', '.join(repr(ids[i]) for i in take[:4])}, and a cached row would freeze it; give each "
@@ -279,9 +239,3 @@ def length_of(loader: Any) -> int | None:
         return len(loader)
     except (TypeError, AttributeError, NotImplementedError):
         return None
-
-
-def _copied(batch: Any) -> Any:
-    """A copy of the batch and its tensors and arrays."""
-    batch = pytree.tree_map_only(torch.Tensor, torch.clone, batch)
-    return pytree.tree_map_only(np.ndarray, np.copy, batch)

@@ -24,18 +24,8 @@ def check_key(ids: IdKey) -> None:
 
 
 def ids_of(batch: Any, place: IdKey, count: int) -> list[int] | list[str]:
-    """Return the ids [B] of a batch.
-
-    Args:
-        batch: a batch of `count` samples.
-        place: position of the ids in it: a key, an index, or a tuple of these. The ids are a list or tuple of int or str,
-            a numpy array or an integer tensor, of shape [B] or [B, 1].
-        count: B.
-
-    Raises:
-        ValueError: the batch has no such entry, or the entry does not hold one id per sample.
-        TypeError: an id is neither int nor str, or the ids are both.
-    """
+    """Return the ids at a position of a batch of `count` samples: a list or tuple of int or str, a numpy array or an integer
+    tensor, [B] or [B, 1]. Raises ValueError if there is not one per sample, TypeError for ids of other types or of both."""
     found = batch
     for step in place if isinstance(place, tuple) else (place,):
         try:
@@ -73,11 +63,7 @@ class IdTable:
         return len(self.ids)
 
     def numbers(self, ids: Sequence[int | str]) -> torch.Tensor:
-        """Return the numbers [B] int64 of ids; new ids get the next numbers.
-
-        Raises:
-            TypeError: the ids are of another type than those before. None of them gets a number.
-        """
+        """Return the numbers [B] int64 of ids; new ids get the next numbers. Raises TypeError if they change their type."""
         if ids and self.ids and type(ids[0]) is not type(self.ids[0]):
             raise TypeError(
                 f"DropScheduler: ids must be all int or all str, got {type(ids[0]).__name__} after "

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from learndrop_ext.data.batches import Plan, batches_of
+from learndrop_ext.data.batches import PassingBatches, batches_of
 from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, to_device, with_input
+from learndrop_ext.data.id_source import IdSource
+from learndrop_ext.data.places import Places, Plan
+from learndrop_ext.data.reading import rebuilt
 from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.images import Form, Images, Standing, form_of
@@ -21,22 +24,6 @@ FORWARDED = (
     *("dataset", "batch_size", "sampler", "batch_sampler", "num_workers", "drop_last", "collate_fn", "generator"),
     *("pin_memory", "persistent_workers", "prefetch_factor", "timeout", "worker_init_fn", "multiprocessing_context"),
 )
-
-
-class Guard(Protocol):
-    """What looks at the samples for as long as their rows are relied on; see guards.py."""
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Look at the model and the samples before an epoch begins."""
-
-    def check_batch(self, batch: Any, ids: torch.Tensor) -> None:
-        """Raise ValueError or RuntimeError for a batch of samples `ids` [B] of which no rows can be kept."""
-
-    def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
-        """Note samples `ids` [B] of a batch, whose rows are about to be kept; or only those not noted yet."""
-
-    def compare(self, batch: Any, ids: torch.Tensor, again: torch.Tensor | None) -> bool:
-        """Compare samples `ids` [B] with those that were noted; return whether any of them was."""
 
 
 class DropLoader:
@@ -56,16 +43,18 @@ class DropLoader:
         key: InputKey,
         like: Any,
         bypass: Bypass,
-        guards: Guard,
+        guards: Any,  # the run's `Guards`
     ) -> None:
-        self._user: Any = source.loader
-        self._source, self._rows, self._extras, self._key, self._like = source, rows, extras, key, like
+        self._source, self._rows, self._extras, self._key = source, rows, extras, key
         self._bypass, self._guards = bypass, guards
-        # The batches do not refer to this loader: without a reference cycle its workers end with it.
-        self.batches = batches_of(source, rows, partial(_needs_images, rows, extras), guards.compare)
+        self._form = form_of(input_of(like, key))
+        self._places = places = Places(rows, extras)
+        self.batches = batches_of(source, rows, places, guards.compare)
+        # Nothing refers to this loader: without a reference cycle its workers end with the scheduler.
+        self._images = source.loader if isinstance(source, IdSource) else rebuilt(source.loader, self.batches)
+        self._reader = partial(_read_images, source, rows, key) if source.readable else None
         self._epochs = 0  # begun
         self._closed = False
-        self._position = 0  # batches given in this epoch
         self._iteration = object()  # identifies the latest iteration
         self._given, self._seconds = 0, 0.0  # samples and seconds since `forget_counts`
         self._relabelled = 0  # samples read in that time whose rows were there
@@ -76,7 +65,7 @@ class DropLoader:
 
     def __getattr__(self, name: str) -> Any:
         if name in FORWARDED:
-            return getattr(self._user, name)
+            return getattr(self._source.loader, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
@@ -92,8 +81,7 @@ class DropLoader:
         self._beginning = time.perf_counter() - begin
         this = self._iteration = object()
         try:
-            for batch in self._batches():
-                self._position += 1
+            for batch in self._from_images() if self.batches.reads_images() else self._from_rows():
                 yield batch
                 if self._iteration is not this:
                     raise RuntimeError(
@@ -108,7 +96,7 @@ class DropLoader:
                 if self._rows.device.type == "cuda":
                     torch.cuda.synchronize(self._rows.device)
                 self._seconds += time.perf_counter() - begin
-                self._end_epoch()
+                self._rows.end_epoch()
 
     @property
     def counts(self) -> tuple[int, float, float]:
@@ -143,11 +131,8 @@ class DropLoader:
         """Whether `close` was called."""
         return self._closed
 
-    def _end_epoch(self) -> None:
-        self._rows.end_epoch()
-
     def _begin_epoch(self) -> None:
-        self._end_epoch()  # the epoch before may have been broken off
+        self._rows.end_epoch()  # the epoch before may have been broken off
         self._rows.epoch = self._epochs
         self.batches.begin(self._epochs)
         self._guards.begin_epoch(self._epochs)
@@ -156,74 +141,61 @@ class DropLoader:
         if last:
             self._bypass.put(cuts)
         self._epochs += 1
-        self._position = 0
 
-    def _batches(self) -> Iterator[Any]:
-        if self.batches.reads_images():
-            for plan, read in self.batches.images():
-                yield self._batch(plan, read)
-        else:
-            yield from self._from_rows()
+    def _from_images(self) -> Iterator[Any]:
+        for plan, read in self.batches.images(self._images):
+            yield self._batch(plan, read)
 
     def _from_rows(self) -> Iterator[Any]:
         """Batches of stored rows. Rows of slower tiers are read while the batch before them trains."""
-        plans = self.batches.rows()
-        ahead = next(plans, None)
-        while ahead is not None:
-            rest = self.batches.rest(ahead, self._position)
-            if rest is not None:
-                for plan, read in rest:
-                    yield self._batch(plan, read)
+        plans, given = self.batches.rows(), 0
+        plan = next(plans, None)
+        while plan is not None:
+            plan = self._places.current(plan)
+            if plan.reads and isinstance(self.batches, PassingBatches):
+                for other, read in self.batches.rest(self._images, given):
+                    yield self._batch(other, read)
                 return
-            batch = self._batch(ahead, None)
-            cache = self._rows.cache
-            ahead = next(plans, None) if cache is not None and cache.plan.staging > 0 else None
+            batch = self._batch(plan)
+            given += 1
+            ahead = next(plans, None) if plan.slow else None
             if ahead is not None:
                 self._rows.prefetch(ahead.ids)
             yield batch
-            if ahead is None:
-                ahead = next(plans, None)
+            plan = ahead or next(plans, None)
 
-    def _batch(self, plan: Plan, read: Any) -> Any:
-        ids, rows = plan.ids, self._rows
-        if read is not None:
-            read = to_device(read, rows.device)
-        level, at = rows.locate(ids)
-        if read is None and level and not self._extras.has(at):
-            level = 0
-        if read is None and not level:  # undrop() or a guard has freed rows during this epoch
-            read = to_device(self._source.read(ids.tolist(), rows.epoch), rows.device)
-        self._given += len(ids) if read is None else len(input_of(read, self._key))
+    def _batch(self, plan: Plan, read: Any = None) -> Any:
+        """The batch of a plan, with what was read of it, if it was."""
+        plan, rows = self._places.current(plan), self._rows
+        ids, level = plan.ids, plan.level
+        if read is None and not plan.reads:
+            self._given += len(ids)
+            return self._extras.get(plan.at, self._unread(plan, self._form), plan.where)
+        if read is None:  # undrop() or a guard has freed rows during this epoch
+            read = self._source.read(ids.tolist(), rows.epoch)
+        read = to_device(read, rows.device)
+        x = input_of(read, self._key)
+        self._given += len(x)
         if rows.cache is None:
             return self._mirrored(read, ids)
-        if read is not None:
-            self._guards.check_batch(read, ids)
-            places, order = rows.first_places(ids)
-            self._extras.put(read, places, order)
-            # Rows that another run has left do not say of which images.
-            self._guards.note(read, ids, only_new=level > 0)
-            if level:
-                self._relabelled += len(ids)
-            else:
-                read = self._mirrored(read, ids)
-        make = self._reader(ids)
-        if not level:
-            x = input_of(read, self._key)
-            standing = Standing(self._bypass, ids, None, 0, make)
-            return with_input(read, self._key, Images(form_of(x), x.device, standing, x))
-        like = input_of(self._like if read is None else read, self._key)
-        form = Form((len(ids), *like.shape[1:]), like.stride(), like.dtype)
-        row = rows.gather(at, level)
-        images = Images(form, row.device, Standing(self._bypass, ids, row, level, make))
-        if read is not None:
-            return with_input(read, self._key, images)
-        return self._extras.get(at, images)
+        self._guards.check_batch(read, ids)
+        places, order = rows.first_places(ids)
+        self._extras.put(read, places, order)
+        # Rows that another run has left do not say of which images.
+        self._guards.note(read, ids, only_new=level > 0)
+        if level:
+            self._relabelled += len(ids)
+            return with_input(read, self._key, self._unread(plan, form_of(x)))
+        x = input_of(self._mirrored(read, ids), self._key)
+        standing = Standing(self._bypass, ids, None, 0, self._reader)
+        return with_input(read, self._key, Images(form_of(x), x.device, standing, x))
 
-    def _reader(self, ids: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        if not self._source.readable:
-            return None
-        source, rows, key = self._source, self._rows, self._key
-        return lambda ids: input_of(to_device(source.read(ids.tolist(), rows.epoch), rows.device), key)
+    def _unread(self, plan: Plan, like: Form) -> Images:
+        """Images that are not read, with their rows. like: the form of such images."""
+        row = self._rows.gather(plan.at, plan.level)
+        form = Form((len(plan.ids), *like.shape[1:]), like.stride, like.dtype)
+        standing = Standing(self._bypass, plan.ids, row, plan.level, self._reader)
+        return Images(form, row.device, standing)  # type: ignore[no-any-return]
 
     def _mirrored(self, batch: Any, ids: torch.Tensor) -> Any:
         """A batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""
@@ -235,7 +207,6 @@ class DropLoader:
         return with_input(batch, self._key, torch.where(flip, x.flip(-1), x))
 
 
-def _needs_images(rows: RowSet, extras: BatchExtras, ids: torch.Tensor) -> bool:
-    """Whether samples [n] have to be read: for their images, or for the rest of their batches."""
-    level, at = rows.locate(ids)
-    return not level or not extras.has(at)
+def _read_images(source: Source, rows: RowSet, key: InputKey, ids: torch.Tensor) -> torch.Tensor:
+    """The images of samples `ids` [B], on the device."""
+    return input_of(to_device(source.read(ids.tolist(), rows.epoch), rows.device), key)

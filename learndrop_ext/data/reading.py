@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_of
+from learndrop_ext.data.extras import BatchExtras, InputKey, equal, input_of
 from learndrop_ext.rng import fork_rng
 
 #: Samples that are read a second time to find out whether they are random. An augmentation with p = 0.5 is missed if no
@@ -54,21 +54,13 @@ def read_batches(loader: DataLoader[Any], batches: Sequence[Sequence[int]], seed
     A loader with workers reads them in one worker of its own, so that a dataset which opens its files where it is first
     read does so there. The random state of the run and of the loader's generator stay.
     """
+    timed = _Timed(loader)
     with left_alone(loader, seed):
-        if not loader.num_workers:
-            found = []
-            for ids in batches:
-                begin = time.perf_counter()
-                many = getattr(loader.dataset, "__getitems__", None)
-                samples = many(list(ids)) if callable(many) else [loader.dataset[i] for i in ids]
-                found.append((loader.collate_fn(samples), time.perf_counter() - begin))
-            return found
-        timed = _Timed(loader)
         one = DataLoader(
             loader.dataset,
             batch_sampler=[list(ids) for ids in batches],
             collate_fn=timed.collate,
-            num_workers=1,
+            num_workers=min(1, loader.num_workers),
             worker_init_fn=timed.begin,
             multiprocessing_context=loader.multiprocessing_context,
             timeout=loader.timeout,
@@ -78,25 +70,23 @@ def read_batches(loader: DataLoader[Any], batches: Sequence[Sequence[int]], seed
 
 
 class _Timed:
-    """Times the reading of each batch within a worker."""
+    """Times the reading of each batch where it is read. A worker has its own copies of an object, but one class."""
+
+    started = 0.0
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._collate, self._init = loader.collate_fn, loader.worker_init_fn
-        self._begun = 0.0
+        _Timed.started = time.perf_counter()
 
     def begin(self, worker: int) -> None:
         if self._init is not None:
             self._init(worker)
-        # The worker has its own copy of the loader's function.
         _Timed.started = time.perf_counter()
-
-    started = 0.0
 
     def collate(self, samples: Any) -> tuple[Any, float]:
         batch = self._collate(samples)
-        now = time.perf_counter()
-        seconds, _Timed.started = now - _Timed.started, now
-        return batch, seconds
+        begun, _Timed.started = _Timed.started, time.perf_counter()
+        return batch, _Timed.started - begun
 
 
 @contextlib.contextmanager
@@ -124,11 +114,8 @@ def id_of(value: Any) -> int:
 
 
 def first_batch_ids(loader: DataLoader[Any]) -> list[int]:
-    """Return the ids of the first batch that the loader's sampler draws.
-
-    They are drawn from a copy of the sampler, so the run's own order is not changed. A sampler that cannot be copied is
-    assumed to draw every id.
-    """
+    """Return the ids of the first batch that a copy of the loader's sampler draws, so the run's own order is not changed. A
+    sampler that cannot be copied is assumed to draw every id."""
     size = len(loader.dataset)  # type: ignore[arg-type]
     try:
         # Do not copy a dataset that the sampler holds.
@@ -145,15 +132,8 @@ def first_batch_ids(loader: DataLoader[Any]) -> list[int]:
 def is_function_of_id(loader: DataLoader[Any], key: InputKey, ids: Sequence[int], batch: Any, seed: int) -> bool:
     """Return whether the batches of these samples depend on the samples' ids alone.
 
-    Some samples are read again, with another random seed and in two smaller batches, because a `collate_fn` may make a
-    sample depend on the others in its batch. Model inputs and all other entries must be equal to the bit.
-
-    Args:
-        loader: the user's loader.
-        key: position of the model's input in a batch.
-        ids: [B] samples.
-        batch: their batch.
-        seed: random seed with which the batch was read.
+    Some samples of `batch`, which was read with `seed`, are read again, with another random seed and in two smaller
+    batches, because a `collate_fn` may make a sample depend on the others in its batch. All must be equal to the bit.
     """
     extras = BatchExtras(key=key, device=torch.device("cpu"))
     images = input_of(batch, key).clone()
@@ -166,11 +146,8 @@ def is_function_of_id(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]
 
 
 def is_random_by_sample(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]) -> bool:
-    """Return whether each sample is drawn independently of the others, so that `collate_fn` adds no randomness.
-
-    The samples are read once, and collated with two random seeds and in two halves, compared as in `is_function_of_id`.
-    False for a dataset with `__getitems__`, which may draw the samples of a batch together.
-    """
+    """Return whether each sample is drawn independently of the others: read once, and collated with two random seeds and in
+    two halves, they are equal. False for a dataset with `__getitems__`, which may draw a batch's samples together."""
     inner = loader.dataset
     while isinstance(inner, Subset):
         inner = inner.dataset
@@ -226,10 +203,6 @@ def _are_first(
         x = input_of(batch, key)
         part = torch.arange(begin, begin + len(x))
         begin += len(x)
-        if begin > len(images) or not _same(x, images[part]) or extras.first_difference(batch, part) is not None:
+        if begin > len(images) or not equal(x, images[part]) or extras.first_difference(batch, part) is not None:
             return False
     return count is None or begin == count
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape and bool(((one == other) | ((one != one) & (other != other))).all())

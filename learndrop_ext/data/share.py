@@ -13,16 +13,11 @@ class Share:
 
     A DistributedSampler gives each rank other samples in every epoch, so every rank would end up computing and keeping the
     rows of all samples. With a share, one rank computes and keeps the rows of a sample, and draws permutations of its own
-    samples from then on.
-
-    Args:
-        seed: random seed of the permutations.
-        rank: rank of this process.
+    samples from then on, given by seed, epoch and rank.
     """
 
     def __init__(self, *, seed: int, rank: int) -> None:
-        self.seed = seed
-        self.rank = rank
+        self.seed, self.rank = seed, rank
         self.ids: torch.Tensor | None = None  # [n] int64, each once; None until a whole epoch has been drawn
         self._sizes: list[int] = []  # batch sizes of that epoch
 
@@ -31,12 +26,7 @@ class Share:
         self.ids, self._sizes = None, []
 
     def note(self, batches: Iterable[Sequence[int]], count: int | None) -> Iterator[Sequence[int]]:
-        """Yield the batches of an epoch. Their samples become the share once all have been drawn.
-
-        Args:
-            batches: batches in the user's order.
-            count: number of batches, or None if it is not known before the last one.
-        """
+        """Yield the batches of an epoch, `count` if that is known. Their samples become the share once all are drawn."""
         drawn: list[list[int]] = []
         for ids in batches:
             drawn.append([int(i) for i in ids])
@@ -46,11 +36,8 @@ class Share:
         self._take(drawn)
 
     def batches(self, epoch: int) -> Iterator[list[int]]:
-        """Yield an epoch of batches from the share, of the number and sizes of the user's.
-
-        The order is a permutation given by seed, epoch and rank. If the user's epoch drew samples more than once, another
-        permutation follows.
-        """
+        """Yield an epoch of batches from the share, of the number and sizes of the user's: of a permutation, and of another
+        one after it if the user's epoch drew samples more than once."""
         assert self.ids is not None
         key = hashlib.sha256(f"{self.seed} {epoch} {self.rank}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)

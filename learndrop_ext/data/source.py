@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -28,79 +28,16 @@ from learndrop_ext.rows.store.fingerprint import describe, images_digest, tells_
 KNOWN = 8
 
 
-class Source(Protocol):
-    """The samples of a run, numbered 0..N-1. No method advances the run's random state."""
-
-    #: samples by which a run that resumes knows its images
-    known_ids: list[int]
-
-    @property
-    def loader(self) -> Any:
-        """The user's loader."""
-
-    @property
-    def readable(self) -> bool:
-        """Whether any sample can be read by number at any time."""
-
-    def __len__(self) -> int:
-        """Return N, or the samples known so far."""
-
-    def expected(self) -> int:
-        """Return the number of samples in an epoch, or the best estimate so far."""
-
-    def describe(self) -> str:
-        """Return a description of the samples that is the same in the next run."""
-
-    def known_images(self) -> str:
-        """Return a digest of the images of `known_ids`, read anew; "" if they cannot be read."""
-
-    def first(self) -> tuple[list[int], Any]:
-        """Return the numbers of some samples and their batch."""
-
-    def check_repeats(self, *, accept_random: bool = False) -> bool:
-        """Return whether every sample is the same each time it is read.
-
-        Args:
-            accept_random: accept random samples, as long as each is drawn independently of the others.
-
-        Raises:
-            ValueError: a sample differs between two readings. A source that cannot read samples again raises it later,
-                when it meets one.
-        """
-
-    def read(self, ids: Sequence[int], seed: int) -> Any:
-        """Return the batch of some samples, read in this process with the random seed `seed`."""
-
-    def reading(self) -> tuple[float, int]:
-        """Return the seconds that one process takes to read a sample, and the number of processes reading."""
-
-    def state(self) -> dict[str, Any] | None:
-        """Return how samples are numbered, for a checkpoint; None if the dataset numbers them."""
-
-    def check_state(self, state: dict[str, Any] | None) -> None:
-        """Raise ValueError for a state that `load` cannot take."""
-
-    def load(self, state: dict[str, Any] | None) -> None:
-        """Number the samples as in a checkpoint."""
-
-
 class DatasetSource:
-    """The samples of a DataLoader's dataset.
+    """The samples of a DataLoader's dataset, numbered 0..N-1. No method advances the run's random state."""
 
-    Args:
-        loader: the user's loader.
-        key: position of the model's input in a batch.
-        seed: random seed with which samples are read.
-    """
-
-    readable = True
+    readable = True  # whether any sample can be read by number at any time
 
     def __init__(self, loader: DataLoader[Any], *, key: InputKey, seed: int) -> None:
         check_loader(loader)
         self.loader = loader
-        self.known_ids: list[int] = []
-        self._key = key
-        self._seed = seed
+        self.known_ids: list[int] = []  # samples by which a run that resumes knows its images
+        self._key, self._seed = key, seed
 
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
@@ -129,7 +66,8 @@ class DatasetSource:
         return self._first_ids, self._first
 
     def check_repeats(self, *, accept_random: bool = False) -> bool:
-        """Read some samples again, with another random seed and in other batches; see `Source.check_repeats`."""
+        """Return whether samples are the same each time they are read, with another seed and in other batches. ValueError if
+        they are not, or, with `accept_random`, if they are not drawn independently of each other."""
         if is_function_of_id(self.loader, self._key, self._first_ids, self._first, self._seed):
             return True
         if accept_random and is_random_by_sample(self.loader, self._key, self._first_ids):
@@ -161,8 +99,9 @@ class DatasetSource:
         """Return the seconds that a process took to read a sample of the first batch, and the number of workers."""
         return self._seconds / max(1, len(self._first_ids)), self.loader.num_workers
 
-    def state(self) -> None:
-        """Return None: the dataset numbers its samples."""
+    def state(self) -> dict[str, Any] | None:
+        """Return how samples are numbered, for a checkpoint: None, the dataset numbers them."""
+        return None
 
     def check_state(self, state: dict[str, Any] | None) -> None:
         """Raise ValueError for the state of a run with ids."""
@@ -175,11 +114,13 @@ class DatasetSource:
         """Do nothing."""
 
 
+Source = DatasetSource | IdSource
+
+
 def views_within(epochs: int, speedup: float) -> int:
     """Return how many views of random samples to keep, at least 2, since one would freeze the augmentation.
 
-    A run keeping V views reads images in V epochs and rows in the epochs after them. A run of E epochs is to take the time
-    of E / speedup epochs. Half of that may go to epochs that read images: V = E / (2 speedup).
+    A run of E epochs is to take the time of E / speedup. V of them read images, which may take half: V = E / (2 speedup).
     """
     return max(2, int(epochs / (2 * speedup)))
 
@@ -193,21 +134,8 @@ def settle_views(
     row_bytes: int,
     device: torch.device,
 ) -> CacheConfig:
-    """Check that rows can be kept as configured, and return the configuration with a number for `views="auto"`.
-
-    The views are those of `views_within`, or fewer if the budgets do not hold as many rows of each sample, but at least 2.
-
-    Args:
-        config: the user's configuration.
-        source: the samples.
-        epochs: E, or None if it is not known.
-        speedup: time of the run without drops over the time wanted.
-        row_bytes: bytes of the smallest row that may be kept.
-        device: the model's device.
-
-    Raises:
-        ValueError: samples are random, and views is 1, or E is not known, or the samples of a batch are random together.
-    """
+    """Return the configuration with a number for `views="auto"`: that of `views_within`, or fewer if the budgets do not hold
+    as many rows of `row_bytes`, but at least 2. ValueError for random samples of which rows cannot be kept as configured."""
     if config.views in (1, "auto"):
         may_choose = config.views == "auto" and not config.mirror and epochs is not None
         views = 1
@@ -221,17 +149,8 @@ def settle_views(
     return config
 
 
-def source_of(
-    loader: Any, ids: IdKey | None, *, key: InputKey, seed: int, config: CacheConfig
-) -> DatasetSource | IdSource:
-    """Return the source of a loader's images.
-
-    Args:
-        loader: a DataLoader or, with `ids`, any iterable of batches.
-        ids: position of the samples' ids in a batch; None if the loader's dataset numbers its samples.
-        key: position of the model's input in a batch.
-        seed: random seed with which samples are read.
-        config: how the rows are kept.
+def source_of(loader: Any, ids: IdKey | None, *, key: InputKey, seed: int, config: CacheConfig) -> Source:
+    """Return the source of a DataLoader's samples or, with `ids`, of those of any iterable of batches.
 
     Raises:
         TypeError, ValueError: the loader or `ids` cannot be used, or `ids` is given with several processes or with rows

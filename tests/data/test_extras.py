@@ -95,7 +95,7 @@ def test_extras_keeps_what_default_collate_makes() -> None:
 def test_extras_keeps_no_images() -> None:
     rest = BatchExtras(key=0, device=CPU)
     rest.put((torch.ones(2, 3, 8, 8), LABELS[:2]), torch.tensor([0, 999]))
-    assert sum(stack.numel() for stack in rest._stacks if stack is not None) == 1000
+    assert sum(column.stored.numel() for column in rest._columns if column.stored is not None) == 1000
 
 
 def test_extras_grows() -> None:
@@ -156,7 +156,7 @@ CHANGED = [
     (
         (IMAGES, LABELS),
         (IMAGES, ["a", "b", "c"]),
-        "DropScheduler: all batches must have the same structure, got ",
+        r"wanted torch.int64 rows \[\] as in the first, got a list of values at batch\[1\]",
     ),
 ]
 

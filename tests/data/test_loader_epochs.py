@@ -238,3 +238,36 @@ def test_a_batch_of_which_some_samples_have_rows_is_read_whole(planned: bool) ->
         # Some samples are read again at first, to see whether they are as they were.
         assert len(reads) <= 4 + len(wanted)
         assert reads[len(reads) - len(wanted) :] == wanted
+
+
+@pytest.mark.parametrize("ids", [None, [6, 14, 20]])
+def test_rows_that_are_forgotten_in_an_epoch_are_not_given_to_its_later_batches(ids: list[int] | None) -> None:
+    images, targets = (tensor.clone() for tensor in data().tensors)
+    drop = scheduler(DataLoader(TensorDataset(images, targets), batch_size=4), policy=Fixed({0: 1}))
+    for _ in range(2):
+        labels(drop.loader, drop)
+    found: list[tuple[int, torch.Tensor]] = []
+    for i, (x, y) in enumerate(drop.loader):
+        found += list(zip(y.tolist(), given(drop, x), strict=True))
+        if i == 1:  # all batches of the epoch have been looked up
+            changed = list(range(8, 22)) if ids is None else ids
+            images[changed] += 1
+            targets[changed] += 100
+            drop.refresh(ids)
+    assert [label for label, _ in found[:8]] == list(range(8))
+    with torch.no_grad():
+        rows = drop.chain.prefix(1).eval()(images)
+    for i, (label, row) in enumerate(found[8:], 8):
+        assert label == int(targets[i])
+        torch.testing.assert_close(row, rows[i])
+
+
+def test_only_samples_that_were_given_count_as_drawn() -> None:
+    drop = scheduler(DataLoader(data(), batch_size=4), policy=Fixed({0: 1}))
+    for stop in (2, 1, 3):
+        for i, (x, _) in enumerate(drop.loader, 1):
+            given(drop, x)
+            if i == stop:
+                break
+        assert int(drop.loader.batches.seen.sum()) == 4 * max(2, stop)
+        assert not drop.loader.batches.reads_images()

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_loading import data, labels, scheduler
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset, WeightedRandomSampler
+from small_loading import data, given, labels, scheduler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from learndrop_ext import CacheConfig, Fixed
+from learndrop_ext.rows.rowset import RowSet
 
 LOADERS = {
     "sequential": lambda d: DataLoader(d, batch_size=5),
@@ -45,6 +54,76 @@ def test_the_order_and_the_random_state_are_the_users_before_and_after_a_drop(ki
     assert torch.equal(torch.get_rng_state(), state)
     if user.generator is not None:
         assert torch.equal(user.generator.get_state(), plain.generator.get_state())
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+WITH_GENERATOR = {
+    "shuffle": lambda d, g: DataLoader(d, batch_size=2, shuffle=True, generator=g),
+    "more samples than there are": lambda d, g: DataLoader(d, batch_size=2, sampler=RandomSampler(d, False, 60, g)),
+    "replacement": lambda d, g: DataLoader(d, batch_size=2, sampler=RandomSampler(d, True, 60, g)),
+    "weighted": lambda d, g: DataLoader(d, 2, sampler=WeightedRandomSampler(torch.arange(22.0), 17, generator=g)),
+    "subset": lambda d, g: DataLoader(d, batch_size=2, sampler=SubsetRandomSampler(list(range(22)), g)),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_GENERATOR)
+@pytest.mark.parametrize("stop", [1, 10, 11, 12])
+def test_random_numbers_are_drawn_when_they_are_drawn_without_drops(kind: str, stop: int) -> None:
+    """Rows are looked up for many batches at once, of 11 in an epoch or more: nobody can see it in the random state."""
+
+    def states(loader: Any, generator: torch.Generator) -> list[torch.Tensor]:
+        found = []
+        for i, _ in enumerate(loader):
+            found.append(torch.cat([generator.get_state(), torch.get_rng_state()]))
+            if i == stop:
+                break
+        return [*found, generator.get_state(), torch.get_rng_state()]
+
+    generator = seeded()
+    torch.manual_seed(4)
+    wanted = states(WITH_GENERATOR[kind](data(), generator), generator)
+    generator = torch.Generator()
+    drop = scheduler(WITH_GENERATOR[kind](data(), generator), policy=Fixed({0: 1}))
+    for _ in range(9):
+        labels(drop.loader, drop)
+    assert not drop.loader.batches.reads_images()
+    generator.manual_seed(3)
+    torch.manual_seed(4)
+    got = states(drop.loader, generator)
+    assert len(got) == len(wanted)
+    assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
+
+
+def test_rows_of_many_batches_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drop = scheduler(DataLoader(data(), batch_size=1, shuffle=True), policy=Fixed({0: 1}))
+    labels(drop.loader, drop)
+    looked: list[int] = []
+    locate = RowSet.locate
+    monkeypatch.setattr(RowSet, "locate", lambda rows, ids: (looked.append(len(ids)), locate(rows, ids))[1])
+    labels(drop.loader, drop)
+    assert looked == [22, 21, 1]  # whether images are read; the batches but the last; the last
+
+
+def test_a_sampler_of_the_users_own_is_asked_for_a_batch_when_it_is_its_turn() -> None:
+    """It may choose the next batch by the loss of this one."""
+    asked: list[int] = []
+
+    class Counted:
+        def __iter__(self) -> Iterator[list[int]]:
+            asked.clear()
+            for i in range(0, 22, 2):
+                asked.append(i)
+                yield [i, i + 1]
+
+    drop = scheduler(DataLoader(data(), batch_sampler=Counted()), policy=Fixed({0: 1}))
+    labels(drop.loader, drop)
+    for i, (x, y) in enumerate(drop.loader):
+        given(drop, x)
+        assert y.tolist() == [2 * i, 2 * i + 1]
+        assert len(asked) == i + 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
