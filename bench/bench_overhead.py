@@ -14,8 +14,13 @@ Prints one JSON record per line, suite "overhead":
   a TensorDataset of the same rows; and the extra time to begin an epoch, when weights, code and some samples are compared.
 - "step on rows": a training step of a deep network of which only the last layer is live, compared with the same step of
   that layer alone, fed by index_select from a tensor, epochs of both in turn, in wall-clock time: what dropping costs the
-  host at each step, whatever the layers cost; and the time to begin an epoch. `--step-on-rows` measures this alone, also
-  on a GPU.
+  host at each step, whatever the layers cost; and the time to begin an epoch. `same_optimizer_us_per_step` is that of the
+  layer alone with the loop's own optimizer, which walks over the dropped parameters too. `--step-on-rows` measures this
+  and the next one alone, also on a GPU.
+- "constructor": the time to make a scheduler, in training steps of the same batch, for `Budget` and for a policy that asks
+  for no costs.
+
+`PYTHONPATH` of another version of the package measures that one.
 """
 
 from __future__ import annotations
@@ -27,14 +32,14 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from learndrop_ext import DropScheduler, Fixed
+from learndrop_ext import Budget, DropScheduler, Fixed, StoppedLearning
 from learndrop_ext.app.models import build_model
 from learndrop_ext.decide.policy import Decision
 
@@ -178,13 +183,12 @@ def step_on_rows(name: str, batch: int, epochs: int, device: str, steps: int = 4
     drop = DropScheduler(model, optimizer, loader, policy=lambda now: Decision(len(now.layers) - 1, "all but one"))
     layers = len(drop.chain)
     model.train()
-    train(drop.loader, model, optimizer)  # keeps the rows
-    live = drop.chain.suffix(layers - 1)
+    train(drop.loader, drop.model, optimizer)  # keeps the rows
     classifier: Any = model.fc if hasattr(model, "fc") else model.classifier
     head = nn.Sequential(nn.Flatten(), classifier)
-    beside = torch.optim.SGD(live.parameters(), lr=0.01, momentum=0.9)
-    shape = drop.chain[layers - 2].shape
-    assert shape is not None
+    beside = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9)
+    with torch.no_grad():
+        shape = drop.chain.prefix(layers - 1).eval()(data.tensors[0][:2].to(device)).shape[1:]
     rows = torch.randn(count, *shape, device=device)
     labels = torch.randint(0, 10, (count,), device=device)
 
@@ -215,12 +219,16 @@ def step_on_rows(name: str, batch: int, epochs: int, device: str, steps: int = 4
             middle = now
         return beginning, (time.process_time() - cpu) / len(taken), taken
 
-    ours, alone = [], []
+    ours, alone, walking = [], [], []
     for i in range(epochs + 1):
-        one, other = steps_of(drop.loader, model, optimizer), steps_of(plain(), head, beside)
+        times = (
+            steps_of(drop.loader, drop.model, optimizer),
+            steps_of(plain(), head, beside),
+            steps_of(plain(), head, optimizer),
+        )
         if i:
-            ours.append(one)
-            alone.append(other)
+            for side, one in zip((ours, alone, walking), times, strict=True):
+                side.append(one)
 
     def middle_step(times: list[tuple[float, float, list[float]]]) -> float:
         return statistics.median(seconds for _, _, taken in times for seconds in taken)
@@ -238,11 +246,44 @@ def step_on_rows(name: str, batch: int, epochs: int, device: str, steps: int = 4
         "batch": batch,
         "us_per_step": middle_step(ours) * 1e6,
         "head_us_per_step": middle_step(alone) * 1e6,
+        "same_optimizer_us_per_step": middle_step(walking) * 1e6,
         "ratio": middle_step(ours) / middle_step(alone),
         "cpu_us_per_step": statistics.median(cpu for _, cpu, _ in ours) * 1e6,
         "head_cpu_us_per_step": statistics.median(cpu for _, cpu, _ in alone) * 1e6,
         "epoch_begin_ms": statistics.median(begin for begin, _, _ in ours) * 1e3,
         "four_samples_ms": four_samples() * 1e3,
+    }
+
+
+def constructor(name: str, batch: int, tries: int, device: str) -> dict[str, Any]:
+    """Making a scheduler, beside a training step of the same batch."""
+    size, make = DEEP[name]
+    data = images(4 * batch, size)
+    seconds: dict[str, list[float]] = {"step": [], "Budget": [], "StoppedLearning": []}
+    for i in range(tries + 1):
+        model = make().to(device).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        loader = DataLoader(data, batch, shuffle=True)
+        on_device = [(x.to(device), y.to(device)) for x, y in loader]
+        calls: dict[str, Callable[[], Any]] = {
+            "step": lambda m=model, o=optimizer, b=on_device: train(b[:1], m, o),
+            "Budget": lambda m=model, o=optimizer, x=loader: DropScheduler(m, o, x, policy=Budget(1.5), epochs=100),
+            "StoppedLearning": lambda m=model, o=optimizer, x=loader: DropScheduler(m, o, x, policy=StoppedLearning()),
+        }
+        for what, call in calls.items():
+            taken = timed(call)[1]
+            if i:  # what a process does once is not counted
+                seconds[what].append(taken)
+    middle = {what: statistics.median(taken) for what, taken in seconds.items()}
+    return {
+        "suite": "overhead",
+        "run": "constructor",
+        "model": f"{name}, {size} px",
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "batch": batch,
+        "step_s": middle["step"],
+        "budget_steps": middle["Budget"] / middle["step"],
+        "steps": middle["StoppedLearning"] / middle["step"],
     }
 
 
@@ -267,13 +308,14 @@ def _is_there(name: str) -> bool:
     return True
 
 
-def deep(epochs: int, device: str, steps: int) -> None:
+def deep(epochs: int, device: str, steps: int, batches: Sequence[int]) -> None:
     for name in DEEP:
         if name != "resnet50" and not _is_there("timm"):
             print(f"{name}: not measured, timm is not there", file=sys.stderr)
             continue
-        for batch in (32, 256):
+        for batch in batches:
             print(json.dumps(step_on_rows(name, batch, epochs, device, steps)), flush=True)
+        print(json.dumps(constructor(name, batches[0], min(3, epochs), device)), flush=True)
 
 
 def keep_memory() -> None:
@@ -289,19 +331,22 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16, help="pairs of epochs (default: 16)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--steps", type=int, default=40, help="in an epoch of steps on rows (default: 40)")
-    parser.add_argument("--step-on-rows", action="store_true", help="measure the step on rows alone")
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 256], help="of steps on rows (default: 32 256)")
+    parser.add_argument(
+        "--step-on-rows", action="store_true", help="measure the step on rows and the constructor alone"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the step on rows (default: cpu)")
     args = parser.parse_args()
     if args.device != "cpu" and not args.step_on_rows:
         parser.error("--device is for --step-on-rows, the rest runs on the CPU")
     torch.set_num_threads(args.threads)
     if args.step_on_rows:
-        deep(args.epochs, args.device, args.steps)
+        deep(args.epochs, args.device, args.steps, args.batches)
         return
     print(json.dumps(never_drops(args.step_ms, args.epochs)), flush=True)
     for codec in ("fp32", "fp16", "uint8"):
         print(json.dumps(batch_of_rows(args.epochs, codec)), flush=True)
-    deep(args.epochs, "cpu", args.steps)
+    deep(args.epochs, "cpu", args.steps, args.batches)
 
 
 if __name__ == "__main__":

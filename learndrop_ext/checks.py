@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import operator
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from learndrop_ext.forward.chain import Chain
 from learndrop_ext.guards import held_by
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.rowset import RowSet
+from learndrop_ext.warn import warn
 
 #: Model -> the scheduler that has dropped layers of it, and what makes them live again if it is gone.
 HOLDERS: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Callable[[], Any]]] = weakref.WeakKeyDictionary()
@@ -157,12 +157,10 @@ def warn_untrained(model: nn.Module, chain: Chain, prefix: int) -> None:
     inside = set(chain.prefix(prefix).modules())
     for name, module in model.named_modules():
         if module in inside and _is_as_made(module):
-            warnings.warn(
+            warn(
                 "DropScheduler: layers dropped before the first step stay as they are, so they must be pretrained, and "
                 f"{name} ({type(module).__name__}), in the first {prefix} of {len(chain)} layers, never was: it has the "
-                "values it was made with. Load the pretrained weights first, or drop after some epochs",
-                RuntimeWarning,
-                stacklevel=6,
+                "values it was made with. Load the pretrained weights first, or drop after some epochs"
             )
             return
 
@@ -182,10 +180,8 @@ def warn_saturated(rows: RowSet, chain: Chain, *, said: bool) -> bool:
     """Warn, once in a run, if rows were clamped to the largest fp16 number. said: whether it was; returns the new value."""
     if said or rows.cache is None or not rows.cache.saturated:
         return said
-    warnings.warn(
+    warn(
         f"drop.step: activations after {chain.names[rows.cut - 1]} are larger than 65504 and were clamped to it by the "
-        "codec fp16; use cache='bf16' or 'fp32'",
-        RuntimeWarning,
-        stacklevel=3,
+        "codec fp16; use cache='bf16' or 'fp32'"
     )
     return True

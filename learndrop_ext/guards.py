@@ -7,8 +7,6 @@ with a warning. What must not happen at all is a RuntimeError.
 from __future__ import annotations
 
 import operator
-import sys
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +27,7 @@ from learndrop_ext.rows.plan import lengthened
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.rows.slots import filled_at
 from learndrop_ext.rows.store.fingerprint import weights_digest
+from learndrop_ext.warn import warn
 
 #: Samples that are read again at each epoch.
 PROBES = 4
@@ -545,17 +544,6 @@ class Guards:
         self._rows.forget()
         self.loop.forget()
         self.forget_extras()
-
-
-def warn(message: str) -> None:
-    """Give a RuntimeWarning at the first frame outside of this package and torch: the user's."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
-        "learndrop_ext",
-        "torch",
-    ):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, RuntimeWarning, stacklevel=level - 1)
 
 
 def image_digests(images: torch.Tensor) -> torch.Tensor:

@@ -36,16 +36,12 @@ class _Loader(IterableDataset[Any]):
         self._prepared = prepared
         self.user = getattr(prepared, "base_dataloader", prepared)  # without what accelerate wraps around it
         self.drop: Any = None
-        self.epoch: Any = None  # the iterator over this epoch
 
     def __len__(self) -> int:
         return len(self.user)
 
     def __iter__(self) -> Iterator[Any]:
-        self.end()
-        epoch: Iterator[Any] = iter(self.drop.loader)
-        self.epoch = epoch
-        return epoch
+        return iter(self.drop.loader)
 
     @property
     def dataset(self) -> _Loader:
@@ -60,12 +56,6 @@ class _Loader(IterableDataset[Any]):
         """Have the sampler draw the order of this epoch."""
         if hasattr(self._prepared, "set_epoch"):
             self._prepared.set_epoch(epoch)
-
-    def end(self) -> None:
-        """End the epoch: the Trainer stops after the last batch, without exhausting the iterator."""
-        if self.epoch is not None:
-            self.epoch.close()
-        self.epoch = None
 
 
 class LearnDropCallback(_Callback):  # type: ignore[misc]
@@ -129,7 +119,6 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         optimizer = getattr(at["optimizer"], "optimizer", at["optimizer"])
         drop = DropScheduler(at["model"], optimizer, loader.user, **{**options, **self.options})
         self.drop = loader.drop = self._end.enter_context(drop)
-        self._end.callback(loader.end)
         if self._checkpoint is not None and (file := Path(self._checkpoint, STATE_FILE)).exists():
             drop.load_state_dict(torch.load(file))
 
@@ -154,13 +143,14 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
 
     def exclude(self, seconds: float) -> None:
         """Take the seconds of an evaluation within an epoch out of its time."""
-        if self.drop is not None and self._loader is not None and self._loader.epoch is not None:
+        if self.drop is not None:
             self.drop.loader.exclude(seconds)
 
     def _step(self) -> None:
-        self._loader.end()
-        if self.drop is not None and self.drop.loader.counts[0]:
-            self.drop.step()
+        if self.drop is not None:
+            self.drop.loader.end()
+            if self.drop.loader.counts[0]:
+                self.drop.step()
 
 
 class LearnDropMixin(_Mixed):  # type: ignore[misc]

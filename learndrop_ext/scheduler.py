@@ -402,7 +402,8 @@ class DropScheduler:
         if choice.cut == prefix and (left is None or left > self._rows.views):
             shape = self._chain[prefix - 1].shape
             assert shape is not None
-            self._rows.advance(prefix, shape, rows=self._loader.batches.expected_rows())
+            rows = self._loader.batches.expected_rows()
+            self._rows.advance(prefix, shape, rows=rows, budgets=choice.budgets)
         self._deltas.drop_first(prefix - self._prefix)
         self._freeze(prefix, body)
 

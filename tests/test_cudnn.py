@@ -12,6 +12,7 @@ from torch import nn
 
 from learndrop_ext import Budget, DropScheduler, Fixed
 from learndrop_ext.cudnn import without_benchmark
+from learndrop_ext.forward.images import Unread
 from small_training import Net, data, epoch, parts
 
 SETTINGS = ("enabled", "benchmark", "deterministic", "allow_tf32")
@@ -70,7 +71,8 @@ def test_every_pass_that_is_not_the_users_is_inside(monkeypatch: pytest.MonkeyPa
         depth -= 1
 
     def recorded(module: nn.Conv2d, *args: Any) -> torch.Tensor:
-        seen.append(depth > 0)
+        if not isinstance(args[0], Unread):  # those compute nothing
+            seen.append(depth > 0)
         return convolution(module, *args)
 
     monkeypatch.setattr(nn.Conv2d, "_conv_forward", recorded)
@@ -80,17 +82,17 @@ def test_every_pass_that_is_not_the_users_is_inside(monkeypatch: pytest.MonkeyPa
     with DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), epochs=3) as drop:
         drop.forecast()
         assert set(seen) == {True}  # to find the layers, and to time them
-        for number in range(2):
+        for _ in range(2):
             seen.clear()
             first = next(iter(drop.loader))
-            assert set(seen) == ({True} if number else set())  # an image to see what the dropped layers compute
+            assert set(seen) == set()  # what the dropped layers compute is looked at without computing it
             seen.clear()
             model.train()(first[0])
             assert set(seen) == {False}
             epoch(drop, optimizer)
             seen.clear()
             drop.step()
-            assert set(seen) == {True}  # to try the cut, and then to compute the row of that image
+            assert set(seen) == (set() if drop.epoch > 1 else {True})  # to try the cut
             assert depth == 0
 
 

@@ -17,7 +17,21 @@ PACKAGE = ROOT / "learndrop_ext"
 
 #: In the order the data flows. A module or package imports only what stands before it, and its own siblings.
 FLOW = (
-    *("_C", "kernels", "distributed", "rng", "cudnn", "preserve", "ops", "forward", "rows", "decide", "data", "guards"),
+    *(
+        "_C",
+        "kernels",
+        "warn",
+        "distributed",
+        "rng",
+        "cudnn",
+        "preserve",
+        "ops",
+        "forward",
+        "rows",
+        "decide",
+        "data",
+        "guards",
+    ),
     *("history", "ledger", "checks", "checkpoint", "scheduler", "lightning", "huggingface", "app"),
 )
 #: The scheduler's state is saved and restored in a file of its own, which knows the scheduler by its type.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -27,6 +26,7 @@ from learndrop_ext.data.source import DatasetSource, Source
 from learndrop_ext.distributed import process_rank, several_processes
 from learndrop_ext.rows.plan import lengthened
 from learndrop_ext.rows.rowset import RowSet
+from learndrop_ext.warn import warn
 
 #: Batches whose rows are looked up at once, where the order of an epoch is known when it begins.
 BLOCK = 64
@@ -212,11 +212,9 @@ class PassingBatches:
             return True
         if self._source.repeats and not self._said_repeats:
             self._said_repeats = True
-            warnings.warn(
+            warn(
                 "drop.loader: an id came twice in one iteration over loader, so its order is not a plain shuffle: loader "
-                "is iterated over in each epoch, though all rows are there",
-                RuntimeWarning,
-                stacklevel=4,
+                "is iterated over in each epoch, though all rows are there"
             )
         return not self._source.whole
 
@@ -239,11 +237,9 @@ class PassingBatches:
 
     def rest(self, loader: Any, given: int) -> Iterator[tuple[Plan, Any]]:
         """Return the remaining number of batches from the loader: rows have gone since the epoch began."""
-        warnings.warn(
+        warn(
             "drop.loader: the rest of the epoch comes from loader, in its order: rows have been freed, and "
-            "samples of a loader with ids= cannot be read by id",
-            RuntimeWarning,
-            stacklevel=4,
+            "samples of a loader with ids= cannot be read by id"
         )
         return islice(self.images(loader), self._source.batches(int(self.seen.sum())) - given)
 

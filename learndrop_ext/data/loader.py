@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,7 @@ class DropLoader:
         self._closed = False
         self._iteration = object()  # identifies the latest iteration
         self._given, self._seconds = 0, 0.0  # samples and seconds since `forget_counts`
+        self._open: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the epoch that is iterated over
         self._relabelled = 0  # samples read in that time whose rows were there
         self._beginning = 0.0  # seconds that the last epoch took to begin
 
@@ -74,6 +76,17 @@ class DropLoader:
         return self._epochs
 
     def __iter__(self) -> Iterator[Any]:
+        epoch = self._epoch()
+        self._open = weakref.ref(epoch)
+        return epoch
+
+    def end(self) -> None:
+        """End the epoch, for a trainer that stops at the last batch and does not exhaust the iterator."""
+        epoch = self._open()
+        if epoch is not None:
+            epoch.close()
+
+    def _epoch(self) -> Generator[Any, None, None]:
         if self._closed:
             raise RuntimeError("drop.loader: the DropScheduler must be open, and it was closed")
         begin = time.perf_counter()
@@ -113,8 +126,10 @@ class DropLoader:
         self._given, self._seconds, self._relabelled = 0, 0.0, 0
 
     def exclude(self, seconds: float) -> None:
-        """Take seconds that were not spent on training out of the current epoch's time."""
-        self._seconds -= seconds
+        """Take seconds that were not spent on training out of the time of the epoch, if one is under way."""
+        epoch = self._open()
+        if epoch is not None and epoch.gi_frame is not None:
+            self._seconds -= seconds
 
     def resume(self, epochs: int, seen: torch.Tensor) -> None:
         """Go on after `epochs` epochs of another process, which has drawn the samples `seen` [N] bool."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from learndrop_ext import ops
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.plan import Budgets, plan_for
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class CutChoice:
     cut: int
     row_bytes: int
     reason: str
+    budgets: Budgets | None = field(default=None, compare=False, repr=False)  # by which it was chosen
 
 
 def live_seconds(layers: Sequence[LayerCost]) -> float:
@@ -97,11 +99,14 @@ def choose_cut(
     shape = layers[prefix - 1].shape
     assert shape is not None
     row = ops.row_stride(shape, codec)
-    if prefix == kept or rows_in_tiers(rows, row, tiers) is not None:
-        return CutChoice(prefix, row, f"rows after {layers[prefix - 1].name}")
+    budgets = Budgets(*(tier.budget_bytes for tier in tiers))
+    if prefix == kept or plan_for(shape, codec, rows, budgets) is not None:
+        return CutChoice(prefix, row, f"rows after {layers[prefix - 1].name}", budgets)
     wanted, budget = row * rows, sum(tier.budget_bytes for tier in tiers)
     texts = format_bytes(wanted), format_bytes(budget)
-    if texts[0] == texts[1]:
+    if wanted <= budget:
+        texts = texts[0], f"{texts[1]}, less what reading ahead takes"
+    elif texts[0] == texts[1]:
         texts = f"{wanted:,} bytes", f"{budget:,} bytes"
     why = f"no rows: they take {texts[0]} and the budget is {texts[1]}"
     if 0 < kept < prefix:

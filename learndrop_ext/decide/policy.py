@@ -6,13 +6,13 @@ A policy is any callable `policy(situation) -> Decision`. The scheduler carries 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
 from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_seconds
 from learndrop_ext.decide.schedules import best_prefixes
+from learndrop_ext.warn import warn
 
 
 @dataclass(frozen=True)
@@ -262,12 +262,10 @@ class Budget:
         elapsed, L = situation.elapsed_seconds, len(situation.layers)
         if situation.epoch >= epochs:
             if elapsed > max(LATE * wanted, wanted + LATE_SECONDS):
-                warnings.warn(
+                warn(
                     f"{name}: the run took {elapsed:.1f} s, and was asked to take {wanted:.1f} s: without drops it would "
                     f"take {self.speedup * wanted:.1f} s by estimate. {situation.prefix} of {L} layers are dropped; fewer "
-                    "epochs without drops may be better in that time",
-                    RuntimeWarning,
-                    stacklevel=2,
+                    "epochs without drops may be better in that time"
                 )
             return Decision(situation.prefix, f"{name}: {elapsed:.1f} s of {wanted:.1f} s")
         for weights in self._weights(situation):
@@ -277,12 +275,10 @@ class Budget:
                 break
         prefix = prefixes[0]
         if not situation.epoch and elapsed and total > LATE * wanted:
-            warnings.warn(
+            warn(
                 f"{name}: the run is asked to take {wanted:.1f} s, and takes {total:.1f} s at least: making the "
                 f"DropScheduler took {elapsed:.1f} s of them. {prefix} of {L} layers are dropped; ask for a smaller "
-                "speedup, or train for more epochs",
-                RuntimeWarning,
-                stacklevel=2,
+                "speedup, or train for more epochs"
             )
         return Decision(prefix, f"{name}: {prefix} of {L} layers, forecast {total:.1f} s of {wanted:.1f} s")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from learndrop_ext.forward.chain import Chain
 from learndrop_ext.forward.cuts import Cut
 from learndrop_ext.forward.record import tensors_of
 from learndrop_ext.preserve import preserved
+from learndrop_ext.warn import warn
 
 #: Training steps. The first one also warms up; the shorter one counts, because other work on the machine only makes a step
 #: longer. With the optimizer's and the recorded forward, making a DropScheduler with `Budget` takes less than three steps.
@@ -198,12 +198,10 @@ def _optimizer_seconds(optimizer: torch.optim.Optimizer, model: nn.Module, devic
         said = f"{type(error).__name__}: {error}".removesuffix(": ")
         elements = sum(p.numel() for p in model.parameters())
         seconds = ASSUMED_BYTES * elements / copy_bytes_per_second(device)
-        warnings.warn(
+        warn(
             f"DropScheduler: {type(optimizer).__name__}.step() cannot be timed on a copy ({said}), as it may need a "
             f"closure: forward and backward were timed once, and a step of it is assumed to take {1e3 * seconds:.1f} ms; "
-            "the first epochs correct that",
-            RuntimeWarning,
-            stacklevel=6,  # who made the DropScheduler, or called its step() or forecast()
+            "the first epochs correct that"
         )
         return seconds
 

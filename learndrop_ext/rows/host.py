@@ -11,7 +11,6 @@ import mmap
 import os
 import statistics
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from learndrop_ext.ops import transfer
+from learndrop_ext.warn import warn
 
 #: Row bytes at which copy engines and kernel are compared, 4 KiB to 256 KiB.
 SWITCH_SIZES = tuple(4096 << k for k in range(7))
@@ -169,11 +169,9 @@ def copy_engine_from(device: torch.device, *, rows: int = 128, repeats: int = 7)
         source = PinnedRows(1, MEASURED_BYTES, device)
         target = torch.empty(MEASURED_BYTES, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError as error:
-        warnings.warn(
+        warn(
             "ActivationCache: the copy engines could not be measured, so rows of "
-            f"{COPY_ENGINE_BYTES:,} bytes and more are copied by them ({error})",
-            RuntimeWarning,
-            stacklevel=2,
+            f"{COPY_ENGINE_BYTES:,} bytes and more are copied by them ({error})"
         )
         return COPY_ENGINE_BYTES
     for size in reversed(SWITCH_SIZES):

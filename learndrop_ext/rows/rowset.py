@@ -7,7 +7,6 @@ slot * V + view.
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from learndrop_ext.rows.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.rows.stopwatch import Stopwatch
 from learndrop_ext.rows.store.fingerprint import Fingerprint
 from learndrop_ext.rows.store.rowfile import FoundRows, RowFileKeeper
+from learndrop_ext.warn import warn
 
 #: How far a codec's values may lie from each other for values that differ by rounding, as a share of the largest.
 CODEC_ERROR = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "uint8": 1e-2}
@@ -403,11 +403,9 @@ class RowSet:
                 cache.grow(-(-wanted // self.views) * self.views)
             except ValueError as error:
                 self._full = True
-                warnings.warn(
+                warn(
                     "drop.loader: the sampler draws more samples than the budgets hold rows of; those that do not fit "
-                    f"are read and run through the dropped layers each time ({error})",
-                    RuntimeWarning,
-                    stacklevel=4,
+                    f"are read and run through the dropped layers each time ({error})"
                 )
                 return False
         self._places_epoch = -1

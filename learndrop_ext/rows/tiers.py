@@ -9,7 +9,6 @@ import contextlib
 import functools
 import itertools
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +23,7 @@ from learndrop_ext.rows.host import CopyStream, HostTier
 from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.plan import STAGING_ROWS, Budgets, TierPlan, plan_tiers, room_for
 from learndrop_ext.rows.store.file import Manifest, Sidecar
+from learndrop_ext.warn import warn
 
 HOST = 1
 
@@ -254,11 +254,7 @@ class TieredRows:
         try:
             future.result()
         except Exception as error:
-            warnings.warn(
-                f"ActivationCache: rows that were read ahead could not be read ({error}); nothing has used them",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn(f"ActivationCache: rows that were read ahead could not be read ({error}); nothing has used them")
 
     def save(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
         """Write the rows in `filled` [R] bool of all tiers to the file at `path`. Raises OSError, and TypeError if the
@@ -311,11 +307,9 @@ class TieredRows:
             raise error from None
         if fewer == budgets:
             raise error
-        warnings.warn(
+        warn(
             f"ActivationCache: the rows that were to be kept on the {tier} did not fit into its memory; "
-            f"now {plan} ({error})",
-            RuntimeWarning,
-            stacklevel=6,
+            f"now {plan} ({error})"
         )
         return fewer
 

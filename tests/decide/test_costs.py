@@ -167,7 +167,16 @@ def test_row_seconds(rows: int, tiers: list[TierCost], wanted: float | None) -> 
 
 
 @pytest.mark.parametrize(
-    ("budgets", "cut"), [((40_960,), 2), ((0, 40_960), 2), ((20_480, 0, 20_480), 2), ((20_480, 20_479), 0), ((0, 0), 0)]
+    ("budgets", "cut"),
+    [
+        ((40_960,), 2),
+        ((0, 40_960), 2),
+        ((0, 20_480, 20_480), 2),
+        ((20_480, 20_479), 0),
+        ((0, 0), 0),
+        ((20_480, 0, 20_480), 0),  # rows from a file are read ahead into memory on the device
+        ((20_480, 0, 40_960), 2),
+    ],
 )
 def test_choose_cut_spreads_rows_over_the_tiers(budgets: tuple[int, ...], cut: int) -> None:
     tiers = [TierCost(budget, 1e6) for budget in budgets]

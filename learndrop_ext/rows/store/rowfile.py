@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import uuid
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from learndrop_ext.rows.plan import budgets_of
 from learndrop_ext.rows.store.file import CacheFileError, Sidecar, remove_abandoned
 from learndrop_ext.rows.store.fingerprint import Fingerprint
 from learndrop_ext.rows.store.shared import PATTERN, FillLock, find_or_lock
+from learndrop_ext.warn import warn
 
 #: What is kept of the batches beside their rows: plain values and tensors.
 Extras = tuple[Any, list[torch.Tensor]]
@@ -124,7 +124,7 @@ class RowFileKeeper:
             cache.share(aside)
             self._name = path.name
         except OSError as error:
-            warnings.warn(f"drop: the rows are not shared with other runs ({error})", RuntimeWarning, stacklevel=4)
+            warn(f"drop: the rows are not shared with other runs ({error})")
         finally:
             self.release()
 
@@ -169,9 +169,7 @@ class RowFileKeeper:
             aside = self.new_path(0) if path.match(PATTERN) else None
             cache = ActivationCache.open(path, made_of(), device=device, budgets=budgets, aside=aside)
         except (OSError, CacheFileError) as error:
-            warnings.warn(
-                f"DropScheduler.load_state_dict: the rows are computed again ({error})", RuntimeWarning, stacklevel=4
-            )
+            warn(f"DropScheduler.load_state_dict: the rows are computed again ({error})")
             return None
         self._name = name
         return _found(cache)
@@ -204,17 +202,13 @@ class RowFileKeeper:
                 values, tensors = extras()
                 cache.save(made_of(), Sidecar(values, (slots, *tensors)))
             except (OSError, TypeError) as error:
-                warnings.warn(
-                    f"DropScheduler.state_dict: a run that resumes from here will compute its rows again ({error})",
-                    RuntimeWarning,
-                    stacklevel=5,
-                )
+                warn(f"DropScheduler.state_dict: a run that resumes from here will compute its rows again ({error})")
                 return None
         return cache.path.name
 
 
 def _say_not_used(reason: str) -> None:
-    warnings.warn(f"drop.loader: the shared rows are not used: {reason}", RuntimeWarning, stacklevel=4)
+    warn(f"drop.loader: the shared rows are not used: {reason}")
 
 
 def _found(cache: ActivationCache) -> FoundRows:

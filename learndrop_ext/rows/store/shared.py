@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import time
-import warnings
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from learndrop_ext.rows.store.file import (
     remove_unused,
 )
 from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.warn import warn
 
 PATTERN = "shared-*.rows"
 POLL_SECONDS = 0.2
@@ -124,7 +124,7 @@ def find(folder: Path, fingerprint: Fingerprint) -> Path | None:
     except FileNotFoundError:
         return None
     except CacheFileError as error:
-        warnings.warn(f"the shared rows are computed again ({error})", RuntimeWarning, stacklevel=2)
+        warn(f"the shared rows are computed again ({error})")
         return None
     with contextlib.suppress(OSError):
         os.utime(path)
@@ -160,11 +160,9 @@ def find_or_lock(folder: Path, fingerprint: Fingerprint, *, timeout_seconds: flo
                 return found
             return lock
         if time.monotonic() >= deadline:
-            warnings.warn(
+            warn(
                 f"another run has been filling the shared rows {path} for more than {timeout_seconds:g} s; "
-                "this run computes its own",
-                RuntimeWarning,
-                stacklevel=2,
+                "this run computes its own"
             )
             return None
         time.sleep(POLL_SECONDS)
