@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -128,7 +129,7 @@ class DropLoader:
     def exclude(self, seconds: float) -> None:
         """Take seconds that were not spent on training out of the time of the epoch, if one is under way."""
         epoch = self._open()
-        if epoch is not None and epoch.gi_frame is not None:
+        if epoch is not None and inspect.getgeneratorstate(epoch) != inspect.GEN_CLOSED:
             self._seconds -= seconds
 
     def resume(self, epochs: int, seen: torch.Tensor) -> None:
