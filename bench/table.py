@@ -101,13 +101,42 @@ def overhead_table(results: list[dict[str, Any]]) -> str:
                 time = f"{record['us_per_step']:.0f} us a step, {record['epoch_begin_ms']:.0f} ms to begin an epoch"
                 beside = f"the same layer alone: {record['head_us_per_step']:.0f} us a step"
             else:
-                what = (
-                    f"the loader, batches of {record['batch']} {record['codec']} rows of {record['row_bytes']:,} bytes"
-                )
+                size = f" of {record['row_bytes']:,} bytes" if "row_bytes" in record else ""
+                what = f"the loader, batches of {record['batch']} {record['codec']} rows{size}"
                 time = f"{record['us_per_batch']:.0f} us a batch, {record['epoch_begin_ms']:.0f} ms to begin an epoch"
                 beside = f"a DataLoader over a TensorDataset: {record['tensor_dataset_us_per_batch']:.0f} us a batch"
             lines.append(f"| {machine} | {what} | {time} | {beside} |")
     return "\n".join(lines if len(lines) > 2 else [*lines, "| all | not measured | | |"])
+
+
+def host_time_table(_: list[dict[str, Any]]) -> str:
+    """Steps on rows and the constructor, beside the code that copied the model's forward; see bench_overhead.py."""
+    folder = ROOT / "bench" / "results" / "host-time"
+    sides = [
+        {(r["run"], r["model"].split(",")[0], r["batch"]): r for r in map(json.loads, file.read_text().splitlines())}
+        for file in (folder / "own-forward.jsonl", folder / "copied-forward.jsonl")
+    ]
+    lines = [
+        "| network, layers dropped | batch | a step on rows | before | the live layer alone | with all parameters in its "
+        "optimizer | to begin an epoch | before |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    makes = []
+    for key, now in sides[0].items():
+        before = sides[1][key]
+        if now["run"] == "constructor":
+            makes.append(
+                f"{key[1]}, batches of {now['batch']}: {now['budget_steps']:.1f} steps with `Budget` (before "
+                f"{before['budget_steps']:.1f}), {now['steps']:.1f} with `StoppedLearning` (before {before['steps']:.1f})"
+            )
+            continue
+        step, head = f"{now['us_per_step']:.0f} us", f"{now['head_us_per_step']:.0f} us"
+        old = f"{before['us_per_step']:.0f} us beside {before['head_us_per_step']:.0f}"
+        walking = f"{now['same_optimizer_us_per_step']:.0f} us"
+        begins = f"{now['epoch_begin_ms']:.1f} ms | {before['epoch_begin_ms']:.1f} ms"
+        model = now["model"].replace(" layers dropped", "")
+        lines.append(f"| {model} | {now['batch']} | {step} | {old} | {head} | {walking} | {begins} |")
+    return "\n".join([*lines, "", "Making a scheduler takes, in training steps: " + "; ".join(makes) + "."])
 
 
 def read(folder: str) -> list[dict[str, Any]]:
@@ -241,7 +270,12 @@ def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 TABLES = {
     "README.md": {"training": training_table, "compare": compare_summary, "fine-tuning": fine_tuning_summary},
-    "docs/results.md": {"kernels": kernel_table, "overhead": overhead_table, "gpu-training": gpu_training_table},
+    "docs/results.md": {
+        "kernels": kernel_table,
+        "host-time": host_time_table,
+        "overhead": overhead_table,
+        "gpu-training": gpu_training_table,
+    },
     "docs/when-it-pays.md": {
         "fine-tuning": fine_tuning_tables,
         "exactness": exactness_table,

@@ -57,7 +57,7 @@ def plot_scores(records: Records) -> str | None:
     layers = list(dict.fromkeys(name for record in scored for name in record["scores"]))
     epochs = [int(record["epoch"]) for record in scored]
     # A layer dropped after an epoch was still measured in that epoch: it is hatched from the next record on.
-    dropped = [0, *(int(record["prefix"]) for record in scored[:-1])]
+    dropped = [_dropped_at_first(scored), *(int(record["prefix"]) for record in scored[:-1])]
     cells = [[math.nan] * len(epochs) for _ in layers]
     for column, record in enumerate(scored):
         for row, layer in enumerate(layers):
@@ -95,6 +95,11 @@ def plot_scores(records: Records) -> str | None:
     return _svg(figure, prefix="scores", label=f"Map of the score of each of {len(layers)} layers after each epoch")
 
 
+def _dropped_at_first(records: Records) -> int:
+    """The layers that were dropped before the first step of a run: they have no score in its first epoch."""
+    return sum(score is None for score in (records[0].get("scores") or {}).values())
+
+
 @matplotlib.rc_context(SETTINGS)
 def plot_dropped(records: Records) -> str | None:
     """Draw the number of dropped layers against the training time, for the runs that may drop layers; None without one."""
@@ -105,7 +110,7 @@ def plot_dropped(records: Records) -> str | None:
     for run, part in _runs(records).items():
         axes.step(
             [0.0, *(float(record["seconds"]) for record in part)],
-            [0, *(int(record["prefix"]) for record in part)],
+            [_dropped_at_first(part), *(int(record["prefix"]) for record in part)],
             where="post",
             label=run,
             **_style(run, len(part)),

@@ -57,6 +57,24 @@ def test_plot_scores_hatches_only_what_was_dropped_before() -> None:
     assert "dropped" in texts(plot_scores(RECORDS))
 
 
+def test_layers_dropped_before_the_first_step_are_dropped_from_the_first_epoch_on() -> None:
+    scores = {"stem": None, "layer1.0": 0.2, "fc": 0.4}
+    records = [record("learndrop", epoch, 1, scores=scores) for epoch in (1, 2)]
+    assert "dropped" in texts(plot_scores(records[:1]))
+    assert "dropped" not in texts(plot_scores([record("learndrop", 1, 1)]))
+
+    def heights(records: list[dict[str, Any]]) -> set[str]:
+        """Where the line of the run passes."""
+        svg = plot_dropped(records)
+        assert svg is not None
+        line = re.search(r'<g id="line2d_\d+">\s*<path d="(M [^"]+)" clip-path="[^"]+" style="[^"]*stroke: #0072b2', svg)
+        assert line is not None
+        return set(re.findall(r"[ML] \S+ (\S+)", line.group(1)))
+
+    assert len(heights(records)) == 1  # at one layer from the beginning
+    assert len(heights([record("learndrop", epoch, 1) for epoch in (1, 2)])) == 2
+
+
 def test_plot_scores_of_many_cells_is_an_image() -> None:
     names = [f"l{i}" for i in range(41)]
     records = [record("learndrop", e, 0, layers=41, scores=dict.fromkeys(names, 0.5)) for e in range(1, 101)]
