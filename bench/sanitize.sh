@@ -18,7 +18,7 @@ LEARNDROP_CUDA=0 LEARNDROP_SANITIZE=address,undefined \
 libasan=$("${CXX:-g++}" -print-file-name=libasan.so)
 libstdcxx=$("${CXX:-g++}" -print-file-name=libstdc++.so)
 mkdir "$site/tests"
-cp "$@" tests/conftest.py tests/rows/tiered_cache.py "$site/tests"
+cp "$@" tests/conftest.py tests/rows/tiered_cache.py tests/ops/rows_reference.py "$site/tests"
 cd "$site"
 LD_PRELOAD="$libasan $libstdcxx" PYTHONPATH="$site" \
   ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
