@@ -106,8 +106,8 @@ case $stage in
     fi
     wait "$tests_process" || failed=1
     step host-time 60 "$python" bench/host_time.py --device "$device" --out "$OUT/host_time.json"
-    step step-on-rows 90 "$python" bench/bench_overhead.py --step-on-rows --device "$device" \
-      ${toy:+--epochs 1 --steps 3 --batches 4}
+    step step-on-rows 120 "$python" bench/bench_overhead.py --step-on-rows --device "$device" \
+      --epochs "$([ -n "$toy" ] && echo 1 || echo 4)" ${toy:+--steps 3 --batches 4}
     ;;
   kernels)
     suites=("$python" -m pytest -q -p no:cacheprovider -n 0 -W default --benchmark-only --benchmark-save-data)

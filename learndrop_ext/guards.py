@@ -20,6 +20,7 @@ from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.forward.images import Constant, Images, Operation, Standing, Trace, form_of
+from learndrop_ext.kernels.shards import local_part
 from learndrop_ext.ops.digests import TensorDigests
 from learndrop_ext.preserve import attributes_preserved
 from learndrop_ext.rng import fork_rng
@@ -114,9 +115,8 @@ class FrozenTensors:
 
     def _follow(self, tensors: list[torch.Tensor]) -> None:
         self._watched, self._digests = tensors, TensorDigests(tensors)
-        self._heads = TensorDigests(
-            t.detach()[: HEAD * len(t) // t.numel() + 1] if t.numel() > HEAD else t for t in tensors
-        )
+        parts = (local_part(tensor).detach() for tensor in tensors)
+        self._heads = TensorDigests(t[: HEAD * len(t) // t.numel() + 1] if t.numel() > HEAD else t for t in parts)
         self._note_writes()
 
     def _note_writes(self) -> None:
@@ -335,10 +335,12 @@ class DataGuard:
             random: whether images differ each time they are read; then only the rest is compared.
         """
         changed = None
-        known = torch.isin(ids, torch.nonzero(self._known).flatten())
-        if not random and bool(known.any()):
-            now = image_digests(input_of(batch, self._key)).cpu()[known]
-            changed = None if torch.equal(now, self._digests.cpu()[ids[known]]) else "the images"
+        noted = torch.nonzero(ids < len(self._known)).flatten()
+        noted = noted[self._known[ids[noted]]]
+        if not random and len(noted):
+            before, images = self._digests[ids[noted].to(self._digests.device)], input_of(batch, self._key)
+            now = image_digests(images[noted.to(images.device)])
+            changed = None if torch.equal(now, before.to(now.device)) else "the images"
         changed = changed or self._extras.first_difference(batch, places, others)
         return (
             changed and f"{changed} of some samples are no longer what the dataset gave when their rows were computed"

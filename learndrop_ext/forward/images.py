@@ -244,7 +244,8 @@ class Images(Unread):
             return _sliced(func, x, args[1:], kwargs)
         others = [a for a in operands if isinstance(a, torch.Tensor) and a is not x]
         mixes = packet in ARITHMETIC and any(a.dim() >= x.dim() and len(a) > 1 for a in others)
-        if mixes or packet not in ARITHMETIC | FORMS or (packet is ATEN.permute and args[1][0] % x.dim()):
+        known = packet in ARITHMETIC or packet in FORMS
+        if mixes or not known or (packet is ATEN.permute and args[1][0] % x.dim()):
             raise _refused(func, x)
         (form,), _ = _forms(func, args, kwargs)
         if form.shape[:1] != (len(x),):

@@ -109,13 +109,9 @@ class RowSet:
         self._path, self._looks = [*self._path, cut], True
         self.stores, self._full, self._places_epoch = True, False, -1
 
-    def level(self, ids: torch.Tensor) -> int:
-        """Return the number of layers that the samples `ids` [B] need not run in this epoch: the latest cut at which all of
-        them have rows, or 0."""
-        return self.locate(ids)[0]
-
     def locate(self, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """Return the `level` of the samples `ids` [B], and the places [B] of their rows."""
+        """Return the number of layers that the samples `ids` [B] need not run in this epoch, the latest cut at which all of
+        them have rows, or 0; and the places [B] of their rows."""
         if self._places_epoch != self.epoch:
             self._look_up_places()
         # In most epochs every sample drawn so far has its row.
@@ -136,10 +132,6 @@ class RowSet:
         if self.cache is not None and rows <= len(self.cache.filled) and bool(self.cache.filled[:rows].all()):
             self._places = self.slots.all_places(self.epoch)
 
-    def complete(self, ids: torch.Tensor) -> bool:
-        """Return whether all of the samples `ids` [n] have rows for this epoch, so that no image is needed."""
-        return len(ids) > 0 and self.level(ids) > 0
-
     def places(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the places [B] of the samples' rows in this epoch; samples without a slot get one."""
         used = self.slots.used
@@ -159,7 +151,7 @@ class RowSet:
         return cache.gather_known(at)
 
     def dtype(self, level: int) -> torch.dtype | None:
-        """Return the dtype of the rows at a cut that `level` gave; None if they have gone since."""
+        """Return the dtype of the rows at a cut that `locate` gave; None if they have gone since."""
         cache = self.cache if self.cuts[-1:] == [level] else self.older
         return None if cache is None else cache.dtype
 

@@ -238,6 +238,30 @@ def test_a_sampler_that_draws_more_than_the_budgets_hold() -> None:
     assert int(drop._rows.cache.filled.sum()) == 12
 
 
+def test_rows_that_the_tiers_hold_only_without_room_to_read_ahead_are_not_kept(tmp_path: Path) -> None:
+    model, optimizer, loader = parts(data(1050), batch_size=350)
+    row = 4 * 8 * 8 * 4
+    cache = CacheConfig(codec="fp32", budget_bytes=1000 * row, disk_dir=str(tmp_path), disk_bytes=80 * 4096)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 1}), cache=cache)
+    assert (
+        "no rows: they take 1.075 MB and the budget is 1.352 MB, less what reading ahead takes"
+        in drop.history[0].reason
+    )
+    epoch(drop, optimizer)
+    assert drop.step().tier == "none"
+
+
+def test_a_drop_keeps_to_the_budgets_that_its_cut_was_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    def less_now(*_: Any) -> Any:
+        raise AssertionError("the budgets were read again")
+
+    monkeypatch.setattr("learndrop_ext.rows.rowset.budgets_of", less_now)
+    model, optimizer, loader = parts(data())
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 1}), cache=CacheConfig(codec="fp32"))
+    epoch(drop, optimizer)
+    assert drop.step().tier == "device"
+
+
 @pytest.mark.parametrize("drops", [{0: 2}, {1: 1, 3: 2}])
 def test_rows_made_on_first_draw_spread_over_the_tiers(tmp_path: Path, drops: dict[int, int]) -> None:
     def run(config: CacheConfig) -> tuple[list[Any], DropScheduler]:
