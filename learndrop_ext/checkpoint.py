@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from learndrop_ext.scheduler import DropScheduler
 
 STATE = {
-    *("layers", "prefix", "cuts", "rows_file", "epochs_begun", "seen", "view_offset", "generator", "loop", "known_ids"),
+    *("layers", "prefix", "cuts", "stored", "epochs_begun", "seen", "view_offset", "generator", "loop"),
     *("weights", "deltas", "history", "epoch", "undropped", "scale", "views"),
 }
 
@@ -23,13 +23,12 @@ def state_of(drop: DropScheduler) -> dict[str, Any]:
         "layers": list(drop._chain.names),
         "prefix": drop.prefix,
         "cuts": list(rows.path),
-        "rows_file": rows.save(drop._guards.state),
+        "stored": rows.save(),
         "epochs_begun": drop._loader.epochs,
         "seen": drop._loader.batches.seen.clone(),
         "view_offset": rows.slots.view_offset.clone(),
         "generator": rows.generator.get_state(),
         "loop": drop._guards.loop.describe(),
-        "known_ids": list(drop._source.known_ids),
         "ids": drop._source.state(),
         "weights": drop._guards.checksum(drop.prefix),
         "deltas": drop._deltas.state_dict(),
@@ -52,7 +51,6 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
         drop._release()
     rows = drop._rows
     drop._source.load(state.get("ids"))
-    drop._source.known_ids = list(state["known_ids"])
     rows.renumber(len(drop._source), state["view_offset"], state["views"] if drop._chooses_views else rows.config.views)
     drop._loader.resume(state["epochs_begun"], state["seen"])
     rows.generator.set_state(state["generator"])
@@ -61,9 +59,7 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
         if state["cuts"]:
             shape = drop._chain[state["cuts"][-1] - 1].shape
             assert shape is not None
-            found = rows.find(state["rows_file"], state["cuts"], shape)
-            if found is not None and found.extras is not None:
-                drop._guards.load(*found.extras)
+            rows.resume(state["stored"], state["cuts"], shape)
         drop._freeze(state["prefix"], body)
     drop._deltas, drop._history = deltas, history
     drop._epoch, drop._undropped = state["epoch"], state["undropped"]
@@ -96,4 +92,4 @@ def _check(drop: DropScheduler, state: dict[str, Any]) -> None:
         shape = drop._chain[state["cuts"][-1] - 1].shape
         assert shape is not None
         samples = len(drop._source) if drop._source.readable else len(state["seen"])
-        rows.check_room(state["rows_file"], shape, samples * config.rows_per_sample)
+        rows.check_room(state["stored"], shape, samples * config.rows_per_sample)

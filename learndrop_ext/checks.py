@@ -51,11 +51,11 @@ def check_free(model: nn.Module, but: object = None) -> None:
 
 
 def check_folder(config: CacheConfig) -> None:
-    """Raise ValueError for a `disk_dir` that cannot be written to."""
-    folder = config.disk_dir
+    """Raise ValueError for a `store` that cannot be written to."""
+    folder = config.store
     if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
         raise ValueError(
-            f"DropScheduler: cache must have a disk_dir that is a folder to write to, got CacheConfig(disk_dir={folder!r})"
+            f"DropScheduler: cache must have a store that is a folder to write to, got CacheConfig(store={str(folder)!r})"
         )
 
 

@@ -287,33 +287,17 @@ def describe_operations(operations: Sequence[Operation]) -> str:
 class DataGuard:
     """The images of samples, by digests noted when their rows were kept, and the rest of their batches."""
 
-    def __init__(self, *, key: InputKey, like: Any, extras: BatchExtras) -> None:
-        self._key, self._like, self._extras = key, like, extras
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget all images."""
-        self._digests = torch.empty(0, dtype=torch.int64)  # [N]
-        self._known = torch.empty(0, dtype=torch.bool)  # [N]
+    def __init__(self, rows: RowSet, *, key: InputKey, like: Any, extras: BatchExtras) -> None:
+        self._rows, self._key, self._like, self._extras = rows, key, like, extras
 
     def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
         """Note the images of samples `ids` [B], whose rows are about to be kept; or only of those not noted yet."""
         images = input_of(batch, self._key)
-        self._known = lengthened(self._known, int(ids.max()) + 1)
-        self._digests = lengthened(self._digests.to(images.device), len(self._known))
         if only_new:
-            new = torch.nonzero(~self._known[ids]).flatten()
+            new = torch.nonzero(~self._rows.images(ids)[0]).flatten()
             ids, images = ids[new], images[new.to(images.device)]
-        self._known[ids] = True
-        self._digests[ids.to(self._digests.device, non_blocking=True)] = image_digests(images)
-
-    def state(self) -> list[torch.Tensor]:
-        """Return what is known of the images, as tensors on the CPU."""
-        return [self._known, self._digests.cpu()]
-
-    def load(self, known: torch.Tensor, digests: torch.Tensor) -> None:
-        """Know what another process knew."""
-        self._known, self._digests = known, digests
+        if len(ids):
+            self._rows.note_images(ids, image_digests(images))
 
     def check_shape(self, batch: Any) -> None:
         """Raise RuntimeError if the images have another shape."""
@@ -335,11 +319,10 @@ class DataGuard:
             random: whether images differ each time they are read; then only the rest is compared.
         """
         changed = None
-        noted = torch.nonzero(ids < len(self._known)).flatten()
-        noted = noted[self._known[ids[noted]]]
-        if not random and len(noted):
-            before, images = self._digests[ids[noted].to(self._digests.device)], input_of(batch, self._key)
-            now = image_digests(images[noted.to(images.device)])
+        known, before = self._rows.images(ids)
+        if not random and len(before):
+            images = input_of(batch, self._key)
+            now = image_digests(images[torch.nonzero(known).flatten().to(images.device)])
             changed = None if torch.equal(now, before.to(now.device)) else "the images"
         changed = changed or self._extras.first_difference(batch, places, others)
         return (
@@ -376,7 +359,7 @@ class Guards:
         self.loop = LoopGuard()
         self._chain, self._source, self._rows, self._extras = chain, source, rows, extras
         self._key, self._like, self._run, self._bypass = key, like, run, bypass
-        self._data = DataGuard(key=key, like=like, extras=extras)
+        self._data = DataGuard(rows, key=key, like=like, extras=extras)
         self._tensors: FrozenTensors | None = None
         self._probe: ForwardProbe | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -391,7 +374,6 @@ class Guards:
         """Guard nothing."""
         self._tensors = self._probe = self._optimizer = None
         self.loop.forget()
-        self._data.forget()
 
     def follow_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Look at another optimizer from now on."""
@@ -429,7 +411,8 @@ class Guards:
         kept = self._rows.drawn() if self._source.readable and self._rows.stores else ()
         if not len(kept):
             return
-        generator = torch.Generator().manual_seed((self._rows.config.seed << 20) + epoch)
+        generator = torch.Generator()
+        generator.seed()  # other samples in each run
         ids = kept[torch.randint(len(kept), (PROBES,), generator=generator)].unique()
         random = self._has_random_views()
         batch, *others = [
@@ -441,7 +424,7 @@ class Guards:
         if not bool(filled_at(self._extras, places).all()):
             return
         if changed := self._data.reason(batch, ids, places, others, random=random):
-            self._discard("loader", changed)
+            self._discard("loader", changed, data=True)
 
     def check_step(self, images: Images, trains: bool) -> None:
         """Look at a call on images, before its forward. See `LoopGuard.check` and `FrozenTensors.check_step`."""
@@ -506,30 +489,18 @@ class Guards:
                     "drop.loader: an id must stand for one sample, got two samples with the same id in one iteration over "
                     "loader; give each sample an id of its own, and views=V where it is another image each time"
                 )
-            self._discard("loader", changed)
+            self._discard("loader", changed, data=True)
         return True
 
     def refresh(self, ids: torch.Tensor | None) -> None:
         """Discard the rows and extras of samples [n], or of all, without a warning."""
-        self._rows.forget(ids)
+        self._rows.forget(ids, everywhere=True)
         if ids is None:
             self.forget_extras()
 
     def forget_extras(self) -> None:
-        """Discard what is kept beside the rows, and what is known of the images."""
+        """Discard what is kept beside the rows."""
         self._extras.clear()
-        self._data.forget()
-
-    def state(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """Return what is kept beside the rows, see `BatchExtras.state`, and what is known of their images."""
-        values, tensors = self._extras.state()
-        return values, [*self._data.state(), *tensors]
-
-    def load(self, values: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
-        """Replace what is kept beside the rows, and what is known of their images, by a `state`."""
-        known, digests, *extras = tensors
-        self._data.load(known, digests)
-        self._extras.load(values, extras)
 
     def checksum(self, k: int) -> str:
         """Return a digest of the weights and buffers of the first k layers, the same in every process."""
@@ -538,12 +509,13 @@ class Guards:
     def _has_random_views(self) -> bool:
         return self._rows.views > 1 and not self._rows.config.mirror
 
-    def _discard(self, where: str, reason: str) -> None:
-        """The reaction: rows are computed again when their samples are next drawn."""
+    def _discard(self, where: str, reason: str, *, data: bool = False) -> None:
+        """The reaction: rows are computed again when their samples are next drawn. data: whether the images have changed, so
+        that those in the store are wrong for other runs too."""
         cache = self._rows.cache
         if cache is not None and bool(cache.filled.any()):
             warn(f"drop.{where}: the rows are computed again: {reason}")
-        self._rows.forget()
+        self._rows.forget(everywhere=data)
         self.loop.forget()
         self.forget_extras()
 

@@ -137,13 +137,16 @@ class DropScheduler:
         # None of these refers to the scheduler: without a reference cycle the workers of its loader end with it.
         self._run_on = run_on = partial(_run_on, self._call, model, head, first, input)
         self._rows = rows = RowSet(
-            len(source), config=config, device=device, made_of=lambda path: made_of(path), moved=extras.move
+            len(source),
+            config=config,
+            device=device,
+            made_of=lambda path, row: _made_of(chain, rows.config, guards, path, row),
+            sample_keys=source.keys,
         )
         self._bypass = bypass = Bypass(
             chain.recorded, keep=rows.keep, watch=lambda images, trains: guards.check_step(images, trains)
         )
         self._guards = guards = Guards(chain, source, rows, extras, key=input, like=first, run=run_on, bypass=bypass)
-        made_of = partial(_made_of, chain, source, rows, guards)
         self._loader = DropLoader(source, rows, extras, key=input, like=first, bypass=bypass, guards=guards)
         self._forgotten = weakref.finalize(self._loader, bypass.release)  # once nobody can train on rows any more
         self._forgotten.atexit = False
@@ -296,21 +299,21 @@ class DropScheduler:
         self._guards.refresh(None if ids is None else torch.as_tensor(list(ids), dtype=torch.int64))
 
     def close(self) -> None:
-        """End the run: restore the model as it was, free the rows and delete their files."""
-        self._close(keep_files=False)
+        """End the run: restore the model as it was, and free the rows. Those that other runs can use stay in the store."""
+        self._close(keep=False)
 
     def __enter__(self) -> DropScheduler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an error, keep the file for a run that resumes from the checkpoint.
-        self._close(keep_files=kind is not None)
+        # After an error, keep the rows that a checkpoint names.
+        self._close(keep=kind is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state as plain values and tensors, for `torch.save`.
 
-        Model, optimizer and rows are not in it. With `CacheConfig(disk_dir=...)`, rows that changed since the last call
-        are written to a file there if `disk_bytes` holds them all. The state names it; the one it replaces is deleted.
+        Model, optimizer and rows are not in it. With `CacheConfig(store=...)`, rows are written there if `store_bytes` holds
+        them all, and the state names them; those that the state before named are deleted unless other runs can use them.
         """
         self._check_open("state_dict")
         return checkpoint.state_of(self)
@@ -318,8 +321,8 @@ class DropScheduler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a `state_dict()`. Load the model's own state first.
 
-        Dropped layers are dropped again. Rows are read from the file that the state names. If it is missing or has
-        another fingerprint (RuntimeWarning), they are computed again when their samples are drawn.
+        Dropped layers are dropped again. Rows are read from the store. If they are not there any more (RuntimeWarning), they
+        are computed again when their samples are drawn.
 
         Raises:
             ValueError: the state is of another model or dataset, or the dropped layers have other weights than when it
@@ -403,7 +406,7 @@ class DropScheduler:
             shape = self._chain[prefix - 1].shape
             assert shape is not None
             rows = self._loader.batches.expected_rows()
-            self._rows.advance(prefix, shape, rows=rows, budgets=choice.budgets)
+            self._rows.advance(prefix, shape, rows=rows, private=situation.epoch > 0, budgets=choice.budgets)
         self._deltas.drop_first(prefix - self._prefix)
         self._freeze(prefix, body)
 
@@ -432,13 +435,12 @@ class DropScheduler:
             self._model.show(body)
         self._deltas = self._deltas_from(0)
 
-    def _close(self, *, keep_files: bool) -> None:
+    def _close(self, *, keep: bool) -> None:
         if not self._loader.close():
             return
         if self._prefix:
             self._release()
-        if not keep_files:
-            self._rows.file.delete()
+        self._rows.close(keep=keep)
 
     def _record(self, reason: str, **values: Any) -> Record:
         cache = self._rows.cache
@@ -471,20 +473,17 @@ def _run_on(
     return call(model, with_input(batch, key, x))
 
 
-def _made_of(chain: Chain, source: Source, rows: RowSet, guards: Guards, path: list[int]) -> Fingerprint:
-    """Everything that rows depend on which went through these cuts."""
-    k, config = path[-1], rows.config
+def _made_of(chain: Chain, config: CacheConfig, guards: Guards, path: list[int], row: str) -> Fingerprint:
+    """Everything that rows depend on which went through these cuts. row: their dtype and shape."""
+    k = path[-1]
     modules = chain.recorded.before(k)
     return Fingerprint(
         weights=weights_digest(modules, chain.parameters(0, k)),
         cut=k,
         codec=config.codec,
-        views=config.rows_per_sample,
-        samples=len(source),
-        dataset=source.describe(),
+        layers=f"{type(chain.model).__name__}, cuts {path}: {chain.names[:k]}, code "
+        f"{code_digest(modules, chain.recorded.around(k))}",
         loop=guards.loop.describe(),
-        seed=0 if config.mirror or config.rows_per_sample == 1 else config.seed,
-        layers=f"{path} {chain.names[:k]} {code_digest(modules, chain.recorded.around(k))}",
-        images="" if config.shared else source.known_images(),  # those of runs that share rows may differ
-        mirror=config.mirror,
+        row=row,
+        views="mirror" if config.mirror else "random" if config.rows_per_sample > 1 else "one",
     )

@@ -1,4 +1,4 @@
-"""The command line: `learndrop compare`, `train`, `forecast`, `cache` and `info`."""
+"""The command line: `learndrop compare`, `train`, `forecast`, `store` and `info`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from learndrop_ext import backend_info
-from learndrop_ext.app import forecasts, report, runs, shared_rows
+from learndrop_ext.app import forecasts, report, runs, stores
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
 from learndrop_ext.app.networks import check_network, is_external, pixel_statistics
 from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, make_parser
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    run = {"compare": _compare, "train": _train, "forecast": _forecast, "cache": _cache, "info": _info}[args.command]
+    run = {"compare": _compare, "train": _train, "forecast": _forecast, "store": _store, "info": _info}[args.command]
     try:
         return run(args)
     except KeyboardInterrupt:
@@ -192,11 +192,15 @@ def _forecast(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cache(args: argparse.Namespace) -> int:
-    listing = shared_rows.list_and_remove(
-        args.folder, older_than_days=args.remove_older_than, keep_bytes=args.keep_bytes
+def _store(args: argparse.Namespace) -> int:
+    listing = stores.keep_in_order(
+        args.folder,
+        check=args.check,
+        older_than_days=args.remove_older_than,
+        keep_bytes=args.keep_bytes,
+        compacts=args.compact,
     )
-    print(json.dumps(listing) if args.json else shared_rows.format_listing(listing))
+    print(json.dumps(listing) if args.json else stores.format_listing(listing))
     return 0
 
 

@@ -84,9 +84,9 @@ COMMANDS = {
         "Measure the costs of each layer. Print and plot (forecast.html) the time of the run for each number of dropped "
         "layers and each start, and the memory of the rows. Nothing is trained.",
     ),
-    "cache": (
-        "list and remove rows shared between runs",
-        "List the files of rows that runs share in a folder, and remove old files or as many as exceed a size.",
+    "store": (
+        "list, check and remove the rows in a store",
+        "List the rows in the folder of CacheConfig(store=DIR), and check, remove and compact them.",
     ),
     "info": ("show what this installation supports", "Show CUDA, driver, GPUs, Triton, torch and CPU instructions."),
 }
@@ -200,16 +200,16 @@ def make_parser() -> argparse.ArgumentParser:
         "recipe with as many steps as fit into the time that dropping took)",
     )
     commands["train"].add_argument("--plain", action="store_true", help="train without dropping")
-    for name in ("cache", "info"):
+    for name in ("store", "info"):
         commands[name].add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    cache = commands["cache"]
-    cache.add_argument(
-        "folder", type=Path, metavar="DIR", help="the disk_dir of CacheConfig(disk_dir=DIR, shared=True)"
+    store = commands["store"]
+    store.add_argument("folder", type=Path, metavar="DIR", help="the folder of CacheConfig(store=DIR)")
+    store.add_argument("--check", action="store_true", help="compare all rows with their checksums")
+    store.add_argument(
+        "--remove-older-than", type=_positive, metavar="DAYS", help="remove rows not used for this many days"
     )
-    cache.add_argument(
-        "--remove-older-than", type=_positive, metavar="DAYS", help="remove files not used for this many days"
+    store.add_argument(
+        "--keep-bytes", type=_size, metavar="N", help="remove the least recently used rows until N bytes are left"
     )
-    cache.add_argument(
-        "--keep-bytes", type=_size, metavar="N", help="remove the least recently used files until N bytes are left"
-    )
+    store.add_argument("--compact", action="store_true", help="write files with removed rows anew, without them")
     return parser

@@ -125,6 +125,11 @@ class _Column:
     def has_rows(self) -> bool:
         return self.kind in ("tensor", "array")
 
+    @property
+    def varies(self) -> bool:
+        """Whether it differs between samples, and is stored."""
+        return self.kind in ("tensor", "array", "list")
+
     def check(self, leaf: Any, count: int) -> None:
         """Raise ValueError for an entry unlike that of the first batch."""
         if self.kind == "input":
@@ -214,13 +219,26 @@ class BatchExtras:
         """Return whether all places [B] were written."""
         return len(at) > 0 and bool(filled_at(self, at).all())
 
-    def move(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Store at places `after` [n] what is at `before` [n], and forget all else."""
-        there = filled_at(self, before)
-        old = copy.copy(self)
-        self.clear()
-        if bool(there.any()):
-            self.put(old.get(before[there], torch.empty(int(there.sum()))), after[there])
+    def is_labels(self, batch: Any, labels: torch.Tensor | None) -> bool:
+        """Return whether `labels` [B] are all that a batch holds beside its images, and all that varies in others."""
+        if labels is None:
+            return False
+        spec, columns = self._columns_of(batch)
+        varying = [
+            (column, leaf) for column, leaf in zip(columns, spec.flatten_up_to(batch), strict=True) if column.varies
+        ]
+        if len(varying) != 1 or varying[0][0].kind != "tensor":
+            return False
+        leaf = varying[0][1]
+        return leaf.shape == labels.shape and bool((leaf.to(labels.device) == labels).all())
+
+    def put_labels(self, at: torch.Tensor, labels: torch.Tensor) -> None:
+        """Store the labels [n] of samples at places [n], where they are all that varies, see `is_labels`."""
+        if self._spec is None:
+            self._spec, self._columns = self._columns_of(self._like)
+        (column,) = (one for one in self._columns if one.varies)
+        column.stored = _written(column.stored, at, labels.to(column.stored))
+        self.filled = _written(self.filled, at, torch.ones(len(at), dtype=torch.bool))
 
     def first_difference(self, batch: Any, at: torch.Tensor, others: Sequence[Any] = ()) -> str | None:
         """Return the name of the first entry of a batch that differs from what is stored at places [B], or None. Entries
@@ -233,24 +251,6 @@ class BatchExtras:
             if column.kind != "input" and not random and not equal(leaf, column.get(at, where)):
                 return column.name
         return None
-
-    def state(self) -> tuple[dict[str, Any], list[torch.Tensor]]:
-        """Return everything stored, as plain values and tensors on the CPU. TypeError for what cannot be expressed so."""
-        try:
-            spec = pytree.treespec_dumps(self._spec)
-        except NotImplementedError as error:
-            raise TypeError(f"BatchExtras.state: batches must be of plain containers, got {error}") from None
-        entries = [[c.name, c.kind, c.form, None if c.has_rows else c.stored] for c in self._columns]
-        rows = [torch.as_tensor(column.stored).cpu() for column in self._columns if column.has_rows]
-        return {"spec": spec, "entries": entries}, [self.filled, *rows]
-
-    def load(self, values: dict[str, Any], tensors: Sequence[torch.Tensor]) -> None:
-        """Replace what is stored by a `state`."""
-        self._spec = pytree.treespec_loads(values["spec"])
-        self._columns = [_Column(*entry) for entry in values["entries"]]
-        self.filled, *rows = tensors
-        for column, stack in zip([c for c in self._columns if c.has_rows], rows, strict=True):
-            column.stored = stack.numpy() if column.kind == "array" else stack.to(self.device)
 
     def _columns_of(self, batch: Any) -> tuple[Any, list[_Column]]:
         """The structure of a batch, and its columns without values."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import statistics
 import time
 from collections import deque
@@ -43,7 +42,6 @@ class IdSource:
                 f"{type(loader).__name__}, which can be iterated over only once; give an object whose __iter__ starts again"
             )
         self.loader = loader
-        self.known_ids: list[int] = []
         self.whole = False  # whether the last iteration had every id of the first batch, and no id twice
         self.repeats = False  # whether the last iteration had an id twice
         self.unchecked = False  # whether the rows of a checkpoint are still to be compared with the first batch
@@ -70,16 +68,11 @@ class IdSource:
         """Return the number of samples of a whole iteration; before the first one, as many as `len(loader)` implies."""
         return self._samples if self.whole else max(len(self), (length_of(self.loader) or 0) * self.batch_size)
 
-    def describe(self) -> str:
-        """Return the loader's type and the digest of all ids in order."""
-        digest = hashlib.sha256()
-        for value in self._table.ids:
-            digest.update(f"{value!r},".encode())
-        return f"{type(self.loader).__qualname__} with ids {digest.hexdigest()}"
+    #: Samples have no names that other runs know.
+    keys = None
 
-    def known_images(self) -> str:
-        """Return "": the samples come by in another order in each run."""
-        return ""
+    def labels(self, extras: BatchExtras) -> None:
+        """Return None: labels come with the batches."""
 
     def first(self) -> tuple[list[int], Any]:
         """Draw the first batch. Raises ValueError if there is none, or no input or no ids where `input` and `ids` say."""

@@ -50,7 +50,7 @@ class DropLoader:
         self._source, self._rows, self._extras, self._key = source, rows, extras, key
         self._bypass, self._guards = bypass, guards
         self._form = form_of(input_of(like, key))
-        self._places = places = Places(rows, extras)
+        self._places = places = Places(rows, extras, source.labels(extras))
         self.batches = batches_of(source, rows, places, guards.compare)
         # Nothing refers to this loader: without a reference cycle its workers end with the scheduler.
         self._images = source.loader if isinstance(source, IdSource) else rebuilt(source.loader, self.batches)
@@ -151,6 +151,7 @@ class DropLoader:
         self._rows.end_epoch()  # the epoch before may have been broken off
         self._rows.epoch = self._epochs
         self.batches.begin(self._epochs)
+        self._places.relabel()
         self._guards.begin_epoch(self._epochs)
         *_, last = self._bypass.cuts or (0,)
         cuts = (*(cut for cut in self._rows.stops if cut < last), last)
@@ -197,7 +198,6 @@ class DropLoader:
         self._guards.check_batch(read, ids)
         places, order = rows.first_places(ids)
         self._extras.put(read, places, order)
-        # Rows that another run has left do not say of which images.
         self._guards.note(read, ids, only_new=level > 0)
         if level:
             self._relabelled += len(ids)

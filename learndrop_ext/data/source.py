@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, is_ambiguous
 from learndrop_ext.data.id_source import IdSource
 from learndrop_ext.data.ids import IdKey
+from learndrop_ext.data.keys import Labels, check_described, sample_keys
 from learndrop_ext.data.reading import (
     check_loader,
     first_batch_ids,
@@ -22,10 +23,6 @@ from learndrop_ext.data.reading import (
 from learndrop_ext.distributed import from_rank_zero, several_processes
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.plan import budgets_of
-from learndrop_ext.rows.store.fingerprint import describe, images_digest, tells_apart
-
-#: Samples by which a run that resumes knows its images.
-KNOWN = 8
 
 
 class DatasetSource:
@@ -33,11 +30,11 @@ class DatasetSource:
 
     readable = True  # whether any sample can be read by number at any time
 
-    def __init__(self, loader: DataLoader[Any], *, key: InputKey, seed: int) -> None:
+    def __init__(self, loader: DataLoader[Any], *, key: InputKey, seed: int, config: CacheConfig) -> None:
         check_loader(loader)
         self.loader = loader
-        self.known_ids: list[int] = []  # samples by which a run that resumes knows its images
         self._key, self._seed = key, seed
+        self._key_of, self._targets = config.key, config.targets
 
     def __len__(self) -> int:
         return len(self.loader.dataset)  # type: ignore[arg-type]
@@ -46,18 +43,24 @@ class DatasetSource:
         """Return the length of the dataset."""
         return len(self)
 
-    def describe(self) -> str:
-        """Return a description of the dataset and its transforms."""
-        return describe(self.loader.dataset)
+    def keys(self, ids: torch.Tensor) -> Sequence[bytes]:
+        """Return what samples `ids` [n] are called in every run; see `sample_keys`."""
+        return sample_keys(self.loader, ids, key=self._key_of, input=self._key)
 
-    def known_images(self) -> str:
-        """Return a digest of the images of `known_ids`, read anew."""
-        return images_digest(input_of(self.read(self.known_ids, 0), self._key))
+    def labels(self, extras: BatchExtras) -> Labels | None:
+        """Return the labels that the dataset offers without reading images, if the first batch holds them and no more."""
+        labels = Labels(self.loader.dataset, self._targets)
+        offered = extras.is_labels(self._first, labels.of(torch.tensor(self._first_ids)))
+        if self._targets is not None and not offered:
+            raise ValueError(
+                "CacheConfig: targets must be the labels of the samples, and all that a batch holds beside its images, and "
+                "the first batch holds others"
+            )
+        return labels if offered else None
 
     def first(self) -> tuple[list[int], Any]:
         """Return the samples of the first batch that the sampler draws, and their batch."""
         self._first_ids = first_batch_ids(self.loader)
-        self.known_ids = self._first_ids[:KNOWN]
         ((self._first, self._seconds),) = read_batches(self.loader, [self._first_ids], self._seed)
         others = (i for i in range(len(self)) if i not in self._first_ids)
         if is_ambiguous(self._first, self._key) and (other := next(others, None)) is not None:
@@ -85,9 +88,9 @@ class DatasetSource:
         rest.put(self._first, at)
         if name := rest.first_difference(self.read(self._first_ids, 1), at):
             raise ValueError(
-                "DropScheduler: loader must give the same labels for the same id each time where runs share random "
-                f"views, got a different one at {name}, which may not fit the view of another run; use "
-                "CacheConfig(mirror=True) and a dataset without randomness, or shared=False"
+                "DropScheduler: loader must give the same labels for the same id each time where random views are kept in "
+                f"a store, got a different one at {name}, which may not fit the view of another run; use "
+                "CacheConfig(mirror=True) and a dataset without randomness, or no store"
             )
 
     def read(self, ids: Sequence[int], seed: int) -> Any:
@@ -144,7 +147,7 @@ def settle_views(
             held = (budgets.device or 0) + budgets.host + budgets.disk
             views = max(2, min(views_within(epochs, speedup), held // max(1, len(source) * row_bytes)))
         config = dataclasses.replace(config, views=from_rank_zero(views) if may_choose else views)
-    if config.shared and config.views != 1 and isinstance(source, DatasetSource):
+    if config.store is not None and config.views != 1 and isinstance(source, DatasetSource):
         source.check_rest()
     return config
 
@@ -153,26 +156,20 @@ def source_of(loader: Any, ids: IdKey | None, *, key: InputKey, seed: int, confi
     """Return the source of a DataLoader's samples or, with `ids`, of those of any iterable of batches.
 
     Raises:
-        TypeError, ValueError: the loader or `ids` cannot be used, or `ids` is given with several processes or with rows
-            shared between runs, each of which would number the ids in its own way.
+        TypeError, ValueError: the loader or `ids` cannot be used, `ids` is given with several processes, each of which would
+            number the ids in its own way, or samples have no names for a store.
     """
     if ids is None:
-        source = DatasetSource(loader, key=key, seed=seed)
-        if config.shared and not tells_apart(loader.dataset):
-            raise ValueError(
-                "DropScheduler: loader must be over a dataset that its repr tells from others where runs share their rows, "
-                f"got {source.describe()[:200]}; give it a __repr__ that names its samples and its transforms with all "
-                "their values, or leave out shared=True"
-            )
+        source = DatasetSource(loader, key=key, seed=seed, config=config)
+        if config.store is not None and config.key is None:
+            check_described(loader.dataset)
         return source
     if several_processes():
         raise ValueError(
             f"DropScheduler: ids must be None where several processes train one model, got {ids!r}; give a DataLoader "
             "over a dataset with a DistributedSampler"
         )
-    if config.shared:
-        raise ValueError(
-            f"DropScheduler: ids must be None where several runs share their rows, got {ids!r} with "
-            "CacheConfig(shared=True)"
-        )
+    for name in ("key", "targets"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"DropScheduler: ids must be None with CacheConfig({name}=...), got {ids!r}")
     return IdSource(loader, ids, key=key, seed=seed)

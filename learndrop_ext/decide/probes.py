@@ -74,8 +74,8 @@ def tier_speeds(budgets: Budgets, config: CacheConfig, device: torch.device) -> 
     host = disk = math.inf
     if budgets.host and device.type != "cpu":
         host = host_bytes_per_second(device)
-    if budgets.disk and config.disk_dir is not None:
-        disk = disk_bytes_per_second(Path(config.disk_dir))
+    if budgets.disk and config.store is not None:
+        disk = disk_bytes_per_second(Path(config.store))
     return copy_bytes_per_second(device), host, disk
 
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from learndrop_ext import ops
-from learndrop_ext.rows.disk import DiskTier, open_rows
+from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.layout import RowForm, RowLayout
 from learndrop_ext.rows.output_pool import OutputPool
 from learndrop_ext.rows.plan import Budgets, TierPlan, lengthened
-from learndrop_ext.rows.store.file import Manifest, Sidecar, Tables
-from learndrop_ext.rows.store.fingerprint import Fingerprint
 from learndrop_ext.rows.tiers import TieredRows
 
 LARGEST_FP16 = torch.finfo(torch.float16).max
@@ -36,17 +33,14 @@ class ActivationCache:
         codec (str): how a row is stored: "fp32", "bf16", "fp16" or "uint8".
         device (torch.device): device of the rows stored and returned.
         budgets (Budgets, optional): bytes of rows in each tier, see `plan_tiers`. Default: all rows on the device
-        path (Path, optional): the file of rows. It is deleted with the cache unless it was saved. Default: None
+        disk (DiskTier, optional): the rows' place in a store. Default: None
 
     Attributes:
         filled (Tensor): [R] bool, which slots were written.
         dtype (torch.dtype or None): dtype of the rows; None before the first.
-        saved (bool): whether the file at `path` holds exactly these rows.
-        sidecar (Sidecar): what an opened file holds beside its rows.
 
     Raises:
-        ValueError: if the budgets are too small or need a path.
-        OSError: if the disk is full.
+        ValueError: if the budgets are too small or need a store.
         torch.OutOfMemoryError: if a tier is out of memory and the next one may not take its rows.
     """
 
@@ -58,69 +52,26 @@ class ActivationCache:
         codec: str,
         device: torch.device,
         budgets: Budgets | None = None,
-        path: Path | None = None,
-        _saved: tuple[DiskTier, Tables] | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         if slots < 0:
             raise ValueError(f"ActivationCache: slots must be >= 0, got {slots}")
-        if budgets is not None and budgets.disk and path is None:
-            raise ValueError("ActivationCache: path must be given with a disk budget, got None")
+        if budgets is not None and budgets.disk and disk is None:
+            raise ValueError("ActivationCache: disk must be given with a disk budget, got None")
         self.shape = tuple(shape)
         self.codec = codec
         self.device = device
-        self.filled = torch.zeros(slots, dtype=torch.bool) if _saved is None else _saved[1].filled
-        self.saved = _saved is not None
-        self.sidecar = Sidecar() if _saved is None else _saved[1].sidecar
+        self.filled = torch.zeros(slots, dtype=torch.bool)
         self.dtype: torch.dtype | None = None
-        self.path = path
+        self.disk = disk
         self._filled_table = self.filled  # `filled`, with room for more slots
         self._outputs = OutputPool(device)
         self._saturated: torch.Tensor | None = None
         self._saturation_batches = 0
         self._form = RowForm.of(torch.empty((1, *shape), device="meta"), codec)  # of the first rows
         self._rows: TieredRows | None = TieredRows(
-            slots,
-            RowLayout.of(self.shape, codec),
-            device,
-            budgets=budgets or Budgets(),
-            path=path,
-            saved=None if _saved is None else (_saved[0], self.filled),
+            slots, RowLayout.of(self.shape, codec), device, budgets=budgets or Budgets(), disk=disk
         )
-
-    @classmethod
-    def open(
-        cls,
-        path: Path,
-        fingerprint: Fingerprint,
-        *,
-        device: torch.device,
-        budgets: Budgets | None = None,
-        aside: Path | None = None,
-    ) -> ActivationCache:
-        """Return the cache that `save` wrote. Rows that stay on disk are verified when they are gathered, others now.
-
-        Args:
-            path, device, budgets: as for the constructor.
-            fingerprint (Fingerprint): what the rows must depend on.
-            aside (Path, optional): open a file that other runs read too, see `share`. Default: None
-
-        Raises:
-            FileNotFoundError: if there is no file.
-            CacheFileError: if the file is damaged or of another cache; it names the first difference.
-            ValueError, OSError, torch.OutOfMemoryError: as the constructor.
-        """
-        saved = open_rows(path, fingerprint, aside=aside)
-        was = saved[1].manifest
-        try:
-            cache = cls(was.slots, was.shape, codec=was.codec, device=device, budgets=budgets, path=path, _saved=saved)
-        except BaseException:
-            saved[0].close()
-            raise
-        cache.dtype = getattr(torch, was.dtype) if was.dtype else None
-        cache._form = RowForm(was.shape, was.codec, was.stored, was.strides)
-        if aside is not None:
-            cache.share(aside)
-        return cache
 
     @property
     def row_bytes(self) -> int:
@@ -138,9 +89,9 @@ class ActivationCache:
         return self._open("plan").plan.first(len(self.filled))
 
     @property
-    def fits_file(self) -> bool:
-        """Whether the disk budget holds a file of all rows."""
-        tiers = self._open("fits_file")
+    def fits_store(self) -> bool:
+        """Whether the disk budget holds all rows."""
+        tiers = self._open("fits_store")
         return tiers.layout.end(len(self.filled)) <= tiers.budgets.disk
 
     @property
@@ -172,14 +123,14 @@ class ActivationCache:
             raise ValueError(f"ActivationCache.append: slots must be [{len(rows)}], got [{len(slots)}]")
         if (repeated := ops.first_repeated(slots)) is not None:
             raise ValueError(f"ActivationCache.append: slots must name no row twice, got {repeated} twice")
-        if tiers.storage.disk is not None:
-            tiers.storage.disk.check_owner()
         tiers.discard_prefetch()
         form = RowForm.of(rows, self.codec) if self.dtype is None else self._form
+        if self.disk is not None:
+            self.disk.note_form(form, rows.dtype)
+            self.disk.forget(slots)
         stored = form.to_store(rows)
         for part in tiers.staged(slots, load=False):
             ops.append_distinct_rows(tiers.data, stored[part.begin : part.end], part.index, codec=self.codec)
-            self._change(tiers)
             self.dtype, self._form = rows.dtype, form
             if len(part.slow):
                 self.filled[part.slow] = False
@@ -200,7 +151,7 @@ class ActivationCache:
 
         Raises:
             TypeError, ValueError, IndexError: if slots are not as above, outside the cache, or were never written.
-            CacheFileError: if a row on disk has changed.
+            DamagedRowError: if a row in the store has changed.
         """
         self._check_filled("gather", slots)
         return self.gather_known(slots)
@@ -246,7 +197,6 @@ class ActivationCache:
         if slots == len(self.filled):
             return
         tiers.grow(slots, self.filled)
-        self._change(tiers)
         self._filled_table = lengthened(self._filled_table, slots)
         self.filled = self._filled_table[:slots]
 
@@ -256,65 +206,49 @@ class ActivationCache:
         Raises:
             TypeError, ValueError, IndexError: if a slot is outside the cache; nothing is changed then.
         """
-        tiers = self._open("forget")
+        self._open("forget")
         if slots is None:
             self.filled.zero_()
         else:
             _check_slots("forget", slots, len(self.filled))
             self.filled[slots] = False
-        self._change(tiers)
+        if self.disk is not None:
+            self.disk.forget(torch.arange(len(self.filled)) if slots is None else slots)
         if not bool(self.filled.any()):
             self.dtype, self._saturated, self._saturation_batches = None, None, 0
 
-    def save(self, fingerprint: Fingerprint, sidecar: Sidecar | None = None) -> None:
-        """Write all rows to the file at `path`, synced and then renamed.
+    def load(self, slots: torch.Tensor, places: torch.Tensor, like: torch.Tensor | None = None) -> None:
+        """Take rows that are in the store.
 
         Args:
-            fingerprint (Fingerprint): what the rows depend on; `open` must be given the same.
-            sidecar (Sidecar, optional): other data to store; `sidecar` of the opened cache. Default: None
+            slots (Tensor): [n] int64 (CPU), ascending, none of them filled.
+            places (Tensor): [n] int64, their places in the store.
+            like (Tensor, optional): [B, *shape], rows whose strides are those of the rows returned. Default: those in the
+                store
 
         Raises:
-            ValueError: if the cache has no path.
-            TypeError: if the sidecar holds values that JSON cannot.
-            OSError: if the disk is full; the old file at `path` stays.
+            OSError, DamagedRowError: the store's file cannot be read, or a row has changed.
         """
-        tiers = self._open("save")
-        if tiers.path is None:
-            raise ValueError("ActivationCache.save: the cache must have a path, got None")
-        manifest = Manifest(
-            codec=self.codec,
-            shape=self.shape,
-            stored=self._form.stored,
-            strides=self._form.strides,
-            dtype="" if self.dtype is None else str(self.dtype).removeprefix("torch."),
-            slots=len(self.filled),
-            row_bytes=tiers.layout.row_bytes,
-            stride_bytes=tiers.layout.stride_bytes,
-            fingerprint=fingerprint,
-        )
-        tiers.save(manifest, self.filled, sidecar or Sidecar())
-        self.path, self.saved = tiers.path, True
+        tiers, disk = self._open("load"), self.disk
+        assert disk is not None and disk.stored.form is not None and disk.stored.dtype is not None
+        if self.dtype is None:
+            self._form = disk.stored.form if like is None else disk.stored.form.returned_as(like)
+            self.dtype = disk.stored.dtype
+            disk.note_form(self._form, self.dtype)
+        disk.take(slots, places)
+        tiers.load(slots)
+        self.filled[slots] = True
 
-    def share(self, aside: Path) -> None:
-        """Leave the saved file to other runs. From now on it is never changed: the first change of a row copies the rows on
-        disk to `aside`, which becomes the `path` of this cache. Raises ValueError if the rows are not saved."""
-        tiers = self._open("share")
-        if not self.saved:
-            raise ValueError("ActivationCache.share: the rows must be saved, and they were changed since")
-        tiers.path = aside
-        if tiers.storage.disk is not None:
-            tiers.storage.disk.share(aside)
+    def save(self) -> bool:
+        """Add all rows that are not in the store to it, and return True. Raises OSError."""
+        self._open("save").save(torch.nonzero(self.filled).flatten())
+        return True
 
     def close(self) -> None:
-        """Free the rows. A saved file stays."""
+        """Free the rows. Those in a store stay there."""
         rows, self._rows = self._rows, None
         if rows is not None:
             rows.close()
-
-    def _change(self, tiers: TieredRows) -> None:
-        """Note that the file at `path` no longer holds these rows."""
-        self.saved = False
-        self.path = tiers.path
 
     def _note_saturation(self, rows: torch.Tensor) -> None:
         if self.codec != "fp16" or rows.dtype == torch.float16 or self._saturation_batches >= SATURATION_BATCHES:

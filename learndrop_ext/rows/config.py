@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeGuard
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import torch
 
 from learndrop_ext.ops import CODECS
 
@@ -25,11 +29,17 @@ class CacheConfig:
             is free when a drop is decided. Default: "auto"
         host_bytes (int or "auto", optional): limit on the bytes of further rows in host memory, for a model on a GPU.
             Default: 0
-        disk_bytes (int or "auto", optional): limit on the bytes of further rows in a file. If it holds all rows, a run
-            that resumes from a checkpoint finds them there. Default: 0
-        disk_dir (str, optional): the folder of the file. Default: None
-        shared (bool, optional): look in `disk_dir` for rows that another run computed from the same images with the same
-            layers, and leave this run's rows there; `disk_bytes=0` then means "auto". Default: False
+        store (str or Path, optional): a folder in which rows outlive the run. They spill there if memory does not hold them, a
+            run that resumes finds them there, and so does any other run with the same layers and images, see
+            docs/memory-and-disk.md. Default: None
+        store_bytes (int or "auto", optional): limit on the bytes that this run adds to the store for the rows of one drop.
+            Default: "auto"
+        key (Callable, optional): index in the dataset -> str or int, the name of its sample in the store. It must be another
+            one if the image is another one. Default: path, size and time of its file; the image's own values for a dataset
+            in memory; else its index, for a dataset whose repr tells it from others
+        targets (sequence, optional): the labels of all samples of the dataset [N], if the batches are (images, labels) and
+            the dataset does not offer them as `targets`, `labels` or `samples`: a run that finds its rows in the store then
+            reads no image for its label. Default: None
         mirror (bool, optional): keep two rows of each sample, one of the image and one of its horizontal flip, and draw
             them in turn. Default: False
         partition ("share" or "all", optional): with several processes, each keeps the rows of the samples it draws in its
@@ -45,9 +55,10 @@ class CacheConfig:
     views: int | str = "auto"
     budget_bytes: int | str = "auto"
     host_bytes: int | str = 0
-    disk_bytes: int | str = 0
-    disk_dir: str | None = None
-    shared: bool = False
+    store: str | os.PathLike[str] | None = None
+    store_bytes: int | str = "auto"
+    key: Callable[[int], str | int] | None = None
+    targets: Sequence[Any] | torch.Tensor | None = field(default=None, compare=False, repr=False)
     mirror: bool = False
     partition: str = "share"
     seed: int = 0
@@ -64,18 +75,16 @@ class CacheConfig:
             raise ValueError(f"CacheConfig: views must be a whole number >= 1 or 'auto', got {self.views!r}")
         if self.partition not in PARTITIONS:
             raise ValueError(f"CacheConfig: partition must be 'share' or 'all', got {self.partition!r}")
-        for name in ("budget_bytes", "host_bytes", "disk_bytes"):
+        for name in ("budget_bytes", "host_bytes", "store_bytes"):
             value = getattr(self, name)
             if value != "auto" and not (_is_whole(value) and value >= 0):
                 raise ValueError(f"CacheConfig: {name} must be bytes >= 0 or 'auto', got {value!r}")
-        for name in ("shared", "mirror"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"CacheConfig: {name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("disk_bytes", "shared"):
-            if getattr(self, name) and self.disk_dir is None:
-                raise ValueError(
-                    f"CacheConfig: disk_dir must be a folder where {name} is {getattr(self, name)!r}, got None"
-                )
+        if not isinstance(self.mirror, bool):
+            raise ValueError(f"CacheConfig: mirror must be True or False, got {self.mirror!r}")
+        if self.store is not None and not isinstance(self.store, str | os.PathLike):
+            raise ValueError(f"CacheConfig: store must be the path of a folder or None, got {self.store!r}")
+        if self.key is not None and not callable(self.key):
+            raise ValueError(f"CacheConfig: key must be a function of an index or None, got {self.key!r}")
         if not _is_whole(self.seed):
             raise ValueError(f"CacheConfig: seed must be a whole number, got {self.seed!r}")
         if self.mirror and self.views not in (1, "auto"):

@@ -1,4 +1,4 @@
-"""Which rows are on the device, which in host memory and which in a file: budgets in bytes -> ranges of slots."""
+"""Which rows are on the device, which in host memory and which in the store: budgets in bytes -> ranges of slots."""
 
 from __future__ import annotations
 
@@ -131,18 +131,14 @@ def lengthened(table: Tensor, length: int) -> Tensor:
 def budgets_of(config: CacheConfig, device: torch.device) -> Budgets:
     """Return a configuration's budgets in bytes; "auto" is half of what is free now.
 
-    A CPU model has no host tier, since its device is host memory. Shared rows need a file: with `shared`, a disk budget of
-    0 means "auto".
-
-    Raises:
-        OSError: if the folder of the file does not exist.
+    A CPU model has no host tier, since its device is host memory. Raises OSError if the folder of the store is not there.
     """
     budget = config.budget_bytes
     on_device = budget if isinstance(budget, int) else free_bytes(device) // 2
     host = disk = 0
     if device.type != "cpu":
         host = config.host_bytes if isinstance(config.host_bytes, int) else free_bytes(torch.device("cpu")) // 2
-    if config.disk_dir is not None:
-        limit = config.disk_bytes if config.disk_bytes or not config.shared else "auto"
-        disk = limit if isinstance(limit, int) else shutil.disk_usage(Path(config.disk_dir)).free // 2
+    if config.store is not None:
+        limit = config.store_bytes
+        disk = limit if isinstance(limit, int) else shutil.disk_usage(Path(config.store)).free // 2
     return Budgets(on_device, host, disk)

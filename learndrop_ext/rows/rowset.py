@@ -6,8 +6,11 @@ slot * V + view.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import secrets
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,30 +18,35 @@ import torch
 from learndrop_ext.forward.proof import rows_agree
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.disk import DamagedRowError, DiskTier
 from learndrop_ext.rows.layout import RowLayout
-from learndrop_ext.rows.plan import Budgets, budgets_of, plan_tiers
+from learndrop_ext.rows.plan import Budgets, budgets_of, lengthened, plan_tiers
 from learndrop_ext.rows.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.rows.stopwatch import Stopwatch
 from learndrop_ext.rows.store.fingerprint import Fingerprint
-from learndrop_ext.rows.store.rowfile import FoundRows, RowFileKeeper
+from learndrop_ext.rows.store.store import FoundRows, RowKeys, RowStore, StoredRows, StoreError
 from learndrop_ext.warn import warn
 
 #: How far a codec's values may lie from each other for values that differ by rounding, as a share of the largest.
 CODEC_ERROR = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "uint8": 1e-2}
+#: Of the random views that a run keeps of a sample, a quarter is its own, until the store has four times as many.
+OWN_SHARE, MOST_KEPT = 4, 4
 
 
 class RowSet:
     """The rows of the dropped layers.
 
     Rows are kept as the training step passes the cut (`keep`), and read for a whole batch at once (`gather`). After a
-    further drop the rows of the drop before stay until all of their samples have new ones.
+    further drop the rows of the drop before stay until all of their samples have new ones. In a store, rows outlive the run:
+    those of layers that it has not trained are left to other runs, and taken from them.
 
     Args:
         size: N, the number of samples known.
         config: codec, views, budgets and folder.
         device: device of the rows.
-        made_of: the cuts that rows went through -> everything that they depend on. It is known once rows have arrived.
-        moved: is told that what was at n places is now at n others; everything else by place is of no use any more.
+        made_of: the cuts that rows went through, and a description of a row -> everything that they depend on. It is known
+            once rows have arrived.
+        sample_keys: samples [n] -> what they are called in the store, the same in all runs; None if only this run knows.
     """
 
     def __init__(
@@ -47,26 +55,34 @@ class RowSet:
         *,
         config: CacheConfig,
         device: torch.device,
-        made_of: Callable[[list[int]], Fingerprint],
-        moved: Callable[[torch.Tensor, torch.Tensor], None] = lambda before, after: None,
+        made_of: Callable[[list[int], str], Fingerprint],
+        sample_keys: Callable[[torch.Tensor], Sequence[bytes]] | None = None,
     ) -> None:
-        self._made_of, self._moved = made_of, moved
+        self._made_of, self._sample_keys = made_of, sample_keys
         self._path: list[int] = []  # all cuts that the rows went through
         self.config = config
         self.device = device
         self.generator = torch.Generator().manual_seed(config.seed)
         self.slots = SlotTable(size, config.rows_per_sample, self.generator)
+        self._own_views = self._new_views()  # [V], what this run's views are called in the store
         self.cuts: list[int] = []  # of the rows in `older` and in `cache`, as far as there are any
         self.stores = False  # whether rows are kept and read again in a later epoch
         self.epoch = 0  # number of epochs begun: decides which view of a sample is drawn
-        self.file = RowFileKeeper(config)
+        self._store = None if config.store is None else RowStore(Path(config.store))
+        self._kept: set[str] = set()  # the digests of private rows that a checkpoint names
+        # By sample: the digest of its image, and whether it is known.
+        self._digests, self._has_digest = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
+        self._view_names = torch.empty(
+            0, dtype=torch.int64
+        )  # of random views, by place: what they are called in the store
         self.cache: ActivationCache | None = None  # the rows by place; None if none are kept
         self.older: ActivationCache | None = None  # the rows of the drop before, while some are still needed
         self._watch = Stopwatch(device)
         self._begun: Any = None  # when the forward whose rows are being computed began
         self._made = [0, 0]  # rows computed from images and from older rows since `forget_counts`
         self._full = False  # whether the budgets are exhausted
-        self._looks = False  # whether to look for rows of other runs when the first rows arrive
+        self._looks = False  # whether to look into the store when the first rows arrive
+        self._said: set[str] = set()  # what has failed in the store
         # The place [N] of each sample's row in an epoch (-1: not drawn yet), if all that are drawn have all of their rows.
         self._places: torch.Tensor | None = None
         self._places_epoch = -1  # the epoch for which they were looked up; -1 after rows have come or gone
@@ -89,24 +105,27 @@ class RowSet:
         """V, the number of rows of each sample."""
         return self.config.rows_per_sample
 
-    def advance(self, cut: int, shape: Sequence[int], *, rows: int, budgets: Budgets | None = None) -> None:
-        """Keep rows of a shape after `cut` layers from now on: those of another run, if it has left the first that arrive.
+    def advance(
+        self, cut: int, shape: Sequence[int], *, rows: int, private: bool, budgets: Budgets | None = None
+    ) -> None:
+        """Keep rows of a shape after `cut` layers from now on.
 
         Args:
             cut: a later cut than the current one.
             shape: shape of a row.
             rows: number of rows to make room for.
+            private: whether this run has trained the layers before them, so that no other can use them.
             budgets: the bytes that the cut was chosen by. Default: those of now
 
         Raises:
             ValueError, OSError, torch.OutOfMemoryError: what ActivationCache raises. Nothing is changed then.
         """
-        self.file.release()
-        new = self._new_cache(cut, shape, max(rows, self.slots.used * self.views), budgets)
+        private = private or self._sample_keys is None
+        new = self._new_cache(shape, max(rows, self.slots.used * self.views), budgets, private=private)
         self._drop_older()
         self.older, self.cache = self.cache, new
         self.cuts = [*self.cuts[-1:], cut] if self.older is not None else [cut]
-        self._path, self._looks = [*self._path, cut], True
+        self._path, self._looks = [*self._path, cut], not private
         self.stores, self._full, self._places_epoch = True, False, -1
 
     def locate(self, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -166,19 +185,34 @@ class RowSet:
         is_last = cut == self.cuts[-1]
         if not is_last and (self.older is None or cut != self.cuts[0]):
             return self._as_stored(row) if cut in self._path else row
-        if is_last and self._looks:
-            self._look_for_shared(ids, row)
         cache = self.cache if is_last else self.older
         if cache is None:
             return row
+        if cache.disk is not None and not cache.disk.is_open:
+            self._try("open", self._open, cache, row, looks=ids if is_last and self._looks else None)
         at = self.places(ids)
-        # To write rows that are saved would copy the file of another run.
-        if (cache.saved and bool(filled_at(cache, at).all())) or self._store(cache, at, row):
+        new = torch.nonzero(~filled_at(cache, at)).flatten()
+        if not len(new) or self._keep(cache, at[new], row[new.to(row.device)] if len(new) < len(at) else row):
             row = cache.gather_known(at)
         if is_last and self._begun is not None:
             self._watch.add(self._begun)
             self._begun = None
         return row
+
+    def note_images(self, ids: torch.Tensor, digests: torch.Tensor) -> None:
+        """Note the digests [B] of the images of samples `ids` [B], whose rows are about to be kept."""
+        if not len(ids):
+            return
+        self._has_digest = lengthened(self._has_digest, int(ids.max()) + 1)
+        self._digests = lengthened(self._digests.to(digests.device), len(self._has_digest))
+        self._digests[ids.to(digests.device, non_blocking=True)] = digests
+        self._has_digest[ids] = True
+
+    def images(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which of the samples `ids` [B] have a noted image, and the digests of these [n]."""
+        self._has_digest = lengthened(self._has_digest, int(ids.max()) + 1 if len(ids) else 0)
+        known = self._has_digest[ids]
+        return known, self._digests[ids[known].to(self._digests.device)]
 
     def prefetch(self, ids: torch.Tensor) -> None:
         """Start reading the rows of samples `ids` [B], which the next `gather` will ask for, from the slower tiers."""
@@ -213,6 +247,7 @@ class RowSet:
         if size != len(self.slots) or views != self.config.views:
             self.config = dataclasses.replace(self.config, views=views)
             self.slots = SlotTable(size, self.views, self.generator)
+            self._own_views = self._new_views()
         self.slots.view_offset[: len(offsets)] = offsets
         self._places_epoch = -1
 
@@ -225,54 +260,83 @@ class RowSet:
         """Return which of the samples `ids` [B] have rows for this epoch."""
         return filled_at(self.cache, self.slots.places(ids, self.epoch))
 
-    def forget(self, ids: torch.Tensor | None = None) -> None:
-        """Discard the rows of samples [n], or all. They are computed again from images when their samples are drawn."""
-        if self.cache is None:
+    def forget(self, ids: torch.Tensor | None = None, *, everywhere: bool = False) -> None:
+        """Discard the rows of samples [n], or all. They are computed again from images when their samples are drawn.
+
+        everywhere: in the store too, because their images have changed.
+        """
+        cache = self.cache
+        if cache is None:
             return
+        if everywhere and cache.disk is not None:
+            slots = self.slots.table if ids is None else self.slots.table[ids]
+            places = self._all_views(slots[slots >= 0])
+            self._try("forget", cache.disk.forget, places, in_store=True)
         if ids is not None:
             slots = self.slots.table[ids]
             places = self._all_views(slots[slots >= 0])
             self._places_epoch = -1
-            self.cache.forget(places)
-            if self.older is not None:
-                self.older.forget(places)
+            self._has_digest[ids[ids < len(self._has_digest)]] = False
+            for one in (cache, self.older):
+                if one is not None:
+                    one.forget(places)
             return
-        count, cut, shape = len(self.cache.filled), self.cut, self.cache.shape
-        self.file.release()
+        count, path, shape, shares = len(cache.filled), [self.cut], cache.shape, self._shares
         self._reset()
-        self.cuts, self._path = [cut], [cut]
-        self.cache = self._new_cache(cut, shape, count)
+        self.cuts, self._path, self._looks = list(path), path, shares
+        self.cache = self._new_cache(shape, count, private=not shares)
 
     def stop(self) -> None:
         """Free the rows and keep none: the dropped layers run at each step."""
-        self.file.release()
+        if self._shares:
+            self._save_all()
         self._reset()
         self.cuts, self._path, self.stores = [], [], False
 
-    def save(self, extras: Callable[[], tuple[Any, list[torch.Tensor]]]) -> str | None:
-        """Write the rows of all tiers and the extras of their batches to their file if they have changed; return its name.
-        See `RowFileKeeper.save`."""
-        return self.file.save(self.cache, self.slots.table, extras, lambda: self._made_of(self._path))
+    def close(self, *, keep: bool) -> None:
+        """Close the store. keep: leave private rows there that a checkpoint names."""
+        self.stop()
+        if self._store is not None:
+            if not keep:
+                self._remove_kept()
+            self._store.close()
 
-    def check_room(self, name: str | None, shape: Sequence[int], rows: int) -> None:
-        """Raise ValueError if `find` would find neither the file nor room for rows of a shape."""
-        if not self.file.exists(name):
+    def save(self) -> tuple[str, torch.Tensor | None] | None:
+        """Add all rows to the store, if its budget holds them. Return what a checkpoint names them by, and their random views
+        [N, V] if there are any; None without a store or rows."""
+        cache = self.cache
+        if cache is None or cache.disk is None or not cache.fits_store or not self._save_all():
+            return None
+        stored = cache.disk.stored
+        self._try("keep", stored.keep)
+        self._remove_kept(but=stored.digest)
+        self._kept.add(stored.digest)
+        return stored.digest, self._views_of_samples()
+
+    def check_room(self, saved: tuple[str, Any] | None, shape: Sequence[int], rows: int) -> None:
+        """Raise ValueError if `resume` would find neither rows nor room for rows of a shape."""
+        if self._store is None or saved is None or self._store.entry(saved[0]) is None:
             plan_tiers(rows, RowLayout.of(shape, self.config.codec), budgets_of(self.config, self.device))
 
-    def find(self, name: str | None, path: Sequence[int], shape: Sequence[int]) -> FoundRows | None:
-        """Replace the rows by those after the last of the cuts `path` in the file that `save` wrote.
+    def resume(self, saved: tuple[str, torch.Tensor | None] | None, path: Sequence[int], shape: Sequence[int]) -> None:
+        """Replace the rows by those after the last of the cuts `path` that `save` has left in the store.
 
-        Without a file, or one that does not fit (RuntimeWarning), the rows are computed again.
+        If they are not there (RuntimeWarning), the rows are computed again.
         """
         self._reset()
         self.cuts, self._path, self.stores = list(path[-1:]), list(path), True
-        found = self.file.find(name, lambda: self._made_of(self._path), device=self.device)
-        if found is None:
-            self.cache = self._new_cache(self.cuts[-1], shape, len(self.slots) * self.views)
-        else:
-            self.cache = found.cache
-            self.slots.load(found.slots)
-        return found
+        count = len(self.slots) * self.views
+        found = None if self._store is None or saved is None else self._try("resume", self._found, saved[0], shape)
+        if found is None or saved is None:
+            self.cache = self._new_cache(shape, count)
+            return
+        budgets = budgets_of(self.config, self.device)
+        budgets = dataclasses.replace(budgets, disk=max(budgets.disk, found.nbytes))
+        self.cache = self._new_cache(shape, count, budgets, private=found.is_private)
+        assert self.cache.disk is not None
+        self.cache.disk.open(found)
+        self._kept.add(saved[0])
+        self._try("resume", self._take, self.cache, found, views=saved[1])
 
     @property
     def path(self) -> tuple[int, ...]:
@@ -288,10 +352,9 @@ class RowSet:
         return tuple(self._path[-1:] if done else self._path)
 
     def end_epoch(self) -> None:
-        """Free the rows of the drop before once none of them is needed; share complete rows with other runs."""
-        cache = self.cache
-        if cache is not None and not cache.saved and bool(cache.filled.all()):
-            self.file.share(cache, self.slots.table)
+        """Free the rows of the drop before once none of them is needed; leave rows to other runs."""
+        if self._shares and not self._looks:
+            self._save_all()
         if self.older is None or self.cache is None:
             return
         needed = self.older.filled.clone()
@@ -323,44 +386,194 @@ class RowSet:
             self.older = None
             self.cuts = self.cuts[-1:]
 
-    def _look_for_shared(self, ids: torch.Tensor, row: torch.Tensor) -> None:
-        """Replace the rows by those that another run has left if `row` [B, ...] of samples `ids` [B], the first that have
-        arrived, are as they are there. Otherwise the rows are left to other runs, if none is making the same."""
-        own, cut = self.cache, self.cuts[-1]
-        self._looks = False
-        if own is None or not self.file.shares or bool(own.filled.any()):
-            return
-        shape, count, found = own.shape, len(own.filled), None
-        own.close()
-        try:
-            found = self.file.find_shared(
-                lambda: self._made_of(self._path), cut, device=self.device, fits=lambda rows: self._fit(rows, ids, row)
-            )
-        finally:
-            self.cache = self._new_cache(cut, shape, count) if found is None else found.cache
-        if found is None:
-            return
-        self._drop_older()
-        self._places_epoch = -1
-        drawn = self.slots.drawn()
-        before = self.slots.table[drawn]
-        self.slots.load(found.slots)
-        self.slots.assign(drawn, self.epoch)
-        self._moved(self._all_views(before), self._all_views(self.slots.table[drawn]))
+    @property
+    def _is_random(self) -> bool:
+        """Whether the rows of a sample are of random views."""
+        return self.views > 1 and not self.config.mirror
 
-    def _fit(self, found: FoundRows, ids: torch.Tensor, row: torch.Tensor) -> bool:
-        """Whether rows [B, ...] of samples `ids` [B] agree, within rounding, with those that another run has left."""
-        cache, slots = found.cache, found.slots[ids]
-        if (cache.shape, cache.dtype) != (tuple(row.shape[1:]), row.dtype):
+    @property
+    def _shares(self) -> bool:
+        """Whether the rows are left to other runs."""
+        disk = None if self.cache is None else self.cache.disk
+        return disk is not None and not disk.is_private
+
+    def _open(self, cache: ActivationCache, row: torch.Tensor, looks: torch.Tensor | None) -> None:
+        """Open the rows in the store that are made like rows [B, ...], the first that have arrived, of samples `looks` [B];
+        take those that other runs have left there, or delete them if they disagree."""
+        assert cache.disk is not None and self._store is not None
+        path = self._path if cache is self.cache else self._path[:-1]
+        made_of = self._made_of(path, f"{row.dtype} {list(row.shape[1:])}")
+        stored = StoredRows(self._store, made_of, private=cache.disk.is_private)
+        cache.disk.open(stored)
+        self._looks = False
+        if looks is not None:
+            self._take(cache, stored, first=(looks, row))
+
+    def _take(
+        self,
+        cache: ActivationCache,
+        stored: StoredRows,
+        *,
+        first: tuple[torch.Tensor, torch.Tensor] | None = None,
+        views: torch.Tensor | None = None,
+    ) -> None:
+        """Take the rows of the store: if `first`, samples and their rows, agree; or the random `views` [N, V]."""
+        names = self._names(torch.arange(len(self.slots)), stored.is_private)
+        found = stored.find({name: i for i, name in enumerate(names)})
+        if not len(found.place):
+            return
+        self.slots.assign(found.sample.unique(), self.epoch)
+        wanted = self.slots.used * self.views
+        if wanted > len(cache.filled):
+            with contextlib.suppress(ValueError):  # what does not fit is read each time
+                cache.grow(wanted)
+        at, taken = self._places_of(found, views)
+        free = (at < len(cache.filled)) & ~filled_at(cache, at)
+        order = at[free].argsort()
+        at, taken = at[free][order], taken[free][order]
+        if self._is_random:
+            self._view_names = lengthened(self._view_names, wanted)
+            self._view_names[at] = found.view[taken]
+        if first is not None and not self._is_random and not self._agree(cache, found, at, found.place[taken], *first):
+            warn(
+                f"drop.loader: the rows in the store {self.config.store} are computed again: they are not what the dropped "
+                "layers make of the images of this run"
+            )
+            stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
+            return
+        self.note_images(found.sample[found.has_image], found.image[found.has_image])
+        self._name(cache, at)
+        self._load(cache, at, found.place[taken], None if first is None else first[1])
+        self._places_epoch = -1
+
+    def _load(self, cache: ActivationCache, at: torch.Tensor, places: torch.Tensor, like: torch.Tensor | None) -> None:
+        """Load rows at places `at` [n] that lie at `places` [n] of the store, but for those that are damaged."""
+        assert cache.disk is not None
+        try:
+            cache.load(at, places, like)
+        except DamagedRowError as error:
+            warn(f"drop.loader: rows are computed again: {error}")
+            good = ~cache.disk.stored.damaged(places)
+            cache.disk.forget(at[~good], in_store=True)
+            cache.load(at[good], places[good], like)
+
+    def _places_of(self, found: FoundRows, views: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The places [n] of rows found in the store, and which [n] of those found they are. views: see `_take`."""
+        slots, every = self.slots.table[found.sample], torch.arange(len(found.place))
+        if not self._is_random:
+            return slots * self.views + found.view, every
+        if views is not None:
+            is_it = views[found.sample] == found.view[:, None]
+            mine = is_it.any(1)
+            return (slots * self.views + is_it.int().argmax(1))[mine], every[mine]
+        mixed = torch.randperm(len(every), generator=self.generator)
+        mixed = mixed[found.sample[mixed].argsort(stable=True)]
+        _, counts = found.sample[mixed].unique_consecutive(return_counts=True)
+        rank = torch.arange(len(mixed)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        own = -(-self.views // OWN_SHARE)
+        most = torch.where(counts < MOST_KEPT * self.views, self.views - own, self.views).repeat_interleave(counts)
+        mixed, rank = mixed[rank < most], rank[rank < most]
+        return slots[mixed] * self.views + rank, mixed
+
+    def _agree(
+        self,
+        cache: ActivationCache,
+        found: FoundRows,
+        at: torch.Tensor,
+        places: torch.Tensor,
+        ids: torch.Tensor,
+        row: torch.Tensor,
+    ) -> bool:
+        """Whether rows [B, ...] of samples `ids` [B], and the images that were noted, agree within rounding with those
+        found, which are at `places` [n] of the store for places `at` [n]."""
+        known, digests = self.images(found.sample)
+        if not torch.equal(found.image[known & found.has_image], digests.cpu()[found.has_image[known]]):
             return False
-        cache.return_as(row)
-        at = torch.where(slots < 0, -1, slots * self.views + self.view(ids))
-        there = filled_at(cache, at)
-        is_random = self.views > 1 and not self.config.mirror
-        if is_random or not bool(there.any()):
+        wanted, order = first_of_each(self.places(ids))
+        there = torch.isin(wanted, at)
+        if not bool(there.any()):
             return True
-        made = self._as_stored(row[there.to(row.device)])
-        return rows_agree(made, cache.gather(at[there]), error=CODEC_ERROR[self.config.codec])
+        some = torch.isin(at, wanted)
+        self._load(cache, at[some], places[some], row)
+        made = self._as_stored(row[order[there].to(row.device)])
+        agrees = rows_agree(made, cache.gather_known(wanted[there]), error=CODEC_ERROR[self.config.codec])
+        cache.forget(at[some])
+        return agrees
+
+    def _names(self, ids: torch.Tensor, private: bool) -> Sequence[bytes]:
+        """What samples [n] are called among private rows, or those of all runs."""
+        if private or self._sample_keys is None:
+            return [b"%d" % i for i in ids.tolist()]
+        return self._sample_keys(ids)
+
+    def _name(self, cache: ActivationCache, at: torch.Tensor) -> None:
+        """Tell the store's tier what the rows at places [n] are called."""
+        ids, views = self.slots.ids(at // self.views), self._own_views[at % self.views]
+        if self._is_random:
+            self._view_names = lengthened(self._view_names, int(at.max()) + 1)
+            views = torch.where(self._view_names[at] > 0, self._view_names[at], views)
+            self._view_names[at] = views
+        known, digests = self.images(ids)
+        values = iter(digests.tolist())
+        images = [next(values) if one and not self._is_random else None for one in known.tolist()]
+        assert cache.disk is not None
+        cache.disk.name(at, RowKeys(self._names(ids, cache.disk.is_private), views.tolist(), images))
+
+    def _new_views(self) -> torch.Tensor:
+        """What this run's views [V] of a sample are called in the store. Random ones have names that no other run has."""
+        if not self._is_random:
+            return torch.arange(self.views)
+        return torch.tensor([1 + secrets.randbits(62) for _ in range(self.views)])
+
+    def _views_of_samples(self) -> torch.Tensor | None:
+        """What the random views of each sample are called in the store: [N, V], 0 for none."""
+        if not self._is_random:
+            return None
+        every = torch.zeros(len(self.slots), self.views, dtype=torch.int64)
+        drawn = self.slots.drawn()
+        self._view_names = lengthened(self._view_names, self.slots.used * self.views)
+        every[drawn] = self._view_names.view(-1, self.views)[self.slots.table[drawn]]
+        return every
+
+    def _found(self, digest: str, shape: Sequence[int]) -> StoredRows | None:
+        """The rows of this digest in the store, if they are what this run's dropped layers make."""
+        assert self._store is not None
+        entry = self._store.entry(digest)
+        reason: str | None = "they are no longer there"
+        if entry is not None:
+            made_of = self._made_of(self._path, f"torch.{entry.dtype} {list(shape)}")
+            reason = made_of.difference(entry.fingerprint)
+        if entry is None or reason:
+            warn(
+                f"DropScheduler.load_state_dict: the rows are computed again: in the store {self.config.store}, {reason}"
+            )
+            return None
+        return StoredRows(self._store, made_of, digest=digest)
+
+    def _save_all(self) -> bool:
+        """Add all rows to the store; return whether it has them."""
+        cache = self.cache
+        if cache is None or cache.disk is None or not cache.fits_store:
+            return False
+        return self._try("save", cache.save) is True
+
+    def _remove_kept(self, but: str = "") -> None:
+        """Delete private rows that an earlier checkpoint named."""
+        assert self._store is not None
+        for digest in self._kept - {but}:
+            entry = self._store.entry(digest)
+            if entry is None or self._store.remove(entry):
+                self._kept.discard(digest)
+
+    def _try(self, what: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do something with the store, which the run can do without: a RuntimeWarning, and None, if it fails."""
+        try:
+            return do(*args, **kwargs)
+        except (OSError, StoreError) as error:
+            if what not in self._said:
+                warn(f"drop.loader: the run goes on without what the store has: {error}")
+            self._said.add(what)
+            return None
 
     def _all_views(self, slots: torch.Tensor) -> torch.Tensor:
         """The places [n * V] of all views at slots [n]."""
@@ -368,24 +581,29 @@ class RowSet:
 
     def _as_stored(self, row: torch.Tensor) -> torch.Tensor:
         """Rows [B, ...] as a cache gives them back."""
-        scratch = ActivationCache(len(row), row.shape[1:], codec=self.config.codec, device=self.device)
-        every = torch.arange(len(row))
+        scratch, every = self._scratch(row), torch.arange(len(row))
         scratch.append(every, row)
         return scratch.gather_known(every)
 
-    def _new_cache(self, cut: int, shape: Sequence[int], rows: int, budgets: Budgets | None = None) -> ActivationCache:
+    def _scratch(self, row: torch.Tensor, disk: DiskTier | None = None) -> ActivationCache:
+        """An empty cache for rows [B, ...]."""
+        return ActivationCache(len(row), row.shape[1:], codec=self.config.codec, device=self.device, disk=disk)
+
+    def _new_cache(
+        self, shape: Sequence[int], rows: int, budgets: Budgets | None = None, *, private: bool = True
+    ) -> ActivationCache:
         return ActivationCache(
             rows,
             shape,
             codec=self.config.codec,
             device=self.device,
             budgets=budgets or budgets_of(self.config, self.device),
-            path=self.file.new_path(cut),
+            disk=None if self._store is None else DiskTier(private=private),
         )
 
-    def _store(self, cache: ActivationCache, at: torch.Tensor, rows: torch.Tensor) -> bool:
+    def _keep(self, cache: ActivationCache, at: torch.Tensor, rows: torch.Tensor) -> bool:
         """Store rows [B, ...] at places [B], of several at one place the first; return False if the budgets do not hold
-        them."""
+        them, or the disk is full."""
         places, order = first_of_each(at)
         wanted = int(places[-1]) + 1 if len(places) else 0
         if wanted > len(cache.filled):
@@ -394,14 +612,23 @@ class RowSet:
             try:
                 cache.grow(-(-wanted // self.views) * self.views)
             except ValueError as error:
-                self._full = True
-                warn(
-                    "drop.loader: the sampler draws more samples than the budgets hold rows of; those that do not fit "
-                    f"are read and run through the dropped layers each time ({error})"
-                )
-                return False
+                return self._is_full(str(error))
         self._places_epoch = -1
         if len(places) < len(at):
             at, rows = places, rows[order.to(rows.device)]
-        cache.append(at, rows)
+        try:
+            if cache.disk is not None:
+                self._name(cache, at)
+            cache.append(at, rows)
+        except (OSError, StoreError) as error:
+            return self._is_full(str(error))
         return True
+
+    def _is_full(self, reason: str) -> bool:
+        if not self._full:
+            warn(
+                "drop.loader: the budgets or the disk do not hold the rows of all samples that are drawn; those that do not "
+                f"fit are read and run through the dropped layers each time ({reason})"
+            )
+        self._full = True
+        return False

@@ -24,6 +24,7 @@ class SlotTable:
         self.views = views
         self.used = 0
         self._generator = generator
+        self._order = torch.empty(0, dtype=torch.int64)  # samples by slot, with room for more
         self.table = self._table_room = torch.empty(0, dtype=torch.int64)  # [N] slots, -1 for none
         self.view_offset = self._offset_room = torch.empty(0, dtype=torch.int64)  # [N]
         self.extend(size)
@@ -45,10 +46,9 @@ class SlotTable:
         self.table.fill_(-1)
         self.used = 0
 
-    def load(self, table: torch.Tensor) -> None:
-        """Adopt the slots [N] of an earlier run."""
-        self.table = self._table_room = table.clone()
-        self.used = int(table.max()) + 1 if len(table) else 0
+    def ids(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return the samples [n] that have the slots [n]."""
+        return self._order[slots]
 
     def view(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return the view [B] of each sample in an epoch. All V views are drawn in V consecutive epochs."""
@@ -74,8 +74,10 @@ class SlotTable:
         if not bool(without.any()):
             return at
         new = torch.as_tensor(list(dict.fromkeys(ids[without].tolist())))
-        self.table[new] = torch.arange(self.used, self.used + len(new))
-        self.used += len(new)
+        begin, self.used = self.used, self.used + len(new)
+        self.table[new] = torch.arange(begin, self.used)
+        self._order = lengthened(self._order, self.used)
+        self._order[begin : self.used] = new
         return self.places(ids, epoch)
 
     def drawn(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Rows as bytes by slot over device, host and disk, with staging areas through which the slower tiers are read ahead.
+"""Rows as bytes by slot over device, host and the store on disk, with staging areas through which the slower tiers are read ahead.
 
 R rows, S bytes from one row to the next, B rows in a batch, n rows in a call, T rows in each of two staging areas.
 """
@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.host import CopyStream, HostTier
 from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.plan import STAGING_ROWS, Budgets, TierPlan, plan_tiers, room_for
-from learndrop_ext.rows.store.file import Manifest, Sidecar
 from learndrop_ext.warn import warn
 
 HOST = 1
@@ -39,7 +37,7 @@ class TierStorage:
 
     def read(self, slots: Tensor, into: Tensor, bounce: Callable[[int], Tensor] | None = None) -> None:
         """Copy rows at slots [n], ascending, to `into` [n, S]. bounce: gives the memory [n, S] through which rows of the
-        disk go to a GPU. Raises OSError or CacheFileError."""
+        disk go to a GPU. Raises OSError or DamagedRowError."""
         on_device, in_memory = self._ends(slots)
         if on_device:
             into[:on_device] = self.data[slots[:on_device].to(self.data.device)].cpu()
@@ -66,7 +64,7 @@ class TierStorage:
             self.disk.write(slots[in_memory:], rows[in_memory:].cpu())
 
     def take(self, other: TierStorage, filled: Tensor) -> None:
-        """Copy the rows in `filled` [R] that are elsewhere in another storage. Both have the same file, if any."""
+        """Copy the rows in `filled` [R] that are elsewhere in another storage. Both have the same store, if any."""
         if self.data is other.data and self.host is other.host and self.disk is other.disk:
             return
         if self.data is not other.data:
@@ -81,7 +79,7 @@ class TierStorage:
             self.write(part, other.rows(part))
 
     def rows(self, slots: Tensor) -> Tensor:
-        """Return rows [n, S] on the CPU. Raises OSError or CacheFileError."""
+        """Return rows [n, S] on the CPU. Raises OSError or DamagedRowError."""
         rows = torch.empty((len(slots), self.data.shape[1]), dtype=torch.uint8)
         self.read(slots, rows)
         return rows
@@ -100,17 +98,18 @@ class Resources:
     """What must be released when the rows are closed or garbage-collected."""
 
     storage: TierStorage
+    disk: DiskTier | None
     copy_stream: CopyStream | None = None
     thread: ThreadPoolExecutor | None = None
     process: int = field(default_factory=os.getpid)
 
     def end(self) -> None:
-        """End the thread, wait for the copies and close the file, each even if another fails."""
+        """End the thread, wait for the copies and close the store's file, each even if another fails."""
         if self.process != os.getpid():
             return
         with contextlib.ExitStack() as stack:  # calls the last one first
-            if self.storage.disk is not None:
-                stack.callback(self.storage.disk.close)
+            if self.disk is not None:
+                stack.callback(self.disk.close)
             if self.copy_stream is not None:
                 stack.callback(self.copy_stream.stream.synchronize)
             if self.thread is not None:
@@ -129,7 +128,7 @@ class StagedBatch:
 
 
 class TieredRows:
-    """R = slots rows in up to three tiers, of which `saved` (a DiskTier that holds all, and [R] bool) may have some.
+    """R = slots rows in up to three tiers. Those of the faster ones may be in the store, `disk`, too.
 
     A batch is one index into `data`, whatever its tiers. If a tier cannot allocate its memory, the next one takes its rows,
     with a RuntimeWarning. A forked process can read the rows, but not write those on disk. Raises ValueError if the budgets
@@ -143,23 +142,19 @@ class TieredRows:
         device: torch.device,
         *,
         budgets: Budgets,
-        path: Path | None,
-        saved: tuple[DiskTier, Tensor] | None = None,
+        disk: DiskTier | None,
     ) -> None:
         self.layout = layout
         self.device = device
         self.budgets = budgets
-        self.path = path
         # Rows [n] of the slower tiers that a thread is reading, and into which area.
         self._prefetch: tuple[Tensor, int, Future[None]] | None = None
         self._area = 0
-        disk, filled = saved if saved is not None else (None, torch.zeros(slots, dtype=torch.bool))
         nothing = torch.empty(0, layout.stride_bytes, dtype=torch.uint8, device=device)
-        # No row is in memory yet; slots beyond a plan count as on disk.
-        self._resources = Resources(TierStorage(TierPlan(0), nothing, None, disk))
+        self._resources = Resources(TierStorage(TierPlan(0), nothing, None, None), disk)
         self._finalizer = weakref.finalize(self, self._resources.end)
         self._process = os.getpid()
-        self.arrange(slots, budgets, filled)
+        self.arrange(slots, budgets, torch.zeros(slots, dtype=torch.bool))
 
     @property
     def storage(self) -> TierStorage:
@@ -190,28 +185,16 @@ class TieredRows:
         if old_stream is not None:
             old_stream.stream.synchronize()
         new, budgets = self._allocate(slots, budgets, kept)
-        plan, disk = new.plan, old.disk
-        try:
-            if plan.disk:
-                assert self.path is not None
-                disk = disk or DiskTier(self.path, self.layout)
-                disk.grow(plan.slots, first=plan.slots - plan.disk)
-            new = replace(new, disk=disk)
-            copy_stream = self._copy_stream_for(new)
-            new.take(old, filled)
-        except BaseException:
-            if disk is not None and disk is not old.disk:
-                disk.close()
-            raise
-        if disk is not None and not plan.disk:
-            disk.close()
-            new = replace(new, disk=None)
+        if new.plan.disk:
+            new = replace(new, disk=self._resources.disk)
+        copy_stream = self._copy_stream_for(new)
+        new.take(old, filled)
         self.budgets = budgets
         self._resources.storage, self._resources.copy_stream = new, copy_stream
 
     def staged(self, slots: Tensor, *, load: bool) -> Iterator[StagedBatch]:
         """Yield a batch of slots [B] int64 (CPU) in parts, each with an area for its rows of the slower tiers: they are read
-        into it (`load`; raises OSError or CacheFileError), or written there by the caller."""
+        into it (`load`; raises OSError or DamagedRowError), or written there by the caller."""
         self._leave_parent()
         plan = self.plan
         for begin, end in self._split(slots):
@@ -256,31 +239,32 @@ class TieredRows:
         except Exception as error:
             warn(f"ActivationCache: rows that were read ahead could not be read ({error}); nothing has used them")
 
-    def save(self, manifest: Manifest, filled: Tensor, sidecar: Sidecar) -> None:
-        """Write the rows in `filled` [R] bool of all tiers to the file at `path`. Raises OSError, and TypeError if the
-        sidecar holds values that JSON cannot."""
-        self.discard_prefetch()
-        assert self.path is not None
-        disk = self.storage.disk or DiskTier(self.path, self.layout)
-        try:
-            disk.grow(manifest.slots, first=0)
-            in_memory = torch.nonzero(filled[: self.plan.device + self.plan.host]).flatten()
-            for part in in_memory.split(STAGING_ROWS):
-                disk.write(part, self.storage.rows(part))
-            disk.commit(manifest, filled, sidecar)
-        finally:
-            if disk is not self.storage.disk:
-                disk.close()
+    def load(self, slots: Tensor) -> None:
+        """Copy rows [n] int64 (CPU), ascending, that are in the store to the faster tiers, where that is their place. Raises
+        OSError or DamagedRowError."""
+        assert self._resources.disk is not None
+        for part in slots[slots < self.plan.device + self.plan.host].split(STAGING_ROWS):
+            rows = torch.empty((len(part), self.layout.stride_bytes), dtype=torch.uint8)
+            self._resources.disk.read(part, rows)
+            self.storage.write(part, rows)
+
+    def save(self, slots: Tensor) -> None:
+        """Add those of the rows [n] int64 (CPU), ascending, to the store that are not in it. Raises OSError."""
+        disk = self._resources.disk
+        assert disk is not None
+        missing = slots[~disk.has(slots)]
+        for part in missing.split(STAGING_ROWS) if len(missing) else ():
+            disk.write(part, self.storage.rows(part))
 
     def close(self) -> None:
-        """Stop reading ahead and close the file, even if the GPU reports an error, which is then raised."""
+        """Stop reading ahead and close the store's file, even if the GPU reports an error, which is then raised."""
         try:
             self.discard_prefetch()
         finally:
             self._finalizer()
 
     def _allocate(self, slots: int, budgets: Budgets, kept: TierPlan | None) -> tuple[TierStorage, Budgets]:
-        """The memory for the slots, without the file, and the budgets it keeps to: 0 for a tier that is out of memory."""
+        """The memory for the slots, and the budgets it keeps to: 0 for a tier that is out of memory."""
         old, room = self.storage, 0 if kept is None else room_for(kept.slots)
         while True:
             plan = plan_tiers(slots, self.layout, budgets, kept=kept, room=room)

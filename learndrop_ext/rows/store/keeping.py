@@ -1,0 +1,211 @@
+"""Keeping a store in order: what is there, removing what is not used, checking and compacting what is."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from learndrop_ext.ops import transfer
+from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.store.store import CHECKED, THREADS, Entry, RowStore, StoredRows, locked
+
+
+@dataclass(frozen=True)
+class StoredSet:
+    """The rows of one fingerprint in a store.
+
+    Args:
+        file (str): name of their file.
+        cut (int): number of layers before them.
+        layers (str): the network, and names of these.
+        codec (str): how they are stored.
+        samples (int): number of samples.
+        rows (int): number of rows.
+        bytes (int): size of the file.
+        unused_bytes (int): of these, the bytes of rows that were deleted.
+        age_seconds (float): time since a run last used them.
+        in_use (bool): whether a run uses them now.
+    """
+
+    file: str
+    cut: int
+    layers: str
+    codec: str
+    samples: int
+    rows: int
+    bytes: int
+    unused_bytes: int
+    age_seconds: float
+    in_use: bool
+
+
+def list_rows(store: RowStore) -> list[StoredSet]:
+    """Return what is in a store, the most recently used first."""
+    return [_described(store, entry) for entry in store.entries()]
+
+
+def remove_rows(
+    store: RowStore, *, older_than_seconds: float | None = None, keep_bytes: int | None = None
+) -> tuple[list[StoredSet], list[StoredSet]]:
+    """Delete rows that meet a condition and that no run uses.
+
+    Args:
+        store (RowStore): the open store.
+        older_than_seconds (float, optional): delete what was not used for longer than this. Default: None
+        keep_bytes (int, optional): delete the least recently used until the rest, with what is in use, takes no more than
+            this. Default: None
+
+    Returns:
+        What was deleted, and what was not because a run uses it.
+
+    Raises:
+        ValueError: a condition is negative; nothing is deleted then.
+    """
+    for name, value in (("older_than_seconds", older_than_seconds), ("keep_bytes", keep_bytes)):
+        if value is not None and not value >= 0:
+            raise ValueError(f"remove_rows: {name} must be >= 0, got {value}")
+    removed, in_use = [], []
+    entries = store.entries()
+    left = sum(_size(store, entry) for entry in entries)
+    for entry in reversed(entries):
+        one = _described(store, entry)
+        unused = older_than_seconds is not None and one.age_seconds > older_than_seconds
+        if not unused and (keep_bytes is None or left <= keep_bytes):
+            continue
+        if store.remove(entry):
+            removed.append(one)
+            left -= one.bytes
+        else:
+            in_use.append(one)
+    return removed, in_use
+
+
+def check_rows(store: RowStore) -> dict[str, int]:
+    """Compare all rows with their checksums, delete those that differ from the index, and return their number by file."""
+    damaged = {}
+    for entry in store.entries():
+        stored = StoredRows(store, entry.fingerprint, digest=entry.digest)
+        try:
+            names = dict(enumerate((line.sample, line.view) for line in _rows(store, entry)))
+            found = stored.find({sample: i for i, (sample, _) in names.items()})
+            bad = torch.nonzero(stored.damaged(found.place)).flatten()
+            if len(bad):
+                stored.forget([names[i][0] for i in found.sample[bad].tolist()], found.view[bad].tolist())
+                damaged[entry.file] = len(bad)
+        finally:
+            stored.close()
+    return damaged
+
+
+def compact(store: RowStore) -> int:
+    """Write files with deleted rows anew, without them, and delete files that are not in the index. Return the bytes saved.
+
+    Files that a run uses stay as they are.
+    """
+    before = sum(os.path.getsize(path) for path in store.folder.glob("rows-*.bin"))
+    for entry in store.entries():
+        if _described(store, entry).unused_bytes:
+            with contextlib.suppress(FileNotFoundError):
+                _rewrite(store, entry)
+    with store.transaction():  # a file is made and indexed in one
+        known = {entry.file for entry in store.entries()}
+        for path in store.folder.glob("rows-*.bin"):
+            if path.name not in known and not _in_use(path):
+                path.unlink(missing_ok=True)
+    return before - sum(os.path.getsize(path) for path in store.folder.glob("rows-*.bin"))
+
+
+def _rewrite(store: RowStore, entry: Entry) -> None:
+    """Copy the rows of a file that are in the index to a new file, unless a run uses it or a row is damaged."""
+    layout = RowLayout.of(entry.row_form.shape, entry.row_form.codec)
+    name = f"rows-{uuid.uuid4().hex[:12]}.bin"
+    old = os.open(store.folder / entry.file, os.O_RDWR | os.O_CLOEXEC)
+    new = os.open(store.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        if not (locked(new, fcntl.LOCK_EX) and locked(old, fcntl.LOCK_EX)):
+            (store.folder / name).unlink()
+            return
+        lines = _rows(store, entry)
+        places = torch.tensor([line.place for line in lines], dtype=torch.int64)
+        before, after = torch.zeros(entry.places, dtype=torch.int32), torch.zeros(len(lines), dtype=torch.int32)
+        before[places] = torch.tensor([line.checksum for line in lines], dtype=torch.int32)
+        for part in torch.arange(len(lines)).split(CHECKED):
+            rows = torch.empty(len(part), layout.stride_bytes, dtype=torch.uint8)
+            if transfer.read_rows(layout.file(old), places[part], rows, before, threads=THREADS) is not None:
+                (store.folder / name).unlink()
+                return
+            transfer.write_rows(layout.file(new), part, rows, after, threads=THREADS)
+        with store.transaction():
+            store.db.executemany(
+                "UPDATE rows SET place = ? WHERE fingerprint = ? AND sample = ? AND view = ?",
+                [(place, entry.id, line.sample, line.view) for place, line in enumerate(lines)],
+            )
+            store.db.execute("UPDATE fingerprints SET file = ?, places = ? WHERE id = ?", (name, len(lines), entry.id))
+        (store.folder / entry.file).unlink(missing_ok=True)
+    finally:
+        os.close(old)
+        os.close(new)
+
+
+def _described(store: RowStore, entry: Entry) -> StoredSet:
+    made_of, form = entry.fingerprint, entry.row_form
+    with store.errors():
+        samples, rows = store.db.execute(
+            "SELECT COUNT(DISTINCT sample), COUNT(*) FROM rows WHERE fingerprint = ?", (entry.id,)
+        ).fetchone()
+    size = _size(store, entry)
+    return StoredSet(
+        file=entry.file,
+        cut=made_of.cut,
+        layers=made_of.layers,
+        codec=made_of.codec,
+        samples=samples,
+        rows=rows,
+        bytes=size,
+        unused_bytes=(entry.places - rows) * RowLayout.of(form.shape, form.codec).stride_bytes,
+        age_seconds=max(0.0, time.time() - entry.used),
+        in_use=_in_use(store.folder / entry.file),
+    )
+
+
+def _in_use(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        return not locked(descriptor, fcntl.LOCK_EX)
+    finally:
+        os.close(descriptor)
+
+
+def _size(store: RowStore, entry: Entry) -> int:
+    try:
+        return os.path.getsize(store.folder / entry.file)
+    except FileNotFoundError:
+        return 0
+
+
+class _Line(NamedTuple):
+    """A row in the index."""
+
+    sample: bytes
+    view: int
+    place: int
+    checksum: int
+
+
+def _rows(store: RowStore, entry: Entry) -> list[_Line]:
+    with store.errors():
+        found = store.db.execute(
+            f"SELECT {', '.join(_Line._fields)} FROM rows WHERE fingerprint = ? ORDER BY place", (entry.id,)
+        ).fetchall()
+    return [_Line(*values) for values in found]

@@ -1,0 +1,451 @@
+"""A folder of rows that outlive a run: an index in SQLite, and a flat file of rows for each fingerprint.
+
+Files are only appended to, under the index's write lock. A row is there once the transaction that indexes it is. n rows in
+a call, S bytes from one row to the next in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import time
+import uuid
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from learndrop_ext.ops import transfer
+from learndrop_ext.rows.layout import RowForm, RowLayout
+from learndrop_ext.rows.plan import lengthened
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+
+INDEX = "index.sqlite"
+#: In the index's header: "LDRS", and the version of the tables below.
+APPLICATION, VERSION = 0x4C445253, 1
+SCHEMA = f"""
+PRAGMA application_id = {APPLICATION};
+PRAGMA user_version = {VERSION};
+CREATE TABLE fingerprints (
+    id INTEGER PRIMARY KEY,
+    digest TEXT NOT NULL UNIQUE,
+    made_of TEXT NOT NULL,      -- JSON of the Fingerprint
+    form TEXT NOT NULL,         -- JSON of the RowForm of the first row
+    dtype TEXT NOT NULL,        -- of the rows returned
+    file TEXT NOT NULL,
+    places INTEGER NOT NULL,    -- the first free place of the file
+    used REAL NOT NULL,         -- time of the last use
+    private INTEGER NOT NULL    -- 1: deleted with the run that writes it
+);
+CREATE TABLE rows (
+    fingerprint INTEGER NOT NULL,
+    sample BLOB NOT NULL,
+    view INTEGER NOT NULL,
+    place INTEGER NOT NULL,
+    checksum INTEGER NOT NULL,  -- CRC-32C
+    image INTEGER,              -- digest of the image, if it is always the same
+    PRIMARY KEY (fingerprint, sample, view)
+) WITHOUT ROWID;
+"""
+#: How long to wait for another process to write or compact.
+BUSY_SECONDS = 60.0
+#: Eight reads at a time keep the queue of an NVMe disk filled; the threads sleep meanwhile.
+THREADS = 8
+#: Rows that are checked at once.
+CHECKED = 256
+
+
+class StoreError(ValueError):
+    """A store, or rows in it, that must not be used: damaged, or of another version."""
+
+
+class RowKeys(NamedTuple):
+    """What rows are called in a store.
+
+    samples: keys of their samples; views: [n] int64, which view of it; images: digests of their images, or None.
+    """
+
+    samples: Sequence[bytes]
+    views: Sequence[int]
+    images: Sequence[int | None]
+
+
+class FoundRows(NamedTuple):
+    """Rows in a store: which of the samples asked for, their view, place and image's digest (0 without one): [n] int64."""
+
+    sample: Tensor
+    view: Tensor
+    place: Tensor
+    image: Tensor
+    has_image: Tensor  # [n] bool
+
+
+class RowStore:
+    """An open store. Any number of processes may use one folder at once.
+
+    Args:
+        folder (Path): the folder, which is there; an index is made in it.
+
+    Raises:
+        OSError: the folder cannot be read, written or locked.
+        StoreError: the index is damaged, or not one of this version.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process = os.getpid()
+        with self.errors():
+            self.db = sqlite3.connect(
+                folder / INDEX, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            self._close = weakref.finalize(self, _close, self.db, self.process)
+            self.db.execute("PRAGMA journal_mode = WAL")
+            # A row that a crash of the machine has taken from its file is found by its checksum.
+            self.db.execute("PRAGMA synchronous = NORMAL")
+        self._set_up()
+
+    def _set_up(self) -> None:
+        with self.transaction():
+            application, version = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in PRAGMAS)
+            if application == version == 0 and not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                for statement in SCHEMA.split(";"):
+                    self.db.execute(statement)
+            elif (application, version) != (APPLICATION, VERSION):
+                raise StoreError(
+                    f"store {self.folder}: {INDEX} must be of a store of version {VERSION}, got application "
+                    f"{application:#x}, version {version}; give another folder, or delete this one"
+                )
+        for entry in self.entries():
+            if entry.private:  # of a run that was killed, unless it has its file open
+                self.remove(entry)
+
+    def close(self) -> None:
+        """Close the index."""
+        self._close()
+
+    def entries(self) -> list[Entry]:
+        """Return what is there, the most recently used first."""
+        with self.errors():
+            found = self.db.execute(
+                f"SELECT {', '.join(Entry._fields)} FROM fingerprints ORDER BY used DESC"
+            ).fetchall()
+        return [Entry(*values) for values in found]
+
+    def entry(self, digest: str) -> Entry | None:
+        """Return what is there under a digest, or None."""
+        return next((entry for entry in self.entries() if entry.digest == digest), None)
+
+    def remove(self, entry: Entry) -> bool:
+        """Delete all rows of an entry; return False if a run uses them."""
+        path = self.folder / entry.file
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if not locked(descriptor, fcntl.LOCK_EX):
+                    return False
+                self.forget_entry(entry.id)
+                path.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+            return True
+        self.forget_entry(entry.id)
+        return True
+
+    def forget_entry(self, id: int) -> None:
+        """Delete an entry and its rows from the index."""
+        with self.transaction():
+            self.db.execute("DELETE FROM rows WHERE fingerprint = ?", (id,))
+            self.db.execute("DELETE FROM fingerprints WHERE id = ?", (id,))
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Hold the write lock inside; take back what was written if an error leaves it. Raises RuntimeError in a forked
+        process, as SQLite's connections cannot be used there."""
+        if self.process != os.getpid():
+            raise RuntimeError(
+                f"store {self.folder}: rows must be written by the process that opened it, {self.process}, got the forked "
+                f"process {os.getpid()}"
+            )
+        with self.errors():
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self.db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self.db.execute("ROLLBACK")
+                raise
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn errors of SQLite into OSError, or StoreError if the index is damaged."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise OSError(
+                f"store {self.folder}: wanted a folder that can be read, written and locked, got: {error}"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise StoreError(
+                f"store {self.folder}: {INDEX} must be a whole index, got: {error}; delete the folder, and its rows are "
+                "computed again"
+            ) from error
+
+
+PRAGMAS = ("application_id", "user_version")
+
+
+class Entry(NamedTuple):
+    """A line of the table of fingerprints."""
+
+    id: int
+    digest: str
+    made_of: str
+    form: str
+    dtype: str
+    file: str
+    places: int
+    used: float
+    private: int
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What its rows depend on."""
+        return Fingerprint(**json.loads(self.made_of))
+
+    @property
+    def row_form(self) -> RowForm:
+        """How its rows lie."""
+        values = json.loads(self.form)
+        return RowForm(tuple(values["shape"]), values["codec"], tuple(values["stored"]), tuple(values["strides"]))
+
+
+class StoredRows:
+    """The rows of one fingerprint. They are looked up by their keys once, and from then on read by place.
+
+    Args:
+        store: the open store.
+        made_of: what the rows depend on.
+        private: whether they are of this run alone: they are deleted with it, unless `keep` was called.
+        digest: that of private rows which a run has kept. Default: a new one, or the fingerprint's if not private
+    """
+
+    def __init__(
+        self, store: RowStore, made_of: Fingerprint, *, private: bool = False, digest: str | None = None
+    ) -> None:
+        self._store, self._made_of = store, made_of
+        self._kept = digest is not None
+        self.digest = digest or self._digest_of(uuid.uuid4().hex if private else "")
+        self.checksums = torch.zeros(0, dtype=torch.int32)  # by place
+        self.entry: Entry | None = None
+        self._file = _File(-1)
+        self._finalizer = weakref.finalize(self, self._file.close)
+        #: Whether the rows are of this run alone.
+        self.is_private = private or (digest is not None and digest != self._digest_of(""))
+        self._open()
+
+    @property
+    def form(self) -> RowForm | None:
+        """How the rows lie; None if there are none."""
+        return None if self.entry is None else self.entry.row_form
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the rows returned; None if there are none."""
+        return None if self.entry is None else getattr(torch, self.entry.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return 0 if self._file.descriptor < 0 else os.fstat(self._file.descriptor).st_size
+
+    def find(self, samples: Mapping[bytes, int]) -> FoundRows:
+        """Return the rows of samples, given as keys with their numbers."""
+        found = []
+        if self.entry is not None:
+            with self._store.errors():
+                lines = self._store.db.execute(
+                    "SELECT sample, view, place, checksum, image FROM rows WHERE fingerprint = ?", (self.entry.id,)
+                )
+                found = [(samples[line[0]], *line[1:]) for line in lines if line[0] in samples]
+        sample, view, place, checksum, image = zip(*found, strict=True) if found else ((),) * 5
+        places = torch.tensor(place, dtype=torch.int64)
+        self.checksums = lengthened(self.checksums, max(place, default=-1) + 1)
+        self.checksums[places] = torch.tensor(checksum, dtype=torch.int32)
+        return FoundRows(
+            torch.tensor(sample, dtype=torch.int64),
+            torch.tensor(view, dtype=torch.int64),
+            places,
+            torch.tensor([one or 0 for one in image], dtype=torch.int64),
+            torch.tensor([one is not None for one in image], dtype=torch.bool),
+        )
+
+    def append(self, keys: RowKeys, rows: Tensor, form: RowForm, dtype: torch.dtype) -> Tensor:
+        """Add rows [n, S] uint8 (CPU), and return the places [n] of each: that of another run, if it has added the same.
+
+        Raises:
+            OSError: the disk is full, or the store cannot be written. Nothing is added then.
+            StoreError: the index is damaged.
+        """
+        if self.entry is None:
+            self._create(form, dtype)
+        assert self.entry is not None
+        with self._store.transaction():
+            id, layout = self.entry.id, RowLayout.of(form.shape, form.codec)
+            places = torch.empty(len(rows), dtype=torch.int64)
+            new: list[int] = []
+            (end,) = self._store.db.execute("SELECT places FROM fingerprints WHERE id = ?", (id,)).fetchone()
+            for i, (sample, view) in enumerate(zip(keys.samples, keys.views, strict=True)):
+                there = self._store.db.execute(
+                    "SELECT place, checksum FROM rows WHERE fingerprint = ? AND sample = ? AND view = ?",
+                    (id, sample, view),
+                ).fetchone()
+                if there is None:
+                    places[i] = end + len(new)
+                    new.append(i)
+                else:
+                    places[i] = there[0]
+                    self.checksums = lengthened(self.checksums, there[0] + 1)
+                    self.checksums[there[0]] = there[1]
+            self.checksums = lengthened(self.checksums, end + len(new))
+            transfer.write_rows(
+                layout.file(self._file.descriptor), places[new], rows[new], self.checksums, threads=THREADS
+            )
+            self._store.db.executemany(
+                "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)",
+                [
+                    (id, keys.samples[i], keys.views[i], int(places[i]), int(self.checksums[places[i]]), keys.images[i])
+                    for i in new
+                ],
+            )
+            self._store.db.execute("UPDATE fingerprints SET places = ? WHERE id = ?", (end + len(new), id))
+        return places
+
+    def read(self, places: Tensor, into: Tensor, *, block_bytes: int = 1) -> int | None:
+        """Read the rows at places [n] to `into` [n, S] uint8 (CPU). Return the first position whose row does not match its
+        checksum, or None. Raises OSError."""
+        assert self.entry is not None
+        form = self.entry.row_form
+        file = RowLayout.of(form.shape, form.codec).file(self._file.descriptor)
+        return transfer.read_rows(file, places, into, self.checksums, threads=THREADS, block_bytes=block_bytes)
+
+    def damaged(self, places: Tensor) -> Tensor:
+        """Return which of the rows at places [n] do not match their checksums: [n] bool. Raises OSError."""
+        assert self.entry is not None
+        form, bad, begin = self.entry.row_form, torch.zeros(len(places), dtype=torch.bool), 0
+        into = torch.empty(CHECKED, RowLayout.of(form.shape, form.codec).stride_bytes, dtype=torch.uint8)
+        while begin < len(places):
+            part = places[begin : begin + CHECKED]
+            at = self.read(part, into[: len(part)])
+            if at is not None:
+                bad[begin + at] = True
+            begin += len(part) if at is None else at + 1
+        return bad
+
+    def forget(self, samples: Sequence[bytes], views: Sequence[int]) -> None:
+        """Delete rows from the index: they are damaged, or of other images. Their bytes stay until the store is compacted."""
+        if self.entry is None:
+            return
+        named = [(self.entry.id, *key) for key in zip(samples, views, strict=True)]
+        with self._store.transaction():
+            self._store.db.executemany("DELETE FROM rows WHERE fingerprint = ? AND sample = ? AND view = ?", named)
+
+    def keep(self) -> None:
+        """Leave private rows to the run that resumes."""
+        if self.is_private and self.entry is not None:
+            self._kept = True
+            with self._store.transaction():
+                self._store.db.execute("UPDATE fingerprints SET private = 0 WHERE id = ?", (self.entry.id,))
+
+    def close(self) -> None:
+        """Close the file; private rows that were not kept are deleted."""
+        entry, self.entry = self.entry, None
+        self._finalizer()
+        if entry is not None and self.is_private and not self._kept:
+            with contextlib.suppress(OSError, StoreError):  # the next run deletes them
+                self._store.remove(entry)
+
+    def _digest_of(self, run: str) -> str:
+        text = json.dumps(dataclasses.asdict(self._made_of) | {"run": run}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+    def _open(self) -> None:
+        """Open the file, if there is one, and lock it against removal. It may be replaced while it is waited for."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while (entry := self._store.entry(self.digest)) is not None:
+            path = self._store.folder / entry.file
+            with contextlib.suppress(FileNotFoundError):
+                self._file.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                now = self._store.entry(self.digest) if locked(self._file.descriptor, fcntl.LOCK_SH) else None
+                if now is not None and now.file == entry.file:
+                    self.entry = entry
+                    with self._store.transaction():
+                        self._store.db.execute("UPDATE fingerprints SET used = ? WHERE id = ?", (time.time(), entry.id))
+                    return
+                self._file.close()
+            if time.monotonic() > deadline:
+                raise OSError(
+                    f"store {self._store.folder}: {entry.file} must be there and not in work by another process"
+                )
+            time.sleep(0.05)
+
+    def _create(self, form: RowForm, dtype: torch.dtype) -> None:
+        """Make the entry and its file, unless another run has made them since."""
+        name = f"rows-{uuid.uuid4().hex[:12]}.bin"
+        described, lies = (json.dumps(dataclasses.asdict(one), sort_keys=True) for one in (self._made_of, form))
+        values = (
+            self.digest,
+            described,
+            lies,
+            str(dtype).removeprefix("torch."),
+            name,
+            0,
+            time.time(),
+            self.is_private,
+        )
+        with self._store.transaction():
+            if self._store.entry(self.digest) is None:
+                os.close(os.open(self._store.folder / name, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+                self._store.db.execute(
+                    f"INSERT INTO fingerprints ({', '.join(Entry._fields[1:])}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
+                )
+        self._open()
+        if self.entry is None or (self.entry.row_form.stored, self.dtype) != (form.stored, dtype):
+            raise StoreError(f"store {self._store.folder}: another run is adding the same rows in another form")
+
+
+@dataclasses.dataclass
+class _File:
+    """An open file; -1: none."""
+
+    descriptor: int
+    process: int = dataclasses.field(default_factory=os.getpid)
+
+    def close(self) -> None:
+        """Close it. A forked process keeps its copy, and would keep the lock with it."""
+        if self.descriptor >= 0 and self.process == os.getpid():
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+
+def locked(descriptor: int, kind: int) -> bool:
+    """Lock an open file (fcntl.LOCK_SH or LOCK_EX) without waiting; return False if another process has locked it."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _close(db: sqlite3.Connection, process: int) -> None:
+    if process == os.getpid():
+        db.close()
