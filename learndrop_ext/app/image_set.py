@@ -5,11 +5,10 @@ N samples, B samples in a batch, C channels, H and W pixels.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -86,15 +85,17 @@ class ImageSet(Dataset[Batch]):
         flip = ", flip" if self.augment and self.flip else ""
         return (
             f"ImageSet({len(self)} of {len(self.mean)}x{self.size}x{self.size}, mean={self.mean}, "
-            f"std={self.std}, augment={self.augment}{flip}, images {self._digest})"
+            f"std={self.std}, augment={self.augment}{flip})"
         )
 
-    @cached_property
-    def _digest(self) -> str:
-        """The first digits of the SHA-256 of the images, or of their paths: rows are shared by sets of one repr."""
-        images = self.images
-        content = images.cpu().reshape(-1).numpy().data if isinstance(images, Tensor) else repr(images).encode()
-        return hashlib.sha256(content).hexdigest()[:16]
+    def __getattr__(self, name: str) -> Any:
+        """What names the images in a store of rows: `data` if they are in memory, `samples` if they are files."""
+        images = self.__dict__.get("images")
+        if name == "data" and isinstance(images, Tensor):
+            return images
+        if name == "samples" and isinstance(images, tuple):
+            return list(zip(images, self.labels.tolist(), strict=True))
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getitem__(self, index: int) -> Batch:
         x, y = self.__getitems__([operator.index(index)])
