@@ -33,7 +33,22 @@ def test_plain_loop() -> None:
 
 def test_optuna_sweep() -> None:
     printed = run("optuna_sweep", "optuna")
-    assert re.search(r"^trial 1: +\d+\.\d\d s\ntrials 2 to 3 +\d+\.\d\d s each$", printed, re.MULTILINE)
+    assert re.findall(r"^trial (\d): \d+\.\d\d s with \{'lr'.*'dropped': [23]\}$", printed, re.MULTILINE) == list(
+        "1234"
+    )
+    assert re.search(r"^best: \d+\.\d\d % with", printed, re.MULTILINE)
+
+
+def test_folds() -> None:
+    lines = run("folds").splitlines()
+    assert [line.partition(":")[0] for line in lines] == [*(f"fold {i}" for i in range(1, 6)), "mean"]
+
+
+def test_nightly() -> None:
+    lines = run("nightly").splitlines()
+    assert [line.partition(" ")[0] for line in lines] == ["150", "165", "182", "200"]
+    fills = [float(re.search(r"([\d.]+) s of it for rows", line)[1]) for line in lines]  # type: ignore[index]
+    assert len(fills) == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.* argument is set as true but no accelerator is found")
@@ -57,5 +72,5 @@ def test_huggingface_trainer(transformers: Any, tmp_path: Path, capsys: pytest.C
 
 def test_every_example_is_run() -> None:
     """accelerate_loop: tests/test_accelerate.py."""
-    known = {"plain_loop", "accelerate_loop", "huggingface_trainer", "optuna_sweep"}
+    known = {"plain_loop", "accelerate_loop", "huggingface_trainer", "optuna_sweep", "folds", "nightly"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == known

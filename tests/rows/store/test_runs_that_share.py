@@ -92,12 +92,16 @@ def stored(folder: Path) -> list[StoredSet]:
 
 def test_trials_take_the_rows_of_the_first_and_train_the_same(tmp_path: Path) -> None:
     first, reads, made = run(tmp_path, Listed())
-    assert reads[0] == 24 and max(reads[1:]) <= PROBES and made == [24, 0, 0]
+    assert reads[0] == 24
+    assert max(reads[1:]) <= PROBES
+    assert made == [24, 0, 0]
     for seed in (1, 2, 3):
         again, reads, made = run(tmp_path, Listed(), seed=seed)
         assert (again == first) == (seed == 1)
         # The first batch is compared with the rows that are there.
-        assert reads[0] == 8 and max(reads[1:]) <= PROBES and made == [8, 0, 0]
+        assert reads[0] == 8
+        assert max(reads[1:]) <= PROBES
+        assert made == [8, 0, 0]
     (one,) = stored(tmp_path)
     assert (one.samples, one.rows, one.cut, one.codec, one.in_use) == (24, 24, 2, "fp32", False)
 
@@ -105,7 +109,9 @@ def test_trials_take_the_rows_of_the_first_and_train_the_same(tmp_path: Path) ->
 def test_where_labels_cannot_be_had_each_sample_is_read_once_for_them(tmp_path: Path) -> None:
     run(tmp_path, Photos())
     _, reads, made = run(tmp_path, Photos())
-    assert reads[0] == 24 and max(reads[1:]) <= PROBES and made == [8, 0, 0]
+    assert reads[0] == 24
+    assert max(reads[1:]) <= PROBES
+    assert made == [8, 0, 0]
 
 
 def test_folds_compute_each_row_once_and_never_get_another_samples(tmp_path: Path) -> None:
@@ -216,7 +222,8 @@ def test_other_images_under_the_same_names_are_noticed_and_computed_again(tmp_pa
     assert (reads[0], made) == (24, [24, 0, 0])
     assert losses == run(tmp_path, Listed(images=changed), store=None)[0]
     again, reads, made = run(tmp_path, Listed(images=changed))
-    assert again == losses and made == [8, 0, 0]
+    assert again == losses
+    assert made == [8, 0, 0]
     (one,) = stored(tmp_path)
     assert one.rows == 24
 
@@ -289,7 +296,8 @@ def test_a_dataset_that_has_grown_reads_and_computes_the_new_images(tmp_path: Pa
     dataset.reads.clear()
     epoch(drop, optimizer)
     new = set(dataset.reads[11:])
-    assert new <= {30, 31, 32} and {30, 31, 32} <= set(dataset.reads)
+    assert new <= {30, 31, 32}
+    assert {30, 31, 32} <= set(dataset.reads)
     assert drop._rows.counts[0] == len(dataset.reads)
     drop.close()
     assert stored(tmp_path)[0].rows == 33
@@ -309,7 +317,8 @@ def test_a_dataset_without_names_for_its_samples_is_refused_and_may_be_given_the
 
 def test_rows_behind_trained_layers_stay_with_their_run(tmp_path: Path) -> None:
     _, _, made = run(tmp_path, Listed(), drops={1: 2})
-    assert made == [0, 24, 0] and stored(tmp_path) == []
+    assert made == [0, 24, 0]
+    assert stored(tmp_path) == []
     drop, optimizer, _ = begun(tmp_path, Listed(), drops={0: 1, 1: 3})
     for _ in range(3):
         epoch(drop, optimizer)
@@ -360,7 +369,9 @@ def test_random_views_get_richer_with_each_run(tmp_path: Path) -> None:
         _, read, _ = run(tmp_path, dataset, views=4, epochs=4, seed=seed)
         rows.append(stored(tmp_path)[0].rows)
         reads.append(sum(read))
-    assert rows[0] == 4 * 24 and rows == sorted(rows) and rows[1] > rows[0]
+    assert rows[0] == 4 * 24
+    assert rows == sorted(rows)
+    assert rows[1] > rows[0]
     assert rows[-1] <= 4 * 4 * 24 + 24
     assert reads[-1] < reads[0]
 

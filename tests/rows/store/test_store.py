@@ -33,9 +33,11 @@ def test_rows_come_back_in_another_run_with_the_digests_of_their_images(store: R
     again = StoredRows(RowStore(tmp_path), PRINT)
     found = again.find({name: 10 * i for i, name in enumerate(names(range(20)))})
     assert sorted(found.sample.tolist()) == [10 * i for i in range(12)]
-    assert torch.equal(found.image * 10, found.sample) and bool(found.has_image.all())
+    assert torch.equal(found.image * 10, found.sample)
+    assert bool(found.has_image.all())
     assert (again.form, again.dtype) == (FORM, torch.float32)
-    assert sorted(rows_of(again)) == list(range(12)) and whole(rows_of(again))
+    assert sorted(rows_of(again)) == list(range(12))
+    assert whole(rows_of(again))
 
 
 def test_a_row_that_is_there_is_not_written_twice(store: RowStore, tmp_path: Path) -> None:
@@ -45,7 +47,8 @@ def test_a_row_that_is_there_is_not_written_twice(store: RowStore, tmp_path: Pat
     second = add(two, range(6, 18))
     assert second[:6].tolist() == first[6:].tolist()
     assert second[6:].tolist() == list(range(12, 18))
-    assert whole(rows_of(two)) and len(rows_of(two)) == 18
+    assert whole(rows_of(two))
+    assert len(rows_of(two)) == 18
     assert two.read(second, torch.zeros(12, STRIDE, dtype=torch.uint8)) is None
 
 
@@ -89,7 +92,8 @@ def test_a_full_disk_adds_nothing(store: RowStore) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(rows_of(stored)) == list(range(4))
     add(stored, range(4, 20))
-    assert whole(rows_of(stored)) and len(rows_of(stored)) == 20
+    assert whole(rows_of(stored))
+    assert len(rows_of(stored)) == 20
 
 
 def test_damaged_rows_are_found_by_their_checksum(store: RowStore, tmp_path: Path) -> None:
@@ -121,14 +125,16 @@ def test_private_rows_go_with_their_run_unless_they_are_kept(store: RowStore, tm
     (entry,) = store.entries()
     assert entry.digest == digest
     again = StoredRows(RowStore(tmp_path), PRINT, digest=digest)
-    assert again.is_private and len(rows_of(again)) == 8
+    assert again.is_private
+    assert len(rows_of(again)) == 8
 
 
 def test_private_rows_of_a_run_that_was_killed_are_removed_by_the_next(tmp_path: Path) -> None:
     program("die_with_private_rows", tmp_path)
     assert list(tmp_path.glob("rows-*"))
     alive = RowStore(tmp_path)
-    assert alive.entries() == [] and not list(tmp_path.glob("rows-*"))
+    assert alive.entries() == []
+    assert not list(tmp_path.glob("rows-*"))
     add(stored := StoredRows(alive, PRINT, private=True), range(4))
     assert len(RowStore(tmp_path).entries()) == 1  # a run that lives keeps its own
     assert whole(rows_of(stored))
@@ -212,11 +218,14 @@ def test_compacting_frees_deleted_rows_and_files_nobody_knows(store: RowStore, t
     stored.close()
     saved = compact(store)
     after = list_rows(store)[0]
-    assert saved == before.bytes - after.bytes > 0 and after.unused_bytes == 0
+    assert saved == before.bytes - after.bytes > 0
+    assert after.unused_bytes == 0
     again = StoredRows(store, PRINT)
-    assert sorted(rows_of(again)) == list(range(1, 20, 2)) and whole(rows_of(again))
+    assert sorted(rows_of(again)) == list(range(1, 20, 2))
+    assert whole(rows_of(again))
     add(again, range(20))
-    assert whole(rows_of(again)) and len(rows_of(again)) == 20
+    assert whole(rows_of(again))
+    assert len(rows_of(again)) == 20
 
 
 def test_a_row_added_anew_after_its_deletion_is_the_new_one(store: RowStore) -> None:

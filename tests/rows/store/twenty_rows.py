@@ -120,7 +120,8 @@ def killed_everywhere(folder: str) -> None:
             stored.close()
             compact(store)
             assert len(list(inner.glob("rows-*.bin"))) == 1, (at, half)
-            assert whole(rows_of(StoredRows(store, PRINT))) and len(rows_of(StoredRows(store, PRINT))) == 20
+            assert whole(rows_of(StoredRows(store, PRINT)))
+            assert len(rows_of(StoredRows(store, PRINT))) == 20
             store.close()
     print(points, sorted(left))
 
