@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import json
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -198,35 +197,6 @@ def seeds(photos: int, epochs: int, layers: int, train: Callable[[Run], Mapping[
 def named(record: Mapping[str, Any]) -> dict[str, Any]:
     """What tells a run from others."""
     return {field.name: record[field.name] for field in dataclasses.fields(Run) if field.name != "before"}
-
-
-def table(study: Mapping[str, Any]) -> str:
-    """The study as Markdown: for each part and side the runs, seconds, images read, and accuracy."""
-    lines = [
-        "| part | photos | side | runs | seconds | images read | validation accuracy, best run | its test accuracy |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
-    for record in study["records"]:
-        groups.setdefault((record["part"], record["photos"], record["side"]), []).append(record)
-    for (part, photos, side), runs in groups.items():
-        whole = groups.get((part, photos, side.replace("store", "whole") if part != "sweep" else "whole"), runs)
-        whole = groups.get((part, photos, "whole"), whole) if part == "seeds" else whole
-        seconds, plain_seconds = (sum(run["seconds"] for run in of) for of in (runs, whole))
-        longest = max(run["epochs"] for run in runs)
-        final = [run for run in runs if run["epochs"] == longest]
-        best = max(final, key=lambda run: run["validation_accuracy"])
-        accuracy = f"{best['accuracy']:.2f} %"
-        if part != "sweep":
-            accuracy = f"{statistics.fmean(run['accuracy'] for run in runs):.2f} % in mean"
-        read = sum(run["images_read"] for run in runs)
-        ratio = "" if runs is whole else f" ({plain_seconds / seconds:.2f}x)"
-        cells = [part, photos, side, len(runs), f"{seconds:.0f}{ratio}", f"{read:,}"]
-        cells += [f"{best['validation_accuracy']:.2f} %", accuracy]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    machine = study["machine"]
-    title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}"
-    return "\n".join([title, "", *lines])
 
 
 def main(argv: Iterable[str] | None = None) -> int:

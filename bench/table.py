@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fine_tuning_table
+import sweep_table
 
 from learndrop_ext.app.report import COLUMNS, table_row
 
@@ -170,6 +171,11 @@ def of_largest_study(make: Callable[[dict[str, Any]], str]) -> str:
     return make(fine_tuning_table.largest(studies)) if studies else "not measured yet"
 
 
+def sweep_tables(_: list[dict[str, Any]]) -> str:
+    """Many runs on the same photos, see sweep_table.py."""
+    return "\n\n".join(map(sweep_table.table, read("sweep"))) or "not measured yet"
+
+
 def aims_tables(_: list[dict[str, Any]]) -> str:
     """What the study was to show and shows, see fine_tuning_table.py."""
     tables = (f"{fine_tuning_table.machine_of(one)}:\n\n{fine_tuning_table.aims(one)}" for one in read("fine-tuning"))
@@ -282,6 +288,7 @@ TABLES = {
         "augmented": augmented_table,
         "aims": aims_tables,
         "compare": compare_tables,
+        "sweep": sweep_tables,
     },
 }
 

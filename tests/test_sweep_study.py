@@ -70,6 +70,6 @@ def test_a_study_counts_what_each_run_reads_and_goes_on_where_it_ended(
     capsys.readouterr()
     assert study.main(map(str, options)) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
-    table = study.table(json.loads(path.read_text()))
+    table = importlib.import_module("sweep_table").table(json.loads(path.read_text()))
     assert "| folds | 20 | whole | 2 |" in table
     assert "x) |" in table
