@@ -24,7 +24,6 @@ from learndrop_ext.kernels.shards import local_part
 from learndrop_ext.ops.digests import TensorDigests
 from learndrop_ext.preserve import attributes_preserved
 from learndrop_ext.rng import fork_rng
-from learndrop_ext.rows.plan import lengthened
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.rows.slots import filled_at
 from learndrop_ext.rows.store.fingerprint import weights_digest

@@ -31,7 +31,7 @@ from learndrop_ext.checks import (
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, some_of, to_device, with_input
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.loader import DropLoader
-from learndrop_ext.data.source import Source, settle_views, source_of
+from learndrop_ext.data.source import settle_views, source_of
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.deltas import Deltas
 from learndrop_ext.decide.forecast import Forecast, forecast

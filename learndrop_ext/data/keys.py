@@ -28,7 +28,8 @@ def parts(dataset: Any, ids: torch.Tensor, position: torch.Tensor | None = None)
     """Yield the samples `ids` [n] by the base dataset that they come from, through any depth of Subset and ConcatDataset."""
     position = torch.arange(len(ids)) if position is None else position
     if isinstance(dataset, Subset):
-        yield from parts(dataset.dataset, torch.as_tensor(dataset.indices, dtype=torch.int64)[ids], position)
+        inside = [int(dataset.indices[i]) for i in ids.tolist()]
+        yield from parts(dataset.dataset, torch.tensor(inside, dtype=torch.int64), position)
     elif isinstance(dataset, ConcatDataset):
         ends = torch.tensor(dataset.cumulative_sizes)
         which = torch.searchsorted(ends, ids, right=True)
@@ -57,7 +58,7 @@ def sample_keys(loader: Any, ids: torch.Tensor, *, key: Callable[[int], str | in
         if key is not None:
             values: Sequence[Any] = [key(i) for i in ids[position].tolist()]
         elif (files := _files(base)) is not None:
-            values = [_file(files[i], getattr(base, "root", "")) for i in index.tolist()]
+            values = [_file(_path(files[i]), getattr(base, "root", "")) for i in index.tolist()]
         elif (images := _in_memory(base, input)) is not None:
             values = [_content(images[i]) for i in index.tolist()]
         else:
@@ -115,18 +116,21 @@ def _described(dataset: Any) -> list[str]:
     return [kind, repr(dataset), *(f"{name}={getattr(dataset, name)!r}" for name in names)]
 
 
-def _files(base: Any) -> list[str] | None:
-    """The paths of a dataset's samples, or None."""
+def _files(base: Any) -> Sequence[Any] | None:
+    """A dataset's list of files, see `_path`, or None."""
     found = getattr(base, "samples", None) or getattr(base, "imgs", None)
     if not isinstance(found, list | tuple) or not found or len(found) != len(base):
         return None
-    paths = [one[0] if isinstance(one, list | tuple) and one else one for one in found]
-    if not all(isinstance(path, str | os.PathLike) for path in paths) or not os.path.exists(paths[0]):
-        return None
-    return [os.fspath(path) for path in paths]
+    path = _path(found[0])
+    return found if isinstance(path, str | os.PathLike) and os.path.exists(path) else None
 
 
-def _file(path: str, root: Any) -> str:
+def _path(sample: Any) -> Any:
+    """The path of a sample of a dataset of files: a pair with its label, or the path alone."""
+    return sample[0] if isinstance(sample, list | tuple) and sample else sample
+
+
+def _file(path: Any, root: Any) -> str:
     state = os.stat(path)
     name = os.path.relpath(path, root) if isinstance(root, str | os.PathLike) and os.fspath(root) else path
     return f"{name} {state.st_size} {state.st_mtime_ns}"

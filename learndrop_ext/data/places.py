@@ -72,7 +72,7 @@ class Places:
         ]
 
     def _has_rest(self, ids: torch.Tensor, at: torch.Tensor) -> bool:
-        """Whether all that stands beside the images of samples [n] is there at their places [n], or the dataset offers it."""
+        """Whether all that stands beside the images of samples [n] is at their places [n], or the dataset offers it."""
         if self._extras.has(at):
             return True
         if self._labels is None or not len(at):

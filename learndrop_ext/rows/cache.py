@@ -116,6 +116,10 @@ class ActivationCache:
             raise ValueError(
                 f"ActivationCache.append: rows must be [B, {', '.join(map(str, self.shape))}], got {list(rows.shape)}"
             )
+        if rows.device != tiers.data.device:
+            raise ValueError(
+                f"ActivationCache.append: rows must be on the cache's device, {tiers.data.device}, got {rows.device}"
+            )
         if self.dtype not in (None, rows.dtype):
             raise ValueError(f"ActivationCache.append: rows must be {self.dtype} as the first were, got {rows.dtype}")
         _check_slots("append", slots, len(self.filled))
@@ -124,10 +128,13 @@ class ActivationCache:
         if (repeated := ops.first_repeated(slots)) is not None:
             raise ValueError(f"ActivationCache.append: slots must name no row twice, got {repeated} twice")
         tiers.discard_prefetch()
-        form = RowForm.of(rows, self.codec) if self.dtype is None else self._form
+        form = self._form
+        if self.dtype is None:
+            there = None if self.disk is None else self.disk.form
+            form = RowForm.of(rows, self.codec) if there is None else there.returned_as(rows)
         if self.disk is not None:
             self.disk.note_form(form, rows.dtype)
-            self.disk.forget(slots)
+            self.disk.forget(slots, in_store=True)  # a row that is there stays there
         stored = form.to_store(rows)
         for part in tiers.staged(slots, load=False):
             ops.append_distinct_rows(tiers.data, stored[part.begin : part.end], part.index, codec=self.codec)
@@ -171,10 +178,6 @@ class ActivationCache:
                 ops.gather_known_rows(tiers.data, part.index, form.stored_shape, into, codec=self.codec)
         return out if stored is out else out.copy_(stored)
 
-    def return_as(self, rows: torch.Tensor) -> None:
-        """Return rows with the strides of `rows` [B, *shape] from now on, whatever those of the first rows stored were."""
-        self._form = self._form.returned_as(rows)
-
     def prefetch(self, slots: torch.Tensor) -> None:
         """Start reading slots [B] int64 (CPU) of the slower tiers for the next `gather`, in the background.
 
@@ -206,13 +209,14 @@ class ActivationCache:
         Raises:
             TypeError, ValueError, IndexError: if a slot is outside the cache; nothing is changed then.
         """
-        self._open("forget")
+        tiers = self._open("forget")
         if slots is None:
             self.filled.zero_()
         else:
             _check_slots("forget", slots, len(self.filled))
             self.filled[slots] = False
         if self.disk is not None:
+            tiers.discard_prefetch()
             self.disk.forget(torch.arange(len(self.filled)) if slots is None else slots)
         if not bool(self.filled.any()):
             self.dtype, self._saturated, self._saturation_batches = None, None, 0
@@ -230,10 +234,12 @@ class ActivationCache:
             OSError, DamagedRowError: the store's file cannot be read, or a row has changed.
         """
         tiers, disk = self._open("load"), self.disk
-        assert disk is not None and disk.stored.form is not None and disk.stored.dtype is not None
+        assert disk is not None
+        form, dtype = disk.stored.form, disk.stored.dtype
+        assert form is not None
+        assert dtype is not None
         if self.dtype is None:
-            self._form = disk.stored.form if like is None else disk.stored.form.returned_as(like)
-            self.dtype = disk.stored.dtype
+            self._form, self.dtype = form if like is None else form.returned_as(like), dtype
             disk.note_form(self._form, self.dtype)
         disk.take(slots, places)
         tiers.load(slots)

@@ -29,8 +29,8 @@ class CacheConfig:
             is free when a drop is decided. Default: "auto"
         host_bytes (int or "auto", optional): limit on the bytes of further rows in host memory, for a model on a GPU.
             Default: 0
-        store (str or Path, optional): a folder in which rows outlive the run. They spill there if memory does not hold them, a
-            run that resumes finds them there, and so does any other run with the same layers and images, see
+        store (str or Path, optional): a folder in which rows outlive the run. They spill there if memory does not hold them,
+            a run that resumes finds them there, and so does any other run with the same layers and images, see
             docs/memory-and-disk.md. Default: None
         store_bytes (int or "auto", optional): limit on the bytes that this run adds to the store for the rows of one drop.
             Default: "auto"

@@ -42,12 +42,18 @@ class DiskTier:
         self._stored: StoredRows | None = None
         self._lies: tuple[RowForm, torch.dtype] | None = None  # how rows that are written lie, and their dtype
         self._names: dict[int, tuple[bytes, int, int | None]] = {}  # by slot: sample, view, digest of the image
-        self._next = torch.zeros(0, dtype=torch.int64)  # 1 + the place of each slot's row, 0 for none
+        # 1 + the place of each slot's row, 0 for none; negative once it is forgotten here, and not in the store.
+        self._next = torch.zeros(0, dtype=torch.int64)
         self._free_bytes = -math.inf, 0  # time of the last query and its result
 
     def open(self, stored: StoredRows) -> None:
         """Keep rows among these from now on: what rows depend on is known once the first have arrived."""
         self._stored = stored
+
+    @property
+    def form(self) -> RowForm | None:
+        """How the rows lie that the store has already; None without any."""
+        return None if self._stored is None else self._stored.form
 
     @property
     def is_open(self) -> bool:
@@ -105,12 +111,15 @@ class DiskTier:
         self.take(slots, self.stored.append(self._keys(slots), rows, *self._lies))
 
     def forget(self, slots: Tensor, *, in_store: bool = False) -> None:
-        """Treat slots [n] as never written. in_store: delete their rows from the store too."""
-        there = slots[self.has(slots)]
-        if in_store and len(there):
+        """Treat slots [n] as never written. in_store: delete their rows from the store too, also those forgotten before."""
+        self.grow(int(slots.max()) + 1 if len(slots) else 0)
+        there = slots[self._next[slots] != 0]
+        if not in_store:
+            self._next[there] = -self._next[there].abs()
+        elif len(there):
             samples, views, _ = self._keys(there)
             self.stored.forget(samples, views)
-        self._next[there] = 0
+            self._next[there] = 0
 
     def close(self) -> None:
         """Close the store's file."""

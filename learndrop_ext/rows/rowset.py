@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,10 +268,9 @@ class RowSet:
         cache = self.cache
         if cache is None:
             return
-        if everywhere and cache.disk is not None:
-            slots = self.slots.table if ids is None else self.slots.table[ids]
-            places = self._all_views(slots[slots >= 0])
-            self._try("forget", cache.disk.forget, places, in_store=True)
+        for one in (cache, self.older):
+            if everywhere and one is not None and one.disk is not None and one.disk.is_open:
+                self._try("forget", self._forget_stored, one.disk.stored, ids)
         if ids is not None:
             slots = self.slots.table[ids]
             places = self._all_views(slots[slots >= 0])
@@ -283,8 +282,10 @@ class RowSet:
             return
         count, path, shape, shares = len(cache.filled), [self.cut], cache.shape, self._shares
         self._reset()
-        self.cuts, self._path, self._looks = list(path), path, shares
-        self.cache = self._new_cache(shape, count, private=not shares)
+        # What has changed need not be part of what rows depend on, and random ones cannot be compared.
+        self.cuts, self._path, self._looks = list(path), path, shares and not self._is_random
+        self._own_views = self._new_views()
+        self.cache = self._cache_for(shape, count, private=not shares)
 
     def stop(self) -> None:
         """Free the rows and keep none: the dropped layers run at each step."""
@@ -296,21 +297,22 @@ class RowSet:
     def close(self, *, keep: bool) -> None:
         """Close the store. keep: leave private rows there that a checkpoint names."""
         self.stop()
-        if self._store is not None:
+        if self._store is not None and not self._store.is_forked:
             if not keep:
                 self._remove_kept()
             self._store.close()
 
     def save(self) -> tuple[str, torch.Tensor | None] | None:
-        """Add all rows to the store, if its budget holds them. Return what a checkpoint names them by, and their random views
-        [N, V] if there are any; None without a store or rows."""
+        """Add all rows to the store, if its budget holds them. Return what a checkpoint names them by, and their random
+        views [N, V] if there are any; None without a store or rows."""
         cache = self.cache
-        if cache is None or cache.disk is None or not cache.fits_store or not self._save_all():
+        if cache is None or cache.disk is None or not cache.disk.is_open or not self._save_all():
             return None
         stored = cache.disk.stored
-        self._try("keep", stored.keep)
-        self._remove_kept(but=stored.digest)
-        self._kept.add(stored.digest)
+        if stored.is_private:
+            self._try("keep", stored.keep)
+            self._kept.add(stored.digest)
+        self._try("remove", self._remove_kept, but=stored.digest)
         return stored.digest, self._views_of_samples()
 
     def check_room(self, saved: tuple[str, Any] | None, shape: Sequence[int], rows: int) -> None:
@@ -328,14 +330,13 @@ class RowSet:
         count = len(self.slots) * self.views
         found = None if self._store is None or saved is None else self._try("resume", self._found, saved[0], shape)
         if found is None or saved is None:
-            self.cache = self._new_cache(shape, count)
+            self.cache = self._cache_for(shape, count, private=True)
             return
-        budgets = budgets_of(self.config, self.device)
-        budgets = dataclasses.replace(budgets, disk=max(budgets.disk, found.nbytes))
-        self.cache = self._new_cache(shape, count, budgets, private=found.is_private)
+        self.cache = self._cache_for(shape, count, private=found.is_private, stored_bytes=found.nbytes)
         assert self.cache.disk is not None
         self.cache.disk.open(found)
-        self._kept.add(saved[0])
+        if found.is_private:
+            self._kept.add(found.digest)
         self._try("resume", self._take, self.cache, found, views=saved[1])
 
     @property
@@ -379,6 +380,8 @@ class RowSet:
             self.cache.close()
         self.cache, self._full, self._looks, self._places_epoch = None, False, False, -1
         self.slots.clear()
+        self._has_digest.zero_()
+        self._view_names.zero_()
 
     def _drop_older(self) -> None:
         if self.older is not None:
@@ -400,7 +403,8 @@ class RowSet:
     def _open(self, cache: ActivationCache, row: torch.Tensor, looks: torch.Tensor | None) -> None:
         """Open the rows in the store that are made like rows [B, ...], the first that have arrived, of samples `looks` [B];
         take those that other runs have left there, or delete them if they disagree."""
-        assert cache.disk is not None and self._store is not None
+        assert cache.disk is not None
+        assert self._store is not None
         path = self._path if cache is self.cache else self._path[:-1]
         made_of = self._made_of(path, f"{row.dtype} {list(row.shape[1:])}")
         stored = StoredRows(self._store, made_of, private=cache.disk.is_private)
@@ -419,7 +423,7 @@ class RowSet:
     ) -> None:
         """Take the rows of the store: if `first`, samples and their rows, agree; or the random `views` [N, V]."""
         names = self._names(torch.arange(len(self.slots)), stored.is_private)
-        found = stored.find({name: i for i, name in enumerate(names)})
+        found = _find(stored, dict(enumerate(names)))
         if not len(found.place):
             return
         self.slots.assign(found.sample.unique(), self.epoch)
@@ -434,6 +438,7 @@ class RowSet:
         if self._is_random:
             self._view_names = lengthened(self._view_names, wanted)
             self._view_names[at] = found.view[taken]
+        self._name(cache, at)
         if first is not None and not self._is_random and not self._agree(cache, found, at, found.place[taken], *first):
             warn(
                 f"drop.loader: the rows in the store {self.config.store} are computed again: they are not what the dropped "
@@ -442,7 +447,6 @@ class RowSet:
             stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
             return
         self.note_images(found.sample[found.has_image], found.image[found.has_image])
-        self._name(cache, at)
         self._load(cache, at, found.place[taken], None if first is None else first[1])
         self._places_epoch = -1
 
@@ -463,7 +467,9 @@ class RowSet:
         if not self._is_random:
             return slots * self.views + found.view, every
         if views is not None:
-            is_it = views[found.sample] == found.view[:, None]
+            named = torch.zeros(len(self.slots), self.views, dtype=torch.int64)  # the dataset may have got more samples
+            named[: len(views)] = views[:, : self.views]
+            is_it = named[found.sample] == found.view[:, None]
             mine = is_it.any(1)
             return (slots * self.views + is_it.int().argmax(1))[mine], every[mine]
         mixed = torch.randperm(len(every), generator=self.generator)
@@ -489,12 +495,14 @@ class RowSet:
         known, digests = self.images(found.sample)
         if not torch.equal(found.image[known & found.has_image], digests.cpu()[found.has_image[known]]):
             return False
+        assert cache.disk is not None
         wanted, order = first_of_each(self.places(ids))
-        there = torch.isin(wanted, at)
-        if not bool(there.any()):
+        some = torch.nonzero(torch.isin(at, wanted)).flatten()
+        some = some[~cache.disk.stored.damaged(places[some])]
+        if not len(some):
             return True
-        some = torch.isin(at, wanted)
-        self._load(cache, at[some], places[some], row)
+        cache.load(at[some], places[some], row)
+        there = filled_at(cache, wanted)
         made = self._as_stored(row[order[there].to(row.device)])
         agrees = rows_agree(made, cache.gather_known(wanted[there]), error=CODEC_ERROR[self.config.codec])
         cache.forget(at[some])
@@ -532,7 +540,7 @@ class RowSet:
         every = torch.zeros(len(self.slots), self.views, dtype=torch.int64)
         drawn = self.slots.drawn()
         self._view_names = lengthened(self._view_names, self.slots.used * self.views)
-        every[drawn] = self._view_names.view(-1, self.views)[self.slots.table[drawn]]
+        every[drawn] = self._view_names[: self.slots.used * self.views].view(-1, self.views)[self.slots.table[drawn]]
         return every
 
     def _found(self, digest: str, shape: Sequence[int]) -> StoredRows | None:
@@ -553,9 +561,14 @@ class RowSet:
     def _save_all(self) -> bool:
         """Add all rows to the store; return whether it has them."""
         cache = self.cache
-        if cache is None or cache.disk is None or not cache.fits_store:
-            return False
-        return self._try("save", cache.save) is True
+        return cache is not None and cache.fits_store and self._try("save", cache.save) is True
+
+    def _forget_stored(self, stored: StoredRows, ids: torch.Tensor | None) -> None:
+        """Delete all rows of samples [n], or of all, from the store."""
+        ids = torch.arange(len(self.slots)) if ids is None else ids
+        names = dict(zip(ids.tolist(), self._names(ids, stored.is_private), strict=True))
+        found = _find(stored, names)
+        stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
 
     def _remove_kept(self, but: str = "") -> None:
         """Delete private rows that an earlier checkpoint named."""
@@ -566,7 +579,11 @@ class RowSet:
                 self._kept.discard(digest)
 
     def _try(self, what: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Do something with the store, which the run can do without: a RuntimeWarning, and None, if it fails."""
+        """Do something with the store, which the run can do without: a RuntimeWarning, and None, if it fails. A forked
+        process does nothing."""
+        assert self._store is not None
+        if self._store.is_forked:
+            return None
         try:
             return do(*args, **kwargs)
         except (OSError, StoreError) as error:
@@ -581,16 +598,23 @@ class RowSet:
 
     def _as_stored(self, row: torch.Tensor) -> torch.Tensor:
         """Rows [B, ...] as a cache gives them back."""
-        scratch, every = self._scratch(row), torch.arange(len(row))
+        scratch = ActivationCache(len(row), row.shape[1:], codec=self.config.codec, device=self.device)
+        every = torch.arange(len(row))
         scratch.append(every, row)
         return scratch.gather_known(every)
 
-    def _scratch(self, row: torch.Tensor, disk: DiskTier | None = None) -> ActivationCache:
-        """An empty cache for rows [B, ...]."""
-        return ActivationCache(len(row), row.shape[1:], codec=self.config.codec, device=self.device, disk=disk)
+    def _cache_for(self, shape: Sequence[int], rows: int, *, private: bool, stored_bytes: int = 0) -> ActivationCache:
+        """A cache with room for `rows`, or without any if the budgets of now do not hold them. stored_bytes: those that the
+        store has already."""
+        budgets = budgets_of(self.config, self.device)
+        budgets = dataclasses.replace(budgets, disk=max(budgets.disk, stored_bytes))
+        try:
+            return self._new_cache(shape, rows, budgets, private=private)
+        except ValueError:
+            return self._new_cache(shape, 0, budgets, private=private)
 
     def _new_cache(
-        self, shape: Sequence[int], rows: int, budgets: Budgets | None = None, *, private: bool = True
+        self, shape: Sequence[int], rows: int, budgets: Budgets | None = None, *, private: bool
     ) -> ActivationCache:
         return ActivationCache(
             rows,
@@ -632,3 +656,16 @@ class RowSet:
             )
         self._full = True
         return False
+
+
+def _find(stored: StoredRows, names: Mapping[int, bytes]) -> FoundRows:
+    """The rows of samples, given by number with their names. Several may have one name."""
+    numbers: dict[bytes, list[int]] = {}
+    for number, name in names.items():
+        numbers.setdefault(name, []).append(number)
+    found = stored.find({name: one[0] for name, one in numbers.items()})
+    if len(numbers) == len(names):
+        return found
+    pairs = [(k, i) for k, first in enumerate(found.sample.tolist()) for i in numbers[names[first]]]
+    row, sample = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    return FoundRows(sample, *(column[row] for column in found[1:]))

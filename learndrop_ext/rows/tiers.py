@@ -1,4 +1,4 @@
-"""Rows as bytes by slot over device, host and the store on disk, with staging areas through which the slower tiers are read ahead.
+"""Rows as bytes by slot over device, host and a store on disk; the slower tiers are read ahead through staging areas.
 
 R rows, S bytes from one row to the next, B rows in a batch, n rows in a call, T rows in each of two staging areas.
 """

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tiered_cache import CPU, disk_in
 
-from learndrop_ext.ops import transfer
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.plan import Budgets, TierPlan
-from learndrop_ext.rows.store.fingerprint import Fingerprint
-from learndrop_ext.rows.store.shared import FillLock, find_or_lock
 from learndrop_ext.rows.tiers import TierStorage
 
-CPU = torch.device("cpu")
 ON_DISK = Budgets(0, 0, 1 << 30)
-PRINT = Fingerprint(weights="w", cut=1, codec="fp32", views=1, samples=9, dataset="d")
 # Each row takes two pages, and 6,016 bytes of memory.
 SHAPE = (1500,)
 # 2 rows on the device, beside two areas of 2 rows; the rest on disk.
@@ -34,130 +29,50 @@ def rows(count: int) -> torch.Tensor:
     return torch.randn(12, *SHAPE, generator=torch.Generator().manual_seed(0))[:count]
 
 
-class KillSwitch:
-    """Kills this process at the n-th call that changes a file, before it (half=False) or half-way through it."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.kill_at = 0
-        self.half = False
-        transfer.write_rows = self.counted(transfer.write_rows, self.half_of_rows)
-        os.pwrite = self.counted(os.pwrite, self.half_of_bytes)
-        for name in ("posix_fallocate", "ftruncate", "fsync", "rename"):
-            # There is no half of these: they are done, and then the process ends.
-            setattr(os, name, self.counted(getattr(os, name), lambda real, *arguments: real(*arguments)))
-
-    def counted(self, real: Callable[..., Any], half: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            self.calls += 1
-            if self.calls == self.kill_at:
-                if self.half:
-                    half(real, *arguments, **options)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **options)
-
-        return call
-
-    @staticmethod
-    def half_of_bytes(real: Callable[..., Any], descriptor: int, data: Any, offset: int) -> None:
-        real(descriptor, bytes(data)[: len(data) // 2], offset)
-
-    @staticmethod
-    def half_of_rows(
-        real: Callable[..., Any], file: Any, slots: Any, stored: Any, checksums: Any, **options: Any
-    ) -> None:
-        real(file, slots[: len(slots) // 2], stored, checksums, **options)
-
-
-def fill_save_and_change(path: Path) -> None:
-    """A fill, a save, a reopening, a change of rows 3 and 7, and a second save."""
-    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=MOSTLY_ON_DISK, path=path)
-    assert cache.plan == TierPlan(2, 0, 7, 2)
-    for at in torch.arange(9).split(4):
-        cache.append(at, rows(9)[at])
-    cache.save(PRINT)
-    cache.close()
-    cache = ActivationCache.open(path, PRINT, device=CPU, budgets=ON_DISK)
-    cache.append(torch.tensor([3, 7]), -rows(9)[[3, 7]])
-    cache.save(PRINT)
-    cache.close()
-
-
-def killed_fill(folder: str) -> None:
-    """Kill a child at each point of `fill_save_and_change`, and look at what it left. Print how often and what."""
-    torch.set_num_threads(1)
-    path = Path(folder) / "rows"
-    switch = KillSwitch()
-    changed = rows(9)
-    changed[[3, 7]] *= -1
-    points = refusals = 0
-    while True:
-        for half in (False, True):
-            for name in os.listdir(folder):
-                (path.parent / name).unlink()
-            process = os.fork()
-            if process == 0:
-                switch.calls, switch.kill_at, switch.half = 0, points // 2 + 1, half
-                fill_save_and_change(path)
-                os._exit(0)
-            status = os.waitpid(process, 0)[1]
-            if status == 0:
-                print(points, refusals, sorted(os.listdir(folder)))
-                return
-            assert os.WTERMSIG(status) == signal.SIGKILL, (points, status)
-            points += 1
-            try:
-                cache = ActivationCache.open(path, PRINT, device=CPU, budgets=ON_DISK)
-            except FileNotFoundError:
-                refusals += 1
-            else:
-                got = cache.gather(torch.arange(9))
-                assert torch.equal(got, rows(9)) or torch.equal(got, changed), points
-                cache.close()
-            # What is left does not stand in the way of the next fill.
-            fill_save_and_change(path)
-            cache = ActivationCache.open(path, PRINT, device=CPU)
-            assert torch.equal(cache.gather(torch.arange(9)), changed)
-            cache.close()
-
-
-def limited_fill(folder: str, limit: str, tier: str) -> None:
-    """Fill a cache where no file may be larger than `limit` bytes; print the files and the error."""
-    path = Path(folder) / "rows"
+def limited_fill(folder: str, limit: str) -> None:
+    """Fill a cache where no file may be larger than `limit` bytes; print the slots that are filled and the error."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=MOSTLY_ON_DISK, disk=disk_in(Path(folder)))
+    cache.append(torch.arange(2), rows(2))
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
-    budgets = ON_DISK if tier == "disk" else None
-    try:
-        cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=budgets, path=path)
-        cache.append(torch.arange(9), rows(9))
-        cache.save(PRINT)
-    except OSError as error:
-        print(os.listdir(folder), error)
-        if budgets is None:
-            assert torch.equal(cache.gather(torch.arange(9)), rows(9))
+    for part in torch.arange(2, 9).split(3):
+        try:
+            cache.append(part, rows(9)[part])
+        except OSError as error:
+            print(torch.nonzero(cache.filled).flatten().tolist(), error)
+            break
+    there = torch.nonzero(cache.filled).flatten()
+    assert torch.equal(cache.gather(there), rows(9)[there])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    cache.append(torch.arange(2, 9), rows(9)[2:])
+    assert torch.equal(cache.gather(torch.arange(9)), rows(9))
+    cache.close()
 
 
 def forked_owner(folder: str) -> None:
-    """A forked child closes the cache and ends; the file stays the parent's."""
+    """A forked child closes the cache and ends; the rows stay the parent's."""
     torch.set_num_threads(1)
-    path = Path(folder) / "rows"
-    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=ON_DISK, path=path)
+    disk = disk_in(Path(folder))
+    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=ON_DISK, disk=disk)
     cache.append(torch.arange(9), rows(9))
     process = os.fork()
     if process == 0:
         cache.close()
-        del cache
+        disk.close()
+        del cache, disk
+        gc.collect()
         sys.exit(0)
     assert os.waitpid(process, 0)[1] == 0
-    assert os.listdir(folder) == ["rows.part"]
     assert torch.equal(cache.gather(torch.arange(9)), rows(9))
-    cache.save(PRINT)
+    cache.append(torch.tensor([3]), -rows(1))
+    assert torch.equal(cache.gather(torch.tensor([3])), -rows(1))
+    disk.stored.keep()
 
 
 def forked_reader(folder: str, moment: str) -> None:
     """A child forked while rows are read ahead ("ahead"), or after that ("after"), reads; what it may not is refused."""
-    path = Path(folder) / "rows"
-    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=MOSTLY_ON_DISK, path=path)
+    torch.set_num_threads(1)
+    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=MOSTLY_ON_DISK, disk=disk_in(Path(folder)))
     cache.append(torch.arange(9), rows(9))
     batch, other = torch.tensor([8, 0, 3]), torch.tensor([7, 1, 2])
     cache.prefetch(batch)
@@ -171,11 +86,7 @@ def forked_reader(folder: str, moment: str) -> None:
             cache.prefetch(other)
             assert torch.equal(cache.gather(other), rows(9)[other])
             cache.prefetch(batch)
-        for change in (
-            lambda: cache.append(torch.tensor([0, 8]), rows(2)),
-            lambda: cache.grow(12),
-            lambda: cache.save(PRINT),
-        ):
+        for change in (lambda: cache.append(torch.tensor([0, 8]), rows(2)), cache.save):
             with pytest.raises(RuntimeError, match="must be written by the process that opened it"):
                 change()
         assert cache.filled.tolist() == [True] * 9
@@ -222,16 +133,6 @@ def forked_writer(folder: str, first: str) -> None:
     assert ended == 0
     assert torch.equal(cache.gather(batch), rows(9)[batch])
     cache.close()
-
-
-def fill_shared_rows(folder: str) -> None:
-    """Fill rows that are shared, and wait in the middle to be killed."""
-    lock = find_or_lock(Path(folder), PRINT)
-    assert isinstance(lock, FillLock)
-    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, path=lock.path, budgets=ON_DISK)
-    cache.append(torch.arange(5), rows(5))
-    print("filling", flush=True)
-    signal.pause()
 
 
 if __name__ == "__main__":

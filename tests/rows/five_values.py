@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiered_cache import CPU
+from tiered_cache import CPU, disk_in
 from torch import Tensor
 
 from learndrop_ext.rows.cache import ActivationCache
@@ -19,6 +19,6 @@ def rows(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
 
 
-def cache_of(slots: int, budgets: Budgets | None = None, path: Path | None = None, **options: Any) -> ActivationCache:
-    options = {"codec": "fp32"} | options
-    return ActivationCache(slots, (5,), device=CPU, budgets=budgets, path=path, **options)
+def cache_of(slots: int, budgets: Budgets | None = None, folder: Path | None = None, **options: Any) -> ActivationCache:
+    options = {"codec": "fp32", "disk": None if folder is None else disk_in(folder)} | options
+    return ActivationCache(slots, (5,), device=CPU, budgets=budgets, **options)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiered_cache import CPU, PRINT, ids, tiered
+from tiered_cache import CPU, disk_in, ids, reopened, tiered
 from torch import Tensor
 
 from learndrop_ext.rows.cache import ActivationCache
@@ -60,9 +60,9 @@ def test_cache_gives_rows_back_with_the_strides_of_the_first(
     stored.flatten(2)[..., 0], stored.flatten(2)[..., -1] = 0, 255
     if stored[0, 0].numel() == 1:
         stored[:, 0], stored[:, -1] = 0, 255
-    options = {"device": 1, "host": 0, "staging": 1, "codec": codec}
+    options = {"device": 1, "host": 0, "staging": 1, "codec": codec, "disk": disk_in(tmp_path, private=False)}
     cache = (
-        tiered(4, shape[1:], tmp_path / "rows", **options)  # type: ignore[arg-type]
+        tiered(4, shape[1:], tmp_path, **options)  # type: ignore[arg-type]
         if staged
         else ActivationCache(4, shape[1:], codec=codec, device=CPU)
     )
@@ -76,9 +76,9 @@ def test_cache_gives_rows_back_with_the_strides_of_the_first(
         assert torch.equal(got, stored[order])
     assert cache.gather(ids()).shape == (0, *shape[1:])
     if staged:
-        cache.save(PRINT)
+        cache.save()
         cache.close()
-        again = ActivationCache.open(tmp_path / "rows", PRINT, device=CPU).gather(ids(0, 3))
+        again = reopened(tmp_path, 4, shape[1:], codec=codec).gather(ids(0, 3))
         assert again.stride() == strides
         assert torch.equal(again, stored[ids(0, 3)])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_programs import CPU, MOSTLY_ON_DISK, ON_DISK, PRINT, SHAPE, rows
+from fault_programs import MOSTLY_ON_DISK, ON_DISK, SHAPE, rows
+from tiered_cache import CPU, disk_in
 
 from learndrop_ext.rows import host as host_rows
 from learndrop_ext.rows import tiers
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.plan import Budgets, TierPlan
+from learndrop_ext.rows.store.store import RowStore
 
 PROGRAMS = Path(__file__).with_name("fault_programs.py")
 
@@ -29,67 +32,48 @@ def run(program: str, *arguments: object) -> str:
     return ended.stdout
 
 
-def test_a_killed_fill_leaves_no_file_or_the_right_rows(tmp_path: Path) -> None:
-    points, refusals, left = run("killed_fill", tmp_path).split(" ", 2)
-    assert int(points) > 40
-    assert 0 < int(refusals) < int(points)
-    assert left.strip() == "['rows']"
-
-
-@pytest.mark.parametrize(
-    ("limit", "tier", "message"),
-    [
-        (30_000, "disk", "must have 73,728 bytes of disk space for 9 rows, got File too large"),
-        (77_824, "disk", "must have disk space for its tables, got File too large"),
-        (30_000, "memory", "must have 73,728 bytes of disk space for 9 rows, got File too large"),
-    ],
-)
-def test_a_file_that_may_not_grow_is_an_error_and_costs_no_row(
-    tmp_path: Path, limit: int, tier: str, message: str
-) -> None:
-    left, _, said = run("limited_fill", tmp_path, limit, tier).partition(" [Errno 27] ")
-    assert left == ("['rows.part']" if limit > 70_000 else "[]")
-    assert f"cache file {tmp_path / 'rows'}: {message}" in said
+def test_a_file_that_may_not_grow_is_an_error_and_costs_no_other_row(tmp_path: Path) -> None:
+    # It is the file of the rows, or the index's log.
+    filled, _, said = run("limited_fill", tmp_path, 5 * 8192).partition("]")
+    assert filled == "[0, 1, 2, 3"
+    assert re.search("File too large|disk I/O error", said)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB; skips where none may be mounted."""
+    """A file system of 300 KiB; skips where none may be mounted."""
     place = tmp_path / "disk"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(place)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a file system")
     yield place
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def test_a_full_disk_is_met_before_the_fill_and_costs_no_row(small_disk: Path) -> None:
-    path = small_disk / "rows"
-    with pytest.raises(OSError, match=r"must have 73,728 bytes of disk space for 9 rows, got No space left on device"):
-        ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=ON_DISK, path=path)
-    assert os.listdir(small_disk) == []
-    cache = ActivationCache(6, SHAPE, codec="fp32", device=CPU, budgets=ON_DISK, path=path)
-    cache.append(torch.arange(6), rows(6))
-    with pytest.raises(OSError, match="must have 49,152 bytes of disk space for 6 rows, got No space left on device"):
-        cache.grow(12)
-    assert len(cache.filled) == 6
-    assert torch.equal(cache.gather(torch.arange(6)), rows(6))
-    cache.save(PRINT)
-    # The second file has no room beside the first, which stays.
-    other = ActivationCache(4, SHAPE, codec="fp32", device=CPU, path=path)
-    other.append(torch.arange(4), rows(4))
-    with pytest.raises(OSError, match="must have 32,768 bytes of disk space for 4 rows, got No space left on device"):
-        other.save(PRINT)
-    assert torch.equal(other.gather(torch.arange(4)), rows(4))
+def test_a_full_disk_costs_the_rows_that_are_written_and_no_other(small_disk: Path) -> None:
+    disk = disk_in(small_disk)
+    cache = ActivationCache(60, SHAPE, codec="fp32", device=CPU, budgets=ON_DISK, disk=disk)
+    cache.append(torch.arange(3), rows(3))
+    with pytest.raises(OSError, match=r"No space left on device|disk is full"):
+        for part in torch.arange(3, 60).split(6):
+            cache.append(part, rows(12)[part % 12])
+    there = torch.nonzero(cache.filled).flatten()
+    assert 3 <= len(there) < 54
+    assert torch.equal(cache.gather(there), rows(12)[there % 12])
     cache.close()
-    cache = ActivationCache.open(path, PRINT, device=CPU)
-    assert torch.equal(cache.gather(torch.arange(6)), rows(6))
+    assert disk_in(small_disk).stored.entry is None
+    # Those of a run whose rows are in memory stay there.
+    cache = ActivationCache(60, SHAPE, codec="fp32", device=CPU, disk=disk_in(small_disk))
+    cache.append(torch.arange(60), rows(12)[torch.arange(60) % 12])
+    with pytest.raises(OSError, match=r"No space left on device|disk is full"):
+        cache.save()
+    assert torch.equal(cache.gather(torch.arange(60)), rows(12)[torch.arange(60) % 12])
     cache.close()
 
 
 def test_rows_whose_write_failed_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=MOSTLY_ON_DISK, path=tmp_path / "rows")
+    cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=MOSTLY_ON_DISK, disk=disk_in(tmp_path))
     cache.append(torch.arange(6), rows(6))
     real = DiskTier.write
 
@@ -118,13 +102,12 @@ def test_rows_that_cannot_be_moved_stay_where_they_are(tmp_path: Path, monkeypat
 
     # The fourth row on the device is one too many: two areas want their place, and rows go to the file.
     budgets = Budgets(3 * 6016, 0, 1 << 30, 1)
-    cache = ActivationCache(3, SHAPE, codec="fp32", device=CPU, budgets=budgets, path=tmp_path / "rows")
+    cache = ActivationCache(3, SHAPE, codec="fp32", device=CPU, budgets=budgets, disk=disk_in(tmp_path))
     cache.append(torch.arange(3), rows(3))
     monkeypatch.setattr(DiskTier, "write", failing)
-    for call in (lambda: cache.grow(4), lambda: cache.save(PRINT)):
+    for call in (lambda: cache.grow(4), cache.save):
         with pytest.raises(OSError, match="Input/output error"):
             call()
-        assert os.listdir(tmp_path) == []
         assert cache.plan == TierPlan(3)
         assert cache.filled.tolist() == [True] * 3
         assert torch.equal(cache.gather(torch.arange(3)), rows(3))
@@ -159,7 +142,7 @@ def test_out_of_memory_falls_to_the_next_tier_with_a_warning(
     no_memory(monkeypatch, above=4, host=host)
     budgets = Budgets(None, 5 * 6016, 1 << 30, 2)
     with pytest.warns(RuntimeWarning) as seen:
-        cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=budgets, path=tmp_path / "rows")
+        cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=budgets, disk=disk_in(tmp_path))
     said = [str(warning.message) for warning in seen]
     assert said[0].startswith(
         "ActivationCache: the rows that were to be kept on the device did not fit into its memory; "
@@ -179,7 +162,7 @@ def test_out_of_memory_while_it_grows_moves_the_rows_that_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     budgets = Budgets(None, 0, 1 << 30, 2)
-    cache = ActivationCache(5, SHAPE, codec="fp32", device=CPU, budgets=budgets, path=tmp_path / "rows")
+    cache = ActivationCache(5, SHAPE, codec="fp32", device=CPU, budgets=budgets, disk=disk_in(tmp_path))
     cache.append(torch.arange(5), rows(5))
     no_memory(monkeypatch, above=5)
     with pytest.warns(RuntimeWarning, match="now 9 rows on disk"):
@@ -210,13 +193,14 @@ def test_memory_that_the_machine_does_not_have_is_out_of_memory() -> None:
 
 def test_a_forked_child_does_not_take_the_file_away(tmp_path: Path) -> None:
     run("forked_owner", tmp_path)
-    assert os.listdir(tmp_path) == ["rows"]
+    (entry,) = RowStore(tmp_path).entries()
+    assert (entry.places, len(list(tmp_path.glob("rows-*.bin")))) == (10, 1)
 
 
 @pytest.mark.parametrize("moment", ["ahead", "after"])
 def test_a_forked_child_reads_rows_and_is_refused_what_it_may_not_write(tmp_path: Path, moment: str) -> None:
     run("forked_reader", tmp_path, moment)
-    assert os.listdir(tmp_path) == []
+    assert list(tmp_path.glob("rows-*.bin")) == []
 
 
 @pytest.mark.parametrize("first", ["append", "prefetch"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from tiered_cache import CPU, PRINT, ids, rows
+from tiered_cache import CPU, disk_in, ids, reopened, rows
 from torch import Tensor
 
 from learndrop_ext.rows.cache import ActivationCache
@@ -33,14 +34,12 @@ class CacheBesideDictionary(RuleBasedStateMachine):
         data=st.data(),
     )
     def begin(self, slots: int, shape: tuple[int, ...], staging: int, data: st.DataObject) -> None:
-        self.path = self.folder / "rows"
-        self.path.unlink(missing_ok=True)
+        self.store = self.folder / "rows"
+        shutil.rmtree(self.store, ignore_errors=True)
         self.shape, self.staging, self.writes = shape, staging, 0
         self.wanted: dict[int, Tensor] = {}
-        self.saved: dict[int, Tensor] | None = None
-        self.cache = ActivationCache(
-            slots, shape, codec="fp32", device=CPU, budgets=self.draw_budgets(data), path=self.path
-        )
+        disk = disk_in(self.store, private=False)
+        self.cache = ActivationCache(slots, shape, codec="fp32", device=CPU, budgets=self.draw_budgets(data), disk=disk)
 
     def draw_budgets(self, data: st.DataObject) -> Budgets:
         device, host = data.draw(st.integers(0, 16)), data.draw(st.integers(0, 4))
@@ -87,16 +86,16 @@ class CacheBesideDictionary(RuleBasedStateMachine):
 
     @rule()
     def save(self) -> None:
-        self.cache.save(PRINT)
-        self.saved = dict(self.wanted)
+        self.cache.save()
 
-    @precondition(lambda self: self.path.exists())
     @rule(data=st.data())
-    def close_and_open(self, data: st.DataObject) -> None:
-        assert self.saved is not None
+    def save_and_open_again(self, data: st.DataObject) -> None:
+        gone = torch.nonzero(~self.cache.filled).flatten()
+        assert self.cache.disk is not None
+        self.cache.disk.forget(gone, in_store=True)
+        self.cache.save()
         self.cache.close()
-        self.cache = ActivationCache.open(self.path, PRINT, device=CPU, budgets=self.draw_budgets(data))
-        self.wanted = dict(self.saved)
+        self.cache = reopened(self.store, len(self.cache.filled), self.shape, budgets=self.draw_budgets(data))
 
     @invariant()
     def filled_slots_are_those_written(self) -> None:
@@ -105,7 +104,6 @@ class CacheBesideDictionary(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "cache"):
             self.cache.close()
-            assert not self.path.with_name("rows.part").exists()
 
 
 def test_cache_equals_a_dictionary_over_long_random_sequences(tmp_path: Path) -> None:

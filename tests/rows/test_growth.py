@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from five_values import ROW, cache_of, rows
-from tiered_cache import CPU, PRINT, ids
+from tiered_cache import disk_in, ids, reopened
 from torch import Tensor
 
 from learndrop_ext.rows import tiers
 from learndrop_ext.rows.cache import ActivationCache
-from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.host import HostTier
-from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.plan import Budgets, TierPlan
 
 
@@ -65,7 +63,7 @@ def test_rows_added_one_by_one_are_copied_five_times_each_at_most(allocated: dic
 
 
 def test_growing_rows_of_the_host_are_copied_as_seldom(allocated: dict[str, list[int]], tmp_path: Path) -> None:
-    cache = cache_of(4, Budgets(2 * ROW, 600 * ROW, 1 << 20, 1), tmp_path / "rows")
+    cache = cache_of(4, Budgets(2 * ROW, 600 * ROW, 1 << 20, 1), tmp_path)
     assert cache.plan == TierPlan(0, 4, 0, 1)
     cache.append(torch.arange(4), rows(700)[:4])
     grow_one_by_one(cache, rows(700))
@@ -80,46 +78,29 @@ def test_growing_rows_of_the_host_are_copied_as_seldom(allocated: dict[str, list
 
 
 def test_growth_goes_through_all_tiers_within_their_budgets(allocated: dict[str, list[int]], tmp_path: Path) -> None:
-    cache = cache_of(3, Budgets(10 * ROW, 20 * ROW, 1 << 20, 1), tmp_path / "rows")
+    disk = disk_in(tmp_path, private=False)
+    cache = cache_of(3, Budgets(10 * ROW, 20 * ROW, 1 << 20, 1), disk=disk)
     cache.append(torch.arange(3), rows(70)[:3])
     grow_one_by_one(cache, rows(70)[:60])
     assert cache.plan == TierPlan(8, 20, 32, 1)
     assert max(allocated["device"]) == 10
     assert max(allocated["host"]) == 20
-    cache.save(PRINT)
+    cache.save()
     cache.close()
-    cache = ActivationCache.open(tmp_path / "rows", PRINT, device=CPU, budgets=Budgets(0, 0, 1 << 20))
+    cache = reopened(tmp_path, 60, (5,), budgets=Budgets(0, 0, 1 << 20))
     assert torch.equal(cache.gather(torch.arange(60)), rows(70)[:60])
     grow_one_by_one(cache, rows(70))
     cache.close()
 
 
-def test_a_file_takes_disk_space_for_new_rows_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr("os.posix_fallocate", lambda _, begin, size: asked.append((begin, size)))
-    disk = DiskTier(tmp_path / "rows", RowLayout(4096, 4096))
-    disk.grow(3, first=1)
-    disk.grow(5, first=3)
-    disk.grow(5, first=3)
-    disk.grow(6, first=6)
-    disk.grow(7, first=6)
-    # Rows that were in memory until now want their space in the file too.
-    disk.grow(7, first=0)
-    assert asked == [(8192, 8192), (16384, 8192), (28672, 4096), (4096, 28672)]
-    assert disk.slots == 7
-    disk.close()
-
-
-def test_growth_beyond_the_budgets_changes_nothing(tmp_path: Path) -> None:
-    cache = cache_of(4, Budgets(4 * ROW), tmp_path / "rows")
+def test_growth_beyond_the_budgets_changes_nothing() -> None:
+    cache = cache_of(4, Budgets(4 * ROW))
     cache.append(torch.arange(4), rows(4))
-    cache.save(PRINT)
     with pytest.raises(ValueError, match="plan_tiers: budgets must hold 5 rows of 128 bytes, got 512 bytes on the dev"):
         cache.grow(5)
-    assert (cache.plan, len(cache.filled), cache.saved) == (TierPlan(4), 4, True)
+    assert (cache.plan, len(cache.filled)) == (TierPlan(4), 4)
     assert torch.equal(cache.gather(torch.arange(4)), rows(4))
     cache.grow(4)
-    assert cache.saved
 
 
 def test_growth_without_memory_for_a_reserve_takes_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiered_cache import disk_in
 from torch import Tensor
 
 from learndrop_ext.ops import transfer
@@ -210,7 +211,7 @@ def test_tiers_of_a_gpu_equal_one_tier(tmp_path: Path, shape: tuple[int, ...], s
     one = ActivationCache(slots, shape, codec="fp16", device=CUDA)
     row = one.row_bytes
     budgets = Budgets((20 + 2 * staging) * row, 200 * row, 1 << 30, staging)
-    tiers = ActivationCache(slots, shape, codec="fp16", device=CUDA, budgets=budgets, path=tmp_path / "rows")
+    tiers = ActivationCache(slots, shape, codec="fp16", device=CUDA, budgets=budgets, disk=disk_in(tmp_path))
     assert tiers.plan == TierPlan(20, 200, 380, staging)
     for at in torch.randperm(slots).split(128):
         one.append(at, stored[at])

@@ -32,7 +32,7 @@ def test_saturated(
     tmp_path: Path, codec: str, dtype: torch.dtype, values: list[float], wanted: bool, tiers: bool
 ) -> None:
     budgets = Budgets(0, 0, 1 << 20, 1) if tiers else None
-    cache = cache_of(3, budgets, tmp_path / "rows", codec=codec)
+    cache = cache_of(3, budgets, tmp_path, codec=codec)
     assert cache.saturated is False
     cache.append(ids(0), torch.zeros(1, 5, dtype=dtype))
     assert cache.saturated is False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from simulated_gpu import CUDA, Gpu, plain
+from tiered_cache import disk_in
 from torch import Tensor
 
-from learndrop_ext.rows.disk import DiskTier
-from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.disk import DamagedRowError, DiskTier
+from learndrop_ext.rows.layout import RowForm, RowLayout
 from learndrop_ext.rows.plan import Budgets, TierPlan
-from learndrop_ext.rows.store.file import CacheFileError
 from learndrop_ext.rows.tiers import TieredRows
 
 SLOTS, STRIDE = 48, 128
+FORM = RowForm((32,), "fp32", (1,), (1,))
 ORDERS = 20  # a test
 
 
@@ -31,11 +31,12 @@ class Run:
         self.random = self.gpu.random
         torch.manual_seed(seed)
         self.staging = self.random.choice([2, 3, 5])
-        self.path = folder / f"rows-{seed}"
+        self.disk = disk_in(folder)
         self.wanted = torch.randint(0, 256, (SLOTS, STRIDE), dtype=torch.uint8)
         self.filled = torch.zeros(SLOTS, dtype=torch.bool)
         self.batches: list[tuple[Tensor, Tensor]] = []  # what came, what was wanted
-        self.rows = TieredRows(SLOTS, RowLayout(STRIDE, STRIDE), CUDA, budgets=self.budgets(), path=self.path)
+        self.disk.note_form(FORM, torch.float32)
+        self.rows = TieredRows(SLOTS, RowLayout(STRIDE, STRIDE), CUDA, budgets=self.budgets(), disk=self.disk)
         self.append(torch.randperm(SLOTS))
 
     def budgets(self) -> Budgets:
@@ -44,6 +45,7 @@ class Run:
 
     def append(self, slots: Tensor) -> None:
         self.rows.discard_prefetch()
+        self.disk.forget(slots, in_store=True)
         for part in self.rows.staged(slots, load=False):
             values, to = self.wanted[slots[part.begin : part.end]].clone(), plain(self.rows.data)
             self.gpu.current.enqueue(lambda to=to, part=part, values=values: to.index_copy_(0, part.index, values))
@@ -109,7 +111,7 @@ def test_no_order_of_the_streams_gives_a_wrong_row_where_reads_fail(
 
         def read(self: DiskTier, slots: Tensor, into: Tensor, run: Run = run, real: Callable[..., None] = real) -> None:
             if run.random.random() < 0.3:
-                raise CacheFileError("a row is not what was written")
+                raise DamagedRowError("a row is not what was written", 0)
             real(self, slots, into)
 
         with monkeypatch.context() as patched, warnings.catch_warnings():
@@ -118,12 +120,17 @@ def test_no_order_of_the_streams_gives_a_wrong_row_where_reads_fail(
             for _ in range(40):
                 try:
                     run.step()
-                except CacheFileError:
+                except DamagedRowError:
                     failed += 1
             run.rows.discard_prefetch()
         run.check()
         run.rows.close()
     assert failed > 10
+
+
+def files(folder: Path) -> int:
+    """How many files of rows there are."""
+    return len(list(folder.glob("rows-*.bin")))
 
 
 def only_on(run: Run, *, host: int, disk: int) -> None:
@@ -151,12 +158,12 @@ def test_rows_dropped_without_close_are_released_after_their_copies(
         assert run.gpu.pinned != {}
         assert len(run.gpu.threads) == 1
         del copy_stream
-        del run.rows
+        del run.rows, run.disk
         gc.collect()
         assert (run.gpu.pinned, run.gpu.threads) == ({}, [])
         run.gpu.run_all()
         assert run.gpu.faults == []
-        assert os.listdir(tmp_path) == []
+        assert files(tmp_path) == 0
 
 
 def test_a_plan_without_staging_has_no_copy_stream_and_no_pinned_memory(
@@ -168,7 +175,6 @@ def test_a_plan_without_staging_has_no_copy_stream_and_no_pinned_memory(
     run.rows.arrange(SLOTS, Budgets(None), run.filled)
     assert run.rows._resources.copy_stream is None
     assert run.gpu.pinned == {}
-    assert os.listdir(tmp_path) == []
     run.gather(torch.arange(SLOTS))
     run.check()
     run.rows.close()
@@ -207,7 +213,7 @@ def test_close_ends_thread_and_file_where_the_gpu_reports_an_error(
     run.rows.prefetch(torch.arange(SLOTS - 2, SLOTS))
     run.rows.discard_prefetch()
     assert len(run.gpu.threads) == 1
-    assert os.listdir(tmp_path) == ["rows-0.part"]
+    assert files(tmp_path) == 1
 
     def broken() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -218,6 +224,6 @@ def test_close_ends_thread_and_file_where_the_gpu_reports_an_error(
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run.rows.close()
     assert run.gpu.threads == []
-    assert os.listdir(tmp_path) == []
+    assert files(tmp_path) == 0
     # The second time there is nothing left to end.
     run.rows.close()

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from tiered_cache import CPU, PRINT, ids, rows, tiered
+from tiered_cache import CPU, disk_in, ids, rows, tiered
 from torch import Tensor
 
 from learndrop_ext import _C
 from learndrop_ext.rows import tiers
 from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.disk import DamagedRowError
 from learndrop_ext.rows.plan import Budgets, TierPlan
-from learndrop_ext.rows.store.file import CacheFileError
 
 
 @pytest.mark.parametrize("staging", [1, 2, 5, 256])
 @pytest.mark.parametrize("ahead", [False, True])
 def test_gather_serves_a_batch_from_all_tiers_in_order(tmp_path: Path, staging: int, ahead: bool) -> None:
-    cache = tiered(9, (5,), tmp_path / "rows", device=3, host=2, staging=staging)
+    cache = tiered(9, (5,), tmp_path, device=3, host=2, staging=staging)
     assert cache.plan == (TierPlan(3, 2, 4, staging) if staging < 3 else TierPlan(0, 2, 7, min(staging, 9)))
     stored = rows(9, 5)
     order = ids(8, 0, 4, 2, 5, 3, 1, 7, 6)
@@ -37,7 +37,7 @@ def test_gather_serves_a_batch_from_all_tiers_in_order(tmp_path: Path, staging: 
 @pytest.mark.parametrize("staging", [2, 256])
 def test_gather_from_tiers_equals_gather_from_one(tmp_path: Path, codec: str, staging: int) -> None:
     one = ActivationCache(9, (3, 4, 6), codec=codec, device=CPU)
-    all_tiers = tiered(9, (3, 4, 6), tmp_path / "rows", device=3, host=2, staging=staging, codec=codec)
+    all_tiers = tiered(9, (3, 4, 6), tmp_path, device=3, host=2, staging=staging, codec=codec)
     stored = rows(9, 3, 4, 6).contiguous(memory_format=torch.channels_last)
     asked = ids(8, 0, 3, 3, 5, 1, 7)
     got = []
@@ -50,7 +50,7 @@ def test_gather_from_tiers_equals_gather_from_one(tmp_path: Path, codec: str, st
 
 
 def test_prefetch_is_forgotten_when_rows_change(tmp_path: Path) -> None:
-    cache = tiered(4, (5,), tmp_path / "rows", device=0, host=2)
+    cache = tiered(4, (5,), tmp_path, device=0, host=2)
     cache.append(torch.arange(4), rows(4, 5))
     changed = rows(4, 5, seed=1)
     cache.prefetch(ids(1, 3))
@@ -69,7 +69,7 @@ def test_prefetch_is_forgotten_when_rows_change(tmp_path: Path) -> None:
 
 
 def test_prefetch_reads_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tiered(5, (5,), tmp_path / "rows", device=0, host=2, staging=3)
+    cache = tiered(5, (5,), tmp_path, device=0, host=2, staging=3)
     cache.append(torch.arange(5), rows(5, 5))
     asked: list[list[int]] = []
     read = tiers.TierStorage.read
@@ -92,8 +92,8 @@ def test_prefetch_reads_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_grow_goes_on_in_the_slowest_tier(tmp_path: Path) -> None:
-    path = tmp_path / "rows"
-    cache = ActivationCache(3, (5,), codec="fp32", device=CPU, path=path, budgets=Budgets(512, 256, 1 << 20, 1))
+    disk, budgets = disk_in(tmp_path), Budgets(512, 256, 1 << 20, 1)
+    cache = ActivationCache(3, (5,), codec="fp32", device=CPU, disk=disk, budgets=budgets)
     stored = rows(9, 5)
     cache.append(torch.arange(3), stored[:3])
     for slots, plan in [
@@ -120,7 +120,11 @@ REFUSED: list[tuple[Callable[[ActivationCache], Any], type[Exception], str]] = [
     (lambda c: c.append(ids(0).to("meta"), rows(1, 5)), ValueError, r"on the CPU, got \[1\] on meta"),
     (lambda c: c.append(ids(8), rows(1, 5).half()), ValueError, "rows must be torch.float32 as the first were"),
     (lambda c: c.append(ids(8), rows(1, 4)), ValueError, r"append: rows must be \[B, 5\], got \[1, 4\]"),
-    (lambda c: c.append(ids(8), rows(1, 5).to("meta")), ValueError, "append_rows: rows must be on the cache's device"),
+    (
+        lambda c: c.append(ids(8), rows(1, 5).to("meta")),
+        ValueError,
+        "append: rows must be on the cache's device, cpu, got m",
+    ),
     (lambda c: c.gather(ids(9)), IndexError, r"gather: slots must be within 0\.\.8, got 9\.\.9"),
     (lambda c: c.gather(ids(7)), IndexError, "gather: slots must have been written, got 7, which was not"),
     (lambda c: c.gather(ids(0).float()), TypeError, "gather: slots must be int64, got torch.float32"),
@@ -134,7 +138,7 @@ REFUSED: list[tuple[Callable[[ActivationCache], Any], type[Exception], str]] = [
 def test_tiered_cache_refuses_before_it_writes(
     tmp_path: Path, call: Callable[[ActivationCache], Any], error: type[Exception], message: str
 ) -> None:
-    cache = tiered(9, (5,), tmp_path / "rows", device=3, host=2, staging=2)
+    cache = tiered(9, (5,), tmp_path, device=3, host=2, staging=2)
     written = ids(0, 4, 6, 8)
     stored = rows(4, 5)
     cache.append(written, stored)
@@ -147,7 +151,7 @@ def test_tiered_cache_refuses_before_it_writes(
 
 @pytest.mark.parametrize("repeated", [ids(0, 5, 0), ids(7, 1, 7), ids(8, 3, 2, 8)])
 def test_repeated_slots_are_refused_in_any_tier_and_across_parts_of_a_batch(tmp_path: Path, repeated: Tensor) -> None:
-    cache = tiered(9, (5,), tmp_path / "rows", device=3, host=2, staging=1)
+    cache = tiered(9, (5,), tmp_path, device=3, host=2, staging=1)
     with pytest.raises(ValueError, match=f"append: slots must name no row twice, got {int(repeated[0])} twice"):
         cache.append(repeated, rows(len(repeated), 5))
     assert not cache.filled.any()
@@ -155,7 +159,7 @@ def test_repeated_slots_are_refused_in_any_tier_and_across_parts_of_a_batch(tmp_
 
 
 def test_repeats_are_looked_for_once_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = tiered(9, (5,), tmp_path / "rows", device=3, host=2, staging=1)
+    cache = tiered(9, (5,), tmp_path, device=3, host=2, staging=1)
     real, asked = _C.first_repeated, []
 
     def counting(index: int, batch: int) -> int:
@@ -170,30 +174,29 @@ def test_repeats_are_looked_for_once_a_batch(tmp_path: Path, monkeypatch: pytest
     cache.close()
 
 
-def test_cache_wants_a_path_for_a_disk_budget() -> None:
-    with pytest.raises(ValueError, match="ActivationCache: path must be given with a disk budget, got None"):
+def test_cache_wants_a_store_for_a_disk_budget() -> None:
+    with pytest.raises(ValueError, match="ActivationCache: disk must be given with a disk budget, got None"):
         ActivationCache(1, (2,), codec="fp32", device=CPU, budgets=Budgets(0, 0, 1))
-    cache = ActivationCache(1, (2,), codec="fp32", device=CPU)
-    with pytest.raises(ValueError, match=r"ActivationCache.save: the cache must have a path, got None"):
-        cache.save(PRINT)
 
 
 def test_a_prefetch_that_failed_is_reported(tmp_path: Path) -> None:
-    cache = tiered(6, (5,), tmp_path / "rows", device=0, host=0, staging=3)
+    cache = tiered(6, (5,), tmp_path, device=0, host=0, staging=3)
     stored = rows(6, 5)
     cache.append(torch.arange(6), stored)
-    with (tmp_path / "rows.part").open("r+b") as opened:
+    (path,) = tmp_path.glob("rows-*.bin")
+    with path.open("r+b") as opened:
         opened.seek(4096 + 4 * 128)
         opened.write(b"\xaa")
     # By the gather that asks for its rows, and once.
     cache.prefetch(ids(4, 1))
-    with pytest.raises(CacheFileError, match="row 4 must have the checksum it was written with"):
+    with pytest.raises(DamagedRowError, match="a row in the store must have the checksum .* at slot 4: ") as raised:
         cache.gather(ids(4, 1))
+    assert raised.value.slot == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(cache.gather(ids(0, 1)), stored[:2])
     # By a warning where nothing asks for them any more.
-    said = r"rows that were read ahead could not be read \(cache file .*row 4 must have .*\); nothing has used them"
+    said = r"rows that were read ahead could not be read \(a row in the store .* at slot 4: .*\); nothing has used them"
     for use in (
         lambda: cache.gather(ids(0, 1)),
         lambda: cache.prefetch(ids(0)),

@@ -126,21 +126,24 @@ def compact(store: RowStore) -> int:
 def _rewrite(store: RowStore, entry: Entry) -> None:
     """Copy the rows of a file that are in the index to a new file, unless a run uses it or a row is damaged."""
     layout = RowLayout.of(entry.row_form.shape, entry.row_form.codec)
-    name = f"rows-{uuid.uuid4().hex[:12]}.bin"
-    old = os.open(store.folder / entry.file, os.O_RDWR | os.O_CLOEXEC)
-    new = os.open(store.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        if not (locked(new, fcntl.LOCK_EX) and locked(old, fcntl.LOCK_EX)):
-            (store.folder / name).unlink()
+    unused = name = f"rows-{uuid.uuid4().hex[:12]}.bin"
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, old := os.open(store.folder / entry.file, os.O_RDWR | os.O_CLOEXEC))
+        if not locked(old, fcntl.LOCK_EX) or store.entry(entry.digest, file=entry.file) is None:
             return
+        stack.callback(lambda: (store.folder / unused).unlink(missing_ok=True))
+        with store.transaction():  # nobody takes it for a file that is not in the index
+            new = os.open(store.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            stack.callback(os.close, new)
+            locked(new, fcntl.LOCK_EX)
         lines = _rows(store, entry)
         places = torch.tensor([line.place for line in lines], dtype=torch.int64)
-        before, after = torch.zeros(entry.places, dtype=torch.int32), torch.zeros(len(lines), dtype=torch.int32)
+        before = torch.zeros(int(places.max()) + 1 if lines else 0, dtype=torch.int32)
         before[places] = torch.tensor([line.checksum for line in lines], dtype=torch.int32)
-        for part in torch.arange(len(lines)).split(CHECKED):
+        after = torch.zeros(len(lines), dtype=torch.int32)
+        for part in torch.arange(len(lines)).split(CHECKED) if lines else ():
             rows = torch.empty(len(part), layout.stride_bytes, dtype=torch.uint8)
             if transfer.read_rows(layout.file(old), places[part], rows, before, threads=THREADS) is not None:
-                (store.folder / name).unlink()
                 return
             transfer.write_rows(layout.file(new), part, rows, after, threads=THREADS)
         with store.transaction():
@@ -149,10 +152,7 @@ def _rewrite(store: RowStore, entry: Entry) -> None:
                 [(place, entry.id, line.sample, line.view) for place, line in enumerate(lines)],
             )
             store.db.execute("UPDATE fingerprints SET file = ?, places = ? WHERE id = ?", (name, len(lines), entry.id))
-        (store.folder / entry.file).unlink(missing_ok=True)
-    finally:
-        os.close(old)
-        os.close(new)
+        unused = entry.file
 
 
 def _described(store: RowStore, entry: Entry) -> StoredSet:

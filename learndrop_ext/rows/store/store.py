@@ -139,37 +139,37 @@ class RowStore:
             ).fetchall()
         return [Entry(*values) for values in found]
 
-    def entry(self, digest: str) -> Entry | None:
-        """Return what is there under a digest, or None."""
-        return next((entry for entry in self.entries() if entry.digest == digest), None)
+    def entry(self, digest: str, *, file: str | None = None) -> Entry | None:
+        """Return what is there under a digest, and in this file if one is given, or None."""
+        return next((one for one in self.entries() if one.digest == digest and file in (None, one.file)), None)
 
     def remove(self, entry: Entry) -> bool:
-        """Delete all rows of an entry; return False if a run uses them."""
+        """Delete all rows of an entry; return False if a run uses them, or if they are in another file now."""
         path = self.folder / entry.file
-        with contextlib.suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
+        with self.transaction(), contextlib.ExitStack() as stack:
+            if self.entry(entry.digest, file=entry.file) is None:
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                stack.callback(os.close, descriptor)
                 if not locked(descriptor, fcntl.LOCK_EX):
                     return False
-                self.forget_entry(entry.id)
-                path.unlink(missing_ok=True)
-            finally:
-                os.close(descriptor)
-            return True
-        self.forget_entry(entry.id)
+                path.unlink()  # first, as the index needs space too
+            self.db.execute("DELETE FROM rows WHERE fingerprint = ?", (entry.id,))
+            self.db.execute("DELETE FROM fingerprints WHERE id = ?", (entry.id,))
         return True
 
-    def forget_entry(self, id: int) -> None:
-        """Delete an entry and its rows from the index."""
-        with self.transaction():
-            self.db.execute("DELETE FROM rows WHERE fingerprint = ?", (id,))
-            self.db.execute("DELETE FROM fingerprints WHERE id = ?", (id,))
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a fork of the process that opened the store: it may only read rows whose file is open, as
+        SQLite's connections cannot be used there."""
+        return self.process != os.getpid()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Hold the write lock inside; take back what was written if an error leaves it. Raises RuntimeError in a forked
-        process, as SQLite's connections cannot be used there."""
-        if self.process != os.getpid():
+        process."""
+        if self.is_forked:
             raise RuntimeError(
                 f"store {self.folder}: rows must be written by the process that opened it, {self.process}, got the forked "
                 f"process {os.getpid()}"
@@ -289,41 +289,48 @@ class StoredRows:
         )
 
     def append(self, keys: RowKeys, rows: Tensor, form: RowForm, dtype: torch.dtype) -> Tensor:
-        """Add rows [n, S] uint8 (CPU), and return the places [n] of each: that of another run, if it has added the same.
+        """Add rows [n, S] uint8 (CPU), and return the places [n] of each: that of another run, if it has added the same,
+        and not of another image.
 
         Raises:
             OSError: the disk is full, or the store cannot be written. Nothing is added then.
-            StoreError: the index is damaged.
+            StoreError: the index is damaged, or the rows in it lie in another form.
         """
         if self.entry is None:
             self._create(form, dtype)
         assert self.entry is not None
+        if (self.entry.row_form.stored, self.dtype) != (form.stored, dtype):
+            raise StoreError(f"store {self._store.folder}: another run is adding the same rows in another form")
         with self._store.transaction():
             id, layout = self.entry.id, RowLayout.of(form.shape, form.codec)
             places = torch.empty(len(rows), dtype=torch.int64)
-            new: list[int] = []
+            new: dict[tuple[bytes, int], int] = {}  # of several with one name the first
             (end,) = self._store.db.execute("SELECT places FROM fingerprints WHERE id = ?", (id,)).fetchone()
-            for i, (sample, view) in enumerate(zip(keys.samples, keys.views, strict=True)):
+            for i, (sample, view, image) in enumerate(zip(*keys, strict=True)):
                 there = self._store.db.execute(
-                    "SELECT place, checksum FROM rows WHERE fingerprint = ? AND sample = ? AND view = ?",
+                    "SELECT place, checksum, image FROM rows WHERE fingerprint = ? AND sample = ? AND view = ?",
                     (id, sample, view),
                 ).fetchone()
-                if there is None:
+                if (sample, view) in new:
+                    places[i] = places[new[sample, view]]
+                elif there is None or (None not in (image, there[2]) and image != there[2]):
                     places[i] = end + len(new)
-                    new.append(i)
+                    new[sample, view] = i
                 else:
                     places[i] = there[0]
                     self.checksums = lengthened(self.checksums, there[0] + 1)
                     self.checksums[there[0]] = there[1]
+            added = list(new.values())
             self.checksums = lengthened(self.checksums, end + len(new))
+            rows = rows if len(added) == len(rows) else rows[added]
             transfer.write_rows(
-                layout.file(self._file.descriptor), places[new], rows[new], self.checksums, threads=THREADS
+                layout.file(self._file.descriptor), places[added], rows, self.checksums, threads=THREADS
             )
             self._store.db.executemany(
-                "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?)",
                 [
                     (id, keys.samples[i], keys.views[i], int(places[i]), int(self.checksums[places[i]]), keys.images[i])
-                    for i in new
+                    for i in added
                 ],
             )
             self._store.db.execute("UPDATE fingerprints SET places = ? WHERE id = ?", (end + len(new), id))
@@ -351,7 +358,7 @@ class StoredRows:
         return bad
 
     def forget(self, samples: Sequence[bytes], views: Sequence[int]) -> None:
-        """Delete rows from the index: they are damaged, or of other images. Their bytes stay until the store is compacted."""
+        """Delete rows from the index: they are damaged, or of other images. Their bytes stay until `compact`."""
         if self.entry is None:
             return
         named = [(self.entry.id, *key) for key in zip(samples, views, strict=True)]
@@ -369,7 +376,7 @@ class StoredRows:
         """Close the file; private rows that were not kept are deleted."""
         entry, self.entry = self.entry, None
         self._finalizer()
-        if entry is not None and self.is_private and not self._kept:
+        if entry is not None and self.is_private and not self._kept and not self._store.is_forked:
             with contextlib.suppress(OSError, StoreError):  # the next run deletes them
                 self._store.remove(entry)
 
@@ -381,16 +388,18 @@ class StoredRows:
         """Open the file, if there is one, and lock it against removal. It may be replaced while it is waited for."""
         deadline = time.monotonic() + BUSY_SECONDS
         while (entry := self._store.entry(self.digest)) is not None:
-            path = self._store.folder / entry.file
-            with contextlib.suppress(FileNotFoundError):
-                self._file.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-                now = self._store.entry(self.digest) if locked(self._file.descriptor, fcntl.LOCK_SH) else None
-                if now is not None and now.file == entry.file:
-                    self.entry = entry
-                    with self._store.transaction():
-                        self._store.db.execute("UPDATE fingerprints SET used = ? WHERE id = ?", (time.time(), entry.id))
-                    return
-                self._file.close()
+            try:
+                self._file.descriptor = os.open(self._store.folder / entry.file, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                self._store.remove(entry)  # does nothing if it is in another file now
+                continue
+            shared = locked(self._file.descriptor, fcntl.LOCK_SH)
+            if shared and self._store.entry(self.digest, file=entry.file) is not None:
+                self.entry = entry
+                with self._store.transaction():
+                    self._store.db.execute("UPDATE fingerprints SET used = ? WHERE id = ?", (time.time(), entry.id))
+                return
+            self._file.close()
             if time.monotonic() > deadline:
                 raise OSError(
                     f"store {self._store.folder}: {entry.file} must be there and not in work by another process"
@@ -411,15 +420,17 @@ class StoredRows:
             time.time(),
             self.is_private,
         )
-        with self._store.transaction():
-            if self._store.entry(self.digest) is None:
-                os.close(os.open(self._store.folder / name, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
-                self._store.db.execute(
-                    f"INSERT INTO fingerprints ({', '.join(Entry._fields[1:])}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
-                )
-        self._open()
-        if self.entry is None or (self.entry.row_form.stored, self.dtype) != (form.stored, dtype):
-            raise StoreError(f"store {self._store.folder}: another run is adding the same rows in another form")
+        with contextlib.ExitStack() as stack:
+            with self._store.transaction():
+                if self._store.entry(self.digest) is None:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                    stack.callback(os.close, descriptor := os.open(self._store.folder / name, flags, 0o666))
+                    locked(descriptor, fcntl.LOCK_SH)  # until `_open` has, so that nobody removes it
+                    self._store.db.execute(
+                        f"INSERT INTO fingerprints ({', '.join(Entry._fields[1:])}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                        values,
+                    )
+            self._open()
 
 
 @dataclasses.dataclass
