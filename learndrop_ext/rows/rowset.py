@@ -306,7 +306,7 @@ class RowSet:
         """Add all rows to the store, if its budget holds them. Return what a checkpoint names them by, and their random
         views [N, V] if there are any; None without a store or rows."""
         cache = self.cache
-        if cache is None or cache.disk is None or not cache.disk.is_open or not self._save_all():
+        if cache is None or cache.disk is None or not self._save_all():
             return None
         stored = cache.disk.stored
         if stored.is_private:
@@ -561,7 +561,9 @@ class RowSet:
     def _save_all(self) -> bool:
         """Add all rows to the store; return whether it has them."""
         cache = self.cache
-        return cache is not None and cache.fits_store and self._try("save", cache.save) is True
+        if cache is None or cache.disk is None or not cache.disk.is_open or not cache.fits_store:
+            return False
+        return self._try("save", cache.save) is True
 
     def _forget_stored(self, stored: StoredRows, ids: torch.Tensor | None) -> None:
         """Delete all rows of samples [n], or of all, from the store."""

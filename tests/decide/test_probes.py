@@ -79,5 +79,5 @@ def test_tier_speeds(
     speeds: tuple[float, ...],
 ) -> None:
     clock(*seconds)
-    config = CacheConfig(disk_dir=str(tmp_path) if folder else None)
+    config = CacheConfig(store=tmp_path if folder else None)
     assert tier_speeds(budgets, config, CPU) == speeds

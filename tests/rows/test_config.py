@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from learndrop_ext.rows.config import CacheConfig, cache_config
 def test_cache_config_defaults() -> None:
     config = CacheConfig()
     assert (config.codec, config.views, config.budget_bytes) == ("fp16", "auto", "auto")
-    assert (config.shared, config.mirror, config.partition) == (False, False, "share")
+    assert (config.store, config.store_bytes, config.mirror, config.partition) == (None, "auto", False, "share")
 
 
 @pytest.mark.parametrize(
@@ -23,9 +24,8 @@ def test_cache_config_defaults() -> None:
         {"views": 8},
         {"budget_bytes": 0},
         {"budget_bytes": 1 << 40},
-        {"host_bytes": "auto", "disk_bytes": 5, "disk_dir": "rows"},
-        {"disk_dir": "rows"},
-        {"shared": True, "disk_dir": "rows"},
+        {"host_bytes": "auto", "store_bytes": 5, "store": "rows"},
+        {"store": Path("rows"), "key": str, "targets": [0, 1]},
         {"mirror": True, "views": 1},
         {"partition": "all"},
     ],
@@ -45,12 +45,11 @@ def test_cache_config_takes(arguments: dict[str, Any]) -> None:
         ({"budget_bytes": -1}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got -1"),
         ({"budget_bytes": "8GB"}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got '8GB'"),
         ({"host_bytes": -1}, "CacheConfig: host_bytes must be bytes >= 0 or 'auto', got -1"),
-        ({"disk_bytes": 0.5}, r"CacheConfig: disk_bytes must be bytes >= 0 or 'auto', got 0\.5"),
-        ({"disk_bytes": 1}, "CacheConfig: disk_dir must be a folder where disk_bytes is 1, got None"),
+        ({"store_bytes": 0.5}, r"CacheConfig: store_bytes must be bytes >= 0 or 'auto', got 0\.5"),
+        ({"store": 1}, "CacheConfig: store must be the path of a folder or None, got 1"),
+        ({"key": "id"}, "CacheConfig: key must be a function of an index or None, got 'id'"),
         ({"views": True}, "CacheConfig: views must be a whole number >= 1 or 'auto', got True"),
         ({"budget_bytes": True}, "CacheConfig: budget_bytes must be bytes >= 0 or 'auto', got True"),
-        ({"shared": True}, "CacheConfig: disk_dir must be a folder where shared is True, got None"),
-        ({"shared": 1, "disk_dir": "rows"}, "CacheConfig: shared must be True or False, got 1"),
         ({"mirror": "yes"}, "CacheConfig: mirror must be True or False, got 'yes'"),
         ({"mirror": True, "views": 2}, "CacheConfig: views must be 1 if mirror is True, got 2"),
     ],

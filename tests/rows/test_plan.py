@@ -151,11 +151,9 @@ def test_budgets_refuse(arguments: dict[str, int], message: str) -> None:
 MEANT: list[tuple[dict[str, Any], Budgets, Budgets]] = [
     ({"budget_bytes": 5, "host_bytes": 6}, Budgets(5, 0, 0), Budgets(5, 6, 0)),
     ({"host_bytes": "auto"}, Budgets(1500, 0, 0), Budgets(500, 1500, 0)),
-    ({"budget_bytes": 5, "disk_bytes": 7, "disk_dir": "."}, Budgets(5, 0, 7), Budgets(5, 0, 7)),
-    ({"budget_bytes": 5, "disk_bytes": "auto", "disk_dir": "."}, Budgets(5, 0, 450), Budgets(5, 0, 450)),
-    ({"budget_bytes": 5, "disk_dir": "."}, Budgets(5, 0, 0), Budgets(5, 0, 0)),
-    ({"budget_bytes": 5, "shared": True, "disk_dir": "."}, Budgets(5, 0, 450), Budgets(5, 0, 450)),
-    ({"budget_bytes": 5, "shared": True, "disk_bytes": 7, "disk_dir": "."}, Budgets(5, 0, 7), Budgets(5, 0, 7)),
+    ({"budget_bytes": 5, "store_bytes": 7, "store": "."}, Budgets(5, 0, 7), Budgets(5, 0, 7)),
+    ({"budget_bytes": 5, "store": "."}, Budgets(5, 0, 450), Budgets(5, 0, 450)),
+    ({"budget_bytes": 5, "store_bytes": 7}, Budgets(5, 0, 0), Budgets(5, 0, 0)),
 ]
 
 

@@ -17,8 +17,8 @@ from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.plan import Budgets, TierPlan, plan_for
 from learndrop_ext.rows.rowset import RowSet
-from learndrop_ext.rows.store import rowfile
 from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.store.store import RowStore, StoredRows
 
 SHAPE = (3,)
 ROW = 128  # bytes of a row of 3 values
@@ -27,10 +27,14 @@ ROW = 128  # bytes of a row of 3 values
 def rowset(size: int = 6, **options: Any) -> RowSet:
     config = CacheConfig(**({"codec": "fp32", "views": 1} | options))
 
-    def made_of(path: list[int]) -> Fingerprint:
-        return Fingerprint(str(path), path[-1], config.codec, config.rows_per_sample, size, "numbers")
+    def made_of(path: list[int], row: str) -> Fingerprint:
+        return Fingerprint(str(path), path[-1], config.codec, "numbers", "", row, str(config.rows_per_sample))
 
-    return RowSet(size, config=config, device=CPU, made_of=made_of)
+    return RowSet(size, config=config, device=CPU, made_of=made_of, sample_keys=sample_keys)
+
+
+def sample_keys(samples: Tensor) -> list[bytes]:
+    return [b"sample %d" % i for i in samples.tolist()]
 
 
 def values(cut: int, samples: Tensor, view: int = 0) -> Tensor:
@@ -54,7 +58,7 @@ def advanced(*cuts: int, **options: Any) -> RowSet:
     """After each of some drops, with the rows of all samples behind all but the last."""
     rows = rowset(**options)
     for i, cut in enumerate(cuts):
-        rows.advance(cut, SHAPE, rows=6)
+        rows.advance(cut, SHAPE, rows=6, private=True)
         if i < len(cuts) - 1:
             rows.keep(cut, torch.arange(6), values(cut, torch.arange(6)))
             rows.end_epoch()
@@ -70,12 +74,12 @@ def test_nothing_is_kept_before_the_first_advance_and_after_stop() -> None:
         rows.forget()
         rows.prefetch(ids(0))
         rows.end_epoch()
-        rows.advance(2, SHAPE, rows=6)
+        rows.advance(2, SHAPE, rows=6, private=True)
         assert (rows.cut, rows.cuts, rows.path, rows.tier, rows.stores) == (2, [2], (2,), "device", True)
         cache = rows.cache
         assert cache is not None
         rows.keep(2, ids(0), values(2, ids(0)))
-        rows.advance(3, SHAPE, rows=6)
+        rows.advance(3, SHAPE, rows=6, private=True)
         rows.stop()
         with pytest.raises(RuntimeError, match="the cache must be open"):
             cache.gather(ids(0))
@@ -100,7 +104,7 @@ def test_rows_are_read_for_a_whole_batch_or_not_at_all() -> None:
 @pytest.mark.parametrize("codec", ["fp32", "fp16"])
 def test_keep_returns_what_later_epochs_get(codec: str) -> None:
     rows = rowset(codec=codec)
-    rows.advance(1, (2, 3, 4), rows=6)
+    rows.advance(1, (2, 3, 4), rows=6, private=True)
     made = (torch.rand(4, 2, 3, 4) + 1).contiguous(memory_format=torch.channels_last)
     got = rows.keep(1, torch.arange(4), made)
     assert torch.equal(got, made if codec == "fp32" else made.half().float())
@@ -114,7 +118,7 @@ def test_keep_returns_what_later_epochs_get(codec: str) -> None:
 
 def test_a_sample_that_comes_twice_in_a_batch_has_one_row() -> None:
     rows = rowset()
-    rows.advance(1, (2, 3, 4), rows=6)
+    rows.advance(1, (2, 3, 4), rows=6, private=True)
     batch = ids(3, 1, 3, 5, 1)
     made = torch.randn(5, 4, 2, 3).permute(0, 2, 3, 1)
     got = rows.keep(1, batch, made)
@@ -130,7 +134,7 @@ def test_a_sample_that_comes_twice_in_a_batch_has_one_row() -> None:
 
 def test_room_grows_with_the_samples_drawn() -> None:
     rows = rowset(budget_bytes=6 * ROW)
-    rows.advance(1, SHAPE, rows=2)
+    rows.advance(1, SHAPE, rows=2, private=True)
     for batch in (ids(5, 3, 1), ids(0, 2, 4)):
         rows.keep(1, batch, values(1, batch))
     assert_rows(rows, 1, 0, 1, 2, 3, 4, 5)
@@ -138,7 +142,7 @@ def test_room_grows_with_the_samples_drawn() -> None:
 
 def test_samples_beyond_the_budgets_are_said_once_and_run_each_time() -> None:
     rows = rowset(8, budget_bytes=4 * ROW)
-    rows.advance(1, SHAPE, rows=3)
+    rows.advance(1, SHAPE, rows=3, private=True)
     rows.keep(1, ids(0, 1, 2), values(1, ids(0, 1, 2)))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -147,7 +151,7 @@ def test_samples_beyond_the_budgets_are_said_once_and_run_each_time() -> None:
             assert torch.equal(rows.keep(1, batch, made), made)
             assert_rows(rows, 0, *batch.tolist())
     (only,) = (str(one.message) for one in said)
-    assert "drop.loader: the sampler draws more samples than the budgets hold rows of" in only
+    assert "drop.loader: the budgets or the disk do not hold the rows of all samples that are drawn; those" in only
     # What was there stays, and what fits is still kept.
     assert_rows(rows, 1, 0, 1, 2)
     rows.keep(1, ids(1, 0), values(1, ids(1, 0)))
@@ -156,11 +160,11 @@ def test_samples_beyond_the_budgets_are_said_once_and_run_each_time() -> None:
 
 def test_an_advance_that_the_budgets_do_not_hold_changes_nothing() -> None:
     rows = rowset(budget_bytes=6 * ROW)
-    rows.advance(1, SHAPE, rows=6)
+    rows.advance(1, SHAPE, rows=6, private=True)
     rows.keep(1, torch.arange(6), values(1, torch.arange(6)))
     cache = rows.cache
     with pytest.raises(ValueError, match=r"plan_tiers: budgets must hold 6 rows of 256 bytes, got 768 bytes"):
-        rows.advance(2, (40,), rows=6)
+        rows.advance(2, (40,), rows=6, private=True)
     assert (rows.cache, rows.older, rows.cuts, rows.path, rows.cut) == (cache, None, [1], (1,), 1)
     assert_rows(rows, 1, 0, 5)
 
@@ -173,9 +177,9 @@ def test_an_advance_keeps_to_the_budgets_that_its_cut_was_chosen_by(monkeypatch:
 
     monkeypatch.setattr(rowset_module, "budgets_of", not_again)
     with pytest.raises(ValueError, match="plan_tiers: budgets must hold 6 rows of 128 bytes, got 640 bytes"):
-        rows.advance(1, SHAPE, rows=6, budgets=Budgets(5 * ROW))
+        rows.advance(1, SHAPE, rows=6, private=True, budgets=Budgets(5 * ROW))
     assert plan_for(SHAPE, "fp32", 6, Budgets(5 * ROW)) is None
-    rows.advance(1, SHAPE, rows=6, budgets=Budgets(6 * ROW))
+    rows.advance(1, SHAPE, rows=6, private=True, budgets=Budgets(6 * ROW))
     assert rows.cache is not None
     assert rows.cache.plan == plan_for(SHAPE, "fp32", 6, Budgets(6 * ROW)) == TierPlan(6)
 
@@ -202,9 +206,9 @@ def test_older_rows_serve_until_every_sample_has_new_ones() -> None:
 
 def test_older_rows_that_nobody_has_filled_hold_up_nothing() -> None:
     rows = rowset()
-    rows.advance(1, SHAPE, rows=6)
+    rows.advance(1, SHAPE, rows=6, private=True)
     rows.keep(1, ids(0, 1), values(1, ids(0, 1)))
-    rows.advance(2, SHAPE, rows=6)
+    rows.advance(2, SHAPE, rows=6, private=True)
     rows.keep(2, ids(1, 0, 4), values(2, ids(1, 0, 4)))
     rows.end_epoch()
     assert rows.older is None
@@ -212,9 +216,9 @@ def test_older_rows_that_nobody_has_filled_hold_up_nothing() -> None:
 
 def test_images_leave_rows_at_the_older_cut_too() -> None:
     rows = rowset()
-    rows.advance(1, SHAPE, rows=6)
+    rows.advance(1, SHAPE, rows=6, private=True)
     rows.keep(1, ids(0, 1), values(1, ids(0, 1)))
-    rows.advance(2, SHAPE, rows=6)
+    rows.advance(2, SHAPE, rows=6, private=True)
     # Sample 2 was never drawn: its image passes both cuts.
     rows.keep(1, ids(2), values(1, ids(2)))
     assert_rows(rows, 1, 2, 1)
@@ -245,7 +249,7 @@ def test_a_third_advance_frees_the_oldest_rows() -> None:
     oldest = rows.older
     assert oldest is not None
     rows.keep(2, ids(0, 1), values(2, ids(0, 1)))
-    rows.advance(5, (7,), rows=6)
+    rows.advance(5, (7,), rows=6, private=True)
     assert (rows.cuts, rows.path) == ([2, 5], (1, 2, 5))
     with pytest.raises(RuntimeError, match="the cache must be open"):
         oldest.gather(ids(0))
@@ -286,7 +290,7 @@ CHANGES: list[tuple[Callable[[RowSet], Any], int]] = [
     (lambda rows: rows.forget(ids(2)), 2),
     (lambda rows: rows.forget(), 0),
     (lambda rows: rows.follow_size(7), 6),
-    (lambda rows: rows.advance(2, SHAPE, rows=12), 5),
+    (lambda rows: rows.advance(2, SHAPE, rows=12, private=True), 5),
 ]
 
 
@@ -294,7 +298,7 @@ CHANGES: list[tuple[Callable[[RowSet], Any], int]] = [
 @pytest.mark.parametrize("views", [1, 2])
 def test_locate_follows_each_change_of_the_rows(change: Callable[[RowSet], Any], without: int, views: int) -> None:
     rows = rowset(views=views)
-    rows.advance(1, SHAPE, rows=6 * views)
+    rows.advance(1, SHAPE, rows=6 * views, private=True)
     order = ids(5, 0, 3, 1, 4, 2)
     for rows.epoch in range(views):
         rows.keep(1, order, values(1, order))
@@ -327,7 +331,7 @@ def test_a_dataset_may_grow_and_not_shrink() -> None:
 
 def test_each_epoch_draws_another_view_and_keeps_its_rows() -> None:
     rows = rowset(views=3)
-    rows.advance(1, SHAPE, rows=18)
+    rows.advance(1, SHAPE, rows=18, private=True)
     drawn = []
     for rows.epoch in range(6):
         view = rows.view(torch.arange(6))
@@ -368,8 +372,8 @@ def test_counts_are_of_the_rows_made_and_of_their_seconds() -> None:
 
 
 def test_rows_on_disk_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = rowset(budget_bytes=2 * ROW, disk_bytes=1 << 20, disk_dir=str(tmp_path))
-    rows.advance(1, SHAPE, rows=6)
+    rows = rowset(budget_bytes=2 * ROW, store=tmp_path)
+    rows.advance(1, SHAPE, rows=6, private=True)
     assert rows.tier == "disk"
     asked: list[list[int]] = []
     monkeypatch.setattr(ActivationCache, "prefetch", lambda _, at: asked.append(at.tolist()))
@@ -380,173 +384,217 @@ def test_rows_on_disk_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert_rows(rows, 1, 4, 5)
 
 
-def test_rows_are_saved_and_found_with_their_slots(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"disk_bytes": 1 << 20, "disk_dir": str(tmp_path)}
-    rows = advanced(1, 2, **options)
+def test_rows_that_were_saved_are_there_when_the_run_resumes(tmp_path: Path) -> None:
+    rows = advanced(1, 2, store=tmp_path)
+    assert rows.save() is None  # none behind the last cut yet
     rows.keep(2, ids(3, 0, 5), values(2, ids(3, 0, 5)))
-    name = rows.save(lambda: ({"labels": 1}, [ids(7)]))
-    assert name is not None
-    again = rowset(**options)
-    found = again.find(name, rows.path, SHAPE)
-    assert found is not None
-    assert found.extras is not None
-    assert (found.extras[0], [t.tolist() for t in found.extras[1]]) == ({"labels": 1}, [[7]])
+    saved = rows.save()
+    assert saved is not None
+    rows.close(keep=True)
+    again = rowset(store=tmp_path)
+    again.check_room(saved, (1 << 40,), 6)
+    again.resume(saved, (1, 2), SHAPE)
     assert (again.cuts, again.path, again.stores) == ([2], (1, 2), True)
     assert_rows(again, 2, 0, 3, 5)
     assert_rows(again, 0, 1)
-    # Of another path, or without a file, they are computed again.
-    with pytest.warns(RuntimeWarning, match=r"the rows are computed again .* must be of weights '\[2\]'"):
-        assert again.find(name, (2,), SHAPE) is None
+    again.keep(2, ids(1, 2, 4), values(2, ids(1, 2, 4)))
+    assert_rows(again, 2, *range(6))
+    # What the first checkpoint names is what the second one names, and both go with the run.
+    assert again.save() == saved
+    again.close(keep=False)
+    assert RowStore(tmp_path).entries() == []
+
+
+def test_rows_that_are_no_longer_there_or_of_another_path_are_computed_again(tmp_path: Path) -> None:
+    rows = advanced(1, 2, store=tmp_path)
+    rows.keep(2, torch.arange(6), values(2, torch.arange(6)))
+    saved = rows.save()
+    assert saved is not None
+    rows.close(keep=True)
+    again = rowset(store=tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"the rows are computed again: in the store .* must be of weights '\[2\]'"):
+        again.resume(saved, (2,), SHAPE)
+    assert_rows(again, 0, 0)
+    with pytest.warns(RuntimeWarning, match="the rows are computed again: in the store .*, they are no longer there"):
+        again.resume(("0123", None), (1, 2), SHAPE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert again.find(None, (1, 2), SHAPE) is None
+        again.resume(None, (1, 2), SHAPE)
     assert_rows(again, 0, 0)
     again.keep(2, torch.arange(6), values(2, torch.arange(6)))
     assert_rows(again, 2, *range(6))
+    again.close(keep=False)
 
 
-def test_check_room_is_for_rows_without_a_file(tmp_path: Path) -> None:
-    rows = rowset(budget_bytes=2 * ROW, disk_dir=str(tmp_path))
-    rows.check_room(None, SHAPE, 2)
-    with pytest.raises(ValueError, match="budgets must hold 6 rows"):
-        rows.check_room("rows-1-2.bin", SHAPE, 6)
-    (tmp_path / "rows-1-2.bin").touch()
-    rows.check_room("rows-1-2.bin", SHAPE, 6)
+def test_the_rows_of_an_earlier_checkpoint_go_and_those_of_other_runs_stay(tmp_path: Path) -> None:
+    shared = rowset(store=tmp_path)
+    shared.advance(1, SHAPE, rows=6, private=False)
+    shared.keep(1, torch.arange(6), values(1, torch.arange(6)))
+    first = shared.save()
+    shared.advance(2, SHAPE, rows=6, private=True)
+    shared.keep(2, torch.arange(6), values(2, torch.arange(6)))
+    second = shared.save()
+    shared.end_epoch()
+    shared.advance(3, SHAPE, rows=6, private=True)
+    shared.keep(3, ids(0), values(3, ids(0)))
+    third = shared.save()
+    shared.save()
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    shared.keep(3, torch.arange(6), values(3, torch.arange(6)))
+    shared.end_epoch()  # frees the rows after two layers
+    assert shared.save() == third
+    assert {entry.digest for entry in RowStore(tmp_path).entries()} == {first[0], third[0]}
+    shared.close(keep=False)
+    assert {entry.digest for entry in RowStore(tmp_path).entries()} == {first[0]}
+    # A checkpoint of rows that all runs share takes none of them away either.
+    other = rowset(store=tmp_path)
+    other.resume(first, (1,), SHAPE)
+    assert_rows(other, 1, *range(6))
+    assert other.save() == first
+    other.close(keep=False)
+    assert len(RowStore(tmp_path).entries()) == 1
 
 
-def left(folder: Path, *samples: int, **options: Any) -> bytes:
-    """Leave the rows of samples to others; return their file."""
-    rows = rowset(disk_dir=str(folder), shared=True, **options)
-    rows.advance(1, SHAPE, rows=len(samples))
-    rows.keep(1, ids(*samples), values(1, ids(*samples)))
-    rows.end_epoch()
-    rows.stop()
-    (path,) = folder.iterdir()
-    assert path.match("shared-*.rows")
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("mirror", [False, True])
-def test_rows_of_another_run_are_taken_when_the_first_ones_arrive(tmp_path: Path, mirror: bool) -> None:
-    options: dict[str, Any] = {"mirror": True, "views": "auto"} if mirror else {}
-
-    def made_of(rows: RowSet, samples: Tensor) -> Tensor:
-        return torch.cat([values(1, ids(i), int(v)) for i, v in zip(samples, rows.view(samples), strict=True)])
-
-    other = rowset(disk_dir=str(tmp_path), shared=True, **options)
-    other.advance(1, SHAPE, rows=6 * other.views)
-    for epoch in range(other.views):
-        other.epoch = epoch
-        for batch in (ids(3, 1, 4), ids(0, 5, 2)):
-            other.keep(1, batch, made_of(other, batch))
-    other.end_epoch()
-    (path,) = tmp_path.iterdir()
-    before = path.read_bytes()
-    moves: list[tuple[list[int], list[int]]] = []
-    rows = rowset(disk_dir=str(tmp_path), shared=True, **options)
-    rows._moved = lambda old, new: moves.append((old.tolist(), new.tolist()))
-    rows.advance(1, SHAPE, rows=6 * rows.views)
-    rows.places(ids(5, 1))  # were given a slot with their labels
-    made = made_of(rows, ids(5, 1))
-    assert rows.locate(ids(5, 1))[0] == 0
-    got = rows.keep(1, ids(5, 1), made + 1e-5)
-    assert torch.equal(got, made)
-    V = rows.views
-    old, new = ([slot * V + v for slot in slots for v in range(V)] for slots in ([1, 0], [1, 4]))
-    assert moves == [(old, new)]
-    for rows.epoch in range(V):
-        level, got = gathered(rows, torch.arange(6))
+@pytest.mark.parametrize("views", [1, 3])
+def test_a_run_that_resumes_may_have_got_more_samples(tmp_path: Path, views: int) -> None:
+    rows = rowset(store=tmp_path, views=views)
+    rows.advance(1, SHAPE, rows=6 * views, private=False)
+    for rows.epoch in range(views):
+        rows.keep(1, torch.arange(6), values(1, torch.arange(6), rows.epoch))
+    saved = rows.save()
+    rows.close(keep=True)
+    again = rowset(8, store=tmp_path, views=views)
+    again.slots.view_offset[:6] = rows.slots.view_offset
+    again.resume(saved, (1,), SHAPE)
+    for again.epoch in range(views):
+        level, got = gathered(again, torch.arange(6))
         assert level == 1
-        assert torch.equal(got, made_of(rows, torch.arange(6)))
-    # More rows of the batch arrive, in micro-batches.
-    rows.keep(1, ids(2), made_of(rows, ids(2)))
-    assert rows.cache is not None
-    assert rows.cache.saved
-    rows.end_epoch()
-    rows.stop()
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+        assert torch.equal(got, values(1, torch.arange(6), again.epoch))
+        assert again.drawn().tolist() == list(range(6))
+    again.close(keep=False)
+
+
+def test_check_room_is_for_rows_that_are_not_in_the_store(tmp_path: Path) -> None:
+    rows = rowset(budget_bytes=2 * ROW, store=tmp_path, store_bytes=0)
+    rows.check_room(None, SHAPE, 2)
+    for saved in (None, ("0123", None)):
+        with pytest.raises(ValueError, match="budgets must hold 6 rows"):
+            rows.check_room(saved, SHAPE, 6)
+
+
+def test_samples_with_one_name_have_one_row_in_the_store(tmp_path: Path) -> None:
+    """As those of a Subset that draws a sample more than once."""
+    for first in (True, False):
+        rows = rowset(store=tmp_path)
+        rows._sample_keys = lambda samples: sample_keys(samples // 2)
+        rows.advance(1, SHAPE, rows=6, private=False)
+        rows.keep(1, ids(1, 4), values(1, ids(0, 2)))
+        assert_same = [] if first else [0, 1, 2, 3, 4, 5]
+        assert rows.drawn().tolist() == (assert_same or [1, 4])
+        rows.keep(1, torch.arange(6), values(1, torch.arange(6) // 2))
+        assert torch.equal(gathered(rows, torch.arange(6))[1], values(1, torch.arange(6) // 2))
+        rows.close(keep=False)
+        (entry,) = RowStore(tmp_path).entries()
+        assert entry.places == 3
+
+
+def test_samples_of_another_run_are_added_in_the_order_of_memory_of_its_rows(tmp_path: Path) -> None:
+    made = torch.randn(6, 2, 3, 4)
+    for samples, memory_format in ((ids(0, 1, 2), torch.channels_last), (ids(3, 4, 5), torch.contiguous_format)):
+        rows = rowset(store=tmp_path)
+        begin = int(samples[0])  # the second run has none of the samples of the first
+        rows._sample_keys = lambda of, begin=begin: sample_keys(torch.where(of < begin, of + 100, of))
+        rows.advance(1, (2, 3, 4), rows=6, private=False)
+        mine = made[samples].contiguous(memory_format=memory_format)
+        got = rows.keep(1, samples, mine)
+        assert torch.equal(got, mine)
+        assert got.stride() == mine.stride()
+        rows.close(keep=False)
+    rows = rowset(store=tmp_path)
+    rows.advance(1, (2, 3, 4), rows=6, private=False)
+    rows.keep(1, ids(0), made[:1])
+    assert torch.equal(gathered(rows, torch.arange(6))[1], made)
+    rows.close(keep=False)
+
+
+def test_a_damaged_row_of_the_first_batch_costs_that_row(tmp_path: Path) -> None:
+    rows = rowset(store=tmp_path)
+    rows.advance(1, SHAPE, rows=6, private=False)
+    rows.keep(1, torch.arange(6), values(1, torch.arange(6)))
+    rows.close(keep=False)
+    (path,) = tmp_path.glob("rows-*.bin")
+    data = bytearray(path.read_bytes())
+    data[data.index(values(1, ids(4)).numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    rows = rowset(store=tmp_path)
+    rows.advance(1, SHAPE, rows=6, private=False)
+    with pytest.warns(RuntimeWarning, match="rows are computed again: a row in the store must have the checksum"):
+        rows.keep(1, ids(4, 0), values(1, ids(4, 0)))
+    assert_rows(rows, 1, *range(6))
+    rows.close(keep=False)
 
 
 def test_rows_of_other_images_are_not_taken(tmp_path: Path) -> None:
-    before = left(tmp_path, 0, 1, 2, 3, 4, 5)
-    rows = rowset(disk_dir=str(tmp_path), shared=True)
-    rows.advance(1, SHAPE, rows=6)
+    rows = rowset(store=tmp_path)
+    rows.advance(1, SHAPE, rows=6, private=False)
+    rows.keep(1, torch.arange(6), values(1, torch.arange(6)))
+    rows.close(keep=False)
+    rows = rowset(store=tmp_path)
+    rows.advance(1, SHAPE, rows=6, private=False)
     made = values(1, ids(5, 1))
     made[1, 2] += 1
-    with pytest.warns(RuntimeWarning, match="the shared rows are not used: shared-.*rows was made of other images"):
+    with pytest.warns(RuntimeWarning, match="are computed again: they are not what the dropped layers make"):
         assert torch.equal(rows.keep(1, ids(5, 1), made), made)
+    assert rows.drawn().tolist() == [1, 5]
     rows.keep(1, ids(0, 2, 3, 4), values(1, ids(0, 2, 3, 4)))
     assert torch.equal(gathered(rows, ids(1, 5))[1], made[[1, 0]])
-    rows.end_epoch()
-    (path,) = tmp_path.iterdir()
-    assert path.read_bytes() == before
+    rows.close(keep=False)
 
 
-def test_rows_of_another_dtype_are_not_taken(tmp_path: Path) -> None:
-    left(tmp_path, 0, 1, 2, 3, 4, 5)
-    rows = rowset(disk_dir=str(tmp_path), shared=True)
-    rows.advance(1, SHAPE, rows=6)
-    with pytest.warns(RuntimeWarning, match="the shared rows are not used"):
-        assert rows.keep(1, ids(5), values(1, ids(5)).half()).dtype == torch.float16
+def test_a_row_of_another_image_takes_the_place_of_the_one_in_the_store(tmp_path: Path) -> None:
+    first, second = rowset(store=tmp_path), rowset(store=tmp_path)
+    for rows, image in ((first, 7), (second, 8)):  # both begin before there are rows
+        rows.advance(1, SHAPE, rows=6, private=False)
+        rows.note_images(ids(0), ids(image))
+        rows.keep(1, ids(0), values(image, ids(0)))
+    first.close(keep=False)
+    second.close(keep=False)
+    rows = rowset(store=tmp_path)
+    rows.advance(1, SHAPE, rows=6, private=False)
+    rows.note_images(ids(0), ids(8))
+    assert torch.equal(rows.keep(1, ids(0), values(8, ids(0)) + 1e-5), values(8, ids(0)))
+    rows.close(keep=False)
 
 
-def test_samples_that_another_run_has_not_drawn_are_added_in_a_copy(tmp_path: Path) -> None:
-    before = left(tmp_path, 3, 1)
-    rows = rowset(disk_dir=str(tmp_path), shared=True)
-    rows.advance(1, SHAPE, rows=6)
-    rows.keep(1, ids(5, 1), values(1, ids(5, 1)))
-    assert_rows(rows, 1, 1, 3, 5)
-    assert_rows(rows, 0, 0)
-    rows.keep(1, ids(0, 4, 2), values(1, ids(0, 4, 2)))
-    assert_rows(rows, 1, *range(6))
-    (path,) = tmp_path.glob("shared-*.rows")
-    assert path.read_bytes() == before
-
-
-def test_shared_rows_come_back_in_the_order_of_memory_of_this_run(tmp_path: Path) -> None:
-    made = torch.randn(6, 2, 3, 4)
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        rows = rowset(disk_dir=str(tmp_path), shared=True)
-        rows.advance(1, (2, 3, 4), rows=6)
-        mine = made.contiguous(memory_format=memory_format)
-        got = rows.keep(1, torch.arange(6), mine)
-        assert torch.equal(got, made)
-        assert got.stride() == mine.stride()
-        assert rows.cache is not None
-        assert rows.cache.saved == (memory_format is torch.channels_last)
+def test_forget_everywhere_is_for_all_runs_and_forget_is_not(tmp_path: Path) -> None:
+    for everywhere in (False, True):
+        rows = rowset(store=tmp_path)
+        rows.advance(1, SHAPE, rows=6, private=False)
+        rows.keep(1, torch.arange(6), values(1, torch.arange(6)))
         rows.end_epoch()
-        rows.stop()
+        rows.forget(ids(1, 2) if everywhere else None, everywhere=everywhere)
+        rows.close(keep=False)
+        store = RowStore(tmp_path)
+        (entry,) = store.entries()
+        found = StoredRows(store, entry.fingerprint).find(
+            dict(zip(sample_keys(torch.arange(6)), range(6), strict=True))
+        )
+        assert sorted(found.sample.tolist()) == ([0, 3, 4, 5] if everywhere else list(range(6)))
 
 
-@pytest.mark.parametrize("codec", ["bf16", "fp16", "uint8"])
-def test_shared_rows_of_a_codec_are_told_from_those_of_other_images(tmp_path: Path, codec: str) -> None:
-    made = torch.rand(6, 2, 3, 4)
-    for change, taken in ((0.0, False), (1e-5, True), (0.1, False)):
-        rows = rowset(disk_dir=str(tmp_path), shared=True, codec=codec)
-        rows.advance(1, (2, 3, 4), rows=6)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            rows.keep(1, torch.arange(6), made + change)
-        assert rows.cache is not None
-        assert rows.cache.saved == taken
-        assert len(said) == (change == 0.1)
-        rows.end_epoch()
-        rows.stop()
-
-
-def test_a_folder_without_locks_costs_the_sharing_and_not_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: Any) -> None:
+def test_a_store_that_fails_costs_the_sharing_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
         raise OSError(37, "No locks available")
 
-    rows = rowset(disk_dir=str(tmp_path), shared=True)
-    rows.advance(1, SHAPE, rows=6)
-    monkeypatch.setattr(rowfile, "find_or_lock", refused)
-    with pytest.warns(RuntimeWarning, match=r"the shared rows are not used: .* No locks available"):
+    rows = rowset(store=tmp_path)
+    rows.advance(1, SHAPE, rows=6, private=False)
+    monkeypatch.setattr(rowset_module, "StoredRows", refused)
+    with pytest.warns(RuntimeWarning, match=r"goes on without what the store has: .* No locks available"):
         rows.keep(1, ids(0, 1), values(1, ids(0, 1)))
     rows.keep(1, ids(2, 3, 4, 5), values(1, ids(2, 3, 4, 5)))
     rows.end_epoch()
     assert_rows(rows, 1, *range(6))
-    assert list(tmp_path.glob("shared-*")) == []
+    rows.close(keep=False)
+    assert RowStore(tmp_path).entries() == []
