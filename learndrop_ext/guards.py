@@ -296,13 +296,14 @@ class DataGuard:
         self._digests = torch.empty(0, dtype=torch.int64)  # [N]
         self._known = torch.empty(0, dtype=torch.bool)  # [N]
 
-    def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
-        """Note the images of samples `ids` [B], whose rows are about to be kept; or only of those not noted yet."""
+    def note(self, batch: Any, ids: torch.Tensor, makes: torch.Tensor) -> None:
+        """Note the images of samples `ids` [B]: of those whose rows are about to be kept (`makes` [B] bool), and of others
+        that were not noted yet."""
         images = input_of(batch, self._key)
         self._known = lengthened(self._known, int(ids.max()) + 1)
         self._digests = lengthened(self._digests.to(images.device), len(self._known))
-        if only_new:
-            new = torch.nonzero(~self._known[ids]).flatten()
+        new = torch.nonzero(makes | ~self._known[ids]).flatten()
+        if len(new) < len(ids):
             ids, images = ids[new], images[new.to(images.device)]
         self._known[ids] = True
         self._digests[ids.to(self._digests.device, non_blocking=True)] = image_digests(images)
@@ -454,8 +455,11 @@ class Guards:
             self._discard("loader", reason)
         if self.loop.autocast is None:
             self._cast_old(images.standing)
-        if images.pixels is not None or images.standing.at < self._rows.cut:
-            self._rows.begin_making(images.pixels is None, len(images))
+        read = images.count_read
+        if read:
+            self._rows.begin_making(False, read)
+        if len(images) > read and images.standing.at < self._rows.cut:
+            self._rows.begin_making(True, len(images) - read)
 
     def _cast_old(self, standing: Standing) -> None:
         """A batch that was given before its rows were discarded trains on them for the last time, whatever they are: without
@@ -469,10 +473,10 @@ class Guards:
         check_count(batch, len(ids), self._key)
         self._data.check_shape(batch)
 
-    def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
-        """Note the images of samples `ids` [B], whose rows are about to be kept; or only of those not noted yet."""
+    def note(self, batch: Any, ids: torch.Tensor, makes: torch.Tensor) -> None:
+        """Note the images of samples `ids` [B], see `DataGuard.note`."""
         if not self._has_random_views():
-            self._data.note(batch, ids, only_new=only_new)
+            self._data.note(batch, ids, makes)
 
     def compare(self, batch: Any, ids: torch.Tensor, again: torch.Tensor | None) -> bool:
         """Compare a few samples of a batch of images with what they were when their rows were kept.
