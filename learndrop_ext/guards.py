@@ -289,11 +289,12 @@ class DataGuard:
     def __init__(self, rows: RowSet, *, key: InputKey, like: Any, extras: BatchExtras) -> None:
         self._rows, self._key, self._like, self._extras = rows, key, like, extras
 
-    def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
-        """Note the images of samples `ids` [B], whose rows are about to be kept; or only of those not noted yet."""
+    def note(self, batch: Any, ids: torch.Tensor, makes: torch.Tensor) -> None:
+        """Note the images of samples `ids` [B]: of those whose rows are about to be kept (`makes` [B] bool), and of others
+        that were not noted yet."""
         images = input_of(batch, self._key)
-        if only_new:
-            new = torch.nonzero(~self._rows.images(ids)[0]).flatten()
+        new = torch.nonzero(makes | ~self._rows.images(ids)[0]).flatten()
+        if len(new) < len(ids):
             ids, images = ids[new], images[new.to(images.device)]
         if len(ids):
             self._rows.note_images(ids, image_digests(images))
@@ -436,8 +437,11 @@ class Guards:
             self._discard("loader", reason)
         if self.loop.autocast is None:
             self._cast_old(images.standing)
-        if images.pixels is not None or images.standing.at < self._rows.cut:
-            self._rows.begin_making(images.pixels is None, len(images))
+        read = images.count_read
+        if read:
+            self._rows.begin_making(False, read)
+        if len(images) > read and images.standing.at < self._rows.cut:
+            self._rows.begin_making(True, len(images) - read)
 
     def _cast_old(self, standing: Standing) -> None:
         """A batch that was given before its rows were discarded trains on them for the last time, whatever they are: without
@@ -451,10 +455,10 @@ class Guards:
         check_count(batch, len(ids), self._key)
         self._data.check_shape(batch)
 
-    def note(self, batch: Any, ids: torch.Tensor, *, only_new: bool = False) -> None:
-        """Note the images of samples `ids` [B], whose rows are about to be kept; or only of those not noted yet."""
+    def note(self, batch: Any, ids: torch.Tensor, makes: torch.Tensor) -> None:
+        """Note the images of samples `ids` [B], see `DataGuard.note`."""
         if not self._has_random_views():
-            self._data.note(batch, ids, only_new=only_new)
+            self._data.note(batch, ids, makes)
 
     def compare(self, batch: Any, ids: torch.Tensor, again: torch.Tensor | None) -> bool:
         """Compare a few samples of a batch of images with what they were when their rows were kept.

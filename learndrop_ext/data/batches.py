@@ -48,10 +48,10 @@ def draws_at_once(batch_sampler: Any) -> bool:
 
 
 class PlannedBatches:
-    """The batches of a DataLoader's sampler, each read whole or not at all.
+    """The batches of a DataLoader's sampler, of which only the samples without rows are read.
 
-    It is also the batch sampler of the loader that reads them: of the batches that have to be read. That loader asks for
-    them some steps ahead; the plans of all batches wait in their order.
+    It is also the batch sampler of the loader that reads these. That loader asks for them some steps ahead; the plans of all
+    batches wait in their order.
     """
 
     def __init__(self, source: DatasetSource, rows: RowSet, places: Places) -> None:
@@ -63,6 +63,7 @@ class PlannedBatches:
         self._plans: deque[Plan] = deque()
         self._epoch = 0
         self._dropped = False  # whether rows are kept, as the epoch begins
+        self._grown = False  # whether the dataset has, since the epoch before
         self._seeded = False  # whether persistent workers have been given their seed
 
     def __len__(self) -> int:
@@ -71,12 +72,13 @@ class PlannedBatches:
     def __iter__(self) -> Iterator[list[int]]:
         for plan in self._draw(1):
             self._plans.append(plan)
-            if plan.reads:
-                yield plan.ids.tolist()
+            if len(plan.reads):
+                yield plan.ids[plan.reads].tolist()
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch; the dataset may have grown, and the epoch before may have been broken off."""
         more = self._rows.follow_size(len(self._source))
+        self._grown = more > 0
         if more:
             self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
         self._epoch, self._dropped = epoch, self._rows.cache is not None
@@ -85,17 +87,18 @@ class PlannedBatches:
         self._plans.clear()
 
     def reads_images(self) -> bool:
-        """Return whether a sample drawn so far, or one of this rank's share, has to be read, or none was drawn yet."""
+        """Return whether a sample drawn so far, or one of this rank's share, has to be read, or none was drawn yet, or the
+        dataset has grown."""
         drawn = torch.nonzero(self.seen).flatten()
         needed = drawn if self._share is None or self._share.ids is None else self._share.ids
-        return not len(needed) or self._places.needs_images(needed)
+        return self._grown or not len(needed) or self._places.needs_images(needed)
 
     def images(self, loader: Any) -> Iterator[tuple[Plan, Any]]:
-        """Yield the plans in the sampler's order, each with its batch if `loader` reads it."""
+        """Yield the plans in the sampler's order, each with what `loader` has read of its batch, or None."""
         self._seeded = self._has_persistent_workers()
         read, plans = iter(loader), self._plans
         while (batch := next(read, None)) is not None or plans:
-            while plans and not plans[0].reads:
+            while plans and not len(plans[0].reads):
                 yield plans.popleft(), None
             if batch is not None:
                 yield plans.popleft(), batch
@@ -227,7 +230,7 @@ class PassingBatches:
             again = self._source.again
             if self._rows.stores and (i & (i + 1) == 0 or len(again)):  # 0, 1, 3, 7, ...
                 self._compare(batch, ids, again)
-            yield Plan(ids), batch
+            yield Plan.whole(ids), batch
 
     def rows(self) -> Iterator[Plan]:
         """Yield the plans of an epoch of all known samples, shuffled."""

@@ -18,8 +18,10 @@ from learndrop_ext.data.places import Places, Plan
 from learndrop_ext.data.reading import rebuilt
 from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
-from learndrop_ext.forward.images import Form, Images, Standing, form_of
+from learndrop_ext.forward.images import Form, Images, Standing, form_of, samples_at
 from learndrop_ext.rows.rowset import RowSet
+from learndrop_ext.rows.store.store import StoreError
+from learndrop_ext.warn import warn
 
 #: Attributes of the user's loader that loops and trainers ask for.
 FORWARDED = (
@@ -50,7 +52,7 @@ class DropLoader:
         self._source, self._rows, self._extras, self._key = source, rows, extras, key
         self._bypass, self._guards = bypass, guards
         self._form = form_of(input_of(like, key))
-        self._places = places = Places(rows, extras, source.labels(extras))
+        self._places = places = Places(rows, extras, source.labels(extras), by_sample=source.readable)
         self.batches = batches_of(source, rows, places, guards.compare)
         # Nothing refers to this loader: without a reference cycle its workers end with the scheduler.
         self._images = source.loader if isinstance(source, IdSource) else rebuilt(source.loader, self.batches)
@@ -169,7 +171,7 @@ class DropLoader:
         plan = next(plans, None)
         while plan is not None:
             plan = self._places.current(plan)
-            if plan.reads and isinstance(self.batches, PassingBatches):
+            if len(plan.reads) and isinstance(self.batches, PassingBatches):
                 for other, read in self.batches.rest(self._images, given):
                     yield self._batch(other, read)
                 return
@@ -181,37 +183,60 @@ class DropLoader:
             yield batch
             plan = ahead or next(plans, None)
 
-    def _batch(self, plan: Plan, read: Any = None) -> Any:
-        """The batch of a plan, with what was read of it, if it was."""
-        plan, rows = self._places.current(plan), self._rows
-        ids, level = plan.ids, plan.level
-        if read is None and not plan.reads:
-            self._given += len(ids)
-            return self._extras.get(plan.at, self._unread(plan, self._form), plan.where)
-        if read is None:  # undrop() or a guard has freed rows during this epoch
-            read = self._source.read(ids.tolist(), rows.epoch)
-        read = to_device(read, rows.device)
-        x = input_of(read, self._key)
-        self._given += len(x)
+    def _batch(self, planned: Plan, read: Any = None) -> Any:
+        """The batch of a plan, with what was read of it, if anything was."""
+        plan, row = self._located(planned)
+        if read is None and not len(plan.reads):
+            self._given += len(plan.ids)
+            return self._extras.get(plan.at, self._stand_in(plan, row, self._form), plan.where)
+        if read is None or bool(torch.isin(plan.reads, planned.reads, invert=True).any()):
+            # undrop(), refresh() or a guard has freed rows during this epoch, or rows cannot be read any more
+            planned, read = plan, self._source.read(plan.ids[plan.reads].tolist(), self._rows.epoch)
+        return self._with_read(plan, row, planned.reads, to_device(read, self._rows.device))
+
+    def _located(self, plan: Plan) -> tuple[Plan, torch.Tensor | None]:
+        """The plan as it is now, and the rows of the samples that have some. Rows that cannot be read are forgotten."""
+        plan = self._places.current(plan)
+        if not plan.level:
+            return plan, None
+        at = plan.at
+        if len(plan.makes):
+            at = at[_mask(plan.makes, len(at)).logical_not()]
+        try:
+            return plan, self._rows.gather(at, plan.level)
+        except (StoreError, OSError) as error:
+            if not self._source.readable:
+                raise
+            self._rows.forget(plan.ids, everywhere=True)
+            warn(f"drop.loader: {len(at)} rows are computed again, because they cannot be read: {error}")
+        return self._located(plan)
+
+    def _with_read(self, plan: Plan, row: torch.Tensor | None, reads: torch.Tensor, read: Any) -> Any:
+        """The batch of a plan of which the samples at positions `reads` [m] were read. row: the rows of the others."""
+        rows, ids = self._rows, plan.ids[reads]
         if rows.cache is None:
+            self._given += len(input_of(read, self._key))
             return self._mirrored(read, ids)
         self._guards.check_batch(read, ids)
+        self._given += len(plan.ids)
+        self._relabelled += len(reads) - len(plan.makes)
         places, order = rows.first_places(ids)
         self._extras.put(read, places, order)
-        self._guards.note(read, ids, only_new=level > 0)
-        if level:
-            self._relabelled += len(ids)
-            return with_input(read, self._key, self._unread(plan, form_of(x)))
+        self._guards.note(read, ids, torch.isin(reads, plan.makes))
         x = input_of(self._mirrored(read, ids), self._key)
-        standing = Standing(self._bypass, ids, None, 0, self._reader)
-        return with_input(read, self._key, Images(form_of(x), x.device, standing, x))
+        made = x if len(plan.makes) == len(x) else samples_at(x, torch.searchsorted(reads, plan.makes))
+        images = self._stand_in(plan, row, form_of(x), made)
+        if len(reads) == len(plan.ids):
+            return with_input(read, self._key, images)
+        return self._extras.get(rows.places(plan.ids), images)
 
-    def _unread(self, plan: Plan, like: Form) -> Images:
-        """Images that are not read, with their rows. like: the form of such images."""
-        row = self._rows.gather(plan.at, plan.level)
-        form = Form((len(plan.ids), *like.shape[1:]), like.stride, like.dtype)
-        standing = Standing(self._bypass, plan.ids, row, plan.level, self._reader)
-        return Images(form, row.device, standing)  # type: ignore[no-any-return]
+    def _stand_in(self, plan: Plan, row: torch.Tensor | None, like: Form, pixels: torch.Tensor | None = None) -> Images:
+        """Images of which those at `plan.makes` were read, and the others have their rows. like: the form of such images."""
+        count, n = len(plan.ids), len(plan.makes)
+        form = Form((count, *like.shape[1:]), like.stride, like.dtype)
+        some = _mask(plan.makes, count) if 0 < n < count else None
+        standing = Standing(self._bypass, plan.ids, row, plan.level, self._reader, some)
+        return Images(form, self._rows.device, standing, pixels if n else None)  # type: ignore[no-any-return]
 
     def _mirrored(self, batch: Any, ids: torch.Tensor) -> Any:
         """A batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""
@@ -221,6 +246,13 @@ class DropLoader:
         x = input_of(batch, self._key)
         flip = self._rows.view(ids).bool().to(x.device).view(-1, *[1] * (x.dim() - 1))
         return with_input(batch, self._key, torch.where(flip, x.flip(-1), x))
+
+
+def _mask(positions: torch.Tensor, count: int) -> torch.Tensor:
+    """Which of `count` samples are at these positions: [count] bool."""
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[positions] = True
+    return mask
 
 
 def _read_images(source: Source, rows: RowSet, key: InputKey, ids: torch.Tensor) -> torch.Tensor:

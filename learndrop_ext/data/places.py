@@ -9,6 +9,7 @@ import torch
 from learndrop_ext.data.extras import BatchExtras
 from learndrop_ext.data.keys import Labels
 from learndrop_ext.rows.rowset import RowSet
+from learndrop_ext.rows.slots import filled_at
 
 NOWHERE = torch.empty(0, dtype=torch.int64)
 
@@ -19,30 +20,42 @@ class Plan:
 
     Args:
         ids: [B] int64 (CPU).
-        level: number of layers that the samples need not run, see `RowSet.locate`.
+        reads: [m] positions in the batch, ascending, of the samples that have to be read: for their images, or for what is
+            kept beside the rows.
+        makes: [n] those of them that have no row at `level`.
+        level: number of layers that the other samples need not run; 0 if there are none.
         at: [B] places of their rows; empty if nothing was looked up.
         where: the same on the device.
-        reads: whether the batch has to be read: for its images, or for what is kept beside the rows.
         slow: whether there are rows in slower tiers.
         filled: the table of rows in which the places were found.
         version: that of the table at that time.
     """
 
     ids: torch.Tensor
+    reads: torch.Tensor
+    makes: torch.Tensor
     level: int = 0
     at: torch.Tensor = NOWHERE
     where: torch.Tensor = NOWHERE
-    reads: bool = True
     slow: bool = False
     filled: torch.Tensor | None = None
     version: int = 0
 
+    @staticmethod
+    def whole(ids: torch.Tensor) -> Plan:
+        """Return the plan of a batch [B] that is read."""
+        every = torch.arange(len(ids))
+        return Plan(ids, every, every)
+
 
 class Places:
-    """Finds the rows of samples, and what is kept beside them."""
+    """Finds the rows of samples, and what is kept beside them.
 
-    def __init__(self, rows: RowSet, extras: BatchExtras, labels: Labels | None) -> None:
-        self._rows, self._extras, self._labels = rows, extras, labels
+    by_sample: whether samples can be read one by one. If not, a batch of which some have no row runs whole.
+    """
+
+    def __init__(self, rows: RowSet, extras: BatchExtras, labels: Labels | None, *, by_sample: bool) -> None:
+        self._rows, self._extras, self._labels, self._by_sample = rows, extras, labels, by_sample
 
     def relabel(self) -> None:
         """Take the labels of all samples that have rows from the dataset, where it offers them: they may have changed."""
@@ -59,15 +72,19 @@ class Places:
         it is its turn."""
         cache, parts = self._rows.cache, ids.split(sizes)
         if cache is None:
-            return [Plan(part) for part in parts]
+            return [Plan.whole(part) for part in parts]
         level, at = self._rows.locate(ids)
-        whole = level > 0 and self._has_rest(ids, at)
-        if len(parts) > 1 and not (whole and level == self._rows.cut):
-            return [Plan(part) for part in parts]
+        reads = makes = NOWHERE
+        if not (self._has_rest(ids, at) and level == self._rows.cut and level):
+            if len(parts) > 1:
+                return [Plan.whole(part) for part in parts]
+            level, lacking = self._nearest(level, at)
+            makes = torch.nonzero(lacking).flatten()
+            reads = torch.nonzero(lacking | ~filled_at(self._extras, at)).flatten()
         filled, version, slow = cache.filled, cache.filled._version, cache.plan.staging > 0
         where = at.to(self._extras.device, non_blocking=True)
         return [
-            Plan(part, level, places, there, not whole, slow, filled, version)
+            Plan(part, reads, makes, level, places, there, slow, filled, version)
             for part, places, there in zip(parts, at.split(sizes), where.split(sizes), strict=True)
         ]
 
@@ -77,8 +94,10 @@ class Places:
             return True
         if self._labels is None or not len(at):
             return False
-        self._label(ids, at)
-        return True
+        there = at >= 0
+        if bool(there.any()):
+            self._label(ids[there], at[there])
+        return bool(there.all())
 
     def _label(self, ids: torch.Tensor, at: torch.Tensor) -> None:
         assert self._labels is not None
@@ -97,3 +116,17 @@ class Places:
         if cache is not None and plan.filled is cache.filled and plan.version == plan.filled._version:
             return plan
         return self.plan(plan.ids)
+
+    def _nearest(self, level: int, at: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """The cut at which the fewest samples at places [B] have no row, the latest of such, or 0 if none has one; and which
+        have none there: [B] bool. level: the latest at which all have one, or 0."""
+        if level:
+            return level, torch.zeros(len(at), dtype=torch.bool)
+        if not self._by_sample:
+            return 0, torch.ones(len(at), dtype=torch.bool)
+        rows = self._rows
+        lacking = {
+            k: ~filled_at(store, at) for k, store in zip(rows.cuts[::-1], (rows.cache, rows.older), strict=False)
+        }
+        level = min(lacking, key=lambda k: int(lacking[k].sum()))
+        return 0 if bool(lacking[level].all()) else level, lacking[level]

@@ -40,7 +40,9 @@ class Bypass:
     While layers are dropped, the outermost modules before the cut have a `forward` of their own on the instance, and the
     model and the modules at the cuts have hooks. Given images that were not read, modules before the cut return a `Feature`
     without running, and the row takes its place at the cut. Given images, they run in eval mode without gradients, and the
-    row that arrives at the cut goes through `keep`. A copy of the model, by `copy` or `pickle`, is an ordinary model.
+    row that arrives at the cut goes through `keep`. Given a batch of which some images were read, the model's forward runs
+    on these alone up to the cut, and then on the rows of all. A copy of the model, by `copy` or `pickle`, is an ordinary
+    model.
 
     Args:
         recorded: the model and its layers.
@@ -62,7 +64,10 @@ class Bypass:
         self.calls = 0  # training calls on batches of drop.loader since `forget_calls`
         self._keep, self._watch = keep, watch
         self._current: Images | None = None  # the images whose rows are kept
-        self._ends = self._opened = False  # whether the forward ends at the last cut, and runs all modules before it
+        self._end, self._opened = (
+            0,
+            False,
+        )  # the cut at which the forward ends, and whether it runs all modules before it
         self._traced: torch.Tensor | None = None
         self._around: list[nn.Module] = []
         self._live_again: list[nn.Module] = []  # modules around the cut that were in train mode
@@ -123,19 +128,23 @@ class Bypass:
         self.calls += 1
         self._watch(images, True)
 
-    def row(self, call: Callable[[], Any], *, opened: bool = False) -> torch.Tensor:
-        """Return what arrives at the last cut when `call()` calls the model, kept on the way. The forward ends there.
+    def row(self, call: Callable[[], Any], *, at: int = 0, opened: bool = False) -> torch.Tensor:
+        """Return what arrives at a cut when `call()` calls the model, kept on the way. The forward ends there.
 
-        opened: run the forwards of all modules before it, on images that were not read too.
+        Args:
+            call: calls the model.
+            at: the cut. Default: the last one
+            opened: run the forwards of all modules before it, on images that were not read too.
         """
-        self._ends, self._opened = True, opened
+        before, end = (self._end, self._opened), at or self.cuts[-1]
+        self._end, self._opened = end, opened
         try:
             call()
         except ReachedError as reached:
             return reached.row
         finally:
-            self._ends = self._opened = False
-        raise RuntimeError(f"drop.model: the forward must pass {self.recorded.cut(self.cuts[-1]).path}, and did not")
+            self._end, self._opened = before
+        raise RuntimeError(f"drop.model: the forward must pass {self.recorded.cut(end).path}, and did not")
 
     def forget_calls(self) -> None:
         """Reset the number of training calls."""
@@ -166,30 +175,54 @@ class Bypass:
         self.leave()  # after a forward that was interrupted
         trains = self.model.training and torch.is_grad_enabled()
         images = images_in(args, kwargs)
-        read = images is None or images.pixels is not None
-        if read or any(module.training for module in self.frozen[:1]):  # model.train() sets all of them
-            self._hold_eval()
-        if self.model.training:
-            self._live_again = [module for module in self._around if module.training]
-            for module in self._live_again:
-                module.__dict__["training"] = False
         if images is None or images.standing.owner is not self:
-            self.inside = None if images is None else images.standing
             self.calls += trains
+            self._begin(images, keeps=False)
             return None
-        self.inside = images.standing
         if not images.standing.checked:
             if trains:
                 self.check(images)
             else:
                 self._watch(images, False)
-        self._current = images if trains else None
-        if not read:
+        ready = images
+        if images.standing.some is not None:
+            ready = self._completed(images, args, kwargs, keeps=trains)
+        self._begin(ready, keeps=trains)
+        if ready is images and images.pixels is None:
             return None
-        changed: tuple[Any, Any] = pytree.tree_map_only(
-            Images, lambda x: x.pixels if x is images else x, (args, kwargs)
-        )
+        given = ready if ready.pixels is None else ready.pixels
+        changed: tuple[Any, Any] = pytree.tree_map_only(Images, lambda x: given if x is images else x, (args, kwargs))
         return changed
+
+    def _begin(self, images: Images | None, *, keeps: bool) -> None:
+        """Begin a forward on images. keeps: whether rows are kept."""
+        if images is None or images.pixels is not None or any(module.training for module in self.frozen[:1]):
+            self._hold_eval()  # model.train() sets all of them
+        if self.model.training:
+            self._live_again = [module for module in self._around if module.training]
+            for module in self._live_again:
+                module.__dict__["training"] = False
+        self.inside = None if images is None else images.standing
+        self._current = images if keeps else None
+
+    def _completed(self, images: Images, args: tuple[Any, ...], kwargs: dict[str, Any], *, keeps: bool) -> Images:
+        """Compute the rows of the images that were read, without the hooks of the model itself, and return the batch with
+        the rows of all."""
+        part, some = images.part_read(), images.standing.some
+        assert some is not None
+        at = torch.nonzero(some).flatten()
+
+        def of_part(value: torch.Tensor) -> Any:
+            if value is images:
+                return part.pixels
+            per_sample = value.dim() and len(value) == len(some)
+            return value.index_select(0, at.to(value.device)) if per_sample else value
+
+        few, named = pytree.tree_map_only(torch.Tensor, of_part, (args, kwargs))
+        self._begin(part, keeps=keeps)
+        made = self.row(lambda: self.model.forward(*few, **named), at=images.standing.at)
+        self.leave()
+        return images.with_rows(made)
 
     def _cross(self, k: int, x: Any) -> Any:
         """Return what goes on from cut k, where x has arrived."""
@@ -211,7 +244,7 @@ class Bypass:
             x = row.clone(memory_format=torch.preserve_format) if self.recorded.cut(k).written else row
         if is_last:
             self._restore()
-        if is_last and self._ends:
+        if k == self._end:
             raise ReachedError(x)
         if self.recorded.reentrant and not isinstance(x, Unread):
             x = x.detach().requires_grad_(torch.is_grad_enabled())

@@ -1,6 +1,6 @@
-"""Images that were not read: a batch in the training loop whose cached rows stand for its images.
+"""Images that were not read: a batch in the training loop whose cached rows stand for its images, or for some of them.
 
-B samples in a batch.
+B samples in a batch, m of them read.
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ ARITHMETIC = frozenset(
 #: What changes the form of each sample; the batch dimension must stay the first.
 FORMS = frozenset(
     {
-        *(ATEN.view, ATEN._unsafe_view, ATEN.reshape, ATEN.unsqueeze, ATEN.squeeze, ATEN.permute, ATEN.expand),
+        *(ATEN.view, ATEN._unsafe_view, ATEN.unsqueeze, ATEN.squeeze, ATEN.permute, ATEN.expand),
         *(ATEN.upsample_bilinear2d, ATEN._upsample_bilinear2d_aa, ATEN.upsample_bicubic2d, ATEN.upsample_nearest2d),
     }
 )
+#: Of these, those of whose arguments some may say the number of samples.
+SIZES = frozenset({ATEN.view, ATEN._unsafe_view, ATEN.squeeze, ATEN.expand})
 #: Consecutive samples of a batch, for micro-batches.
 SLICES = frozenset({ATEN.slice, ATEN.split, ATEN.split_with_sizes})
 
 
 @dataclass(slots=True, eq=False)
 class Standing:
-    """What stands for some images: the ids of the samples and, if they were not read, their rows.
+    """What stands for some images: the ids of the samples and the rows of those that were not read.
 
     Args:
         owner: the object whose `inside` says what stands for the images on which the model's forward runs, if it does.
         ids: [B] int64 (CPU).
-        rows: [B, ...], or None where the images were read.
+        rows: [B - m, ...], or None where all images were read.
         at: number of layers behind which the rows enter.
         read: ids -> images [B, ...].
+        some: [B] bool (CPU), which of the images were read, if some were and others not.
         checked: whether a training call on them was noted.
         trace: if given, notes the operations on them within the forward.
         count: B.
@@ -55,6 +58,7 @@ class Standing:
     rows: torch.Tensor | None
     at: int
     read: Callable[[torch.Tensor], torch.Tensor] | None
+    some: torch.Tensor | None = None
     checked: bool = False
     trace: Trace | None = None
     count: int = field(init=False)
@@ -172,8 +176,8 @@ class Unread(torch.Tensor):
 class Images(Unread):
     """A batch of `drop.loader` [B, ...] while layers are dropped.
 
-    It has the shape, dtype and device of the user's images. If they were read, `pixels` holds them for the model alone, so
-    that the loop meets the same limits in the epoch in which rows are kept as in those after it.
+    It has the shape, dtype and device of the user's images. `pixels` [m, ...] holds those that were read, for the model
+    alone, so that the loop meets the same limits in the epoch in which rows are kept as in those after it.
 
     The loop may do what keeps each sample by itself and in its place. `operations` notes it: with another sequence of
     operations the rows would be other rows. All else raises RuntimeError. `memory` counts the writes to what a slice or a
@@ -203,11 +207,33 @@ class Images(Unread):
 
     def __repr__(self) -> str:  # type: ignore[override]
         read = "not read" if self.pixels is None else "read, for the model alone"
+        if self.standing.some is not None:
+            read = f"{self.count_read} of them {read}"
         return f"Images({list(self.shape)}, {read})"
+
+    @property
+    def count_read(self) -> int:
+        """m, how many of the images were read."""
+        return 0 if self.pixels is None else len(self.pixels)
+
+    def part_read(self) -> Images:
+        """Return the images that were read, a batch [m, ...] of their own."""
+        ids = self.standing.ids if self.standing.some is None else self.standing.ids[self.standing.some]
+        return _batch(self, replace(self.standing, ids=ids, rows=None, some=None), self.pixels)
+
+    def with_rows(self, made: torch.Tensor) -> Images:
+        """Return the whole batch as it is if none was read: `made` [m, ...] are the rows of those that were."""
+        given, some = self.standing.rows, self.standing.some
+        assert given is not None
+        assert some is not None
+        rows = given.new_empty_strided((len(some), *given.shape[1:]), given.stride(), dtype=made.dtype)
+        for part, which in ((made, some), (given, ~some)):
+            rows[torch.nonzero(which).flatten().to(rows.device)] = part.to(made.dtype)
+        return _batch(self, replace(self.standing, rows=rows, some=None), None)
 
     def read(self) -> torch.Tensor:
         """Return the images, read now if they were not, as the dataset gives them."""
-        if self.pixels is not None and not self.operations:
+        if self.pixels is not None and self.standing.some is None and not self.operations:
             return self.pixels.clone()
         if self.standing.read is None:
             raise RuntimeError("drop.loader: images of a loader with ids= can be read only as they come by")
@@ -259,7 +285,10 @@ class Images(Unread):
             named = tuple((k, v) for k, v in kwargs.items() if k not in ("device", "non_blocking"))
             note = (*x.operations, (packet.__name__.rstrip("_"), *values, *named))
         pixels = x.pixels
-        if pixels is not None:
+        if pixels is not None and packet in SIZES and func is not ATEN.view.dtype:
+            sized = pixels.expand if packet is ATEN.expand else pixels.view
+            pixels = sized(len(pixels), *form.shape[1:])
+        elif pixels is not None:
             pixels = func(*(pixels if a is x else a for a in args), **kwargs)
         if packet.__name__.endswith("_") and is_first:
             x.memory[0] += 1
@@ -371,29 +400,57 @@ def _sliced(func: Any, x: Images, rest: Any, kwargs: Any) -> Any:
         ids = parts(x.standing.ids)  # they have one dimension, that of the batch
     except IndexError:
         raise _refused(func, x) from None
-    nothing = [None] * len(ids)
-    rows = nothing if x.standing.rows is None else parts(x.standing.rows)
-    pixels = nothing if x.pixels is None else parts(x.pixels)
-    made = [
-        _batch(x, replace(x.standing, ids=i, rows=row), read, x.memory)
-        for i, row, read in zip(ids, rows, pixels, strict=True)
-    ]
+    if x.standing.some is not None:
+        made = [_some_of(x, at) for at in parts(torch.arange(x.standing.count))]
+    else:
+        nothing = [None] * len(ids)
+        rows = nothing if x.standing.rows is None else parts(x.standing.rows)
+        pixels = nothing if x.pixels is None else parts(x.pixels)
+        made = [
+            _batch(x, replace(x.standing, ids=i, rows=row), read, x.memory)
+            for i, row, read in zip(ids, rows, pixels, strict=True)
+        ]
     return made[0] if func.overloadpacket is ATEN.slice else made
+
+
+def _some_of(x: Images, at: torch.Tensor) -> Images:
+    """The samples at positions `at` [n], ascending, of a batch of which some were read."""
+    standing, some = x.standing, x.standing.some
+    assert standing.rows is not None
+    assert some is not None
+    assert x.pixels is not None
+    taken = torch.zeros_like(some)
+    taken[at] = True
+    part = some[at]
+    pixels = samples_at(x.pixels, torch.nonzero(taken[some]).flatten()) if part.any() else None
+    rows = None if part.all() else samples_at(standing.rows, torch.nonzero(taken[~some]).flatten())
+    mixed = part if pixels is not None and rows is not None else None
+    return _batch(x, replace(standing, ids=standing.ids[at], rows=rows, some=mixed), pixels, x.memory)
 
 
 def _joined(images: Sequence[Images]) -> Images:
     """Batches of images one behind the other."""
-    first = images[0]
-    alike = all(x.operations == first.operations and x.standing.at == first.standing.at for x in images)
-    pixels = [x.pixels for x in images if x.pixels is not None]
-    if not alike or len(pixels) not in (0, len(images)):
+    first, rows = images[0], [x.standing.rows for x in images if x.standing.rows is not None]
+    cuts = {x.standing.at for x in images if x.standing.rows is not None}
+    if any(x.operations != first.operations for x in images) or len(cuts) > 1:
         raise RuntimeError(
-            "drop.loader: images that are joined must have gone through the same operations, and either all or none must "
-            f"have been read, got {', '.join(map(repr, images))}"
+            "drop.loader: images that are joined must have gone through the same operations, and their rows must be of one "
+            f"cut, got {', '.join(map(repr, images))} and rows behind {sorted(cuts)} layers"
         )
-    rows = [x.standing.rows for x in images if x.standing.rows is not None]
-    ids = torch.cat([x.standing.ids for x in images])
-    standing = replace(first.standing, ids=ids, rows=_joined_rows(rows) if rows else None)
+    pixels = [x.pixels for x in images if x.pixels is not None]
+    some = torch.cat(
+        [
+            torch.full((x.standing.count,), x.pixels is not None) if x.standing.some is None else x.standing.some
+            for x in images
+        ]
+    )
+    standing = replace(
+        first.standing,
+        ids=torch.cat([x.standing.ids for x in images]),
+        rows=_joined_rows(rows) if rows else None,
+        at=max(cuts, default=0),
+        some=some if rows and pixels else None,
+    )
     return _batch(first, standing, torch.cat(pixels) if pixels else None)
 
 
@@ -401,6 +458,11 @@ def _batch(like: Images, standing: Standing, pixels: torch.Tensor | None, memory
     """Other samples that went through the same operations."""
     form = Form((standing.count, *like.shape[1:]), like.stride(), like.dtype)
     return Images(form, like.device, standing, pixels, like.operations, memory)  # type: ignore[no-any-return]
+
+
+def samples_at(stack: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Return the samples at positions `at` [n] (CPU) of a stack [B, ...], n <= B, with its strides."""
+    return torch.index_select(stack, 0, at.to(stack.device), out=torch.empty_like(stack[: len(at)]))
 
 
 def _joined_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:

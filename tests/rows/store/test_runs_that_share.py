@@ -353,7 +353,7 @@ def test_other_weights_settings_loops_and_codecs_have_rows_of_their_own(tmp_path
         assert len(stored(tmp_path)) == kinds, change
 
 
-class Jittered(Photos):
+class Jittered(Listed):
     """Another image each time, of which the first value tells the sample."""
 
     def __getitem__(self, index: int) -> Any:
