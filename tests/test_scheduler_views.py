@@ -72,14 +72,14 @@ def test_samples_without_randomness_get_one_view() -> None:
 
 def test_a_resumed_run_keeps_the_views_that_were_chosen_for_it(tmp_path: Path) -> None:
     """Longer than the run it goes on from, it would choose more."""
-    cache = CacheConfig(codec="fp32", disk_bytes=1 << 20, disk_dir=str(tmp_path))
+    cache = CacheConfig(codec="fp32", store=tmp_path, key=str)
     model, optimizer, loader = parts(Jittered())
     first = DropScheduler(model, optimizer, loader, policy=Fixed({0: 1}), epochs=12, cache=cache)
     epoch(first, optimizer)
     first.step()
     state = first.state_dict()
     assert first.config.views == 3
-    assert state["rows_file"] is not None
+    assert state["stored"] is not None
     again, optimizer, loader = parts(Jittered())
     again.load_state_dict(model.state_dict())
     second = DropScheduler(again, optimizer, loader, policy=Fixed({}), epochs=40, cache=cache)
