@@ -24,6 +24,8 @@ def state_of(drop: DropScheduler) -> dict[str, Any]:
         "prefix": drop.prefix,
         "cuts": list(rows.path),
         "stored": rows.save(),
+        # What cannot be read by number: the samples by slot, and what is kept beside their rows.
+        "rest": None if drop._source.readable else (rows.slots.order(), drop._extras.state()),
         "epochs_begun": drop._loader.epochs,
         "seen": drop._loader.batches.seen.clone(),
         "view_offset": rows.slots.view_offset.clone(),
@@ -59,7 +61,10 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
         if state["cuts"]:
             shape = drop._chain[state["cuts"][-1] - 1].shape
             assert shape is not None
-            rows.resume(state["stored"], state["cuts"], shape)
+            order, extras = state.get("rest") or (None, None)
+            rows.resume(state["stored"], state["cuts"], shape, order=order)
+            if extras is not None:
+                drop._extras.load(extras)
         drop._freeze(state["prefix"], body)
     drop._deltas, drop._history = deltas, history
     drop._epoch, drop._undropped = state["epoch"], state["undropped"]

@@ -135,7 +135,7 @@ def test_steps_are_timed_under_the_autocast_of_call(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_resumed_run_asks_for_the_same_autocast(tmp_path: Path) -> None:
-    cache = CacheConfig("fp32", disk_dir=str(tmp_path), disk_bytes=1 << 20)
+    cache = CacheConfig("fp32", store=tmp_path, store_bytes=1 << 20)
 
     def begun(model: Net, *given: Any) -> DropScheduler:
         return DropScheduler(model, *given, policy=Fixed({0: 2}), cache=cache, epochs=5)

@@ -295,7 +295,7 @@ SPEAKING = (
         "forward/*.py",
         "rows/rowset.py",
     ),
-    "rows/store/rowfile.py",
+    "rows/store/store.py",
     *("rows/config.py", "decide/policy.py", "decide/timing.py", "lightning.py", "huggingface.py"),
 )
 

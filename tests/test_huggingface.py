@@ -230,7 +230,7 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
 
 
 def test_a_training_that_fails_goes_on_from_its_rows(transformers: Any, whole: Any, tmp_path: Path) -> None:
-    cache = CacheConfig(codec="fp32", disk_dir=str(tmp_path), disk_bytes=1 << 20)
+    cache = CacheConfig(codec="fp32", store=tmp_path, key=str)
 
     def fail(epoch: int, model: Any) -> None:
         if epoch == 5:

@@ -88,7 +88,7 @@ def test_a_resumed_fit_equals_the_uninterrupted_one(pl: Any, stop: int, validate
 
 
 def test_a_fit_that_fails_goes_on_from_its_checkpoint_and_its_rows(pl: Any, tmp_path: Path) -> None:
-    cache = CacheConfig(codec="fp32", disk_dir=str(tmp_path), disk_bytes=1 << 20)
+    cache = CacheConfig(codec="fp32", store=tmp_path, key=str)
     wanted = classifier(pl)
     trainer(pl, callback(), max_epochs=5).fit(wanted, loader())
 

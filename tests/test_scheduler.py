@@ -347,13 +347,13 @@ def test_rows_spill_to_disk_and_train_the_same(tmp_path: Path) -> None:
 
     wanted, _ = run(CacheConfig(codec="fp32"))
     # 24 rows after conv1 take 1 KiB each: 2 KiB hold none beside the areas that rows from the disk go through.
-    got, drop = run(CacheConfig(codec="fp32", budget_bytes=2048, disk_bytes=1 << 20, disk_dir=str(tmp_path)))
+    got, drop = run(CacheConfig(codec="fp32", budget_bytes=2048, store_bytes=1 << 20, store=tmp_path))
     assert got == wanted
     assert drop._rows.cache is not None
     assert drop._rows.cache.plan.disk > 0
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("rows-*"))) == 1
     drop.undrop()
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("rows-*")) == []
 
 
 def test_refresh_reads_the_labels_of_some_samples_again() -> None:

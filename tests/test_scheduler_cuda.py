@@ -80,12 +80,12 @@ def test_training_on_rows_equals_training_behind_a_frozen_prefix() -> None:
     "budgets",
     [
         pytest.param({"budget_bytes": 0, "host_bytes": 1 << 20}, id="host"),
-        pytest.param({"budget_bytes": 0, "disk_bytes": 1 << 20}, id="disk"),
-        pytest.param({"budget_bytes": 22 * ROW, "host_bytes": 8 * ROW, "disk_bytes": 1 << 20}, id="all"),
+        pytest.param({"budget_bytes": 0, "store_bytes": 1 << 20}, id="disk"),
+        pytest.param({"budget_bytes": 22 * ROW, "host_bytes": 8 * ROW, "store_bytes": 1 << 20}, id="all"),
     ],
 )
 def test_rows_of_other_tiers_train_as_those_of_the_device(budgets: dict[str, int], tmp_path: Path) -> None:
-    config = CacheConfig(codec="fp32", disk_dir=str(tmp_path), **budgets)  # type: ignore[arg-type]
+    config = CacheConfig(codec="fp32", store=tmp_path, **budgets)  # type: ignore[arg-type]
     assert losses_of(cache=config) == losses_of()
 
 
@@ -188,7 +188,7 @@ def test_rows_are_those_of_the_images_or_of_their_flips(kind: str) -> None:
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    config = CacheConfig(codec="fp32", disk_dir=str(tmp_path), disk_bytes=1 << 20)
+    config = CacheConfig(codec="fp32", store=tmp_path, store_bytes=1 << 20)
     whole = losses_of(4, cache=config)
     model, optimizer, loader = run_parts()
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), cache=config)

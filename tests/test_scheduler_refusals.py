@@ -287,7 +287,7 @@ def test_bad_arguments_are_refused_before_anything_is_changed() -> None:
         ({"model": nn.ReLU()}, ValueError, r"parameters on one device, got no parameters"),
         ({"cache": 3}, TypeError, r"cache must be a CacheConfig, a codec or None, got int"),
         ({"cache": "fp8"}, ValueError, r"codec must be one of fp32, bf16, fp16, uint8, got 'fp8'"),
-        ({"cache": CacheConfig(disk_dir="/none")}, ValueError, r"disk_dir that is a folder to write to, got .*'/none'"),
+        ({"cache": CacheConfig(store="/none")}, ValueError, r"a store that is a folder to write to, got .*'/none'"),
         ({"policy": Fixed}, TypeError, r"policy must be a function of a Situation, got <class"),
         ({"policy": 3}, TypeError, r"policy must be a function of a Situation, got 3"),
         ({"epochs": True}, ValueError, r"epochs must be a whole number >= 1 or None, got True"),

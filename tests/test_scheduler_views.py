@@ -72,14 +72,14 @@ def test_samples_without_randomness_get_one_view() -> None:
 
 def test_a_resumed_run_keeps_the_views_that_were_chosen_for_it(tmp_path: Path) -> None:
     """Longer than the run it goes on from, it would choose more."""
-    cache = CacheConfig(codec="fp32", disk_bytes=1 << 20, disk_dir=str(tmp_path))
+    cache = CacheConfig(codec="fp32", store=tmp_path, key=str)
     model, optimizer, loader = parts(Jittered())
     first = DropScheduler(model, optimizer, loader, policy=Fixed({0: 1}), epochs=12, cache=cache)
     epoch(first, optimizer)
     first.step()
     state = first.state_dict()
     assert first.config.views == 3
-    assert state["rows_file"] is not None
+    assert state["stored"] is not None
     again, optimizer, loader = parts(Jittered())
     again.load_state_dict(model.state_dict())
     second = DropScheduler(again, optimizer, loader, policy=Fixed({}), epochs=40, cache=cache)
@@ -89,9 +89,9 @@ def test_a_resumed_run_keeps_the_views_that_were_chosen_for_it(tmp_path: Path) -
     caches = first._rows.cache, second._rows.cache
     assert caches[0] is not None
     assert caches[1] is not None
-    filled = torch.nonzero(caches[1].filled).flatten()
-    rows = caches[1].gather(filled)
-    assert len(rows) == 24
-    assert torch.equal(rows, caches[0].gather(filled))
+    assert [int(cache.filled.sum()) for cache in caches if cache is not None] == [24, 24]
+    at = [drop._rows.slots.places(torch.arange(24), 0) for drop in (first, second)]  # of the views of the first epoch
+    rows = caches[1].gather(at[1])
+    assert torch.equal(rows, caches[0].gather(at[0]))
     seen = [sums_of_an_epoch(second) for _ in range(3)]
     assert seen[2] == {float(row.sum()) for row in rows}  # the first epoch's, once all three have been drawn

@@ -252,6 +252,28 @@ class BatchExtras:
                 return column.name
         return None
 
+    def state(self) -> dict[str, Any]:
+        """Return everything stored, as plain values and tensors on the CPU."""
+        varying = [column for column in self._columns if column.varies]
+        return {
+            "filled": self.filled.clone(),
+            "forms": [column.form for column in varying],
+            "values": [torch.as_tensor(c.stored).cpu().clone() if c.has_rows else list(c.stored) for c in varying],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Replace what is stored by a `state`, if its entries are like those of this run's batches."""
+        spec, columns = self._columns_of(self._like)
+        varying = [column for column in columns if column.varies]
+        if [column.form for column in varying] != state["forms"]:
+            return
+        for column, values in zip(varying, state["values"], strict=True):
+            is_list = column.kind == "list"
+            column.stored = (
+                list(values) if is_list else values.numpy() if column.kind == "array" else values.to(self.device)
+            )
+        self._spec, self._columns, self.filled = spec, columns, state["filled"]
+
     def _columns_of(self, batch: Any) -> tuple[Any, list[_Column]]:
         """The structure of a batch, and its columns without values."""
         count = len(input_of(batch, self.key))

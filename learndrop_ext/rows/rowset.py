@@ -320,12 +320,21 @@ class RowSet:
         if self._store is None or saved is None or self._store.entry(saved[0]) is None:
             plan_tiers(rows, RowLayout.of(shape, self.config.codec), budgets_of(self.config, self.device))
 
-    def resume(self, saved: tuple[str, torch.Tensor | None] | None, path: Sequence[int], shape: Sequence[int]) -> None:
+    def resume(
+        self,
+        saved: tuple[str, torch.Tensor | None] | None,
+        path: Sequence[int],
+        shape: Sequence[int],
+        *,
+        order: torch.Tensor | None = None,
+    ) -> None:
         """Replace the rows by those after the last of the cuts `path` that `save` has left in the store.
 
-        If they are not there (RuntimeWarning), the rows are computed again.
+        If they are not there (RuntimeWarning), the rows are computed again. order: samples [n] that get the first n slots.
         """
         self._reset()
+        if order is not None:
+            self.slots.assign(order, self.epoch)
         self.cuts, self._path, self.stores = list(path[-1:]), list(path), True
         count = len(self.slots) * self.views
         found = None if self._store is None or saved is None else self._try("resume", self._found, saved[0], shape)

@@ -46,6 +46,10 @@ class SlotTable:
         self.table.fill_(-1)
         self.used = 0
 
+    def order(self) -> torch.Tensor:
+        """Return the samples [n] by slot."""
+        return self._order[: self.used].clone()
+
     def ids(self, slots: torch.Tensor) -> torch.Tensor:
         """Return the samples [n] that have the slots [n]."""
         return self._order[slots]

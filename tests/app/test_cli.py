@@ -20,7 +20,9 @@ import learndrop_ext
 from learndrop_ext.app import cli, forecasts, runs
 from learndrop_ext.app.cli import main
 from learndrop_ext.app.recipe import Recipe, cache_of
-from learndrop_ext.rows.store import shared
+from learndrop_ext.rows.layout import RowForm
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.store.store import RowKeys, RowStore, StoredRows
 
 SMALL = ["--epochs", "2", "--limit", "96", "--width", "8", "--batch-size", "32"]
 
@@ -196,44 +198,36 @@ def test_options_of_the_rows(
     assert cache_of(dataclasses.replace(recipes[0], seed=7)).seed == 7
 
 
-@dataclasses.dataclass
-class SharedFile:
-    name: str
-    bytes: int
-    age_seconds: float
-
-
-def test_cache_lists_and_removes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = [SharedFile("a.rows", 2048, 12.5), SharedFile("b.rows", 1, 2.0)]
-    asked: list[Any] = []
-
-    def remove_rows(folder: Path, **limits: Any) -> Any:
-        asked.append(limits)
-        return SimpleNamespace(removed=(files.pop(0),), in_use=tuple(files))
-
-    monkeypatch.setattr(shared, "list_rows", lambda folder: list(files))
-    monkeypatch.setattr(shared, "remove_rows", remove_rows)
-    assert main(["cache", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [
-        ["name", "bytes", "age_seconds"],
-        ["a.rows", "2048", "12.5"],
-        ["b.rows", "1", "2.0"],
-    ]
-    assert asked == []
-    assert main(["cache", str(tmp_path), "--remove-older-than", "0.5", "--keep-bytes", "0", "--json"]) == 0
+def test_store_lists_checks_and_removes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, form = RowStore(tmp_path), RowForm.of(torch.zeros(1, 5), "fp32")
+    for cut in (1, 2):
+        made_of = Fingerprint(f"w{cut}", cut, "fp32", "Net", "", "", "one")
+        keys = RowKeys([b"a", b"b"], [0, 0], [None, None])
+        StoredRows(store, made_of).append(keys, torch.full((2, 128), cut, dtype=torch.uint8), form, torch.float32)
+    damaged, other = (tmp_path / entry.file for entry in sorted(store.entries()))
+    damaged.write_bytes(damaged.read_bytes().replace(b"\1", b"\7", 1))
+    assert main(["store", str(tmp_path), "--check", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert asked == [{"older_than_seconds": 43200.0, "keep_bytes": 0}]
-    assert [[file["name"] for file in found[key]] for key in ("removed", "in_use", "rows")] == [
-        ["a.rows"],
-        ["b.rows"],
-        ["b.rows"],
-    ]
-    files[:] = [SharedFile("c.rows", 1, 2.0)]
-    assert main(["cache", str(tmp_path), "--keep-bytes", "0"]) == 0
-    assert capsys.readouterr().out == f"removed 1 files\nno rows in {tmp_path}\n"
+    assert found["damaged"] == {damaged.name: 1}
+    assert {row["file"]: (row["cut"], row["rows"]) for row in found["rows"]} == {
+        damaged.name: (1, 1),
+        other.name: (2, 2),
+    }
+    assert main(["store", str(tmp_path)]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[:2] == ["file", "cut"]
+    assert sorted(line.split()[1] for line in lines) == ["1", "2"]
+    assert main(["store", str(tmp_path), "--compact", "--remove-older-than", "1"]) == 0
+    assert f"saved {128:,} bytes" in capsys.readouterr().out.splitlines()
+    assert main(["store", str(tmp_path), "--keep-bytes", "0"]) == 0
+    assert capsys.readouterr().out == f"removed 2 files\nno rows in {tmp_path}\n"
+
+
+def test_store_refuses_what_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a").touch()
+    for name, kind in (("a", "a file"), (".", "a folder without an index"), ("none", "not there")):
+        assert main(["store", str(tmp_path / name)]) == 2
+        assert f"DIR must be a store of rows, got {tmp_path / name}, which is {kind}" in capsys.readouterr().err
 
 
 def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:

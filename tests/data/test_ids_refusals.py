@@ -66,9 +66,10 @@ def test_what_is_refused_at_once(loader: Any, options: Any, error: type[Exceptio
         begun(loader, **options)
 
 
-def test_rows_are_not_shared(tmp_path: Path) -> None:
-    cache = CacheConfig(shared=True, disk_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="ids must be None where several runs share their rows, got 2 with"):
+@pytest.mark.parametrize(("name", "value"), [("key", str), ("targets", [0] * 24)])
+def test_what_numbers_samples_by_their_index_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    cache = CacheConfig(store=tmp_path, **{name: value})
+    with pytest.raises(ValueError, match=rf"ids must be None with CacheConfig\({name}=\.\.\.\), got 2"):
         begun(Stream(), cache=cache)
 
 

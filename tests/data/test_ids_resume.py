@@ -27,7 +27,7 @@ def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path, after: int, strings: b
     def make(x: torch.Tensor, y: torch.Tensor, i: torch.Tensor) -> Any:
         return x, y, [f"{v}" for v in i.tolist()] if strings else i
 
-    cache = CacheConfig(codec="fp32", disk_bytes=1 << 20, disk_dir=str(tmp_path))
+    cache = CacheConfig(codec="fp32", store_bytes=1 << 20, store=tmp_path)
     user = Stream(make)
     whole, optimizer = begun(user, cache=cache)
     epochs(whole, optimizer, after)
@@ -61,7 +61,7 @@ def test_a_resumed_run_without_a_file_makes_its_rows_again() -> None:
 
 
 def test_rows_of_images_that_have_changed_since_the_checkpoint_are_made_anew(tmp_path: Path) -> None:
-    cache = CacheConfig(codec="fp32", disk_bytes=1 << 20, disk_dir=str(tmp_path))
+    cache = CacheConfig(codec="fp32", store_bytes=1 << 20, store=tmp_path)
     first, optimizer = begun(Stream(), cache=cache)
     epochs(first, optimizer, 3)
     stream = Stream()
@@ -75,7 +75,7 @@ def test_rows_of_images_that_have_changed_since_the_checkpoint_are_made_anew(tmp
 
 
 def test_rows_that_cannot_be_compared_after_a_checkpoint_are_compared_as_images_come_by(tmp_path: Path) -> None:
-    cache = CacheConfig(codec="fp32", disk_bytes=1 << 20, disk_dir=str(tmp_path))
+    cache = CacheConfig(codec="fp32", store_bytes=1 << 20, store=tmp_path)
     first, optimizer = begun(Stream(), cache=cache)
     epochs(first, optimizer, 3)
     stream = Stream(lambda x, y, i: (x, y, i + 1000), shuffle=False)

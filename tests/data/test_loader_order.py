@@ -158,7 +158,7 @@ def test_a_resumed_run_with_persistent_workers_has_the_order_of_a_resumed_plain_
 
     plain = loader()
     wanted = [labels(plain) for _ in range(3)]
-    cache = CacheConfig(codec="fp32", disk_bytes=1 << 20, disk_dir=str(tmp_path))
+    cache = CacheConfig(codec="fp32", store_bytes=1 << 20, store=tmp_path)
     first = scheduler(DataLoader(data(), batch_size=5), cache=cache)
     for _ in range(2):
         labels(first.loader, first)

@@ -74,7 +74,7 @@ def test_samples_of_a_loader_with_workers_are_read_in_workers_alone(
     )
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    cache = CacheConfig(codec="fp32", disk_dir=str(tmp_path), disk_bytes=1 << 20)
+    cache = CacheConfig(codec="fp32", store=tmp_path, key=str)
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}), cache=cache)
     wanted = (torch.arange(COUNT) / 100).view(COUNT, 1, 1, 1).expand(COUNT, 3, 2, 2)
 

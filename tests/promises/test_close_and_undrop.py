@@ -27,7 +27,7 @@ def attributes(model: nn.Module) -> list[set[str]]:
 
 def test_close_gives_the_model_back_as_it_was_found(tmp_path: Path) -> None:
     for how in ("close", "with"):
-        config = CacheConfig(budget_bytes=0, disk_bytes=1 << 22, disk_dir=str(tmp_path))
+        config = CacheConfig(budget_bytes=0, store_bytes=1 << 22, store=tmp_path)
         run = Run(cache=config)
         run.model[4].eval()  # the caller keeps one in eval mode
         before = attributes(run.model), [m.training for m in run.model.modules()]
@@ -38,7 +38,7 @@ def test_close_gives_the_model_back_as_it_was_found(tmp_path: Path) -> None:
                         run.train_step(x, y)
                     drop.step()
                 drop.state_dict()
-                assert list(tmp_path.iterdir()) != []
+                assert list(tmp_path.glob("rows-*")) != []
         else:
             for _ in range(4):
                 for x, y in run.drop.loader:
@@ -49,7 +49,7 @@ def test_close_gives_the_model_back_as_it_was_found(tmp_path: Path) -> None:
             run.drop.close()  # a second time does nothing
         assert (attributes(run.model), [m.training for m in run.model.modules()]) == before
         assert all(p.requires_grad for p in run.model.parameters())
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.glob("rows-*")) == []
         assert run.drop._rows.cache is None
         assert run.model(quarters().tensors[0][:2]).shape == (2, 4)
         with pytest.raises(RuntimeError, match="must be open, and it was closed"):
@@ -58,8 +58,8 @@ def test_close_gives_the_model_back_as_it_was_found(tmp_path: Path) -> None:
             run.drop.step()
 
 
-def test_a_run_that_an_error_ends_keeps_the_file_of_its_checkpoint(tmp_path: Path) -> None:
-    config = CacheConfig(disk_bytes=1 << 22, disk_dir=str(tmp_path))
+def test_a_run_that_an_error_ends_keeps_the_rows_of_its_checkpoint(tmp_path: Path) -> None:
+    config = CacheConfig(store_bytes=1 << 22, store=tmp_path)
     run = Run(cache=config)
     state: dict[str, Any] = {}
 
@@ -71,7 +71,7 @@ def test_a_run_that_an_error_ends_keeps_the_file_of_its_checkpoint(tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert (tmp_path / state["rows_file"]).exists()
+    assert len(list(tmp_path.glob("rows-*"))) == 1
     run.drop = run.scheduler({2: 2}, cache=config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -40,7 +40,7 @@ class Numbered(Dataset[Any]):
 
 
 def rowed(**options: Any) -> CacheConfig:
-    return CacheConfig(codec="fp32", **options)
+    return CacheConfig(codec="fp32", **({"key": str} | options))
 
 
 def begun(
@@ -241,7 +241,7 @@ def test_a_sampler_that_draws_more_than_the_budgets_hold() -> None:
 def test_rows_that_the_tiers_hold_only_without_room_to_read_ahead_are_not_kept(tmp_path: Path) -> None:
     model, optimizer, loader = parts(data(1050), batch_size=350)
     row = 4 * 8 * 8 * 4
-    cache = CacheConfig(codec="fp32", budget_bytes=1000 * row, disk_dir=str(tmp_path), disk_bytes=80 * 4096)
+    cache = CacheConfig(codec="fp32", budget_bytes=1000 * row, store=tmp_path, store_bytes=80 * 4096)
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 1}), cache=cache)
     assert (
         "no rows: they take 1.075 MB and the budget is 1.352 MB, less what reading ahead takes"
@@ -275,7 +275,7 @@ def test_rows_made_on_first_draw_spread_over_the_tiers(tmp_path: Path, drops: di
 
     wanted, _ = run(rowed())
     # 600 rows of 384 bytes: two areas of 256 rows for those that come from the disk, and 88 rows that stay.
-    got, drop = run(rowed(budget_bytes=600 * 384, disk_bytes=1 << 22, disk_dir=str(tmp_path)))
+    got, drop = run(rowed(budget_bytes=600 * 384, store_bytes=1 << 22, store=tmp_path))
     plan = drop._rows.cache.plan
     assert (plan.device > 0, plan.disk > 0) == (True, True)
     assert bool(drop._rows.cache.filled.all())
@@ -314,7 +314,7 @@ def test_rows_are_made_anew_under_another_autocast() -> None:
 
 
 def test_a_resume_in_the_middle_of_an_epoch_goes_on_with_the_rows_that_are_there(tmp_path: Path) -> None:
-    config = rowed(disk_bytes=1 << 20, disk_dir=str(tmp_path))
+    config = rowed(store_bytes=1 << 20, store=tmp_path)
     first, optimizer = begun(Numbered(), cache=config)
     trained(first, optimizer)
     first.step()
@@ -325,7 +325,7 @@ def test_a_resume_in_the_middle_of_an_epoch_goes_on_with_the_rows_that_are_there
         if i == 1:
             break
     state = first.state_dict()
-    assert state["rows_file"] is not None
+    assert state["stored"] is not None
     dataset = Numbered()
     model, optimizer, loader = parts(dataset, batch_size=8)
     model.load_state_dict(first.model.state_dict())
