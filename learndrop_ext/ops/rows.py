@@ -231,12 +231,13 @@ def _is_left_to_torch(B: int, row: int, codec: str, dtype: torch.dtype) -> bool:
     stored = DTYPES[CODECS.index(codec)]
     values = B * row // stored.itemsize
     moved = values * (stored.itemsize + dtype.itemsize)
-    return dtype in (stored, torch.float32) and TORCH_GRAIN <= values and moved < _C.SERIAL_BYTES
+    return dtype in (stored, torch.float32) and values >= TORCH_GRAIN and moved < _C.SERIAL_BYTES
 
 
 def _gather_by_torch(cache: Tensor, index: Tensor, row: int, out: Tensor, stored: torch.dtype) -> None:
-    table = cache.view(stored)[:, : row // stored.itemsize]
-    flat = out.as_strided((index.shape[0], table.shape[1]), (table.shape[1], 1))
+    D = row // stored.itemsize
+    table = cache.view(stored)[:, :D]
+    flat = out.as_strided((index.shape[0], D), (D, 1))
     if out.dtype == stored:
         torch.index_select(table, 0, index, out=flat)
     else:
