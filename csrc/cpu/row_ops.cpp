@@ -68,7 +68,7 @@ Plan plan(int64_t batch, int64_t units, int64_t unit_bytes, int threads, bool di
 template <class Slice>
 void for_each_slice(int64_t batch, int64_t units, const Plan& p, const Slice& slice) {
   parallel_for(batch * p.slices, p.grain, p.threads, [&](int64_t first, int64_t last) {
-    const DefaultRounding rounding;
+    [[maybe_unused]] const DefaultRounding rounding;
     for (int64_t item = first; item < last; ++item) {
       const int64_t start = item % p.slices * p.length;
       slice(item / p.slices, start, std::min(start + p.length, units));
