@@ -2,10 +2,11 @@
 
     pytest bench/bench_row_ops.py --benchmark-only          (on a GPU if there is one, else with torch's CPU threads)
 
-The cache is many times larger than the last-level cache, and each call uses another random batch, as in an epoch. On a GPU
-a round is BATCHES calls with one synchronisation at the end, so that times are the device's and not those of a launch.
-"into out" writes to an existing tensor. The other cases return a new one, whose pages the operating system must map first,
-except "ActivationCache", which reuses the memory of earlier batches.
+The cache is many times larger than the last-level cache, and each call uses another batch of an epoch: all rows are read
+before one is read again. On a GPU a round is BATCHES calls with one synchronisation at the end, so that times are the
+device's and not those of a launch. "into out" writes to existing tensors, and appends read them, which take turns so that
+none is in a CPU's caches. The other cases return a new tensor, whose pages the operating system must map first if it is
+large, except "ActivationCache", which reuses the memory of earlier batches; what is used again may be in the caches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from measure import DEVICE, measure, waited_for
+from measure import DEVICE, FAR_BYTES, measure, waited_for
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from learndrop_ext import ops
 from learndrop_ext.rows.cache import ActivationCache
 
 # The last-level cache is 36 MB on the Xeon, 50 MB on an H200.
-CACHE_BYTES = (4 << 30) if DEVICE == "cuda" else (256 << 20)
+CACHE_BYTES = (4 << 30) if DEVICE == "cuda" else max(256 << 20, FAR_BYTES)
 BATCHES = 16
 # Batch and row: 2 KB, 32 KB, 128 KB and 196 KB of fp16 (the last is ResNet-50's deepest cut at 224 px).
 CASES = [(128, (1024,)), (128, (64, 16, 16)), (128, (64, 32, 32)), (128, (2048, 7, 7))]
@@ -48,12 +49,12 @@ class Data:
     cache: Tensor  # [R, S] uint8
     table: Tensor  # [R, D] of the codec's type
     scale: Tensor  # [R, 1, C]: a uint8 table's
-    rows: Tensor  # [B, *shape] fp32, channels last
-    indices: list[Tensor]  # BATCHES of [B]
+    rows: list[Tensor]  # of [B, *shape] fp32, channels last
+    indices: list[Tensor]  # of [B], an epoch
     on_host: list[Tensor]
 
     def bytes_moved(self, dtype: torch.dtype) -> int:
-        return len(self.rows) * (ops.row_bytes(self.shape, self.codec) + math.prod(self.shape) * dtype.itemsize)
+        return len(self.rows[0]) * (ops.row_bytes(self.shape, self.codec) + math.prod(self.shape) * dtype.itemsize)
 
 
 @functools.lru_cache(maxsize=1)
@@ -69,9 +70,15 @@ def data(B: int, shape: tuple[int, ...], codec: str) -> Data:
     for first in range(0, R, B):
         ops.append_rows(cache, rows, torch.arange(first, first + B), codec=codec)
     table = torch.ones(R, D, dtype=CODES.get(codec, torch.uint8), device=DEVICE)
-    on_host = [torch.randperm(R)[:B] for _ in range(BATCHES)]
+    on_host = list(torch.randperm(R).split(B))
     scale = torch.ones(R, 1, shape[0] if len(shape) == 3 else 1, device=DEVICE)
-    return Data(shape, codec, cache, table, scale, rows, [index.to(DEVICE) for index in on_host], on_host)
+    indices = [index.to(DEVICE) for index in on_host]
+    return Data(shape, codec, cache, table, scale, in_turn(rows), indices, on_host)
+
+
+def in_turn(tensor: Tensor) -> list[Tensor]:
+    """The tensor and copies of it, of FAR_BYTES together."""
+    return [tensor, *(tensor.clone() for _ in range(FAR_BYTES // tensor.nbytes))]
 
 
 def decoded(table: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -99,15 +106,23 @@ def fbgemm_rows() -> Callable[[Tensor, Tensor], Tensor]:
     return rows
 
 
+#: Counts calls of all cases, so that none begins with what the one before has left in a cache.
+CALLS = itertools.count()
+
+
 def time_case(
-    benchmark: BenchmarkFixture, call: Callable[[int], object], case: str, contender: str, moved_bytes: int
+    benchmark: BenchmarkFixture,
+    call: Callable[[int], object],
+    case: str,
+    contender: str,
+    moved_bytes: int,
+    again_bytes: int = FAR_BYTES,
 ) -> None:
-    """Time call(i), i counting through the batches."""
-    batches = itertools.cycle(range(BATCHES))
+    """Time call(i), i counting the calls."""
     suite = "append_rows" if case.startswith("append") else "gather_rows"
     measure(
         benchmark,
-        lambda: call(next(batches)),
+        lambda: call(next(CALLS)),
         suite=suite,
         case=case,
         contender=contender,
@@ -115,7 +130,12 @@ def time_case(
         rounds=ROUNDS,
         iterations=ITERATIONS,
         warmup_rounds=8 if DEVICE == "cpu" else 1,
+        again_bytes=again_bytes,
     )
+
+
+def at(values: list[Tensor], i: int) -> Tensor:
+    return values[i % len(values)]
 
 
 def name(verb: str, B: int, shape: tuple[int, ...], types: str) -> str:
@@ -134,30 +154,32 @@ def test_gather_fp16(
     if into_out and contender in ("torch.compile", "FBGEMM + to"):
         pytest.skip("returns a new tensor")
     d = data(B, shape, "fp16")
-    flat = torch.empty(B, math.prod(shape), dtype=dtype, device=DEVICE)
+    flats = in_turn(torch.empty(B, math.prod(shape), dtype=dtype, device=DEVICE)) if into_out else []
     picked = torch.empty(B, math.prod(shape), dtype=torch.float16, device=DEVICE)
     shaped = torch.empty(B, *shape, dtype=dtype, device=DEVICE)
-    out = shaped.to(memory_format=torch.channels_last) if len(shape) == 3 else shaped
+    outs = in_turn(shaped.to(memory_format=torch.channels_last) if len(shape) == 3 else shaped) if into_out else []
 
     def ours(i: int) -> object:
-        return ops.gather_rows(d.cache, d.on_host[i], shape, dtype=dtype, out=out if into_out else None)
+        return ops.gather_rows(d.cache, at(d.on_host, i), shape, dtype=dtype, out=at(outs, i) if into_out else None)
 
     def theirs(i: int) -> object:
         if not into_out:
-            return d.table.index_select(0, d.indices[i]).to(dtype)
+            return d.table.index_select(0, at(d.indices, i)).to(dtype)
         if dtype == torch.float16:
-            return torch.index_select(d.table, 0, d.indices[i], out=flat)
-        return flat.copy_(torch.index_select(d.table, 0, d.indices[i], out=picked))
+            return torch.index_select(d.table, 0, at(d.indices, i), out=at(flats, i))
+        return at(flats, i).copy_(torch.index_select(d.table, 0, at(d.indices, i), out=picked))
 
     calls: dict[str, Callable[[int], object]] = {
         "learndrop": ours,
         "index_select + to": theirs,
-        "torch.compile": lambda i: fused(d.table, d.indices[i], dtype),
-        "FBGEMM + to": lambda i: fbgemm(d.table, d.indices[i]).to(dtype),
+        "torch.compile": lambda i: fused(d.table, at(d.indices, i), dtype),
+        "FBGEMM + to": lambda i: fbgemm(d.table, at(d.indices, i)).to(dtype),
     }
     types = f"fp16 to {str(dtype).removeprefix('torch.')}{', into out' if into_out else ''}"
-    call = calls[contender]
-    time_case(benchmark, call, name("gather", B, shape, types), contender, d.bytes_moved(dtype))
+    again_bytes = FAR_BYTES if into_out else 0
+    time_case(
+        benchmark, calls[contender], name("gather", B, shape, types), contender, d.bytes_moved(dtype), again_bytes
+    )
 
 
 @pytest.mark.parametrize("contender", ["learndrop", "index_select + to"])
@@ -167,20 +189,20 @@ def test_gather_of_a_training_step(benchmark: BenchmarkFixture, B: int, shape: t
     d = data(B, shape, "fp16")
     cache = ActivationCache(len(d.table), shape, codec="fp16", device=torch.device(DEVICE))
     for slots in torch.arange(len(d.table)).split(B):
-        cache.append(slots, d.rows)
+        cache.append(slots, d.rows[0])
     held: list[Tensor] = []
 
     def ours(i: int) -> object:
-        held[:] = [cache.gather(d.on_host[i])]
+        held[:] = [cache.gather_known(at(d.on_host, i))]
         return held
 
     def theirs(i: int) -> object:
-        held[:] = [d.table.index_select(0, d.indices[i]).to(torch.float32)]
+        held[:] = [d.table.index_select(0, at(d.indices, i)).to(torch.float32)]
         return held
 
     call = ours if contender == "learndrop" else theirs
     case = name("gather", B, shape, "fp16 to float32, ActivationCache")
-    time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
+    time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32), again_bytes=0)
 
 
 @pytest.mark.parametrize("contender", ["learndrop", "index_select + to + mul + add", "torch.compile"])
@@ -190,11 +212,11 @@ def test_gather_uint8(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...
     d = data(B, shape, "uint8")
 
     def ours(i: int) -> object:
-        return ops.gather_rows(d.cache, d.on_host[i], shape, codec="uint8")
+        return ops.gather_rows(d.cache, at(d.on_host, i), shape, codec="uint8")
 
-    call = ours if contender == "learndrop" else lambda i: scaled(d.table, d.scale, d.indices[i])
+    call = ours if contender == "learndrop" else lambda i: scaled(d.table, d.scale, at(d.indices, i))
     case = name("gather", B, shape, "uint8 to float32")
-    time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32))
+    time_case(benchmark, call, case, contender, d.bytes_moved(torch.float32), again_bytes=0)
 
 
 @pytest.mark.parametrize("contender", ["learndrop", "index_copy_ of to"])
@@ -204,14 +226,14 @@ def test_append_fp16(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...]
     if layout == "contiguous" and len(shape) != 3:
         pytest.skip("has one layout")
     d = data(B, shape, "fp16")
-    rows = d.rows if layout == "channels_last" else d.rows.contiguous()
+    rows = d.rows if layout == "channels_last" else [rows.contiguous() for rows in d.rows]
 
     def ours(i: int) -> object:
-        return ops.append_rows(d.cache, rows, d.on_host[i])
+        return ops.append_rows(d.cache, at(rows, i), at(d.on_host, i))
 
     def theirs(i: int) -> object:
-        flat = rows.permute(0, 2, 3, 1) if len(shape) == 3 else rows
-        return d.table.index_copy_(0, d.indices[i], flat.to(torch.float16).reshape(B, -1))
+        flat = at(rows, i).permute(0, 2, 3, 1) if len(shape) == 3 else at(rows, i)
+        return d.table.index_copy_(0, at(d.indices, i), flat.to(torch.float16).reshape(B, -1))
 
     call = ours if contender == "learndrop" else theirs
     case = name("append", B, shape, f"float32 to fp16, {layout}")
@@ -222,5 +244,5 @@ def test_append_fp16(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...]
 def test_append_uint8(benchmark: BenchmarkFixture, B: int, shape: tuple[int, ...]) -> None:
     d = data(B, shape, "uint8")
     case = name("append", B, shape, "float32 to uint8")
-    call = lambda i: ops.append_rows(d.cache, d.rows, d.on_host[i], codec="uint8")  # noqa: E731
+    call = lambda i: ops.append_rows(d.cache, at(d.rows, i), at(d.on_host, i), codec="uint8")  # noqa: E731
     time_case(benchmark, call, case, "learndrop", d.bytes_moved(torch.float32))

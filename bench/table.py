@@ -79,7 +79,13 @@ def kernel_table(results: list[dict[str, Any]]) -> str:
             has_gpu = has_gpu or record["device"] == "cuda"
             ratio = "" if record["ratio"] is None else f"{record['ratio']:.2f}"
             cells = [machine, f"{record['suite']}, {record['case']}", f"{record['median_s'] * 1e3:.3f} ms"]
-            cells += [f"{record['gb_s']:.1f}", f"{100 * record['share_of_limit']:.0f} %", record["peer"] or "", ratio]
+            share = record["share_of_limit"]
+            cells += [
+                f"{record['gb_s']:.1f}",
+                "" if share is None else f"{100 * share:.0f} %",
+                record["peer"] or "",
+                ratio,
+            ]
             lines.append(f"| {' | '.join(cells)} |")
     if not has_gpu:
         lines.append("| a GPU | all | not measured | | | | |")

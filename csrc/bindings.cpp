@@ -4,7 +4,6 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -28,21 +27,15 @@ void bind_host_rows(py::module_& m);
 
 namespace {
 
-using Shape = std::array<int64_t, 3>;      // height, width, channels
-using Strides = std::array<int64_t, 4>;    // of B, height, width, channels, in values
-using Target = std::pair<int, uintptr_t>;  // device number and stream; device -1 is the CPU
-
-RowShape row_shape(const Shape& shape) {
-  return {.height = shape[0], .width = shape[1], .channels = shape[2]};
-}
-
 #ifndef LEARNDROP_CUDA_ARCHITECTURES
 [[noreturn]] void refuse_cuda() { throw std::runtime_error("learndrop_ext._C was built without CUDA"); }
 #endif
 
+// Device -1 is the CPU.
 void append_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t rows,
-                 int dtype, int64_t batch, const Shape& shape, const Strides& strides, uintptr_t index,
-                 int threads, const Target& target) {
+                 int dtype, int64_t batch, const RowShape& shape, int64_t stride_b, int64_t stride_h,
+                 int64_t stride_w, int64_t stride_c, uintptr_t index, int threads, int device,
+                 uintptr_t stream) {
   const Append append{.cache = pointer<void>(cache),
                       .cache_rows = cache_rows,
                       .cache_stride_bytes = cache_stride_bytes,
@@ -50,24 +43,24 @@ void append_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes
                       .rows = pointer<const void>(rows),
                       .dtype = static_cast<Dtype>(dtype),
                       .batch = batch,
-                      .shape = row_shape(shape),
-                      .stride_b = strides[0],
-                      .stride_h = strides[1],
-                      .stride_w = strides[2],
-                      .stride_c = strides[3],
+                      .shape = shape,
+                      .stride_b = stride_b,
+                      .stride_h = stride_h,
+                      .stride_w = stride_w,
+                      .stride_c = stride_c,
                       .index = pointer<const int64_t>(index)};
   const py::gil_scoped_release release;
-  if (target.first < 0) return cpu::append_rows(append, threads);
+  if (device < 0) return cpu::append_rows(append, threads);
 #ifdef LEARNDROP_CUDA_ARCHITECTURES
-  cuda::append_rows(append, target.first, pointer<void>(target.second));
+  cuda::append_rows(append, device, pointer<void>(stream));
 #else
   refuse_cuda();
 #endif
 }
 
 void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t out,
-                 int dtype, int64_t batch, const Shape& shape, uintptr_t index, bool index_on_host,
-                 int threads, const Target& target) {
+                 int dtype, int64_t batch, const RowShape& shape, uintptr_t index, bool index_on_host,
+                 int threads, int device, uintptr_t stream) {
   const Gather gather{.cache = pointer<const void>(cache),
                       .cache_rows = cache_rows,
                       .cache_stride_bytes = cache_stride_bytes,
@@ -75,13 +68,13 @@ void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes
                       .out = pointer<void>(out),
                       .dtype = static_cast<Dtype>(dtype),
                       .batch = batch,
-                      .shape = row_shape(shape),
+                      .shape = shape,
                       .index = pointer<const int64_t>(index),
                       .index_on_host = index_on_host};
   const py::gil_scoped_release release;
-  if (target.first < 0) return cpu::gather_rows(gather, threads);
+  if (device < 0) return cpu::gather_rows(gather, threads);
 #ifdef LEARNDROP_CUDA_ARCHITECTURES
-  cuda::gather_rows(gather, target.first, pointer<void>(target.second));
+  cuda::gather_rows(gather, device, pointer<void>(stream));
 #else
   refuse_cuda();
 #endif
@@ -132,19 +125,29 @@ PYBIND11_MODULE(_C, m) {
   if (const char* simd = std::getenv("LEARNDROP_SIMD")) cpu::select_simd(simd);
   m.def("build_info", &build_info);
   m.def("select_simd", &cpu::select_simd, py::arg("name"));
+  py::class_<RowShape>(m, "RowShape")
+      .def(py::init([](int64_t height, int64_t width, int64_t channels) {
+             return RowShape{.height = height, .width = width, .channels = channels};
+           }),
+           py::arg("height"), py::arg("width"), py::arg("channels"))
+      .def_readonly("height", &RowShape::height)
+      .def_readonly("width", &RowShape::width)
+      .def_readonly("channels", &RowShape::channels);
   m.def(
       "row_bytes",
-      [](int codec, const Shape& shape) { return row_bytes(static_cast<Codec>(codec), row_shape(shape)); },
+      [](int codec, const RowShape& shape) { return row_bytes(static_cast<Codec>(codec), shape); },
       py::arg("codec"), py::arg("shape"));
   m.attr("HELD_ROWS") = kHeldRows;
+  m.attr("SERIAL_BYTES") = cpu::kSerialBytes;
   m.def("first_outside", &first_outside, py::arg("index"), py::arg("batch"), py::arg("rows"));
   m.def("first_repeated", &first_repeated, py::arg("index"), py::arg("batch"));
   m.def("append_rows", &append_rows, py::arg("cache"), py::arg("cache_rows"), py::arg("cache_stride_bytes"),
         py::arg("codec"), py::arg("rows"), py::arg("dtype"), py::arg("batch"), py::arg("shape"),
-        py::arg("strides"), py::arg("index"), py::arg("threads"), py::arg("target"));
+        py::arg("stride_b"), py::arg("stride_h"), py::arg("stride_w"), py::arg("stride_c"), py::arg("index"),
+        py::arg("threads"), py::arg("device"), py::arg("stream"));
   m.def("gather_rows", &gather_rows, py::arg("cache"), py::arg("cache_rows"), py::arg("cache_stride_bytes"),
         py::arg("codec"), py::arg("out"), py::arg("dtype"), py::arg("batch"), py::arg("shape"),
-        py::arg("index"), py::arg("index_on_host"), py::arg("threads"), py::arg("target"));
+        py::arg("index"), py::arg("index_on_host"), py::arg("threads"), py::arg("device"), py::arg("stream"));
   bind_delta_norms(m);
   bind_digest(m);
   bind_disk_rows(m);

@@ -1,8 +1,6 @@
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <stdexcept>
-#include <utility>
 
 #include "host_rows.h"
 
@@ -10,8 +8,6 @@ namespace py = pybind11;
 
 namespace learndrop {
 namespace {
-
-using Target = std::pair<int, uintptr_t>;  // device number and stream
 
 #ifdef LEARNDROP_CUDA_ARCHITECTURES
 void pin(uintptr_t address, int64_t bytes, int device) {
@@ -26,7 +22,7 @@ void unpin(uintptr_t address) {
 
 void host_rows_to_device(uintptr_t source, int64_t source_stride_bytes, uintptr_t index, int64_t count,
                          uintptr_t into, int64_t into_stride_bytes, int64_t row_bytes, bool kernel,
-                         bool index_on_host, const Target& target) {
+                         bool index_on_host, int device, uintptr_t stream) {
   const HostRows rows{.source = pointer<const void>(source),
                       .source_stride_bytes = source_stride_bytes,
                       .index = pointer<const int64_t>(index),
@@ -36,14 +32,14 @@ void host_rows_to_device(uintptr_t source, int64_t source_stride_bytes, uintptr_
                       .row_bytes = row_bytes,
                       .index_on_host = index_on_host};
   const py::gil_scoped_release release;
-  (kernel ? cuda::gather_host_rows : cuda::copy_host_rows)(rows, target.first, pointer<void>(target.second));
+  (kernel ? cuda::gather_host_rows : cuda::copy_host_rows)(rows, device, pointer<void>(stream));
 }
 #else
 constexpr auto kRefusal = "learndrop_ext._C was built without CUDA";
 void pin(uintptr_t, int64_t, int) { throw std::runtime_error(kRefusal); }
 void unpin(uintptr_t) { throw std::runtime_error(kRefusal); }
-void host_rows_to_device(uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, bool, bool,
-                         const Target&) {
+void host_rows_to_device(uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t, int64_t, int64_t, bool, bool, int,
+                         uintptr_t) {
   throw std::runtime_error(kRefusal);
 }
 #endif
@@ -55,7 +51,8 @@ void bind_host_rows(py::module_& m) {
   m.def("unpin", &unpin, py::arg("address"));
   m.def("host_rows_to_device", &host_rows_to_device, py::arg("source"), py::arg("source_stride_bytes"),
         py::arg("index"), py::arg("count"), py::arg("into"), py::arg("into_stride_bytes"),
-        py::arg("row_bytes"), py::arg("kernel"), py::arg("index_on_host"), py::arg("target"));
+        py::arg("row_bytes"), py::arg("kernel"), py::arg("index_on_host"), py::arg("device"),
+        py::arg("stream"));
 }
 
 }  // namespace learndrop

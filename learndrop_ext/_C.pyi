@@ -9,9 +9,20 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo: ...
 def select_simd(name: str) -> None: ...
-def row_bytes(codec: int, shape: tuple[int, int, int]) -> int: ...
+
+class RowShape:
+    def __init__(self, height: int, width: int, channels: int) -> None: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+
+def row_bytes(codec: int, shape: RowShape) -> int: ...
 
 HELD_ROWS: int
+SERIAL_BYTES: int
 
 def first_outside(index: int, batch: int, rows: int) -> int: ...
 def first_repeated(index: int, batch: int) -> int: ...
@@ -23,11 +34,15 @@ def append_rows(
     rows: int,
     dtype: int,
     batch: int,
-    shape: tuple[int, int, int],
-    strides: tuple[int, int, int, int],
+    shape: RowShape,
+    stride_b: int,
+    stride_h: int,
+    stride_w: int,
+    stride_c: int,
     index: int,
     threads: int,
-    target: tuple[int, int],
+    device: int,
+    stream: int,
 ) -> None: ...
 def gather_rows(
     cache: int,
@@ -37,11 +52,12 @@ def gather_rows(
     out: int,
     dtype: int,
     batch: int,
-    shape: tuple[int, int, int],
+    shape: RowShape,
     index: int,
     index_on_host: bool,
     threads: int,
-    target: tuple[int, int],
+    device: int,
+    stream: int,
 ) -> None: ...
 def delta_norms(
     chunks: int,
@@ -58,9 +74,21 @@ def delta_norms(
     threads: int,
 ) -> None: ...
 def digests(chunks: int, chunk_count: int, seeds: int, out: int, tensors: int, threads: int) -> None: ...
+
+class RowFile:
+    def __init__(
+        self,
+        descriptor: int,
+        rows_offset: int,
+        rows_per_group: int,
+        group_bytes: int,
+        place_bytes: int,
+        row_bytes: int,
+    ) -> None: ...
+
 def crc32c(data: bytes | bytearray | memoryview, portable: bool = False) -> int: ...
 def read_rows(
-    file: tuple[int, int, int, int, int, int],
+    file: RowFile,
     slots: int,
     count: int,
     into: int,
@@ -70,7 +98,7 @@ def read_rows(
     threads: int,
 ) -> int: ...
 def write_rows(
-    file: tuple[int, int, int, int, int, int],
+    file: RowFile,
     slots: int,
     count: int,
     rows: int,
@@ -90,5 +118,6 @@ def host_rows_to_device(
     row_bytes: int,
     kernel: bool,
     index_on_host: bool,
-    target: tuple[int, int],
+    device: int,
+    stream: int,
 ) -> None: ...

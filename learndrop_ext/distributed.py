@@ -1,8 +1,9 @@
-"""What several processes must agree on before a drop: the decision, and the buffers of the frozen layers."""
+"""What several processes must agree on before a drop: the memory, the decision, and the buffers of the frozen layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -24,7 +25,7 @@ def process_rank() -> int:
 def from_rank_zero(value: T) -> T:
     """Return rank 0's value on every rank; the value itself for a single process. It must be picklable.
 
-    Decisions depend on timings and free memory, which differ between processes, and all ranks must drop the same layers.
+    Decisions depend on timings, which differ between processes, and all ranks must drop the same layers.
 
     Raises:
         RuntimeError: another process has ended, or did not get here within the process group's timeout.
@@ -32,17 +33,38 @@ def from_rank_zero(value: T) -> T:
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
     box = [value]
-    try:
+    with _together():
         # In a broadcast alone, rank 0 would not wait for the others.
         distributed.barrier()
         distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def smallest_of_ranks(values: Sequence[int]) -> tuple[int, ...]:
+    """Return for each value the smallest of all ranks; the values themselves for a single process.
+
+    Raises:
+        RuntimeError: as `from_rank_zero`.
+    """
+    if not several_processes():
+        return tuple(values)
+    of_ranks: list[Sequence[int]] = [()] * distributed.get_world_size()
+    with _together():
+        distributed.all_gather_object(of_ranks, tuple(values))
+    return tuple(map(min, zip(*of_ranks, strict=True)))
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Name what a collective waited for in vain."""
+    try:
+        yield
     except RuntimeError as error:
         raise RuntimeError(
             f"drop.step: all {distributed.get_world_size()} processes must decide together, and rank "
             f"{distributed.get_rank()} waited in vain: another process has ended, or did not call drop.step() within the "
             f"timeout of init_process_group ({error})"
         ) from error
-    return box[0]
 
 
 def share_buffers(buffers: Iterable[torch.Tensor]) -> None:

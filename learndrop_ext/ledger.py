@@ -15,8 +15,10 @@ from learndrop_ext.decide import costs
 from learndrop_ext.decide.costbook import CostBook
 from learndrop_ext.decide.forecast import RunCosts
 from learndrop_ext.decide.timing import time_step, untimed
+from learndrop_ext.distributed import smallest_of_ranks
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.history import Record
+from learndrop_ext.rows.plan import Budgets, budgets_of
 from learndrop_ext.rows.rowset import RowSet
 
 
@@ -35,8 +37,8 @@ class Ledger:
         self._chain, self._rows, self._loader, self._source = chain, rows, loader, source
         self._setup_seconds = 0.0  # time spent constructing the scheduler
         self._prefix_before = 0  # layers that were dropped before the last drop
-        config = rows.config if keeps_rows else None
-        self._costs = CostBook(untimed(chain), config, rows.device, samples=source.expected())
+        self._config = rows.config if keeps_rows else None
+        self._costs = CostBook(untimed(chain), self._config, rows.device, samples=source.expected())
 
     @property
     def measured(self) -> bool:
@@ -64,9 +66,12 @@ class Ledger:
         """Time training steps again when costs are next asked for."""
         self._costs.measured = False
 
-    def tiers(self) -> Sequence[costs.TierCost]:
-        """Return the budgets and speeds of the tiers."""
-        return self._costs.tiers()
+    def read_budgets(self) -> None:
+        """Read the bytes that rows may take, once for each decision: in each tier the fewest of all ranks."""
+        if self._config is not None:
+            mine = budgets_of(self._config, self._rows.device)
+            assert mine.device is not None
+            self._costs.budgets = Budgets(*smallest_of_ranks((mine.device, mine.host, mine.disk)))
 
     def measure(self, run: Callable[[], Any], optimizer: torch.optim.Optimizer, *, batch: int) -> None:
         """Time training steps: `run` calls the model on a batch of `batch` samples."""
@@ -79,7 +84,7 @@ class Ledger:
         count = self._loader.batches.expected_rows()
         self._costs.samples = self._source.expected()
         choices = self._costs.choices(self._rows.cut, count)
-        return self._costs.run_costs(choices, count, views=self._rows.views), choices
+        return self._costs.run_costs(choices, views=self._rows.views), choices
 
     def elapsed(self, history: Sequence[Record]) -> float:
         """Return the seconds of the run so far, the construction of the scheduler included."""

@@ -128,7 +128,6 @@ class DropScheduler:
         self._chain, self._source = chain, source
         self._history: list[Record] = []
         self._prefix = self._epoch = 0
-        self._keeps_rows = cache is not None
         self._undropped: int | None = None
         self._forecast_seconds: float | None = None
         self._said_saturated = False
@@ -151,9 +150,10 @@ class DropScheduler:
         self._forgotten = weakref.finalize(self._loader, bypass.release)  # once nobody can train on rows any more
         self._forgotten.atexit = False
         self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)
-        self._ledger = Ledger(chain, self._rows, self._loader, source, keeps_rows=self._keeps_rows)
+        self._ledger = Ledger(chain, self._rows, self._loader, source, keeps_rows=cache is not None)
         self._deltas = self._deltas_from(0)
         self._traces = traces_of(model)
+        self._ledger.read_budgets()
         if isinstance(self._policy, PlanningPolicy):
             self._measure_costs()
             self._policy.check(self._ledger.run_costs()[0], epochs)
@@ -238,6 +238,7 @@ class DropScheduler:
         forward_flops, fill_flops = self._ledger.flops(samples, images, older)
         if uses_costs(self._policy):
             self._measure_costs()
+        self._ledger.read_budgets()
         read = self._loader.relabelled
         self._ledger.observe(self._prefix, samples=samples, made=images + older, read=read, seconds=epoch_seconds)
         situation, choices = self._situation(self._epoch + 1, measured, epoch_seconds)
@@ -280,8 +281,7 @@ class DropScheduler:
             raise ValueError("drop.forecast: epochs must be known, give forecast(epochs) or DropScheduler(epochs=...)")
         self._measure_costs()
         run, choices = self._ledger.run_costs()
-        tiers = self._ledger.tiers() if self._keeps_rows else ()
-        return forecast(run, epochs, row_bytes=[choice.row_bytes for choice in choices], tiers=tiers)
+        return forecast(run, epochs, choices)
 
     def undrop(self) -> None:
         """Train the whole model on images again: dropped layers become live and the rows are freed."""

@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation
 from learndrop_ext.data.share import Share
-from learndrop_ext.distributed import from_rank_zero, share_buffers
+from learndrop_ext.distributed import from_rank_zero, share_buffers, smallest_of_ranks
 from learndrop_ext.guards import PROBES
 
 
 def test_alone_nothing_is_shared() -> None:
     buffer = torch.ones(2)
     assert from_rank_zero((1, "a")) == (1, "a")
+    assert smallest_of_ranks((3, 0, 2)) == (3, 0, 2)
     share_buffers([buffer])
     assert buffer.tolist() == [1, 1]
 
@@ -88,6 +89,30 @@ def test_two_ranks_under_ddp_drop_alike(tmp_path: Path) -> None:
     assert first["rows"] >= 12
     for name, value in first["model"].items():
         assert torch.equal(value, second["model"][name]), name
+
+
+def keep_within(rank: int, out: str) -> None:
+    """One of two ranks, whose budgets hold all rows, or those of a single image."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    data = TensorDataset(torch.randn(24, 3, 8, 8), torch.randint(0, 5, (24,)))
+    loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, 2, rank))
+    cache = CacheConfig(codec="fp32", budget_bytes=(10**6, 640)[rank])
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}), cache=cache)
+    for x, y in drop.loader:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    reason = drop.step().reason
+    torch.save({"reason": reason, "prefix": drop.prefix, "cut": drop._rows.cut}, f"{out}/{rank}.pt")
+
+
+def test_rows_are_kept_where_they_fit_on_every_rank(tmp_path: Path) -> None:
+    spawn(in_group, (keep_within, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert (seen["prefix"], seen["cut"]) == (1, 0)
+        assert seen["reason"] == "set by hand; no rows: they take 7.68 kB and the budget is 640 bytes"
 
 
 class Counted(TensorDataset):

@@ -215,3 +215,20 @@ def test_the_seeds_of_a_comparison_are_each_compared_with_their_own_runs(monkeyp
         "By seed, learndrop was 2.00 to 3.00 times as fast as baseline, -1.00 to +1.00 points (+0.00 in mean) against "
         "baseline, -0.50 to +4.00 points (+1.75 in mean) against short."
     )
+
+
+def test_a_share_of_a_copy_is_of_calls_whose_bytes_are_in_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCH)
+
+    def benchmark(case: str, contender: str, seconds: list[float], **info: object) -> dict[str, object]:
+        said = {"suite": "gather_rows", "case": case, "contender": contender, "bytes": 1_000_000, **info}
+        return {"extra_info": said, "stats": {"data": seconds}}
+
+    benchmarks = [
+        benchmark("far", "learndrop", [2e-4, 1e-4, 4e-4], of_a_copy=True),
+        benchmark("far", "index_select", [3e-4]),
+        benchmark("near", "learndrop", [1e-5], of_a_copy=False),
+    ]
+    far, near = importlib.import_module("run").kernel_records(benchmarks, "cpu", 10.0)
+    assert (far["share_of_limit"], far["ratio"]) == (pytest.approx(0.5), pytest.approx(1.5))
+    assert (near["share_of_limit"], near["ratio"]) == (None, None)

@@ -17,14 +17,15 @@
 namespace learndrop::cpu {
 namespace {
 
-// Waking a thread costs 10 to 40 us, in which one core moves 0.2 to 0.6 MB at 16 GB/s. Calls that move fewer
-// bytes stay on the calling thread.
-constexpr int64_t kSerialBytes = 1 << 20;
 // Bytes of a piece of work. At 16 GB/s it takes 2 us, twenty times the 0.1 us of claiming it.
 constexpr int64_t kPieceBytes = 32 << 10;
 // A strided image is gathered in blocks of 64 pixels and 64 channels: 16 KB of fp32, half of an L1 cache,
 // read in whole cache lines if pixels are dense (NCHW).
 constexpr int64_t kBlock = 64;
+// Bytes of the next row that are asked for while a row is decoded. Rows are at random places, where the
+// CPU's own prefetch starts anew: without it each row waits for its first lines, 0.1 us of the 0.2 us that
+// decoding 2 KB takes.
+constexpr int64_t kPrefetchBytes = 2 << 10;
 // Channels that do not fill a vector are repeated 16 times, to fill the 16 lanes of AVX-512.
 constexpr int64_t kLanes = 16;
 constexpr int64_t kRepeatBelow = 64;
@@ -67,7 +68,7 @@ Plan plan(int64_t batch, int64_t units, int64_t unit_bytes, int threads, bool di
 template <class Slice>
 void for_each_slice(int64_t batch, int64_t units, const Plan& p, const Slice& slice) {
   parallel_for(batch * p.slices, p.grain, p.threads, [&](int64_t first, int64_t last) {
-    const DefaultRounding rounding;
+    [[maybe_unused]] const DefaultRounding rounding;
     for (int64_t item = first; item < last; ++item) {
       const int64_t start = item % p.slices * p.length;
       slice(item / p.slices, start, std::min(start + p.length, units));
@@ -248,9 +249,13 @@ void append_uint8(const Append& a, int64_t b, unsigned char* row) {
   });
 }
 
+const unsigned char* row_of(const Gather& g, int64_t b) {
+  return static_cast<const unsigned char*>(g.cache) + g.index[b] * g.cache_stride_bytes;
+}
+
 // Decodes pixels [first, first + pixels) of row b to `out`.
 void decode_pixels(const Gather& g, int64_t b, int64_t first, int64_t pixels, unsigned char* out) {
-  const auto* const row = static_cast<const unsigned char*>(g.cache) + g.index[b] * g.cache_stride_bytes;
+  const unsigned char* const row = row_of(g, b);
   const int64_t channels = g.shape.channels;
   const unsigned char* const in =
       row + header_bytes(g.codec, g.shape) + first * channels * value_bytes(g.codec);
@@ -302,7 +307,11 @@ void gather_rows(const Gather& g, int threads) {
   const int64_t unit_bytes = pixel_bytes + g.shape.channels * value_bytes(g.codec);
   const Plan p = plan(g.batch, pixels, unit_bytes, threads, true);
   auto* const out = static_cast<unsigned char*>(g.out);
+  const int64_t ahead = std::min(kPrefetchBytes, row_bytes(g.codec, g.shape));
   for_each_slice(g.batch, pixels, p, [&](int64_t b, int64_t first, int64_t last) {
+    if (last == pixels && b + 1 < g.batch) {
+      for (int64_t at = 0; at < ahead; at += 64) __builtin_prefetch(row_of(g, b + 1) + at);
+    }
     decode_pixels(g, b, first, last - first, out + (b * pixels + first) * pixel_bytes);
   });
 }

@@ -7,9 +7,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "row_ops.h"
 
@@ -232,13 +235,21 @@ class DeviceGuard {
                              cudaGetErrorString(error));
   }
 
-  // The number of blocks of kThreads threads of a kernel that the device runs at once.
+  // The number of blocks of kThreads threads of a kernel that the device runs at once. The runtime is asked
+  // once for each device and kernel.
   template <class Kernel>
   int64_t resident_blocks(Kernel kernel) const {
-    int processors = 0, blocks = 0;
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_));
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
-    return int64_t{processors} * blocks;
+    static std::mutex mutex;
+    static std::map<std::pair<int, Kernel>, int64_t> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    int64_t& resident = known[{device_, kernel}];
+    if (resident == 0) {
+      int processors = 0, blocks = 0;
+      check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_));
+      check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
+      resident = int64_t{processors} * blocks;
+    }
+    return resident;
   }
 
   // A grid has at most 2^31 - 1 blocks in x.

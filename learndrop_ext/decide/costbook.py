@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +11,7 @@ from learndrop_ext.decide.forecast import RunCosts
 from learndrop_ext.decide.probes import tier_speeds
 from learndrop_ext.decide.timing import StepCosts
 from learndrop_ext.rows.config import CacheConfig
-from learndrop_ext.rows.plan import budgets_of
+from learndrop_ext.rows.plan import Budgets
 
 #: Weight of the newest epoch in the correction of the cost model.
 NEWEST = 0.5
@@ -34,6 +33,7 @@ class CostBook:
         self.scale = 1.0
         self.measured = False
         self.fixed_seconds = 0.0  # that an epoch with dropped layers takes before its first batch
+        self.budgets = Budgets(device=0)  # those of the next decision, read by the owner
         self._config = config
         self._device = device
         self._speeds: tuple[float, float, float] | None = None
@@ -44,17 +44,16 @@ class CostBook:
         config = self._config
         if config is None:
             return [costs.CutChoice(0, 0, "frozen, no rows kept")] * len(self.layers)
-        tiers = self.tiers()
         return [
-            costs.choose_cut(self.layers, k, kept=cut if k >= cut else 0, rows=rows, codec=config.codec, tiers=tiers)
+            costs.choose_cut(
+                self.layers, k, kept=cut if k >= cut else 0, rows=rows, codec=config.codec, budgets=self.budgets
+            )
             for k in range(len(self.layers))
         ]
 
-    def run_costs(self, choices: Sequence[costs.CutChoice], rows: int, *, views: int) -> RunCosts:
+    def run_costs(self, choices: Sequence[costs.CutChoice], *, views: int) -> RunCosts:
         """Return the costs of this run for policies."""
-        tiers = self.tiers() if self._config is not None else []
-        of_cut = {cut: self._row_seconds(cut, rows, tiers) for cut in {choice.cut for choice in choices}}
-        seconds = tuple(of_cut[choice.cut] for choice in choices)
+        seconds = tuple(map(self._row_seconds, choices))
         return RunCosts(
             layers=self.layers,
             cuts=tuple(choice.cut for choice in choices),
@@ -89,19 +88,13 @@ class CostBook:
             self.scale = NEWEST * newest + (1 - NEWEST) * self.scale if self._observed else newest
             self._observed = True
 
-    def tiers(self) -> list[costs.TierCost]:
-        """Return the current costs of each tier. Speeds are measured once layers are timed; until then they are infinite."""
-        assert self._config is not None
-        budgets = budgets_of(self._config, self._device)
-        if self.measured and self._speeds is None:
-            self._speeds = tier_speeds(budgets, self._config, self._device)
-        speeds = self._speeds if self.measured and self._speeds is not None else (math.inf,) * 3
-        assert budgets.device is not None
-        held = (budgets.device, budgets.host, budgets.disk)
-        return [costs.TierCost(budget, speed) for budget, speed in zip(held, speeds, strict=True)]
-
-    def _row_seconds(self, cut: int, rows: int, tiers: Sequence[costs.TierCost]) -> float:
-        shape = self.layers[cut - 1].shape if cut else None
-        if shape is None or self._config is None or not rows:
+    def _row_seconds(self, choice: costs.CutChoice) -> float:
+        """Seconds to gather a row; 0 until layers are timed. The speeds of the tiers are measured then, once."""
+        config, plan = self._config, choice.plan
+        if config is None or plan is None or not self.measured:
             return 0.0
-        return costs.row_seconds(shape, rows, self._config.codec, tiers) or 0.0
+        if self._speeds is None:
+            self._speeds = tier_speeds(self.budgets, config, self._device)
+        shape = self.layers[choice.cut - 1].shape
+        assert shape is not None
+        return costs.row_seconds(shape, config.codec, plan, self._speeds)

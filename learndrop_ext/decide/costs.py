@@ -9,15 +9,7 @@ from dataclasses import dataclass, field
 from learndrop_ext import ops
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.rows.config import CacheConfig
-from learndrop_ext.rows.plan import Budgets, plan_for
-
-
-@dataclass(frozen=True)
-class TierCost:
-    """One tier of the cache: the limit on its bytes, and its bandwidth in bytes per second."""
-
-    budget_bytes: int
-    bytes_per_second: float
+from learndrop_ext.rows.plan import Budgets, TierPlan, plan_for
 
 
 @dataclass(frozen=True)
@@ -45,6 +37,7 @@ class CutChoice:
     cut: int
     row_bytes: int
     reason: str
+    plan: TierPlan | None = field(default=None, compare=False, repr=False)  # where the rows lie
     budgets: Budgets | None = field(default=None, compare=False, repr=False)  # by which it was chosen
 
 
@@ -58,28 +51,19 @@ def forward_flops(layers: Sequence[LayerCost]) -> int:
     return sum(layer.flops for layer in layers)
 
 
-def rows_in_tiers(rows: int, stride: int, tiers: Sequence[TierCost]) -> tuple[int, ...] | None:
-    """How many of `rows` rows of `stride` bytes lie in each tier, the first tier first; None where they do not fit."""
-    counts = []
-    for tier in tiers:
-        counts.append(min(rows, tier.budget_bytes // stride))
-        rows -= counts[-1]
-    return None if rows else tuple(counts)
+def row_seconds(shape: Sequence[int], codec: str, plan: TierPlan, speeds: tuple[float, float, float]) -> float:
+    """Return the mean seconds to gather one of the rows of a shape that lie where `plan` says.
 
+    Every row is gathered on the device, which reads its bytes and writes its fp32 values. Rows that are not there are first
+    read from their tier. Storing a row moves the same bytes and takes as long.
 
-def row_seconds(shape: Sequence[int], rows: int, codec: str, tiers: Sequence[TierCost]) -> float | None:
-    """Return the mean seconds to gather one of `rows` rows of a shape; None if the tiers do not hold them.
-
-    Every row is gathered on the device, the first tier, which reads its bytes and writes its fp32 values. Rows that are not
-    there are first read from the next tiers. Storing a row moves the same bytes and takes as long.
+    speeds: bytes per second of device, host and disk.
     """
     stride = ops.row_stride(shape, codec)
-    counts = rows_in_tiers(rows, stride, tiers)
-    if counts is None:
-        return None
-    seconds = (stride + 4 * math.prod(shape)) / tiers[0].bytes_per_second
-    slower = zip(counts[1:], tiers[1:], strict=True)
-    return seconds + sum(count / rows * stride / tier.bytes_per_second for count, tier in slower if count)
+    on_device, host, disk = speeds
+    seconds = (stride + 4 * math.prod(shape)) / on_device
+    slower = ((plan.host, host), (plan.disk, disk))
+    return seconds + sum(count / plan.slots * stride / speed for count, speed in slower if count)
 
 
 def smallest_row(chain: Chain, config: CacheConfig) -> int:
@@ -88,21 +72,26 @@ def smallest_row(chain: Chain, config: CacheConfig) -> int:
 
 
 def choose_cut(
-    layers: Sequence[LayerCost], prefix: int, *, kept: int, rows: int, codec: str, tiers: Sequence[TierCost]
+    layers: Sequence[LayerCost], prefix: int, *, kept: int, rows: int, codec: str, budgets: Budgets
 ) -> CutChoice:
-    """Choose where `rows` rows (samples x views) of a prefix are kept: at its end, if they fit into the tiers.
+    """Choose where `rows` rows (samples x views) of a prefix are kept: at its end, if the budgets hold them.
 
     kept: the cut of existing rows, 0 for none. They need no free memory, and stay if the rows at the end do not fit.
     """
     if not prefix:
         return CutChoice(0, 0, "")
-    shape = layers[prefix - 1].shape
-    assert shape is not None
-    row = ops.row_stride(shape, codec)
-    budgets = Budgets(*(tier.budget_bytes for tier in tiers))
-    if prefix == kept or plan_for(shape, codec, rows, budgets) is not None:
-        return CutChoice(prefix, row, f"rows after {layers[prefix - 1].name}", budgets)
-    wanted, budget = row * rows, sum(tier.budget_bytes for tier in tiers)
+
+    def rows_after(cut: int) -> tuple[int, TierPlan | None]:
+        """The bytes of a row, and where the rows lie: existing ones that fit into no free memory on the device."""
+        shape = layers[cut - 1].shape
+        assert shape is not None
+        plan = plan_for(shape, codec, rows, budgets)
+        return ops.row_stride(shape, codec), TierPlan(rows) if plan is None and cut == kept else plan
+
+    row, plan = rows_after(prefix)
+    if plan is not None:
+        return CutChoice(prefix, row, f"rows after {layers[prefix - 1].name}", plan, budgets)
+    wanted, budget = row * rows, (budgets.device or 0) + budgets.host + budgets.disk
     texts = format_bytes(wanted), format_bytes(budget)
     if wanted <= budget:
         texts = texts[0], f"{texts[1]}, less what reading ahead takes"
@@ -110,9 +99,8 @@ def choose_cut(
         texts = f"{wanted:,} bytes", f"{budget:,} bytes"
     why = f"no rows: they take {texts[0]} and the budget is {texts[1]}"
     if 0 < kept < prefix:
-        before = layers[kept - 1].shape
-        assert before is not None
-        return CutChoice(kept, ops.row_stride(before, codec), f"rows stay after {layers[kept - 1].name} ({why})")
+        row, plan = rows_after(kept)
+        return CutChoice(kept, row, f"rows stay after {layers[kept - 1].name} ({why})", plan)
     return CutChoice(0, 0, why)
 
 

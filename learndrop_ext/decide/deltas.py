@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from learndrop_ext import ops
-from learndrop_ext.kernels.chunks import Anchors, DeltaTable, Position, build_table
-from learndrop_ext.kernels.shards import MAXIMUM, join, local_part
+from learndrop_ext.kernels.chunks import build_table
+from learndrop_ext.kernels.shards import join
 
 Slots = tuple[tuple[tuple[dict[str, nn.Parameter | None], str], ...], ...]
 
@@ -53,9 +52,9 @@ class Deltas:
     value becomes the anchor. Takes the memory of one copy of the parameters, or two with `persistence`.
 
     Args:
-        layers: [L], the parameters of each layer: fp32, bf16, fp16 or fp64, of any size, on several devices, shared
-            between layers (counted in the first), or sharded (DTensor; all ranks of the mesh measure at the same time,
-            and each gets the sums over all).
+        layers: [L], the parameters of each layer: fp32, bf16, fp16 or fp64, of any size, on one device, shared between
+            layers (counted in the first), or sharded (DTensor; all ranks of the mesh measure at the same time, and each
+            gets the sums over all).
         persistence: also keep the previous delta, for the cosine.
         model: if given, parameters are looked up in it before every measurement, so that ones replaced by
             `load_state_dict(assign=True)` or `module.weight = nn.Parameter(...)` are found.
@@ -75,23 +74,19 @@ class Deltas:
         self._persistence = persistence
         self._layers = tuple(map(tuple, layers))
         self._slots = None if model is None else find_slots(self._layers, model)
-        self._tables = build_tables(self._layers, persistence, {})
+        self._table = build_table(self._layers, persistence=persistence)
 
     def __len__(self) -> int:
         """L, the number of layers."""
         return len(self._layers)
 
     def measure(self, *, refresh: bool = True) -> tuple[LayerChange, ...]:
-        """Return the change of each layer since the anchor. Waits for the devices.
+        """Return the change of each layer since the anchor. Waits for the device.
 
         refresh: make the current parameters the anchor.
         """
         self._follow()
-        # All devices work at the same time: no result is read before the last pass is launched.
-        parts = [join(ops.delta_norms(part.table, refresh=refresh), part.table.mesh) for part in self._tables]
-        together = torch.stack([part.cpu() for part in parts])  # [devices, L, K] float64
-        sums = together.sum(0)
-        sums[:, MAXIMUM] = together[:, :, MAXIMUM].amax(0)
+        sums = join(ops.delta_norms(self._table, refresh=refresh), self._table.mesh)  # [L, K] float64
         return tuple(map(layer_change, sums.tolist()))
 
     def drop_first(self, k: int) -> None:
@@ -102,9 +97,9 @@ class Deltas:
         if not 0 <= k <= len(self):
             raise ValueError(f"drop_first: k must be from 0 to {len(self)}, got {k}")
         self._follow()
-        kept = {(layer - k, i): values for (layer, i), values in self._anchors().items() if layer >= k}
-        self._tables = build_tables(self._layers[k:], self._persistence, kept)
+        kept = {(layer - k, i): values for (layer, i), values in self._table.anchor_values().items() if layer >= k}
         self._layers = self._layers[k:]
+        self._table = build_table(self._layers, persistence=self._persistence, anchors=kept)
         if self._slots is not None:
             self._slots = self._slots[k:]
 
@@ -116,13 +111,7 @@ class Deltas:
             newest first; two with persistence).
         """
         self._follow()
-        saved: set[tuple[int, torch.device]] = set()
-        anchors = {}
-        for (layer, i), values in sorted(self._anchors().items()):
-            memory = (values[0].data_ptr(), values[0].device)
-            if memory not in saved or not values[0].numel():
-                anchors[f"{layer}.{i}"] = [value.to("cpu", copy=True) for value in values]
-            saved.add(memory)
+        anchors = {key: [value.to("cpu", copy=True) for value in values] for key, values in self._anchors().items()}
         return {"persistence": self._persistence, "layers": list(map(len, self._layers)), "anchors": anchors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -133,82 +122,37 @@ class Deltas:
                 changed then.
         """
         self._follow()
-        if missing := {"persistence", "layers", "anchors"} - set(state):
-            raise ValueError(f"load_state_dict: state must hold {sorted(missing)}, got {sorted(state)}")
-        if state["persistence"] != self._persistence:
-            raise ValueError(
-                f"load_state_dict: state must have persistence={self._persistence}, got {state['persistence']}"
-            )
-        wanted = list(map(len, self._layers))
-        if list(state["layers"]) != wanted:
-            raise ValueError(
-                f"load_state_dict: state must have {wanted} parameters in its layers, got {list(state['layers'])}"
-            )
-        mine = self._anchors()
-        loaded: list[tuple[Tensor, Tensor]] = []
-        for key, values in state["anchors"].items():
-            layer, i = map(int, key.split("."))
-            if (layer, i) not in mine:
-                raise ValueError(f"load_state_dict: state must hold anchors of these layers only, got {key}")
-            own = mine[layer, i]
-            if len(values) != len(own):
-                raise ValueError(f"load_state_dict: {key} must have {len(own)} anchors, got {len(values)}")
-            for target, value in zip(own, values, strict=True):
-                if target.shape != value.shape or target.dtype != value.dtype:
-                    raise ValueError(
-                        f"load_state_dict: {key} must be {list(target.shape)} {target.dtype}, "
-                        f"got {list(value.shape)} {value.dtype}"
-                    )
-                loaded.append((target, value))
-        covered = {target.data_ptr() for target, _ in loaded if target.numel()}
-        for (layer, i), own in mine.items():
-            if own[0].numel() and own[0].data_ptr() not in covered:
-                raise ValueError(f"load_state_dict: state must hold anchors for {layer}.{i}, got none")
-        for target, value in loaded:
-            target.copy_(value)
+        own, anchors = self._anchors(), state.get("anchors", {})
+        wanted = {"persistence": self._persistence, "layers": list(map(len, self._layers)), **_forms(own)}
+        got = {key: state.get(key) for key in ("persistence", "layers")} | _forms(anchors)
+        for key in {**wanted, **got}:
+            if wanted.get(key) != got.get(key):
+                raise ValueError(f"load_state_dict: state must have {key}={wanted.get(key)}, got {got.get(key)}")
+        for key, values in anchors.items():
+            for target, value in zip(own[key], values, strict=True):
+                target.copy_(value)
 
-    def _anchors(self) -> dict[Position, tuple[Tensor, ...]]:
-        """The anchors of all parameters by (layer, position). They share the tables' memory."""
-        return {
-            (layer, part.places[layer][i]): values
-            for part in self._tables
-            for (layer, i), values in part.table.anchor_values().items()
-        }
+    def _anchors(self) -> dict[str, tuple[Tensor, ...]]:
+        """The anchors as "layer.position" -> tensors that share the table's memory; of a shared parameter only once."""
+        anchors = {}
+        saved: set[int] = set()
+        for (layer, i), values in sorted(self._table.anchor_values().items()):
+            if values[0].data_ptr() not in saved or not values[0].numel():
+                anchors[f"{layer}.{i}"] = values
+            saved.add(values[0].data_ptr())
+        return anchors
 
     def _follow(self) -> None:
-        """Rebuild the tables, keeping the anchors, if parameters were replaced or have moved."""
+        """Build the table again, keeping the anchors, if parameters were replaced or have moved."""
         layers = self._layers if self._slots is None else look_up(self._slots)
         pairs = zip(chain.from_iterable(layers), chain.from_iterable(self._layers), strict=True)
-        if any(now is not before for now, before in pairs) or any(part.table.stale() for part in self._tables):
-            self._tables = build_tables(layers, self._persistence, self._anchors())
+        if any(now is not before for now, before in pairs) or self._table.stale():
+            self._table = build_table(layers, persistence=self._persistence, anchors=self._table.anchor_values())
             self._layers = layers
 
 
-@dataclass(frozen=True)
-class DeviceTable:
-    """The parameters on one device: their table, and their positions in each layer."""
-
-    table: DeltaTable
-    places: tuple[tuple[int, ...], ...]
-
-
-def build_tables(layers: Sequence[Sequence[Tensor]], persistence: bool, anchors: Anchors) -> tuple[DeviceTable, ...]:
-    """Return a table for each device that holds parameters, each with all layers; one on the CPU if there are none."""
-    devices = dict.fromkeys(local_part(tensor).device for layer in layers for tensor in layer)
-    parts = []
-    for device in devices or {torch.device("cpu"): None}:
-        places = tuple(
-            tuple(i for i, tensor in enumerate(layer) if local_part(tensor).device == device) for layer in layers
-        )
-        kept = {
-            (i_layer, j): anchors[i_layer, i]
-            for i_layer, here in enumerate(places)
-            for j, i in enumerate(here)
-            if (i_layer, i) in anchors
-        }
-        members = [[layer[i] for i in here] for layer, here in zip(layers, places, strict=True)]
-        parts.append(DeviceTable(build_table(members, persistence=persistence, anchors=kept), places))
-    return tuple(parts)
+def _forms(anchors: Mapping[str, Sequence[Tensor]]) -> dict[str, list[str]]:
+    return {f"anchors[{key}]": [f"{list(value.shape)} {value.dtype}" for value in anchors[key]] for key in anchors}
 
 
 def find_slots(layers: Sequence[Sequence[Tensor]], model: nn.Module) -> Slots:

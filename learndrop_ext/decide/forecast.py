@@ -16,7 +16,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from learndrop_ext.decide.costs import LayerCost, TierCost, format_bytes, live_seconds, rows_in_tiers
+from learndrop_ext.decide.costs import CutChoice, LayerCost, format_bytes, live_seconds
+from learndrop_ext.rows.plan import TierPlan
 
 TIERS = ("device", "host", "disk")
 
@@ -189,7 +190,7 @@ class RowsForecast:
     """The rows of one prefix length."""
 
     cut: int  # number of layers after which they are kept; 0 for none
-    bytes: tuple[int, ...]  # of all of them in each tier: device, host, disk
+    bytes: tuple[int, int, int]  # of all of them in each tier: device, host, disk
 
 
 @dataclass(frozen=True)
@@ -233,26 +234,20 @@ class Forecast:
         return self.format_table()
 
 
-def forecast(
-    costs: RunCosts, epochs: int, *, row_bytes: Sequence[int] = (), tiers: Sequence[TierCost] = ()
-) -> Forecast:
+def forecast(costs: RunCosts, epochs: int, choices: Sequence[CutChoice]) -> Forecast:
     """Forecast a whole run without drops, and with one drop of each length after each number of epochs.
 
-    row_bytes: for each prefix length 0..L-1, the bytes of one of its rows; empty if no rows are kept.
+    choices: where the rows of each prefix length 0..L-1 are kept, as `costs` has it.
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"forecast: epochs must be a whole number >= 1, got {epochs!r}")
-    if row_bytes and len(row_bytes) != len(costs.layers):
-        raise ValueError(f"forecast: row_bytes must have {len(costs.layers)} entries, got {len(row_bytes)}")
     full = costs.epoch_seconds(0) * epochs
     prefixes = range(1, len(costs.layers))
     runs = tuple(one_drops(costs, epochs, prefix=k, starts=range(epochs)) for k in prefixes)
     rows = []
-    for prefix in prefixes:
-        cut = costs.cuts[prefix]
-        size = row_bytes[prefix] if cut and row_bytes else 0
-        counts = rows_in_tiers(costs.samples * costs.views, size, tiers) if size else None
-        rows.append(RowsForecast(cut, tuple(count * size for count in counts or (0,) * len(tiers))))
+    for choice in choices[1:]:
+        size, plan = choice.row_bytes, choice.plan or TierPlan(0)
+        rows.append(RowsForecast(choice.cut, (plan.device * size, plan.host * size, plan.disk * size)))
     largest = max([1.0, *(run.speedup for row in runs for run in row)])
     names = tuple(layer.name for layer in costs.layers)
     return Forecast(epochs, names, costs.views, full, runs, tuple(rows), largest)
@@ -273,6 +268,6 @@ def _spread(count: int, shown: int) -> list[int]:
 
 def _rows_text(rows: RowsForecast) -> str:
     held = (
-        f"{format_bytes(count, decimals=1)} on {tier}" for tier, count in zip(TIERS, rows.bytes, strict=False) if count
+        f"{format_bytes(count, decimals=1)} on {tier}" for tier, count in zip(TIERS, rows.bytes, strict=True) if count
     )
     return ", ".join(held) or ("none" if rows.cut == 0 else f"after layer {rows.cut}")

@@ -5,26 +5,14 @@ n rows in a call, R rows in a store, S bytes from one row to the next in memory.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from learndrop_ext import _C
+from learndrop_ext._C import RowFile as RowFile
 from learndrop_ext.ops.rows import travels_with_launch
 
 PAGE_BYTES = 4096
-
-
-class RowFile(NamedTuple):
-    """The positions of rows in an open file: the members of RowFile in csrc/disk_rows.h, in the same order."""
-
-    descriptor: int
-    first_byte: int
-    rows_per_group: int
-    group_bytes: int
-    stride_bytes: int
-    row_bytes: int
 
 
 def crc32c(data: bytes | bytearray | memoryview, *, portable: bool = False) -> int:
@@ -48,14 +36,14 @@ def read_rows(
     """
     slots = slots.contiguous()
     bad = _C.read_rows(
-        file,
-        slots.data_ptr(),
-        len(slots),
-        into.data_ptr(),
-        into.stride(0),
-        checksums.data_ptr(),
-        block_bytes,
-        threads,
+        file=file,
+        slots=slots.data_ptr(),
+        count=len(slots),
+        into=into.data_ptr(),
+        into_stride_bytes=into.stride(0),
+        checksums=checksums.data_ptr(),
+        block_bytes=block_bytes,
+        threads=threads,
     )
     return None if bad < 0 else bad
 
@@ -70,7 +58,15 @@ def write_rows(
 ) -> None:
     """Write rows to a file and their checksums to a table. After an OSError these slots hold undefined bytes."""
     slots = slots.contiguous()
-    _C.write_rows(file, slots.data_ptr(), len(slots), rows.data_ptr(), rows.stride(0), checksums.data_ptr(), threads)
+    _C.write_rows(
+        file=file,
+        slots=slots.data_ptr(),
+        count=len(slots),
+        rows=rows.data_ptr(),
+        rows_stride_bytes=rows.stride(0),
+        checksums=checksums.data_ptr(),
+        threads=threads,
+    )
 
 
 def pin(rows: Tensor, device: torch.device) -> None:
@@ -106,14 +102,15 @@ def _host_rows(source: Tensor, index: Tensor, into: Tensor, *, kernel: bool) -> 
     held = not kernel or travels_with_launch(index, len(source))
     given = index if held else index.pin_memory().to(into.device, non_blocking=True)
     _C.host_rows_to_device(
-        source.data_ptr(),
-        source.stride(0),
-        given.data_ptr(),
-        len(index),
-        into.data_ptr(),
-        into.stride(0),
-        source.shape[1],
-        kernel,
-        held,
-        (into.get_device(), stream.cuda_stream),
+        source=source.data_ptr(),
+        source_stride_bytes=source.stride(0),
+        index=given.data_ptr(),
+        count=len(index),
+        into=into.data_ptr(),
+        into_stride_bytes=into.stride(0),
+        row_bytes=source.shape[1],
+        kernel=kernel,
+        index_on_host=held,
+        device=into.get_device(),
+        stream=stream.cuda_stream,
     )

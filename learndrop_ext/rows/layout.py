@@ -51,7 +51,14 @@ class RowLayout:
 
     def file(self, descriptor: int) -> RowFile:
         """Return an open file with this layout for `transfer.read_rows` and `transfer.write_rows`."""
-        return RowFile(descriptor, PAGE_BYTES, self.rows_per_group, self.group_bytes, self.stride_bytes, self.row_bytes)
+        return RowFile(
+            descriptor=descriptor,
+            rows_offset=PAGE_BYTES,
+            rows_per_group=self.rows_per_group,
+            group_bytes=self.group_bytes,
+            place_bytes=self.stride_bytes,
+            row_bytes=self.row_bytes,
+        )
 
 
 @dataclass(frozen=True)

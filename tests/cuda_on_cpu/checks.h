@@ -38,10 +38,10 @@ void expect_writes(const Exact& memory, int64_t begin, int64_t end, const std::v
   if (hooks::writes(memory.data()) != wanted) fail("writes", what);
 }
 
-// The number of SMs changes how rows are divided among blocks.
-void in_order(bool backwards) {
+// Returns another device for each case: their numbers of SMs differ, which changes how rows are divided among blocks.
+int in_order(bool backwards) {
   cudashim::order = {backwards, backwards};
-  cudashim::processors = 1 + cases % 5;
+  return static_cast<int>(cases % cudashim::kDevices);
 }
 
 struct Case {
@@ -91,8 +91,7 @@ void check_gather(const Case& c, const Exact& cache, int64_t stride, int64_t R, 
                            std::to_string(offset) + (g.index_on_host ? " index on host" : "");
   hooks::watch(got.data(), got.size());
   hooks::watch(cache.data(), cache.size());
-  in_order(++cases % 2);
-  cuda::gather_rows(g, 0, kStream);
+  cuda::gather_rows(g, in_order(++cases % 2), kStream);
   expect_fault(Fault::none, what);
   if (c.batch > 0) {
     std::vector<int64_t> all(c.batch);
@@ -134,8 +133,7 @@ void check(const Case& c, Random& random) {
     std::memset(got.data(), 0xab, got.size());
     hooks::watch(got.data(), got.size());
     hooks::watch(in.data(), in.size());
-    in_order(backwards);
-    cuda::append_rows(a, 1, kStream);
+    cuda::append_rows(a, in_order(backwards), kStream);
     ++cases;
     expect_fault(Fault::none, describe(c));
     if (c.batch > 0) expect_writes(got, 0, used, index, stride, describe(c));

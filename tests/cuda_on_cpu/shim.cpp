@@ -37,7 +37,6 @@ namespace cudashim {
 
 uint3 thread_index, block_index, block_size, grid_size;
 Order order;
-int processors = 2;
 
 namespace {
 
@@ -253,8 +252,8 @@ cudaError_t cudaSetDevice(int number) {
   if (error == cudaSuccess) device = number;
   return error;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = processors, result("cudaDeviceGetAttribute");
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int device) {
+  return *value = 1 + device, result("cudaDeviceGetAttribute");
 }
 cudaError_t cudaGetLastError() { return std::exchange(last, cudaSuccess); }
 const char* cudaGetErrorName(cudaError_t) { return "an error"; }

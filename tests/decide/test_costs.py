@@ -7,16 +7,15 @@ from torch import nn
 from learndrop_ext.decide.costs import (
     CutChoice,
     LayerCost,
-    TierCost,
     choose_cut,
     format_bytes,
     live_seconds,
     row_seconds,
-    rows_in_tiers,
     smallest_row,
 )
 from learndrop_ext.forward.chain import split_layers
 from learndrop_ext.rows.config import CacheConfig
+from learndrop_ext.rows.plan import Budgets, TierPlan, plan_for
 
 # Seconds per sample.
 MEASURED = (
@@ -94,14 +93,15 @@ CUTS = [
 def test_choose_cut(
     layers: tuple[LayerCost, ...], prefix: int, kept: int, rows: int, budget: int, wanted: CutChoice
 ) -> None:
-    tiers = [TierCost(budget, 1e6)]
-    choice = choose_cut(layers, prefix, kept=kept, rows=rows, codec="fp16", tiers=tiers)
+    choice = choose_cut(layers, prefix, kept=kept, rows=rows, codec="fp16", budgets=Budgets(budget))
     assert choice == wanted
+    # Existing rows that free memory does not hold are taken to be on the device.
+    assert choice.plan == (TierPlan(rows) if choice.cut else None)
 
 
 def test_choose_cut_counts_the_bytes_of_the_codec() -> None:
     rows = {
-        codec: choose_cut(LAYERS, 3, kept=0, rows=1, codec=codec, tiers=[TierCost(10**9, 1e6)]).row_bytes
+        codec: choose_cut(LAYERS, 3, kept=0, rows=1, codec=codec, budgets=Budgets(10**9)).row_bytes
         for codec in ("fp32", "fp16", "bf16", "uint8")
     }
     # uint8: 512 values and 8 bytes a channel, rounded up to a multiple of 128.
@@ -131,39 +131,17 @@ def test_format_bytes_of_few_decimals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "stride", "budgets", "counts"),
+    ("plan", "wanted"),
+    # A row of 4096 bytes and 8192 of values, at 1e6 bytes a second on the device, 2e5 on the host and 1e5 on disk.
     [
-        (10, 100, [1000], (10,)),
-        (10, 100, [999, 100], (9, 1)),
-        (10, 100, [99, 550, 500], (0, 5, 5)),
-        (10, 100, [99, 550, 499], None),
-        (10, 100, [10**6, 10**6], (10, 0)),
-        (0, 100, [50], (0,)),
+        (TierPlan(10), 0.012288),
+        (TierPlan(9, 1), 0.012288 + 0.1 * 4096 / 2e5),
+        (TierPlan(0, 5, 5, staging=10), 0.012288 + 0.5 * 4096 / 2e5 + 0.5 * 4096 / 1e5),
+        (TierPlan(0), 0.012288),
     ],
 )
-def test_rows_in_tiers(rows: int, stride: int, budgets: list[int], counts: tuple[int, ...] | None) -> None:
-    assert rows_in_tiers(rows, stride, [TierCost(budget, 1.0) for budget in budgets]) == counts
-
-
-# shape, rows, tiers, seconds: rows of 4096 bytes and 8192 of values, at 1e6 bytes a second on the device.
-ROWS = [
-    (10, [TierCost(40_960, 1e6)], 0.012288),
-    (0, [TierCost(40_960, 1e6), TierCost(4096, 2e5)], 0.012288),
-    (10, [TierCost(40_959, 1e6)], None),
-    # One in ten comes from the host, at a fifth of the speed.
-    (10, [TierCost(40_959, 1e6), TierCost(4096, 2e5)], 0.012288 + 0.1 * 4096 / 2e5),
-    (
-        10,
-        [TierCost(0, 1e6), TierCost(20_480, 2e5), TierCost(20_480, 1e5)],
-        0.012288 + 0.5 * 4096 / 2e5 + 0.5 * 4096 / 1e5,
-    ),
-    (10, [TierCost(0, 1e6), TierCost(20_480, 2e5), TierCost(20_479, 1e5)], None),
-]
-
-
-@pytest.mark.parametrize(("rows", "tiers", "wanted"), ROWS)
-def test_row_seconds(rows: int, tiers: list[TierCost], wanted: float | None) -> None:
-    assert row_seconds((8, 16, 16), rows, "fp16", tiers) == (None if wanted is None else pytest.approx(wanted))
+def test_row_seconds(plan: TierPlan, wanted: float) -> None:
+    assert row_seconds((8, 16, 16), "fp16", plan, (1e6, 2e5, 1e5)) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +157,9 @@ def test_row_seconds(rows: int, tiers: list[TierCost], wanted: float | None) -> 
     ],
 )
 def test_choose_cut_spreads_rows_over_the_tiers(budgets: tuple[int, ...], cut: int) -> None:
-    tiers = [TierCost(budget, 1e6) for budget in budgets]
-    assert choose_cut(LAYERS, 2, kept=0, rows=10, codec="fp16", tiers=tiers).cut == cut
+    choice = choose_cut(LAYERS, 2, kept=0, rows=10, codec="fp16", budgets=Budgets(*budgets))
+    assert choice.cut == cut
+    assert choice.plan == plan_for((8, 16, 16), "fp16", 10, Budgets(*budgets))
 
 
 @pytest.mark.parametrize(("codec", "row"), [("fp32", 4 * 64), ("fp16", 2 * 64)])  # after the third layer

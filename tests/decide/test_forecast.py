@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from four_layers import four_layers
 
-from learndrop_ext.decide.costs import LayerCost, TierCost
+from learndrop_ext.decide.costs import CutChoice, LayerCost
 from learndrop_ext.decide.forecast import (
     DropForecast,
     RowsForecast,
@@ -17,6 +17,7 @@ from learndrop_ext.decide.forecast import (
     one_drops,
     plan_seconds,
 )
+from learndrop_ext.rows.plan import TierPlan
 
 COSTS = four_layers()
 FREEZE_ONLY = four_layers(cuts=(0, 0, 0, 0), row_seconds=(0.0,) * 4, write_seconds=(0.0,) * 4)
@@ -211,12 +212,17 @@ def test_one_drops_are_plans_of_a_whole_run(views: int, prefix: int, row: float,
         assert drop.speedup == pytest.approx(6 * 26.6 / drop.seconds)
 
 
-ROW_BYTES = (0, 4096, 1_000_000, 1_000_000)
-TIERS = (TierCost(1_000_000, 1e9), TierCost(500_000, 1e9), TierCost(9_000_000, 1e9))
+# Two rows: of 4 kB both on the device, of 1 MB one there and one in the file.
+CHOICES = (
+    CutChoice(0, 0, ""),
+    CutChoice(1, 4096, "", TierPlan(2)),
+    CutChoice(2, 1_000_000, "", TierPlan(1, 0, 1)),
+    CutChoice(3, 1_000_000, "", TierPlan(1, 0, 1)),
+)
 
 
 def test_forecast() -> None:
-    found = forecast(COSTS, 3, row_bytes=ROW_BYTES, tiers=TIERS)
+    found = forecast(COSTS, 3, CHOICES)
     assert found.full_seconds == pytest.approx(79.8)
     assert found.layers == ("stem", "block1", "block2", "fc")
     assert [[run.seconds for run in row] for row in found.runs] == [
@@ -228,7 +234,6 @@ def test_forecast() -> None:
         3, 1, pytest.approx(48.7), pytest.approx(79.8 / 48.7), pytest.approx(7.5), pytest.approx(0.5)
     )
     assert found.largest_speedup == pytest.approx(79.8 / 29.4) == largest_speedup(COSTS, 3)
-    # Two rows: of 4 kB both on the device, of 1 MB one there and one in the file.
     assert found.rows == (
         RowsForecast(1, (8192, 0, 0)),
         RowsForecast(2, (1_000_000, 0, 1_000_000)),
@@ -238,7 +243,7 @@ def test_forecast() -> None:
 
 
 def test_forecast_counts_what_epochs_on_rows_begin_with() -> None:
-    plain, found = (forecast(costs, 3, row_bytes=ROW_BYTES, tiers=TIERS) for costs in (COSTS, FIXED))
+    plain, found = (forecast(costs, 3, CHOICES) for costs in (COSTS, FIXED))
     assert found.full_seconds == plain.full_seconds
     for rows, before in zip(found.runs, plain.runs, strict=True):
         assert [run.seconds for run in rows] == pytest.approx(
@@ -246,11 +251,6 @@ def test_forecast_counts_what_epochs_on_rows_begin_with() -> None:
         )
         assert [run.fill_seconds for run in rows] == pytest.approx([run.fill_seconds for run in before])
     assert found.largest_speedup == pytest.approx(79.8 / (29.4 + 6.0))
-
-
-def test_forecast_counts_the_rows_of_all_views() -> None:
-    found = forecast(four_layers(views=2), 3, row_bytes=ROW_BYTES, tiers=TIERS)
-    assert found.rows[0].bytes == (4 * 4096, 0, 0)
 
 
 TABLE = """\
@@ -263,7 +263,7 @@ largest speedup: 2.71x"""
 
 
 def test_forecast_prints_a_table() -> None:
-    assert str(forecast(COSTS, 3, row_bytes=ROW_BYTES, tiers=TIERS)) == TABLE
+    assert str(forecast(COSTS, 3, CHOICES)) == TABLE
 
 
 @pytest.mark.parametrize(
@@ -271,24 +271,17 @@ def test_forecast_prints_a_table() -> None:
     [(3, 6, "0 1 2"), (6, 6, "0 1 2 3 4 5"), (7, 6, "0 1 2 4 5 6"), (21, 3, "0 10 20"), (9, 1, "0")],
 )
 def test_forecast_shows_some_starts(epochs: int, starts: int, shown: str) -> None:
-    head = forecast(COSTS, epochs).format_table(starts=starts).splitlines()[1]
+    head = forecast(COSTS, epochs, CHOICES).format_table(starts=starts).splitlines()[1]
     assert head.split() == ["layers", *(word for start in shown.split() for word in ("from", "epoch", start)), "rows"]
 
 
 def test_forecast_without_rows() -> None:
-    found = forecast(FREEZE_ONLY, 2)
-    assert found.rows == (RowsForecast(0, ()),) * 3
+    found = forecast(FREEZE_ONLY, 2, [CutChoice(0, 0, "frozen, no rows kept")] * 4)
+    assert found.rows == (RowsForecast(0, (0, 0, 0)),) * 3
     assert str(found).splitlines()[2].endswith("none")
 
 
-@pytest.mark.parametrize(
-    ("epochs", "more", "message"),
-    [
-        (0, {}, r"forecast: epochs must be a whole number >= 1, got 0"),
-        (1.5, {}, r"forecast: epochs must be a whole number >= 1, got 1.5"),
-        (2, {"row_bytes": (1, 2)}, r"forecast: row_bytes must have 4 entries, got 2"),
-    ],
-)
-def test_forecast_refuses(epochs: Any, more: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        forecast(COSTS, epochs, **more)
+@pytest.mark.parametrize("epochs", [0, 1.5])
+def test_forecast_refuses(epochs: Any) -> None:
+    with pytest.raises(ValueError, match=f"forecast: epochs must be a whole number >= 1, got {epochs}"):
+        forecast(COSTS, epochs, CHOICES)

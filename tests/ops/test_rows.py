@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learndrop_ext import _C, ops
+from learndrop_ext.ops import rows as rows_module
 
 BEST = _C.build_info()["cpu_simd"]
 SETS = ("portable", "avx2", "avx512")[: ("portable", "avx2", "avx512").index(BEST) + 1]
@@ -189,6 +190,31 @@ def test_large_batches_equal_the_reference(B: int, shape: tuple[int, ...], codec
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(700,), (7, 10, 10)])
+def test_a_gather_left_to_torch_gives_the_same_bits(
+    shape: tuple[int, ...], dtype: torch.dtype, codec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    B, left = 64, []
+    by_torch = rows_module._gather_by_torch
+    monkeypatch.setattr(rows_module, "_gather_by_torch", lambda *args: left.append(B) or by_torch(*args))
+    cache, _ = caches(B + 3, shape, codec)
+    ops.append_rows(cache, sample(B, shape, torch.float32), torch.arange(B) + 2, codec=codec)
+    index = torch.randint(2, B + 2, (2 * B,), generator=torch.Generator().manual_seed(0))[::2]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = ops.gather_rows(cache, index, shape, codec=codec, dtype=dtype)
+        assert not left
+        torch.set_num_threads(2)
+        together = ops.gather_rows(cache, index, shape, codec=codec, dtype=dtype)
+    finally:
+        torch.set_num_threads(threads)
+    assert bool(left) == (dtype in (torch.float32, ops.DTYPES[ops.CODECS.index(codec)]))
+    assert torch.equal(bits(together), bits(alone))
+
+
 def test_gather_rows_into_parts_of_a_tensor() -> None:
     cache, _ = caches(4, (3, 5, 5), "fp16")
     x = sample(4, (3, 5, 5), torch.float16)
@@ -264,25 +290,28 @@ FORK = """
 import os, signal, torch
 from learndrop_ext import ops
 torch.set_num_threads(4)
-cache = torch.zeros(64, ops.row_stride((50_000,), "fp16"), dtype=torch.uint8)
+D = {values}
+cache = torch.zeros(64, ops.row_stride((D,), "fp16"), dtype=torch.uint8)
 index = torch.arange(64)
-ops.append_rows(cache, torch.ones(64, 50_000), index)
-out = torch.zeros(64, 50_000)
-ops.gather_rows(cache, index, (50_000,), out=out)
+ops.append_rows(cache, torch.ones(64, D), index)
+out = torch.zeros(64, D)
+ops.gather_rows(cache, index, (D,), out=out)
 child = os.fork()
 if child == 0:
     signal.alarm(20)
     out.numpy()[:] = 0
-    ops.gather_rows(cache, index, (50_000,), out=out)
+    ops.gather_rows(cache, index, (D,), out=out)
     os._exit(0 if (out.numpy() == 1).all() else 3)
 _, status = os.waitpid(child, 0)
 print(os.waitstatus_to_exitcode(status))
 """
 
 
-def test_gather_rows_in_a_forked_child() -> None:
-    """As in a DataLoader's worker: the parent's sleeping threads do not exist in the child."""
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60, check=True)
+@pytest.mark.parametrize("values", [50_000, 1_000])
+def test_gather_rows_in_a_forked_child(values: int) -> None:
+    """As in a DataLoader's worker: the parent's threads, ours and torch's, do not exist in the child."""
+    program = FORK.format(values=values)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == ["0"]
 
 

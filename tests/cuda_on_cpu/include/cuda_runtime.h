@@ -71,7 +71,7 @@ cudaError_t cudaMemcpyBatchAsync(void* const* to, const void* const* from, const
 
 namespace cudashim {
 
-constexpr int kDevices = 2;
+constexpr int kDevices = 5;  // device d has 1 + d SMs
 
 extern uint3 thread_index, block_index, block_size, grid_size;
 
@@ -94,7 +94,6 @@ void launch(const Config& config, bool barriers, const std::function<void()>& th
 [[noreturn]] void trap();
 void barrier();
 unsigned int shuffle_xor(unsigned int mask, unsigned int value, int lanes);
-extern int processors;  // of a device
 void* shared_memory(int number, std::size_t bytes);
 template <class T>
 T& shared(int number) {
