@@ -20,9 +20,7 @@ from learndrop_ext.app import forecasts, report, runs, shared_rows
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
 from learndrop_ext.app.networks import check_network, is_external, pixel_statistics
 from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, make_parser
-from learndrop_ext.app.policies import parse_policy
-from learndrop_ext.app.recipe import STOPPED_OPTIONS, Recipe, make_network, policy_of
-from learndrop_ext.data.source import views_within
+from learndrop_ext.app.recipe import STOPPED_OPTIONS, Recipe, default_views, make_network, parse_policy, policy_of
 from learndrop_ext.ops import free_bytes
 
 INTERRUPTED = 130
@@ -60,11 +58,10 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
     check_network(model)
     _check_options(args, model)
     split = _load(args)
-    augment = args.augment or preset.get("augment", "none")
+    augment = None if args.augment == "none" else args.augment or preset.get("augment")
     given = {name: value for name in RECIPE_OPTIONS if (value := getattr(args, name)) is not None}
     chosen = {name: value for name, value in preset.items() if name not in ("model", "augment")} | given
     chosen["batch_size"] = min(chosen["batch_size"], len(split.train))
-    views = 1 if augment == "none" else views_within(chosen["epochs"], parse_policy(args.policy).speedup)
     recipe = Recipe(
         **chosen,
         model=model,
@@ -73,9 +70,9 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
         seed=args.seed,
         device=device,
         amp=args.amp,
-        augment=None if augment == "none" else augment,
+        augment=augment,
         codec=args.codec,
-        views=args.views or views,
+        views=args.views or default_views(augment, chosen["epochs"], args.policy),
         mirror=args.mirror,
         policy=args.policy,
         **{name: getattr(args, name) for name in STOPPED_OPTIONS},
@@ -104,7 +101,8 @@ def _check_options(args: argparse.Namespace, model: str) -> None:
         for name in ("width", "stem"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is for the models vgg.. and resnet.., got --model {model}")
-    if parse_policy(args.policy).kind != "stopped":
+    parse_policy(args.policy)
+    if args.policy != "stopped":
         for name in STOPPED_OPTIONS:
             if getattr(args, name) != getattr(Recipe, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for --policy stopped, got --policy {args.policy}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from learndrop_ext import __version__
 from learndrop_ext.app.models import STEMS
-from learndrop_ext.app.recipe import MAX_SEED, OPTIMIZERS, Recipe
+from learndrop_ext.app.recipe import MAX_SEED, OPTIMIZERS, POLICY_FORMS, Recipe
 from learndrop_ext.ops import CODECS
 
 RIVALS = ("freeze-only", "short")
@@ -132,7 +132,7 @@ TRAINING: dict[str, list[tuple[str, Any, str | None, Any, str]]] = {
         (
             *("policy", str, "POLICY", Recipe.policy),
             "stopped: drop layers that have stopped learning; budget:2.0: finish in half the time; fixed:0=3,1=4: drop "
-            "the first 3 layers before the first step and the first 4 after epoch 1",
+            "the first 3 layers before the first step and the first 4 after epoch 1; all forms: " + POLICY_FORMS,
         ),
         ("codec", CODECS, None, Recipe.codec, "how cached activations are stored"),
         (
