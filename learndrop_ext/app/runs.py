@@ -182,6 +182,31 @@ def warm_up(split: Split, recipe: Recipe) -> None:
     train("warm-up", few, dataclasses.replace(short, epochs=3), policy=_half_after_the_first_epoch)
 
 
+def shortened(split: Split, recipe: Recipe, *, seconds: float) -> Recipe:
+    """Return the plain recipe with as many steps as fit into `seconds`, at least one and at most its own.
+
+    A throwaway model is trained for two epochs of a fortieth of the run's steps, at least four and at most an epoch. The
+    second, which has no costs of a beginning, is the clock: on a machine whose speed changes, a run of a while ago is none.
+    """
+    batches = _batches(split, recipe)
+    whole = recipe.epochs * batches
+    few = min(batches, max(4, whole // 40))
+    some = split.train.subset(range(min(few * recipe.batch_size, len(split.train))))
+    ends: list[float] = []
+    train(
+        "timing",
+        dataclasses.replace(split, train=some, test=split.test.subset(range(1))),
+        dataclasses.replace(recipe, epochs=2, steps=None),
+        on_epoch=lambda record: ends.append(record["seconds"]),
+    )
+    steps = max(1, min(whole, int(seconds * few / (ends[1] - ends[0]))))
+    return dataclasses.replace(recipe, epochs=-(-steps // batches), steps=steps)
+
+
+def _batches(split: Split, recipe: Recipe) -> int:
+    return -(-len(split.train) // recipe.batch_size)
+
+
 def _half_after_the_first_epoch(situation: Situation) -> Decision:
     return Decision(min(situation.epoch, 1) * (len(situation.layers) // 2), "warm-up")
 
@@ -209,7 +234,7 @@ def compare(
     """Train without and with dropping, then each rival. Yield the result so far, in the format of `--json`, after each run.
 
     rivals: "freeze-only" (the same drops, but the frozen layers run at each step) and "short" (the plain recipe with as many
-    steps as fit into the time that dropping took).
+    steps as fit into the time that dropping took, see `shortened`).
     """
     out: dict[str, Any] = {"config": dataclasses.asdict(recipe)}
     warm_up(split, recipe)
@@ -226,10 +251,8 @@ def compare(
             same = Fixed({d.epoch: d.prefix for d in dropping.drops})
             result, _ = run(rival, recipe=recipe, policy=same, caches=False)
         else:
-            batches = -(-len(split.train) // recipe.batch_size)
-            steps = max(1, int(min(1.0, dropping.seconds / baseline.seconds) * recipe.epochs * batches))
-            short = dataclasses.replace(recipe, epochs=-(-steps // batches), steps=steps)
-            out["config"]["short_epochs"] = round(steps / batches, 2)
+            short = shortened(split, recipe, seconds=dropping.seconds)
+            out["config"]["short_epochs"] = round((short.steps or 0) / _batches(split, recipe), 2)
             result, _ = run(rival, recipe=short)
         out[rival] = dataclasses.asdict(result)
         yield out
