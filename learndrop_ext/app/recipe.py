@@ -19,6 +19,7 @@ from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.scheduler import DropScheduler
 
 OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("one-cycle", "constant")
 #: The policies of the form KIND:VALUE,NAME=VALUE,...; the first value is that of the first argument.
 POLICIES: dict[str, type[Any]] = {
     "budget": Budget,
@@ -38,14 +39,15 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a training run with a one-cycle learning rate."""
+    """The settings of a training run."""
 
     model: str  # see `build_network`, also for stem, width and weights
     stem: str
     width: int
     epochs: int
     batch_size: int
-    lr: float  # peak learning rate
+    lr: float  # the peak of one-cycle
+    schedule: str = "one-cycle"  # of the learning rate, or "constant"
     weights: str | None = None
     optimizer: str = "sgd"  # with Nesterov momentum 0.9, or "adamw"
     weight_decay: float = 5e-4
@@ -66,8 +68,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_network(self.model)
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"Recipe: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"Recipe: {name} must be one of {', '.join(known)}, got {value!r}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"Recipe: seed must be within 0..{MAX_SEED}, got {self.seed}")
         policy_of(self)
@@ -157,7 +160,11 @@ def set_up(split: Split, recipe: Recipe) -> Setup:
             model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
         )
     steps = recipe.steps or recipe.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if recipe.schedule == "constant":
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    else:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
     return Setup(model, optimizer, schedule, loader, train_set, test_set)
 
 

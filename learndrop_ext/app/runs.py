@@ -185,22 +185,26 @@ def warm_up(split: Split, recipe: Recipe) -> None:
 def shortened(split: Split, recipe: Recipe, *, seconds: float) -> Recipe:
     """Return the plain recipe with as many steps as fit into `seconds`, at least one and at most its own.
 
-    A throwaway model is trained for two epochs of a fortieth of the run's steps, at least four and at most an epoch. The
-    second, which has no costs of a beginning, is the clock: on a machine whose speed changes, a run of a while ago is none.
+    It times a fortieth of the run's steps first, see `step_seconds`: on a machine whose speed changes, a run of a while ago
+    is no clock.
     """
     batches = _batches(split, recipe)
     whole = recipe.epochs * batches
-    few = min(batches, max(4, whole // 40))
-    some = split.train.subset(range(min(few * recipe.batch_size, len(split.train))))
-    ends: list[float] = []
-    train(
-        "timing",
-        dataclasses.replace(split, train=some, test=split.test.subset(range(1))),
-        dataclasses.replace(recipe, epochs=2, steps=None),
-        on_epoch=lambda record: ends.append(record["seconds"]),
-    )
-    steps = max(1, min(whole, int(seconds * few / (ends[1] - ends[0]))))
+    steps = max(1, min(whole, int(seconds / step_seconds(split, recipe, steps=max(4, whole // 40)))))
     return dataclasses.replace(recipe, epochs=-(-steps // batches), steps=steps)
+
+
+def step_seconds(split: Split, recipe: Recipe, *, steps: int) -> float:
+    """Return the mean seconds of a training step without dropping, of at most `steps` and an epoch of them.
+
+    A throwaway model is trained for two epochs of so many batches; the second, without the costs of a beginning, counts.
+    """
+    some = split.train.subset(range(min(steps * recipe.batch_size, len(split.train))))
+    few = dataclasses.replace(split, train=some, test=split.test.subset(range(1)))
+    ends: list[float] = []
+    two = dataclasses.replace(recipe, epochs=2, steps=None)
+    train("timing", few, two, on_epoch=lambda record: ends.append(record["seconds"]))
+    return (ends[1] - ends[0]) / _batches(few, recipe)
 
 
 def _batches(split: Split, recipe: Recipe) -> int:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import pytest
 
-from learndrop_ext.app.recipe import default_views, parse_policy
+from learndrop_ext.app.datasets import load_dataset
+from learndrop_ext.app.recipe import Recipe, default_views, parse_policy, set_up
 from learndrop_ext.decide.policy import Budget, Fixed, StoppedLearning
 from learndrop_ext.decide.rules import AutoFreeze, FreezeOut, LinearFreeze, PipeTransformer
 
@@ -57,3 +59,24 @@ def test_views_are_those_of_the_time_that_a_policy_leaves() -> None:
     assert default_views(None, 24, "stopped") == 1
     assert default_views("flip", 24, "stopped") == default_views("flip", 24, "budget:2") == 6
     assert default_views("standard", 24, "budget:3,start=1") == 4
+
+
+RECIPE = Recipe(model="resnet10", stem="small", width=8, epochs=2, batch_size=16, lr=0.05)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("optimizer", "sgd, adamw"), ("schedule", "one-cycle, constant")])
+def test_a_recipe_has_known_parts(name: str, wanted: str) -> None:
+    with pytest.raises(ValueError, match=f"^Recipe: {name} must be one of {wanted}, got 'best'$"):
+        dataclasses.replace(RECIPE, **{name: "best"})
+
+
+@pytest.mark.parametrize(("schedule", "rates"), [("constant", {0.05}), ("one-cycle", {0.05, 0.05 / 25, 0.05 / 25e4})])
+def test_set_up_follows_the_schedule(schedule: str, rates: set[float]) -> None:
+    setup = set_up(load_dataset("digits", limit=80), dataclasses.replace(RECIPE, schedule=schedule))
+    seen = [setup.optimizer.param_groups[0]["lr"]]
+    for _ in range(9):
+        setup.optimizer.step()
+        setup.schedule.step()
+        seen.append(setup.optimizer.param_groups[0]["lr"])
+    assert {round(rate, 9) for rate in rates} <= {round(rate, 9) for rate in seen}
+    assert (len({*seen}) == 1) == (schedule == "constant")
