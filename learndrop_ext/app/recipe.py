@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from learndrop_ext.app.datasets import ImageSet, Split, make_loader
+from learndrop_ext.app.datasets import Split
+from learndrop_ext.app.image_set import ImageSet, make_loader
 from learndrop_ext.app.networks import Network, build_network, check_network
 from learndrop_ext.data.source import views_within
+from learndrop_ext.decide.forecast import Forecast
 from learndrop_ext.decide.policy import Budget, Fixed, Policy, StoppedLearning
 from learndrop_ext.decide.rules import AutoFreeze, FreezeOut, LinearFreeze, PipeTransformer
 from learndrop_ext.rows.config import CacheConfig
@@ -185,3 +187,9 @@ def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool
         cache=cache_of(recipe) if caches else None,
         call=call,
     )
+
+
+def make_forecast(split: Split, recipe: Recipe) -> Forecast:
+    """Measure the costs of a recipe and return the forecast of its run, without training."""
+    with make_scheduler(set_up(split, recipe), recipe, Fixed({})) as drop:
+        return drop.forecast()

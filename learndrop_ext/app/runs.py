@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from learndrop_ext.app.datasets import ImageSet, Split, make_loader
+from learndrop_ext.app.datasets import Split
+from learndrop_ext.app.image_set import ImageSet, make_loader
 from learndrop_ext.app.recipe import Recipe, make_scheduler, policy_of, set_up
 from learndrop_ext.app.report import MEASURED
 from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation
