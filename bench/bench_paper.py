@@ -94,20 +94,32 @@ def epochs_within(hours: float, splits: Callable[[str], Split], scale: Scale, *,
             steps = -(-len(splits(dataset).train) // recipe.batch_size)
             seconds += steps * runs.step_seconds(splits(dataset), recipe, steps=4)
     epochs = max(LEAST_EPOCHS, min(MOST_EPOCHS, int(hours * 3600 / (SEED_COST * seconds))))
-    print(f"an epoch of all networks takes {seconds:.0f} s: {epochs} epochs", flush=True)
+    expected = SEED_COST * seconds * epochs / 3600
+    print(f"{epochs} epochs: one seed of the paper's table takes about {expected:.1f} hours", flush=True)
     return epochs
 
 
-def run_case(case: Case, split: Split, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Train one model and return its record, in the form of docs/results.md; None if the side has nothing to train."""
+class NotRunError(Exception):
+    """Why a case has no record."""
+
+
+def run_case(case: Case, split: Split, recipe: Recipe, done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Train one model and return its record, in the form of docs/results.md. done: the records of the case's other sides."""
     side = SIDES[case.side]
+    if missing := [name for name in side.follows if name not in done]:
+        raise NotRunError(f"it follows {', '.join(missing)}")
     policy = None if side.policy is None else side.policy(done)
     if side.policy is not None and policy is None:
-        return None
+        raise NotRunError("nothing was dropped that it could choose otherwise")
     if side.shortened_to is not None:
         recipe = runs.shortened(split, recipe, seconds=done[side.shortened_to]["seconds"])
     epochs: list[dict[str, Any]] = []
-    result, model = runs.train(case.side, split, recipe, policy=policy, caches=side.caches, on_epoch=epochs.append)
+    try:
+        result, model = runs.train(case.side, split, recipe, policy=policy, caches=side.caches, on_epoch=epochs.append)
+    except ValueError as error:
+        if not str(error).startswith("Budget: speedup must be at most"):
+            raise
+        raise NotRunError(str(error)) from error
     assert split.validation is not None
     record = {
         "suite": "paper",
@@ -197,12 +209,13 @@ def main(argv: list[str] | None = None) -> int:
             for record in study["records"]
             if dataclasses.replace(case, side=record["side"], lr=None).is_of(record)
         }
-        if missing := [side for side in SIDES[case.side].follows if side not in done]:
-            print(f"{case.dataset} {case.model} {case.side}: not run, it follows {', '.join(missing)}", flush=True)
-            continue
-        record = run_case(case, split, recipe, done)
-        if record is None:
-            print(f"{case.dataset} {case.model} {case.side}: not run, nothing was dropped", flush=True)
+        try:
+            record = run_case(case, split, recipe, done)
+        except NotRunError as reason:
+            print(
+                f"{case.setting} {case.dataset} {case.model} seed {case.seed} {case.side}: not run, {reason}",
+                flush=True,
+            )
             continue
         study["records"].append(record | {"commit": machine["commit"]})
         write(path, study)

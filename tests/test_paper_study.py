@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -207,6 +208,24 @@ def test_epochs_are_those_that_fit(
     digits = load_dataset("digits", limit=1437)
     monkeypatch.setattr(runs, "step_seconds", lambda split, recipe, steps: 0.4)
     assert study.epochs_within(hours, lambda dataset: digits, cases.SCALES["toy"], device="cpu") == epochs
+
+
+def test_a_side_that_cannot_be_trained_says_why(study: ModuleType, cases: ModuleType) -> None:
+    scale = cases.SCALES["toy"]
+    split = study.load_split("digits", None, scale)
+    split = dataclasses.replace(split, train=split.train.subset(range(16)))
+
+    def refuses(side: str, reason: str, *records: dict[str, Any]) -> None:
+        case = cases.Case("paper", "digits", "vgg11", side, 0)
+        recipe = study.recipe_of(case, split, {"epochs": 1, "records": []}, scale, device="cpu")
+        with pytest.raises(study.NotRunError, match=reason):
+            study.run_case(case, split, recipe, {one["side"]: one for one in records})
+
+    refuses("short", "^it follows budget$")
+    refuses("stopped-even", "^it follows watched, stopped$")
+    watched = record("watched", layer_flops=[1, 2], relative=[[0.1, 0.1]])
+    refuses("stopped-even", "^nothing was dropped that it could choose otherwise$", watched, record("stopped"))
+    refuses("budget", "^Budget: speedup must be at most 1.00, ")
 
 
 @pytest.mark.slow
