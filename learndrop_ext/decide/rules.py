@@ -99,14 +99,14 @@ class AutoFreeze:
     def __call__(self, situation: Situation) -> Decision:
         prefix, norms = situation.prefix, _live_norms(situation)
         if len(norms) < 2:
-            return Decision(prefix, f"AutoFreeze: {len(norms)} of 2 measurements")
+            return Decision(prefix, f"{len(norms)} of 2 measurements")
         changed = [abs(before - now) / before if before else 0.0 for before, now in zip(*norms[-2:], strict=True)]
         at = self.percentile / 100 * (len(changed) - 1)
         low, high = sorted(changed)[int(at)], sorted(changed)[math.ceil(at)]
         limit = low + (high - low) * (at - int(at))
         still = next((i for i, value in enumerate(changed) if value >= limit), len(changed))
         prefix = min(prefix + still, len(situation.layers) - 1)
-        return Decision(prefix, f"AutoFreeze: {still} layers below the percentile {self.percentile:g}, {limit:.3g}")
+        return Decision(prefix, f"{still} layers below the percentile {self.percentile:g}, {limit:.3g}")
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ class PipeTransformer:
     def __call__(self, situation: Situation) -> Decision:
         k, L, norms = situation.prefix, len(situation.layers), _live_norms(situation)
         if not norms:
-            return Decision(k, "PipeTransformer: no measurement yet")
+            return Decision(k, "no measurement yet")
         smallest = k + norms[-1].index(min(norms[-1])) + 1
         bound = k + int(self.alpha * (L - k))
-        return Decision(min(bound, smallest, L - 1), f"PipeTransformer: {smallest} by norm, at most {bound}")
+        return Decision(min(bound, smallest, L - 1), f"{smallest} layers by norm, at most {bound}")
 
 
 def _check_share(owner: str, name: str, value: float) -> None:
@@ -151,7 +151,7 @@ def _on_schedule(name: str, situation: Situation, due: Callable[[float], int]) -
     wanted = due(situation.epoch / situation.epochs)
     again = situation.undropped is not None and wanted <= due(situation.undropped / situation.epochs)
     prefix = situation.prefix if again else max(situation.prefix, min(wanted, len(situation.layers) - 1))
-    return Decision(prefix, f"{name}: {prefix} layers after epoch {situation.epoch} of {situation.epochs}")
+    return Decision(prefix, f"{prefix} layers after epoch {situation.epoch} of {situation.epochs}")
 
 
 def _live_norms(situation: Situation) -> list[list[float]]:
