@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from learndrop_ext.app.recipe import parse_policy
-from learndrop_ext.decide.policy import Fixed, Policy
+from learndrop_ext.decide.policy import Fixed, Policy, StoppedLearning
 
 Record = Mapping[str, Any]
 #: The records of the other sides of a case, by side.
@@ -184,7 +184,9 @@ RULES = (
     *("autofreeze:50", "autofreeze:75", "pipetransformer:0.2", "pipetransformer:0.4"),
 )
 PAPER = ("baseline", "budget", "stopped", "short", "freeze-only")
-SCORES = ("watched", "budget-even", "budget-hindsight", "stopped-even", "stopped-hindsight")
+#: Thresholds of the default policy beside its own, by the name of their side.
+THRESHOLDS = {f"threshold-{value:g}": value for value in (0.1, 0.4)}
+SCORES = ("watched", "budget-even", "budget-hindsight", "stopped-even", "stopped-hindsight", *THRESHOLDS)
 LONG = PAPER[:4]
 
 SIDES: dict[str, Side] = {
@@ -199,6 +201,7 @@ SIDES: dict[str, Side] = {
     "budget-hindsight": without_scores(hindsight, "budget"),
     "stopped-even": without_scores(evenly, "stopped"),
     "stopped-hindsight": without_scores(hindsight, "stopped"),
+    **{name: Side(lambda done, value=value: StoppedLearning(threshold=value)) for name, value in THRESHOLDS.items()},
 }
 
 

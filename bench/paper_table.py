@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fine_tuning_table import machine_of, mean
-from paper_cases import CHOSEN_BY, COMPARED, COMPARED_ON, LONG, NETWORKS, PAPER, RULES, SCALES
+from paper_cases import CHOSEN_BY, COMPARED, COMPARED_ON, LONG, NETWORKS, PAPER, RULES, SCALES, THRESHOLDS
+
+from learndrop_ext.decide.policy import StoppedLearning
 
 Record = Mapping[str, Any]
 Study = Mapping[str, Any]
@@ -259,6 +261,27 @@ def scores(study: Study) -> str:
     verdict = f"Scores against an even pace: {statistics.fmean(gains):+.2f} points in mean" if gains else ""
     verdict += f", better in {sum(gain > 0 for gain in gains)} of {len(gains)} rows." if gains else "Not measured."
     return "\n".join([*lines, "", verdict])
+
+
+def thresholds(study: Study) -> str:
+    """The default policy by its threshold, as means over the networks and datasets of the scores."""
+    lines = head("threshold", "runs", "runs with drops", "times as fast as baseline", "accuracy against baseline")
+    for side, value in sorted({"stopped": StoppedLearning.threshold, **THRESHOLDS}.items(), key=lambda one: one[1]):
+        records, faster, points = [], [], []
+        for dataset, model in itertools.product(COMPARED_ON, COMPARED):
+            runs = runs_of(study, setting="paper", dataset=dataset, model=model)
+            baseline, of_side = runs.get("baseline", []), runs.get(side, [])
+            if (times := ratio(baseline, of_side, "seconds")) is not None:
+                records += of_side
+                faster.append(times)
+                points.append(difference(of_side, baseline) or 0.0)
+        if not records:
+            lines.append(line(f"{value:g}", NOT_MEASURED, "", "", ""))
+            continue
+        dropped = str(sum(bool(record["drops"]) for record in records))
+        means = f"{statistics.fmean(faster):.2f}", f"{statistics.fmean(points):+.2f}"
+        lines.append(line(f"{value:g}", str(len(records)), dropped, *means))
+    return "\n".join(lines)
 
 
 def plot_flops(study: Study) -> str:

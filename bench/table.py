@@ -336,7 +336,10 @@ TABLES = {
         "paper-long": of_paper(paper_table.long),
         "paper-recipes": of_paper(paper_table.recipes),
     },
-    "docs/scores.md": {"paper-scores": of_paper(paper_table.scores)},
+    "docs/scores.md": {
+        "paper-scores": of_paper(paper_table.scores),
+        "paper-thresholds": of_paper(paper_table.thresholds),
+    },
 }
 
 

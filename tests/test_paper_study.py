@@ -164,6 +164,21 @@ def test_scores_stand_beside_drops_without_them(table: ModuleType) -> None:
     assert text.endswith("Scores against an even pace: +1.00 points in mean, better in 1 of 1 rows.")
 
 
+def test_thresholds_are_means_over_the_networks(table: ModuleType) -> None:
+    drop = [{"epoch": 3, "prefix": 2}]
+    records = [
+        record("baseline"),
+        record("stopped", 8.0, 79.0, drops=drop),
+        record("threshold-0.4", 5.0, 77.0, drops=drop),
+    ]
+    records += [one | {"model": "resnet18", "drops": []} for one in records[:2]]
+    assert cells(table.thresholds({"records": records})) == [
+        ["0.1", "not measured", "", "", ""],
+        ["0.2", "2", "1", "1.25", "-1.00"],
+        ["0.4", "1", "1", "2.00", "-3.00"],
+    ]
+
+
 def test_long_schedules_say_where_dropping_was_better(table: ModuleType) -> None:
     records = [one | {"setting": f"long {schedule}"} for one in SIDES for schedule in ("one-cycle", "constant")]
     records[3] = records[3] | {"accuracy": 70.0}  # budget, constant
