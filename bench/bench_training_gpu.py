@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from training_cases import CASES, NotRunError, Setting, Work, load
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed, backend_info
-from learndrop_ext.app.datasets import ImageSet, make_loader
+from learndrop_ext.app.image_set import ImageSet, make_loader
 
 Batch = tuple[Tensor, Tensor]
 #: Steps of which the time is taken, after as many to warm up, before eager or compiled steps are chosen.

@@ -4,13 +4,14 @@
 #
 #   bench/on_gpu.sh check     build, tests, sanitizers, launches, registers, host time of a measurement and of a step
 #   bench/on_gpu.sh kernels   the kernels and the host tier, their peers and a device copy, with a profile
-#   bench/on_gpu.sh training [CASE ...]    dropping against an expert's baseline (bench/bench_training_gpu.py)
+#   bench/on_gpu.sh training [CASE ...]    dropping against an expert's baseline (bench/bench_training_gpu.py); cases
+#                                          paper-DATASET-NETWORK are of the paper's experiments (bench/bench_paper.py)
 #   ... --device cpu --toy    a rehearsal without a GPU and nvcc; steps that need them are reported as skipped
 #   ... --no-build            use the installed package
 #
 # Results go to $OUT (bench/results/gpu-STAGE): a log for each step, JSON, and steps.jsonl with exit codes and seconds.
 # $TESTS_PASSED is the number of tests that passed before `kernels`, $LEARNDROP_COMMIT the commit if the tree has no history.
-# $SEEDS are the random seeds of `training`, "0" if not set.
+# $SEEDS are the random seeds of `training`, "0" if not set; $LEARNDROP_DATA is the folder of the image sets.
 # $PYTHON is the interpreter, whose environment has torch, pytest and the build requirements of pyproject.toml.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -19,13 +20,14 @@ case $stage in
   check | kernels | training) shift ;;
   *) echo "on_gpu.sh: stage must be check, kernels or training, got '$stage'" >&2; exit 2 ;;
 esac
-device=cuda toy= build=1 names=()
+device=cuda toy= build=1 names=() paper=()
 while [ $# -gt 0 ]; do
   case $1 in
     --device) device=${2:?on_gpu.sh: --device wants cuda or cpu}; shift 2 ;;
     --toy) toy=1; shift ;;
     --no-build) build=; shift ;;
     -*) echo "on_gpu.sh: unknown option $1" >&2; exit 2 ;;
+    paper-*) paper+=("${1#paper-}"); shift ;;
     *) names+=("$1"); shift ;;
   esac
 done
@@ -135,9 +137,17 @@ case $stage in
     fi
     ;;
   training)
-    step training $((limit)) "$python" bench/bench_training_gpu.py --out "$OUT/training.json" --device "$device" \
-      --seconds $((limit - SECONDS - 60)) --seeds ${SEEDS:-0} \
-      ${toy:+--toy} ${names[@]:+--cases "${names[@]}"}
+    if [ ${#names[@]} -gt 0 ] || [ ${#paper[@]} -eq 0 ]; then
+      step training $((limit)) "$python" bench/bench_training_gpu.py --out "$OUT/training.json" --device "$device" \
+        --seconds $((limit - SECONDS - 60)) --seeds ${SEEDS:-0} \
+        ${toy:+--toy} ${names[@]:+--cases "${names[@]}"}
+    fi
+    if [ ${#paper[@]} -gt 0 ]; then
+      read -ra seeds <<< "${SEEDS:-0}"
+      step paper $((limit)) "$python" bench/bench_paper.py --out "$OUT" --name paper --device "$device" --parts paper \
+        --cases "${paper[@]}" --seeds ${#seeds[@]} --seconds $((limit - SECONDS - 120)) \
+        --tests-passed "${TESTS_PASSED:-0}" ${LEARNDROP_DATA:+--data-root "$LEARNDROP_DATA"} ${toy:+--toy}
+    fi
     ;;
 esac
 echo "== $stage: $([ "$failed" -eq 0 ] && echo passed || echo FAILED), $SECONDS s, $OUT"

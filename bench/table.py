@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/ between their markers from the files in bench/results/.
+"""Writes the tables of README.md and docs/ between their markers, and the plots of docs/paper.md, from bench/results/.
 
 python bench/table.py [--check]      with --check: exit 1 if a table does not match the files
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fine_tuning_table
+import paper_table
 import sweep_table
 
 from learndrop_ext.app.report import COLUMNS, table_row
@@ -280,8 +281,51 @@ def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
+def of_paper(make: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, Any]]], str]:
+    """Return what makes a table of each machine's study of the paper's networks."""
+
+    def tables(_: list[dict[str, Any]]) -> str:
+        studies = read("paper")
+        parts = [f"{paper_table.title_of(study)}\n\n{make(study)}" for study in studies]
+        if studies and not any(study["machine"]["gpu"] for study in studies):
+            parts.append("On a GPU: not measured.")
+        return "\n\n".join(parts or [make({"records": []})])
+
+    return tables
+
+
+def paper_summary(_: list[dict[str, Any]]) -> str:
+    """A line for each network of the largest study."""
+    studies = read("paper")
+    if not studies:
+        return "Not measured yet: `python bench/bench_paper.py --data-root DIR` runs or continues the study."
+    largest = fine_tuning_table.largest(studies)
+    return f"{paper_table.title_of(largest)}\n\n{paper_table.summary(largest)}"
+
+
+def paper_plots(_: list[dict[str, Any]]) -> str:
+    """The plots of the study with the most runs."""
+    if not read("paper"):
+        return "The plots of FLOPs cut against depth, and of accuracy against time, are drawn from the study: not measured."
+    return (
+        "![Forward FLOPs cut against depth, one curve per dataset](paper-flops.svg)\n\n"
+        "![Test accuracy against training time, one panel per network and dataset](paper-accuracy.svg)"
+    )
+
+
+def draw_paper_plots() -> None:
+    if studies := read("paper"):
+        for name, plot in paper_table.PLOTS.items():
+            (ROOT / "docs" / name).write_text(plot(fine_tuning_table.largest(studies)))
+
+
 TABLES = {
-    "README.md": {"training": training_table, "compare": compare_summary, "fine-tuning": fine_tuning_summary},
+    "README.md": {
+        "paper": paper_summary,
+        "training": training_table,
+        "compare": compare_summary,
+        "fine-tuning": fine_tuning_summary,
+    },
     "docs/results.md": {
         "kernels": kernel_table,
         "host-time": host_time_table,
@@ -295,6 +339,19 @@ TABLES = {
         "aims": aims_tables,
         "compare": compare_tables,
         "sweep": sweep_tables,
+    },
+    "docs/paper.md": {
+        "paper": of_paper(paper_table.summary),
+        "paper-aims": of_paper(paper_table.aims),
+        "paper-plots": paper_plots,
+        "paper-rows": of_paper(paper_table.rows),
+        "paper-rules": of_paper(paper_table.rules),
+        "paper-long": of_paper(paper_table.long),
+        "paper-recipes": of_paper(paper_table.recipes),
+    },
+    "docs/scores.md": {
+        "paper-scores": of_paper(paper_table.scores),
+        "paper-thresholds": of_paper(paper_table.thresholds),
     },
 }
 
@@ -322,6 +379,8 @@ def main() -> int:
             stale.append(name)
             if not args.check:
                 path.write_text(text)
+    if not args.check:
+        draw_paper_plots()
     print("changed: " + ", ".join(stale) if stale else "all tables are as the files say")
     return 1 if stale and args.check else 0
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from learndrop_ext import Budget, Policy, StoppedLearning
-from learndrop_ext.app.datasets import IMAGENET_MEAN, IMAGENET_STD, ImageSet, load_dataset, load_folder
+from learndrop_ext.app.datasets import IMAGENET_MEAN, IMAGENET_STD, load_dataset, load_folder
+from learndrop_ext.app.image_set import ImageSet
 from learndrop_ext.app.models import build_model
 from learndrop_ext.app.networks import build_network
 

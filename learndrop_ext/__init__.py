@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from learndrop_ext.decide.deltas import Deltas, LayerChange
     from learndrop_ext.decide.forecast import Forecast, RunCosts
     from learndrop_ext.decide.policy import Budget, Decision, Fixed, Policy, Situation, StoppedLearning
+    from learndrop_ext.decide.rules import AutoFreeze, FreezeOut, LinearFreeze, PipeTransformer
     from learndrop_ext.decide.scores import score, scores
     from learndrop_ext.forward.chain import Chain, split_layers
     from learndrop_ext.history import Record
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationCache",
+    "AutoFreeze",
     "Budget",
     "CacheConfig",
     "Chain",
@@ -30,7 +32,10 @@ __all__ = [
     "DropScheduler",
     "Fixed",
     "Forecast",
+    "FreezeOut",
     "LayerChange",
+    "LinearFreeze",
+    "PipeTransformer",
     "Policy",
     "Record",
     "RunCosts",
@@ -51,6 +56,7 @@ HOMES = {
     "decide.deltas": ("Deltas", "LayerChange"),
     "decide.forecast": ("Forecast", "RunCosts"),
     "decide.policy": ("Budget", "Decision", "Fixed", "Policy", "Situation", "StoppedLearning"),
+    "decide.rules": ("AutoFreeze", "FreezeOut", "LinearFreeze", "PipeTransformer"),
     "decide.scores": ("score", "scores"),
     "forward.chain": ("Chain", "split_layers"),
     "history": ("Record",),

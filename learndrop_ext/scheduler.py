@@ -33,7 +33,7 @@ from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.loader import DropLoader
 from learndrop_ext.data.source import settle_views, source_of
 from learndrop_ext.decide import costs
-from learndrop_ext.decide.deltas import Deltas
+from learndrop_ext.decide.deltas import Deltas, LayerChange
 from learndrop_ext.decide.forecast import Forecast, forecast
 from learndrop_ext.decide.policy import Budget, PlanningPolicy, Policy, Situation, StoppedLearning, uses_costs
 from learndrop_ext.decide.scores import scores
@@ -233,7 +233,7 @@ class DropScheduler:
         if not self._prefix:
             check_touched(self._base, self._traces, changes)
         gone: tuple[None, ...] = (None,) * self._prefix
-        measured = (*gone, *scores(changes))
+        changed, measured = (*gone, *changes), (*gone, *scores(changes))
         images, older, fill_seconds = self._rows.counts
         forward_flops, fill_flops = self._ledger.flops(samples, images, older)
         if uses_costs(self._policy):
@@ -241,7 +241,7 @@ class DropScheduler:
         self._ledger.read_budgets()
         read = self._loader.relabelled
         self._ledger.observe(self._prefix, samples=samples, made=images + older, read=read, seconds=epoch_seconds)
-        situation, choices = self._situation(self._epoch + 1, measured, epoch_seconds)
+        situation, choices = self._situation(self._epoch + 1, epoch_seconds, (changed, measured))
         reason = self._follow(situation, choices)
         self._deltas.measure()
         self._epoch += 1
@@ -252,7 +252,7 @@ class DropScheduler:
         self._said_saturated = warn_saturated(self._rows, self._chain, said=self._said_saturated)
         record = self._record(
             reason,
-            changes=(*gone, *changes),
+            changes=changed,
             scores=measured,
             epoch_seconds=epoch_seconds,
             fill_seconds=fill_seconds,
@@ -334,7 +334,7 @@ class DropScheduler:
 
     def _decide_before_training(self) -> None:
         """Ask the policy before training, as epoch 0 without scores."""
-        situation, choices = self._situation(0, None, 0.0)
+        situation, choices = self._situation(0, 0.0)
         reason = self._follow(situation, choices)
         if self._prefix:
             nothing = (None,) * len(self._chain)
@@ -347,18 +347,23 @@ class DropScheduler:
                 self._ledger.measure(run, self._optimizer, batch=len(input_of(self._first, self._input)))
 
     def _situation(
-        self, epoch: int, measured: tuple[float | None, ...] | None, epoch_seconds: float
+        self,
+        epoch: int,
+        epoch_seconds: float,
+        *now: tuple[tuple[LayerChange | None, ...], tuple[float | None, ...]],
     ) -> tuple[Situation, list[costs.CutChoice]]:
         run, choices = self._ledger.run_costs()
         known = self._ledger.measured
         fill_seconds, saved_seconds = run.drop_estimates(self._prefix) if known else ((), ())
         whole = self._ledger.full_epoch_seconds(self._history, None if self._prefix or not epoch else epoch_seconds)
+        measured = (*((r.changes, r.scores) for r in self._history if r.epoch), *now)
         situation = Situation(
             epoch=epoch,
             epochs=self._epochs,
             prefix=self._prefix,
             layers=self._chain.names,
-            scores=(*(r.scores for r in self._history if r.epoch), *([measured] if measured is not None else [])),
+            scores=tuple(scores for _, scores in measured),
+            changes=tuple(changes for changes, _ in measured),
             learning_rate=float(self._optimizer.param_groups[0]["lr"]),
             fill_seconds=fill_seconds,
             saved_seconds=saved_seconds,

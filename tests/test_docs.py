@@ -278,11 +278,13 @@ def test_every_public_name_is_in_the_pages() -> None:
 #: What users meet: files of the package, and what their messages begin with.
 SPEAKERS = (
     *("DropScheduler", "drop.", "split_layers:", "CacheConfig:", "StoppedLearning:", "Fixed:", "Budget:"),
+    *("AutoFreeze:", "FreezeOut:"),
     "LearnDropCallback:",
 )
 #: What a variable at the beginning of a message stands for.
 SPEAKER_OF = {
     "checkpoint.py": ("…:", "DropScheduler.load_state_dict:"),
+    "rules.py": ("…:", "FreezeOut:"),
 }
 SPEAKING = (
     *(
@@ -296,7 +298,7 @@ SPEAKING = (
         "rows/rowset.py",
     ),
     "rows/store/store.py",
-    *("rows/config.py", "decide/policy.py", "decide/timing.py", "lightning.py", "huggingface.py"),
+    *("rows/config.py", "decide/policy.py", "decide/rules.py", "decide/timing.py", "lightning.py", "huggingface.py"),
 )
 
 

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "on_gpu.sh"
 WRITTEN = {
     "check": {"host_time.json"},
     "kernels": {"row_ops.json", "delta_norms.json", "kernels.json"},
-    "training": {"training.json"},
+    "training": {"training.json", "paper.json"},
 }
 
 
@@ -28,7 +28,7 @@ def run(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", WRITTEN)
 def test_on_gpu_is_rehearsed_on_a_cpu(stage: str, tmp_path: Path) -> None:
-    cases = ("cifar10-resnet18", "warm-start") if stage == "training" else ()
+    cases = ("cifar10-resnet18", "warm-start", "paper-digits-vgg11") if stage == "training" else ()
     done = run(stage, *cases, "--device", "cpu", "--toy", "--no-build", out=tmp_path)
     assert done.returncode == 0, done.stdout
     steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
@@ -51,6 +51,8 @@ def test_on_gpu_is_rehearsed_on_a_cpu(stage: str, tmp_path: Path) -> None:
         assert set(found["cifar10-resnet18"]["runs"]) == {"baseline", "learndrop", "short"}
         assert found["cifar10-resnet18"]["runs"]["learndrop"][0]["prefixes"] == [1, 1]
         assert len(found["warm-start"]["runs"]) == 5
+        records = json.loads((tmp_path / "paper.json").read_text())["records"]
+        assert [record["side"] for record in records] == ["baseline", "budget", "stopped", "short", "freeze-only"]
 
 
 @pytest.mark.parametrize("arguments", [(), ("traning",), ("check", "--gpu"), ("check", "--device", "cpu")])

@@ -335,6 +335,23 @@ def test_the_policy_sees_what_an_epoch_took_before_anything_was_dropped() -> Non
     assert seen[3].elapsed_seconds >= 8.0
 
 
+def test_the_policy_sees_the_changes_of_the_history() -> None:
+    seen: list[Situation] = []
+
+    def policy(situation: Situation) -> Decision:
+        seen.append(situation)
+        return Decision(2 if situation.epoch >= 2 else 0, "")
+
+    model, optimizer, loader = parts()
+    drop = DropScheduler(model, optimizer, loader, policy=policy)
+    for _ in range(3):
+        epoch(drop, optimizer)
+        drop.step()
+    assert [len(situation.changes) for situation in seen] == [0, 1, 2, 3]
+    assert seen[-1].changes == tuple(record.changes for record in drop.history)
+    assert [change is None for change in seen[-1].changes[-1]] == [True, True, False, False]
+
+
 def test_rows_spill_to_disk_and_train_the_same(tmp_path: Path) -> None:
     def run(cache: CacheConfig) -> tuple[list[float], DropScheduler]:
         model, optimizer, loader = parts()

@@ -8,6 +8,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +17,19 @@ from typing import Any
 import torch
 
 from learndrop_ext import backend_info
-from learndrop_ext.app import forecasts, report, runs, stores
+from learndrop_ext.app import report, runs, stores
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
 from learndrop_ext.app.networks import check_network, is_external, pixel_statistics
 from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, make_parser
-from learndrop_ext.app.policies import parse_policy
-from learndrop_ext.app.recipe import STOPPED_OPTIONS, Recipe, make_network, policy_of
-from learndrop_ext.data.source import views_within
+from learndrop_ext.app.recipe import (
+    STOPPED_OPTIONS,
+    Recipe,
+    default_views,
+    make_forecast,
+    make_network,
+    parse_policy,
+    policy_of,
+)
 from learndrop_ext.ops import free_bytes
 
 INTERRUPTED = 130
@@ -60,11 +67,10 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
     check_network(model)
     _check_options(args, model)
     split = _load(args)
-    augment = args.augment or preset.get("augment", "none")
+    augment = None if args.augment == "none" else args.augment or preset.get("augment")
     given = {name: value for name in RECIPE_OPTIONS if (value := getattr(args, name)) is not None}
     chosen = {name: value for name, value in preset.items() if name not in ("model", "augment")} | given
     chosen["batch_size"] = min(chosen["batch_size"], len(split.train))
-    views = 1 if augment == "none" else views_within(chosen["epochs"], parse_policy(args.policy).speedup)
     recipe = Recipe(
         **chosen,
         model=model,
@@ -73,9 +79,9 @@ def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
         seed=args.seed,
         device=device,
         amp=args.amp,
-        augment=None if augment == "none" else augment,
+        augment=augment,
         codec=args.codec,
-        views=args.views or views,
+        views=args.views or default_views(augment, chosen["epochs"], args.policy),
         mirror=args.mirror,
         policy=args.policy,
         **{name: getattr(args, name) for name in STOPPED_OPTIONS},
@@ -104,7 +110,8 @@ def _check_options(args: argparse.Namespace, model: str) -> None:
         for name in ("width", "stem"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} is for the models vgg.. and resnet.., got --model {model}")
-    if parse_policy(args.policy).kind != "stopped":
+    parse_policy(args.policy)
+    if args.policy != "stopped":
         for name in STOPPED_OPTIONS:
             if getattr(args, name) != getattr(Recipe, name):
                 raise ValueError(f"--{name.replace('_', '-')} is for --policy stopped, got --policy {args.policy}")
@@ -122,23 +129,19 @@ def _decoded(split: Split, device: torch.device) -> Split:
 
 
 def _device(name: str) -> str:
-    has_cuda = torch.cuda.is_available()
     if name == "auto":
-        return "cuda" if has_cuda else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")  # refused below
-    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    found = re.fullmatch(r"cpu(?::0)?|cuda(?::(\d+))?", name)
+    if found is None:
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cpu":
+    if name.startswith("cpu"):
         return "cpu"
-    if not has_cuda:
+    if not torch.cuda.is_available():
         raise ValueError(
             "--device cuda needs a GPU that this torch can use, and torch.cuda.is_available() is False here: "
             "install a CUDA build of torch and a driver, or use --device cpu"
         )
-    if (device.index or 0) >= torch.cuda.device_count():
+    if int(found[1] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device must be one of {torch.cuda.device_count()} GPUs, cuda:0 and on, got {name!r}")
     return name
 
@@ -186,8 +189,8 @@ def _data_config(args: argparse.Namespace) -> dict[str, Any]:
 
 def _forecast(args: argparse.Namespace) -> int:
     split, recipe = _recipe(args)
-    found = forecasts.make_forecast(split, recipe)
-    page = forecasts.draw_forecast(args.out, found)
+    found = make_forecast(split, recipe)
+    page = report.write_forecast(args.out, found)
     print(json.dumps(found.as_dict()) if args.json else f"{found.format_table()}\n\ndrawn in: {page}")
     return 0
 
@@ -242,7 +245,7 @@ class _Bar:
     def __call__(self, name: str, done: int, total: int, text: str) -> None:
         from tqdm import tqdm
 
-        if self.bar is None or name != self.name:
+        if name != self.name:
             self.close()
             self.name = name
             self.bar = tqdm(total=total, desc=f"{name:<11}", disable=None, unit="step", mininterval=0.2)
@@ -252,4 +255,3 @@ class _Bar:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-            self.bar = None

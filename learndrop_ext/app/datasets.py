@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,22 +25,8 @@ from learndrop_ext.app.image_files import (
     read_cifar_names,
     read_idx,
 )
-from learndrop_ext.app.image_set import ImageSet, collate_batch, make_loader
+from learndrop_ext.app.image_set import ImageSet
 from learndrop_ext.app.photos import list_class_folders
-
-__all__ = [
-    "DATASETS",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "ImageSet",
-    "IntegrityError",
-    "Source",
-    "Split",
-    "collate_batch",
-    "load_dataset",
-    "load_folder",
-    "make_loader",
-]
 
 #: Mean and standard deviation of ImageNet's training pixels in [0, 1], which most published weights expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -102,7 +88,7 @@ class Source:
 def load_dataset(
     name: str, root: str | Path | None = None, *, limit: int | None = None, size: int | None = None
 ) -> Split:
-    """Read a dataset from its original files.
+    """Read a dataset from its original files. Raises IntegrityError if a file is missing or damaged.
 
     Args:
         name: a key of `DATASETS`. The 1,797 images of digits come with scikit-learn; a fixed seed splits them into 1,437
@@ -112,11 +98,6 @@ def load_dataset(
         limit: keep only the first images of each part, in file order; for Imagenette, which is sorted by class, one from
             each class in turn. Other files are not opened.
         size: side of the images in pixels. Default: unchanged; 128 for Imagenette
-
-    Raises:
-        ValueError: If the name is unknown, the root is missing, or a limit or size is below 1.
-        ImportError: If the package that reads the files is not installed.
-        IntegrityError: If a file is missing or damaged.
     """
     source = DATASETS.get(name)
     if source is None:
@@ -125,7 +106,7 @@ def load_dataset(
         raise ValueError(f"load_dataset: {name} needs a root, the folder that holds its files, got None")
     _check_counts("load_dataset", limit=limit, size=size)
     train, test, classes = source.read(Path() if root is None else Path(root), limit)
-    return _split([train, test], classes, mean=source.mean, std=source.std, flip=source.flip, limit=limit, size=size)
+    return _split([train, test], classes, source, limit=limit, size=size)
 
 
 def load_folder(
@@ -142,11 +123,6 @@ def load_folder(
         limit: keep only the first photos of each part, one from each class in turn.
         size: side of the images in pixels; the central square of each photo is scaled to it. Default: 128
         test_share: share of each class for the test part, in (0, 1), if there is no test part. Default: 0.2
-
-    Raises:
-        ValueError: If a limit, size or share is out of range, or a share is given although there is a test part.
-        ImportError: If pillow is not installed.
-        IntegrityError: If the folder is missing, has too few classes or photos, or `list_class_folders` raises it.
     """
     root = Path(root)
     _package("PIL", "folder", "pillow")
@@ -168,7 +144,7 @@ def load_folder(
     elif test_share is not None:
         raise ValueError(f"load_folder: test_share is for a folder without a test part, got {root / held_out[0]}")
     subsets = [_in_turn(part) for part in (train, *parts[:2])]
-    return _split(subsets, tuple(train), mean=IMAGENET_MEAN, std=IMAGENET_STD, flip=True, limit=limit, size=size)
+    return _split(subsets, tuple(train), DATASETS["imagenette"], limit=limit, size=size)
 
 
 def _split_classes(
@@ -194,23 +170,14 @@ def _check_counts(owner: str, **values: int | None) -> None:
 
 
 def _split(
-    subsets: Sequence[Subset],
-    classes: tuple[str, ...],
-    *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    flip: bool,
-    limit: int | None,
-    size: int | None,
+    subsets: Sequence[Subset], classes: tuple[str, ...], source: Source, *, limit: int | None, size: int | None
 ) -> Split:
-    """Make a Split of a training part, a test part and an optional validation part."""
-    parts = [
-        ImageSet(images[:limit], labels[:limit], mean=mean, std=std, size=size or 128, flip=flip)
-        for images, labels in subsets
-    ]
+    """Make a Split of a training part, a test part and an optional validation part, with the pixels of a source."""
+    pixels: dict[str, Any] = {"mean": source.mean, "std": source.std, "flip": source.flip, "size": size or 128}
+    parts = [ImageSet(images[:limit], labels[:limit], **pixels) for images, labels in subsets]
     if size is not None:
         parts = [part.resized(size) for part in parts]
-    return Split(parts[0], parts[1], classes, parts[2] if len(parts) > 2 else None)
+    return Split(parts[0], parts[1], classes, *parts[2:])
 
 
 def _read_digits(_: Path, __: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
@@ -241,27 +208,26 @@ def _read_mnist(
     return parts[0], parts[1], classes
 
 
-def _read_cifar10(root: Path, limit: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
-    folder = _folder(root, "cifar-10-batches-py", first="data_batch_1")
-    names = read_cifar_names(folder / "batches.meta", key="label_names", classes=10)
-    batches = [f"data_batch_{i}" for i in range(1, 6)]
-    train, test = (_cifar_part(folder, part, limit, labels="labels", classes=10) for part in (batches, ["test_batch"]))
-    return train, test, names
-
-
-def _read_cifar100(root: Path, limit: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
-    folder = _folder(root, "cifar-100-python", first="train")
-    names = read_cifar_names(folder / "meta", key="fine_label_names", classes=100)
-    train, test = (_cifar_part(folder, [name], limit, labels="fine_labels", classes=100) for name in ("train", "test"))
-    return train, test, names
-
-
-def _cifar_part(folder: Path, names: Sequence[str], limit: int | None, *, labels: str, classes: int) -> Subset:
-    batches: list[tuple[Tensor, Tensor]] = []
-    for name in names:
-        if limit is None or sum(len(y) for _, y in batches) < limit:
-            batches.append(read_cifar(find_file(folder, name), labels=labels, classes=classes))
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+def _read_cifar(
+    root: Path,
+    limit: int | None,
+    *,
+    folder: str,
+    parts: tuple[tuple[str, ...], ...],
+    meta: str,
+    kind: str,
+    classes: int,
+) -> tuple[Subset, Subset, tuple[str, ...]]:
+    """parts: files of the training and the test part; kind: before the keys of labels and names."""
+    found = _folder(root, folder, first=parts[0][0])
+    subsets = []
+    for files in parts:
+        batches: list[tuple[Tensor, Tensor]] = []
+        for name in files:
+            if limit is None or sum(len(y) for _, y in batches) < limit:
+                batches.append(read_cifar(find_file(found, name), labels=f"{kind}labels", classes=classes))
+        subsets.append((torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])))
+    return subsets[0], subsets[1], read_cifar_names(found / meta, key=f"{kind}label_names", classes=classes)
 
 
 def _read_imagenette(root: Path, _: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
@@ -304,6 +270,18 @@ DIGITS = tuple("0123456789")
 FASHION = tuple(
     ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 )
+CIFAR10: dict[str, Any] = {
+    "folder": "cifar-10-batches-py",
+    "parts": (tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
+    "meta": "batches.meta",
+    **{"kind": "", "classes": 10},
+}
+CIFAR100: dict[str, Any] = {
+    "folder": "cifar-100-python",
+    "parts": (("train",), ("test",)),
+    "meta": "meta",
+    **{"kind": "fine_", "classes": 100},
+}
 IMAGENETTE = {
     "n01440764": "tench",
     "n02102040": "English springer",
@@ -323,8 +301,8 @@ DATASETS: Mapping[str, Source] = MappingProxyType(
         "digits": Source(_read_digits, (0.3041,), (0.3757,), flip=False),
         "mnist": Source(partial(_read_mnist, name="MNIST", classes=DIGITS), (0.1307,), (0.3081,), flip=False),
         "fashion-mnist": Source(partial(_read_mnist, name="FashionMNIST", classes=FASHION), (0.2860,), (0.3530,)),
-        "cifar10": Source(_read_cifar10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-        "cifar100": Source(_read_cifar100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        "cifar10": Source(partial(_read_cifar, **CIFAR10), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        "cifar100": Source(partial(_read_cifar, **CIFAR100), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         "imagenette": Source(_read_imagenette, IMAGENET_MEAN, IMAGENET_STD),
     }
 )

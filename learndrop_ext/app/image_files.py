@@ -41,16 +41,10 @@ def find_file(folder: Path, name: str, *, suffixes: Sequence[str] = ("",)) -> Pa
 
 
 def read_idx(path: Path, *, dims: int) -> Tensor:
-    """Read an IDX file of bytes, gzipped if its name ends in .gz.
+    """Read an IDX file of bytes with `dims` dimensions, gzipped if its name ends in .gz, as a uint8 tensor.
 
     Source: "The IDX file format" on the MNIST page of LeCun, Cortes and Burges: two zero bytes, the type (8 for unsigned
     bytes), the number of dimensions, each size as a big-endian 32-bit integer, then the values in C order.
-
-    Returns:
-        A uint8 tensor with `dims` dimensions.
-
-    Raises:
-        IntegrityError: If the file cannot be read or has the wrong format.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -118,22 +112,11 @@ def _unpickle(path: Path) -> dict[str, object]:
 
 
 def read_cifar(path: Path, *, labels: str, classes: int) -> tuple[Tensor, Tensor]:
-    """Read one CIFAR batch.
+    """Read one CIFAR batch: images [N, 3, 32, 32] uint8 and labels [N] int64 in [0, classes). labels: their key.
 
     Source: "the CIFAR-10 and CIFAR-100 datasets", the python version: a pickled dictionary whose `data` is a uint8 array
     [N, 3072] of red, green and blue planes, each 32 by 32. A pickle may ask for numpy's arrays; any other global is refused
     before it is imported.
-
-    Args:
-        path: the file.
-        labels: key of the list of labels.
-        classes: number of classes; labels are in [0, classes).
-
-    Returns:
-        Images [N, 3, 32, 32] uint8 and labels [N] int64.
-
-    Raises:
-        IntegrityError: If the file cannot be read or has the wrong format.
     """
     content = _unpickle(path)
     images, values = content.get("data"), content.get(labels)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,62 +28,54 @@ from learndrop_ext.rng import fork_rng
 STEMS = ("small", "imagenet")
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: [B, C, H, W] -> [B, width, H/stride, W/stride]."""
+class Block(nn.Module):
+    """Convolutions and a shortcut around them: [B, C, H, W] -> [B, expansion * width, H/stride, W/stride].
 
-    expansion = 1
+    The first 3x3 convolution has the stride, the last one the channels of the output.
+    """
 
-    def __init__(self, in_channels: int, width: int, *, stride: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = _shortcut(in_channels, width, stride=stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += shortcut
-        rectified: Tensor = self.relu(out)
-        return rectified
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut: [B, C, H, W] -> [B, 4 * width, H/stride, W/stride]."""
-
-    expansion = 4
+    kernels: ClassVar[tuple[int, ...]]
+    expansion: ClassVar[int]
 
     def __init__(self, in_channels: int, width: int, *, stride: int = 1) -> None:
         super().__init__()
-        out_channels = width * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
+        channels = in_channels
+        for i, kernel in enumerate(self.kernels):
+            out = width * self.expansion if i == len(self.kernels) - 1 else width
+            step = stride if i == self.kernels.index(3) else 1
+            conv = nn.Conv2d(channels, out, kernel, stride=step, padding=kernel // 2, bias=False)
+            self.add_module(f"conv{i + 1}", conv)
+            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(out))
+            channels = out
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(in_channels, out_channels, stride=stride)
+        self.downsample = None
+        if stride != 1 or in_channels != channels:
+            conv = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        out += shortcut
-        rectified: Tensor = self.relu(out)
+        shortcut = out = x
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
+        for i in range(1, len(self.kernels) + 1):
+            out = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(out))
+            if i == len(self.kernels):
+                out += shortcut
+            out = self.relu(out)
+        rectified: Tensor = out
         return rectified
 
 
-def _shortcut(in_channels: int, out_channels: int, *, stride: int) -> nn.Sequential | None:
-    if stride == 1 and in_channels == out_channels:
-        return None
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
-    )
+class BasicBlock(Block):
+    """Two 3x3 convolutions."""
+
+    kernels, expansion = (3, 3), 1
+
+
+class Bottleneck(Block):
+    """1x1, 3x3 and 1x1 convolutions."""
+
+    kernels, expansion = (1, 3, 1), 4
 
 
 class ResNet(nn.Module):
@@ -93,7 +86,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[Block],
         depths: Sequence[int],
         *,
         num_classes: int,
@@ -105,10 +98,8 @@ class ResNet(nn.Module):
         _check_sizes("ResNet", num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
         if len(depths) != 4 or min(depths) < 1:
             raise ValueError(f"ResNet: depths must be four positive block counts, got {tuple(depths)}")
-        if stem == "imagenet":
-            self.conv1 = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
-        else:
-            self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel, stride=stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()

@@ -91,20 +91,12 @@ def build_network(
     weights: str | None = None,
     seed: int = 0,
 ) -> Network:
-    """Build a network with random or pretrained weights and a new classifier.
+    """Build a network with random or pretrained weights and a new classifier. The global random state does not change.
 
-    Args:
-        name: a key of `MODELS`, `timm:NAME` or `torchvision:NAME`.
-        num_classes: number of outputs of the classifier.
-        in_channels: channels of the images; must be 3 for networks of timm and torchvision.
-        stem, width: for networks of `MODELS`, see `build_model`.
-        weights: None for random weights; "default" for those of timm or torchvision; or a file, see `read_weights`.
-        seed: random seed of the weights. The global random state does not change.
-
-    Raises:
-        ValueError: If the name is unknown, the weights do not fit or cannot be downloaded, the network does not take this
-            number of channels, or the network is too large for the free memory.
-        ImportError: If the name or the file needs a library that is not installed.
+    stem, width: for networks of `MODELS`, see `build_model`. weights: None for random weights, "default" for those of timm
+    or torchvision, or a file, see `read_weights`. Raises ValueError if the name is unknown, the weights do not fit or
+    cannot be downloaded, or the network does not take these channels or does not fit into the free memory; ImportError if
+    the name or the file needs a library that is not installed.
     """
     check_network(name)
     if is_external(name):
@@ -137,7 +129,7 @@ def build_network(
 
 
 def _maker(name: str, weights: str | None) -> Callable[[int], nn.Module]:
-    """Return what makes a network of timm or torchvision with a number of classes; timm loads default weights with it."""
+    """Return what makes an external network with a number of classes; timm loads default weights with it."""
     library, _, inner = name.partition(":")
     if library == "torchvision":
         models = _library("torchvision.models")

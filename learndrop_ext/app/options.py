@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from learndrop_ext import __version__
 from learndrop_ext.app.models import STEMS
-from learndrop_ext.app.recipe import MAX_SEED, OPTIMIZERS, Recipe
+from learndrop_ext.app.recipe import MAX_SEED, OPTIMIZERS, POLICY_FORMS, Recipe
 from learndrop_ext.ops import CODECS
 
 RIVALS = ("freeze-only", "short")
@@ -45,16 +46,9 @@ def _whole(text: str, lowest: int, wanted: str, highest: int | None = None) -> i
     return value
 
 
-def _count(text: str) -> int:
-    return _whole(text, 1, "a whole number of at least 1")
-
-
-def _size(text: str) -> int:
-    return _whole(text, 0, "a number of bytes of at least 0")
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, f"a whole number within 0..{MAX_SEED}", MAX_SEED)
+_count = partial(_whole, lowest=1, wanted="a whole number of at least 1")
+_size = partial(_whole, lowest=0, wanted="a number of bytes of at least 0")
+_seed = partial(_whole, lowest=0, wanted=f"a whole number within 0..{MAX_SEED}", highest=MAX_SEED)
 
 
 def _positive(text: str) -> float:
@@ -132,7 +126,7 @@ TRAINING: dict[str, list[tuple[str, Any, str | None, Any, str]]] = {
         (
             *("policy", str, "POLICY", Recipe.policy),
             "stopped: drop layers that have stopped learning; budget:2.0: finish in half the time; fixed:0=3,1=4: drop "
-            "the first 3 layers before the first step and the first 4 after epoch 1",
+            "the first 3 layers before the first step and the first 4 after epoch 1; all forms: " + POLICY_FORMS,
         ),
         ("codec", CODECS, None, Recipe.codec, "how cached activations are stored"),
         (
@@ -161,18 +155,10 @@ def _training_options(parser: argparse.ArgumentParser) -> None:
         for name, kind, metavar, default, text in options:
             if kind is bool:
                 group.add_argument(f"--{name}", action="store_true", help=text)
-            elif callable(kind):
-                group.add_argument(f"--{name}", type=kind, metavar=metavar, default=default, help=text)
-            else:
-                group.add_argument(f"--{name}", choices=kind, default=default, help=text)
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of options that have one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        none = action.default in (None, ()) or action.default is False
-        return action.help if none else super()._get_help_string(action)
+                continue
+            text += "" if default is None else " (default: %(default)s)"
+            values: dict[str, Any] = {"type": kind, "metavar": metavar} if callable(kind) else {"choices": kind}
+            group.add_argument(f"--{name}", default=default, help=text, **values)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -184,10 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"learndrop {__version__}")
     added = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands = {
-        name: added.add_parser(name, help=short, description=long, formatter_class=_HelpFormatter)
-        for name, (short, long) in COMMANDS.items()
-    }
+    commands = {name: added.add_parser(name, help=short, description=long) for name, (short, long) in COMMANDS.items()}
     for name in ("compare", "train", "forecast"):
         _training_options(commands[name])
     commands["compare"].add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,30 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from learndrop_ext.app.datasets import ImageSet, Split, make_loader
+from learndrop_ext.app.datasets import Split
+from learndrop_ext.app.image_set import ImageSet, make_loader
 from learndrop_ext.app.networks import Network, build_network, check_network
-from learndrop_ext.app.policies import parse_policy
-from learndrop_ext.decide.policy import Policy, StoppedLearning
+from learndrop_ext.data.source import views_within
+from learndrop_ext.decide.forecast import Forecast
+from learndrop_ext.decide.policy import Budget, Fixed, Policy, StoppedLearning
+from learndrop_ext.decide.rules import AutoFreeze, FreezeOut, LinearFreeze, PipeTransformer
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.scheduler import DropScheduler
 
 OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("one-cycle", "constant")
+#: The policies of the form KIND:VALUE,NAME=VALUE,...; the first value is that of the first argument.
+POLICIES: dict[str, type[Any]] = {
+    "budget": Budget,
+    "freezeout": FreezeOut,
+    "linearfreeze": LinearFreeze,
+    "autofreeze": AutoFreeze,
+    "pipetransformer": PipeTransformer,
+}
+POLICY_FORMS = (
+    "stopped, budget:SPEEDUP, budget:SPEEDUP,start=EPOCH, fixed:EPOCH=LAYERS,EPOCH=LAYERS,..., freezeout:T0, "
+    "linearfreeze:START, linearfreeze:START,level=SHARE, autofreeze:PERCENTILE or pipetransformer:ALPHA"
+)
 #: Options that only `StoppedLearning` has.
 STOPPED_OPTIONS = ("threshold", "patience", "warmup", "max_dropped", "min_saving")
 MAX_SEED = 2**32 - 1
@@ -24,14 +41,15 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a training run with a one-cycle learning rate."""
+    """The settings of a training run."""
 
     model: str  # see `build_network`, also for stem, width and weights
     stem: str
     width: int
     epochs: int
     batch_size: int
-    lr: float  # peak learning rate
+    lr: float  # the peak of one-cycle
+    schedule: str = "one-cycle"  # of the learning rate, or "constant"
     weights: str | None = None
     optimizer: str = "sgd"  # with Nesterov momentum 0.9, or "adamw"
     weight_decay: float = 5e-4
@@ -52,8 +70,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_network(self.model)
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"Recipe: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"Recipe: {name} must be one of {', '.join(known)}, got {value!r}")
         if not 0 <= self.seed <= MAX_SEED:
             raise ValueError(f"Recipe: seed must be within 0..{MAX_SEED}, got {self.seed}")
         policy_of(self)
@@ -67,7 +86,39 @@ def cache_of(recipe: Recipe) -> CacheConfig:
 
 def policy_of(recipe: Recipe) -> Policy:
     """Return the policy of a recipe."""
-    return parse_policy(recipe.policy).build(**{name: getattr(recipe, name) for name in STOPPED_OPTIONS})
+    return parse_policy(recipe.policy, **{name: getattr(recipe, name) for name in STOPPED_OPTIONS})
+
+
+def parse_policy(text: str, **stopped: Any) -> Policy:
+    """Build a policy from one of `POLICY_FORMS`. "fixed:0=3,1=4" is `Fixed({0: 3, 1: 4})`.
+
+    stopped: the arguments of `StoppedLearning`. Raises ValueError for another form or a value out of range.
+    """
+    if text == "stopped":
+        return StoppedLearning(**stopped)
+    kind, _, rest = text.partition(":")
+    first, *more = rest.split(",")
+    values: dict[str, Any] = {}
+    try:
+        if kind == "fixed":
+            pairs = [(int(epoch), int(layers)) for epoch, layers in (pair.split("=") for pair in (first, *more))]
+            values = {"prefixes": dict(pairs)} if len(dict(pairs)) == len(pairs) else {}
+        elif kind in POLICIES:
+            defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(POLICIES[kind])}
+            given = {next(iter(defaults)): first} | dict(word.split("=") for word in more)
+            if len(given) == 1 + len(more) and given.keys() <= defaults.keys():
+                values = {name: type(defaults[name])(value) for name, value in given.items()}
+    except ValueError:
+        pass  # not a number: refused below
+    if not values:
+        raise ValueError(f"policy must be {POLICY_FORMS}, got {text!r}")
+    policy: Policy = (Fixed if kind == "fixed" else POLICIES[kind])(**values)
+    return policy
+
+
+def default_views(augment: str | None, epochs: int, policy: str) -> int:
+    """Return how many views of a sample are kept in a run under a policy: 1 without augmentation, see `views_within`."""
+    return views_within(epochs, getattr(parse_policy(policy), "speedup", Budget.speedup)) if augment else 1
 
 
 @dataclass(frozen=True)
@@ -111,7 +162,11 @@ def set_up(split: Split, recipe: Recipe) -> Setup:
             model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
         )
     steps = recipe.steps or recipe.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    if recipe.schedule == "constant":
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    else:
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
     return Setup(model, optimizer, schedule, loader, train_set, test_set)
 
 
@@ -132,3 +187,9 @@ def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool
         cache=cache_of(recipe) if caches else None,
         call=call,
     )
+
+
+def make_forecast(split: Split, recipe: Recipe) -> Forecast:
+    """Measure the costs of a recipe and return the forecast of its run, without training."""
+    with make_scheduler(set_up(split, recipe), recipe, Fixed({})) as drop:
+        return drop.forecast()

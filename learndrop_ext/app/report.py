@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learndrop_ext.app.page import REPORT, check_extras, render_page, write_page
-from learndrop_ext.decide.forecast import align_columns
+from learndrop_ext.app.page import FORECAST, REPORT, check_extras, render_page, write_page
+from learndrop_ext.decide.forecast import Forecast, align_columns
 
 RUNS = ("baseline", "learndrop", "freeze-only", "short")
 
@@ -233,3 +233,16 @@ def _forecasts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 def write_report(path: str | Path, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
     """Write the page of `render_report` to a file."""
     write_page(path, render_report(result, records))
+
+
+def write_forecast(folder: Path, forecast: Forecast) -> Path:
+    """Write `forecast.html` to a folder, which is created, and return its path."""
+    check_extras("write_forecast")
+    from learndrop_ext.app import plots
+
+    values = forecast.as_dict()
+    figures = [svg for svg in (plots.plot_forecast(values), plots.plot_row_bytes(values)) if svg]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "forecast.html"
+    write_page(path, render_page("forecast", FORECAST, table_text=forecast.format_table(), figures=figures))
+    return path

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from learndrop_ext.app.datasets import ImageSet, Split, make_loader
+from learndrop_ext.app.datasets import Split
+from learndrop_ext.app.image_set import ImageSet, make_loader
 from learndrop_ext.app.recipe import Recipe, make_scheduler, policy_of, set_up
 from learndrop_ext.app.report import MEASURED
 from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation
@@ -182,6 +183,35 @@ def warm_up(split: Split, recipe: Recipe) -> None:
     train("warm-up", few, dataclasses.replace(short, epochs=3), policy=_half_after_the_first_epoch)
 
 
+def shortened(split: Split, recipe: Recipe, *, seconds: float) -> Recipe:
+    """Return the plain recipe with as many steps as fit into `seconds`, at least one and at most its own.
+
+    It times a fortieth of the run's steps first, see `step_seconds`: on a machine whose speed changes, a run of a while ago
+    is no clock.
+    """
+    batches = _batches(split, recipe)
+    whole = recipe.epochs * batches
+    steps = max(1, min(whole, int(seconds / step_seconds(split, recipe, steps=max(4, whole // 40)))))
+    return dataclasses.replace(recipe, epochs=-(-steps // batches), steps=steps)
+
+
+def step_seconds(split: Split, recipe: Recipe, *, steps: int) -> float:
+    """Return the mean seconds of a training step without dropping, of at most `steps` and an epoch of them.
+
+    A throwaway model is trained for two epochs of so many batches; the second, without the costs of a beginning, counts.
+    """
+    some = split.train.subset(range(min(steps * recipe.batch_size, len(split.train))))
+    few = dataclasses.replace(split, train=some, test=split.test.subset(range(1)))
+    ends: list[float] = []
+    two = dataclasses.replace(recipe, epochs=2, steps=None)
+    train("timing", few, two, on_epoch=lambda record: ends.append(record["seconds"]))
+    return (ends[1] - ends[0]) / _batches(few, recipe)
+
+
+def _batches(split: Split, recipe: Recipe) -> int:
+    return -(-len(split.train) // recipe.batch_size)
+
+
 def _half_after_the_first_epoch(situation: Situation) -> Decision:
     return Decision(min(situation.epoch, 1) * (len(situation.layers) // 2), "warm-up")
 
@@ -209,7 +239,7 @@ def compare(
     """Train without and with dropping, then each rival. Yield the result so far, in the format of `--json`, after each run.
 
     rivals: "freeze-only" (the same drops, but the frozen layers run at each step) and "short" (the plain recipe with as many
-    steps as fit into the time that dropping took).
+    steps as fit into the time that dropping took, see `shortened`).
     """
     out: dict[str, Any] = {"config": dataclasses.asdict(recipe)}
     warm_up(split, recipe)
@@ -226,10 +256,8 @@ def compare(
             same = Fixed({d.epoch: d.prefix for d in dropping.drops})
             result, _ = run(rival, recipe=recipe, policy=same, caches=False)
         else:
-            batches = -(-len(split.train) // recipe.batch_size)
-            steps = max(1, int(min(1.0, dropping.seconds / baseline.seconds) * recipe.epochs * batches))
-            short = dataclasses.replace(recipe, epochs=-(-steps // batches), steps=steps)
-            out["config"]["short_epochs"] = round(steps / batches, 2)
+            short = shortened(split, recipe, seconds=dropping.seconds)
+            out["config"]["short_epochs"] = round((short.steps or 0) / _batches(split, recipe), 2)
             result, _ = run(rival, recipe=short)
         out[rival] = dataclasses.asdict(result)
         yield out

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
+from learndrop_ext.decide.deltas import LayerChange
 from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_seconds
 from learndrop_ext.decide.schedules import best_prefixes
 from learndrop_ext.warn import warn
@@ -33,6 +34,7 @@ class Situation:
         elapsed_seconds: wall-clock time of the run so far, including the work of drops.
         full_seconds: time of the whole run without drops; 0.0 to take it from `costs`.
         undropped: number of epochs done when `undrop()` was last called, or None.
+        changes: the L measured changes of each epoch done, from which the scores are computed; None as in `scores`.
     """
 
     epoch: int
@@ -48,6 +50,7 @@ class Situation:
     elapsed_seconds: float = 0.0
     full_seconds: float = 0.0
     undropped: int | None = None
+    changes: tuple[tuple[LayerChange | None, ...], ...] = ()
 
     @property
     def past(self) -> tuple[int, ...]:

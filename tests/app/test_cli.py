@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import learndrop_ext
-from learndrop_ext.app import cli, forecasts, runs
+from learndrop_ext.app import cli, report, runs
 from learndrop_ext.app.cli import main
 from learndrop_ext.app.recipe import Recipe, cache_of
 from learndrop_ext.rows.layout import RowForm
@@ -155,7 +155,7 @@ def test_forecast_prints_and_draws(
         "largest_speedup": 1.5,
     }
     made = SimpleNamespace(as_dict=lambda: values, format_table=lambda: "4 epochs <without> drops: 40.0 s")
-    monkeypatch.setattr(forecasts, "make_forecast", lambda split, recipe: made)
+    monkeypatch.setattr(cli, "make_forecast", lambda split, recipe: made)
     assert main(["forecast", *SMALL, "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "4 epochs <without> drops: 40.0 s" in printed
@@ -190,8 +190,8 @@ def test_options_of_the_rows(
 ) -> None:
     recipes: list[Recipe] = []
     made = SimpleNamespace(as_dict=dict, format_table=str)
-    monkeypatch.setattr(forecasts, "make_forecast", lambda split, recipe: recipes.append(recipe) or made)
-    monkeypatch.setattr(forecasts, "draw_forecast", lambda out, found: out)
+    monkeypatch.setattr(cli, "make_forecast", lambda split, recipe: recipes.append(recipe) or made)
+    monkeypatch.setattr(report, "write_forecast", lambda out, found: out)
     assert main(["forecast", *SMALL, *arguments, "--out", str(tmp_path)]) == 0
     assert (recipes[0].views, recipes[0].mirror) == (views, mirror)
     assert cache_of(recipes[0]).rows_per_sample == (2 if mirror else views)

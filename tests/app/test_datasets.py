@@ -13,12 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from learndrop_ext.app.datasets import (
-    DATASETS,
-    IntegrityError,
-    Split,
-    load_dataset,
-)
+from learndrop_ext.app.datasets import DATASETS, Split, load_dataset
+from learndrop_ext.app.image_files import IntegrityError
 
 IMAGE = "train-images-idx3-ubyte"
 LABEL = "train-labels-idx1-ubyte"

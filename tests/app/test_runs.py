@@ -93,7 +93,14 @@ def test_augmented_training_keeps_views(digits: Split) -> None:
 
 
 def test_compare_gives_the_form_that_other_programs_read(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def five_steps(split: Split, recipe: Recipe, *, seconds: float) -> Recipe:
+        asked.append(seconds)
+        return dataclasses.replace(recipe, epochs=2, steps=5)
+
     monkeypatch.setattr(runs, "policy_of", lambda recipe: Fixed({1: 2, 2: 4}))
+    monkeypatch.setattr(runs, "shortened", five_steps)
     stages = []
     for out in runs.compare(digits, RECIPE, rivals=("freeze-only", "short")):
         stages.append(set(out))
@@ -113,15 +120,56 @@ def test_compare_gives_the_form_that_other_programs_read(digits: Split, monkeypa
     assert dropped == [(1, 2), (2, 4)]
     assert [(drop["epoch"], drop["prefix"]) for drop in out["freeze-only"]["drops"]] == dropped
     assert out["freeze-only"]["forward_flops"] == out["baseline"]["forward_flops"] > out["learndrop"]["forward_flops"]
-    # As many steps as fit: within one of the share of the seconds.
-    batches = -(-len(digits.train) // RECIPE.batch_size)
-    share = min(1.0, out["learndrop"]["seconds"] / out["baseline"]["seconds"])
-    steps = round(out["config"]["short_epochs"] * batches)
-    assert share * 3 * batches - 1.5 <= steps <= share * 3 * batches + 0.5
+    assert asked == [out["learndrop"]["seconds"]]
+    assert out["config"]["short_epochs"] == 1.25
+    steps, batches = 5, 4
     per_epoch = out["baseline"]["forward_flops"] / 3
     whole, rest = divmod(steps, batches)
     images = whole * len(digits.train) + rest * RECIPE.batch_size
     assert out["short"]["forward_flops"] == per_epoch / len(digits.train) * images
+
+
+@pytest.mark.parametrize(
+    # 128 images in batches of 32: 4 batches an epoch, which are the ones that are timed, in 2 s.
+    ("seconds", "epochs", "batch_size", "timed", "wanted"),
+    [
+        (5.0, 3, 32, 128, (3, 10)),
+        (2.1, 3, 32, 128, (1, 4)),
+        (0.1, 3, 32, 128, (1, 1)),
+        (1000.0, 3, 32, 128, (3, 12)),
+        # 32 batches an epoch, 8 of 320 steps are timed: 0.25 s each.
+        (20.0, 10, 4, 32, (3, 80)),
+        # The last batch of an epoch has 8 images.
+        (1.0, 1, 40, 128, (1, 2)),
+    ],
+)
+def test_shortened_counts_steps_by_its_own_clock(
+    digits: Split,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    epochs: int,
+    batch_size: int,
+    timed: int,
+    wanted: tuple[int, int],
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+
+    def train(name: str, split: Split, recipe: Recipe, *, on_epoch: Any) -> None:
+        seen.append((len(split.train), len(split.test), recipe.epochs))
+        for total in (9.0, 11.0):
+            on_epoch({"seconds": total})
+
+    monkeypatch.setattr(runs, "train", train)
+    recipe = dataclasses.replace(RECIPE, epochs=epochs, batch_size=batch_size)
+    short = runs.shortened(digits, recipe, seconds=seconds)
+    assert seen == [(timed, 1, 2)]
+    assert (short.epochs, short.steps) == wanted
+    assert dataclasses.replace(short, epochs=epochs, steps=None) == recipe
+
+
+def test_shortened_times_real_steps(digits: Split) -> None:
+    assert runs.shortened(digits, RECIPE, seconds=1e-9).steps == 1
+    assert runs.shortened(digits, RECIPE, seconds=1e9).steps == 12
 
 
 def test_save_model_leaves_no_part(digits: Split, tmp_path: Any) -> None:
