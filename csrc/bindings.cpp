@@ -35,7 +35,7 @@ namespace {
 void append_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t rows,
                  int dtype, int64_t batch, const RowShape& shape, int64_t stride_b, int64_t stride_h,
                  int64_t stride_w, int64_t stride_c, uintptr_t index, int threads, int device,
-                 uintptr_t stream) {
+                 [[maybe_unused]] uintptr_t stream) {
   const Append append{.cache = pointer<void>(cache),
                       .cache_rows = cache_rows,
                       .cache_stride_bytes = cache_stride_bytes,
@@ -60,7 +60,7 @@ void append_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes
 
 void gather_rows(uintptr_t cache, int64_t cache_rows, int64_t cache_stride_bytes, int codec, uintptr_t out,
                  int dtype, int64_t batch, const RowShape& shape, uintptr_t index, bool index_on_host,
-                 int threads, int device, uintptr_t stream) {
+                 int threads, int device, [[maybe_unused]] uintptr_t stream) {
   const Gather gather{.cache = pointer<const void>(cache),
                       .cache_rows = cache_rows,
                       .cache_stride_bytes = cache_stride_bytes,
