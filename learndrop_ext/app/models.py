@@ -223,19 +223,11 @@ def build_model(
     width: int = 64,
     seed: int | None = None,
 ) -> nn.Module:
-    """Build a network by name, with random weights.
+    """Build a network of `MODELS` with random weights, K outputs and C input channels.
 
-    Args:
-        name: a key of `MODELS`. Every VGG has batch norm, so torchvision's name "vgg11_bn" means "vgg11".
-        num_classes: K.
-        in_channels: C.
-        stem: "small" or "imagenet", see the top of this module.
-        width: channels of the first stage; 64 as published.
-        seed: random seed of the weights, which are then drawn on the CPU without changing the global random state.
-            Default: draw from the global random state
-
-    Raises:
-        ValueError: If the name or the stem is unknown or a size is not a positive integer.
+    Every VGG has batch norm, so torchvision's name "vgg11_bn" means "vgg11". stem: see the top of this module. width:
+    channels of the first stage, 64 as published. seed: of the weights, which are then drawn on the CPU without changing the
+    global random state. Raises ValueError if the name or the stem is unknown or a size is not a positive integer.
     """
     network = MODELS.get(name.removesuffix("_bn") if name.startswith("vgg") else name)
     if network is None:

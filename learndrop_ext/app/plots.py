@@ -58,12 +58,8 @@ def plot_scores(records: Records) -> str | None:
     epochs = [int(record["epoch"]) for record in scored]
     # A layer dropped after an epoch was still measured in that epoch: it is hatched from the next record on.
     dropped = [_dropped_at_first(scored), *(int(record["prefix"]) for record in scored[:-1])]
-    cells = [[math.nan] * len(epochs) for _ in layers]
-    for column, record in enumerate(scored):
-        for row, layer in enumerate(layers):
-            value = record["scores"].get(layer)
-            if row >= dropped[column] and value is not None:
-                cells[row][column] = float(value)
+    shown = [dict(list(record["scores"].items())[gone:]) for record, gone in zip(scored, dropped, strict=True)]
+    cells = [[math.nan if (value := column.get(layer)) is None else value for column in shown] for layer in layers]
     figure, axes = _figure(height=1.6 + 0.2 * max(len(layers), 8))
     values = [value for line in cells for value in line if math.isfinite(value)]
     mesh = axes.pcolormesh(

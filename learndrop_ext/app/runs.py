@@ -67,14 +67,9 @@ def train(
 ) -> tuple[Result, nn.Module]:
     """Train a model and evaluate it after each epoch. Return the result and the trained model.
 
-    Args:
-        name: name of the run in its records.
-        split: the data.
-        recipe: how to train; its policy is not used.
-        policy: decides on drops; None for a plain loop without a DropScheduler.
-        caches: whether to cache the outputs of dropped layers; otherwise these layers run at each step.
-        on_epoch: called with the record of each epoch, see `Reporter.add`.
-        progress: called after each step.
+    policy: decides on drops, not that of the recipe; None for a plain loop without a DropScheduler. caches: whether to cache
+    the outputs of dropped layers; otherwise these layers run at each step. on_epoch: called with the record of each epoch,
+    see `Reporter.add`.
     """
     device = torch.device(recipe.device)
     reset_peak(device)
