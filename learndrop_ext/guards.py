@@ -437,11 +437,11 @@ class Guards:
             self._discard("loader", reason)
         if self.loop.autocast is None:
             self._cast_old(images.standing)
-        read = images.count_read
+        read, count = images.count_read, images.standing.count
         if read:
             self._rows.begin_making(False, read)
-        if len(images) > read and images.standing.at < self._rows.cut:
-            self._rows.begin_making(True, len(images) - read)
+        if count > read and images.standing.at < self._rows.cut:
+            self._rows.begin_making(True, count - read)
 
     def _cast_old(self, standing: Standing) -> None:
         """A batch that was given before its rows were discarded trains on them for the last time, whatever they are: without

@@ -199,9 +199,7 @@ class DropLoader:
         plan = self._places.current(plan)
         if not plan.level:
             return plan, None
-        at = plan.at
-        if len(plan.makes):
-            at = at[_mask(plan.makes, len(at)).logical_not()]
+        at = plan.at if plan.some is None else plan.at[~plan.some]
         try:
             return plan, self._rows.gather(at, plan.level)
         except (StoreError, OSError) as error:
@@ -219,24 +217,25 @@ class DropLoader:
             return self._mirrored(read, ids)
         self._guards.check_batch(read, ids)
         self._given += len(plan.ids)
-        self._relabelled += len(reads) - len(plan.makes)
+        makes = torch.full((len(reads),), not plan.level) if plan.some is None else plan.some[reads]
+        self._relabelled += int((~makes).sum())
         places, order = rows.first_places(ids)
         self._extras.put(read, places, order)
-        self._guards.note(read, ids, torch.isin(reads, plan.makes))
+        self._guards.note(read, ids, makes)
         x = input_of(self._mirrored(read, ids), self._key)
-        made = x if len(plan.makes) == len(x) else samples_at(x, torch.searchsorted(reads, plan.makes))
-        images = self._stand_in(plan, row, form_of(x), made)
+        pixels = x if makes.all() else samples_at(x, torch.nonzero(makes).flatten()) if makes.any() else None
+        images = self._stand_in(plan, row, form_of(x), pixels)
         if len(reads) == len(plan.ids):
             return with_input(read, self._key, images)
         return self._extras.get(rows.places(plan.ids), images)
 
     def _stand_in(self, plan: Plan, row: torch.Tensor | None, like: Form, pixels: torch.Tensor | None = None) -> Images:
-        """Images of which those at `plan.makes` were read, and the others have their rows. like: the form of such images."""
-        count, n = len(plan.ids), len(plan.makes)
-        form = Form((count, *like.shape[1:]), like.stride, like.dtype)
-        some = _mask(plan.makes, count) if 0 < n < count else None
-        standing = Standing(self._bypass, plan.ids, row, plan.level, self._reader, some)
-        return Images(form, self._rows.device, standing, pixels if n else None)  # type: ignore[no-any-return]
+        """Images of which `pixels` were read, and the others have their rows. like: the form of such images."""
+        count = len(plan.ids)
+        form = like if like.shape[0] == count else Form((count, *like.shape[1:]), like.stride, like.dtype)
+        standing = Standing(self._bypass, plan.ids, row, plan.level, self._reader, plan.some)
+        device = self._rows.device if row is None else row.device
+        return Images(form, device, standing, pixels)  # type: ignore[no-any-return]
 
     def _mirrored(self, batch: Any, ids: torch.Tensor) -> Any:
         """A batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""
@@ -246,13 +245,6 @@ class DropLoader:
         x = input_of(batch, self._key)
         flip = self._rows.view(ids).bool().to(x.device).view(-1, *[1] * (x.dim() - 1))
         return with_input(batch, self._key, torch.where(flip, x.flip(-1), x))
-
-
-def _mask(positions: torch.Tensor, count: int) -> torch.Tensor:
-    """Which of `count` samples are at these positions: [count] bool."""
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[positions] = True
-    return mask
 
 
 def _read_images(source: Source, rows: RowSet, key: InputKey, ids: torch.Tensor) -> torch.Tensor:

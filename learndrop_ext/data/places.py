@@ -22,8 +22,8 @@ class Plan:
         ids: [B] int64 (CPU).
         reads: [m] positions in the batch, ascending, of the samples that have to be read: for their images, or for what is
             kept beside the rows.
-        makes: [n] those of them that have no row at `level`.
-        level: number of layers that the other samples need not run; 0 if there are none.
+        level: number of layers that samples with a row need not run; 0 if none has one.
+        some: [B] bool, which samples have no row at `level`, if others have one.
         at: [B] places of their rows; empty if nothing was looked up.
         where: the same on the device.
         slow: whether there are rows in slower tiers.
@@ -33,8 +33,8 @@ class Plan:
 
     ids: torch.Tensor
     reads: torch.Tensor
-    makes: torch.Tensor
     level: int = 0
+    some: torch.Tensor | None = None
     at: torch.Tensor = NOWHERE
     where: torch.Tensor = NOWHERE
     slow: bool = False
@@ -44,8 +44,7 @@ class Plan:
     @staticmethod
     def whole(ids: torch.Tensor) -> Plan:
         """Return the plan of a batch [B] that is read."""
-        every = torch.arange(len(ids))
-        return Plan(ids, every, every)
+        return Plan(ids, torch.arange(len(ids)))
 
 
 class Places:
@@ -74,17 +73,17 @@ class Places:
         if cache is None:
             return [Plan.whole(part) for part in parts]
         level, at = self._rows.locate(ids)
-        reads = makes = NOWHERE
+        reads, some = NOWHERE, None
         if not (self._has_rest(ids, at) and level == self._rows.cut and level):
             if len(parts) > 1:
                 return [Plan.whole(part) for part in parts]
             level, lacking = self._nearest(level, at)
-            makes = torch.nonzero(lacking).flatten()
+            some = lacking if level and bool(lacking.any()) else None
             reads = torch.nonzero(lacking | ~filled_at(self._extras, at)).flatten()
         filled, version, slow = cache.filled, cache.filled._version, cache.plan.staging > 0
         where = at.to(self._extras.device, non_blocking=True)
         return [
-            Plan(part, reads, makes, level, places, there, slow, filled, version)
+            Plan(part, reads, level, some, places, there, slow, filled, version)
             for part, places, there in zip(parts, at.split(sizes), where.split(sizes), strict=True)
         ]
 

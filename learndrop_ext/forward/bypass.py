@@ -279,12 +279,15 @@ class _Skipped:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         traced = self.bypass._traced
         if traced is not None:
-            return self._run(*args, **kwargs) if self.runs else self._output(len(traced), partial(_nan, traced))
+            return self._run(*args, **kwargs) if self.runs else self._filled(len(traced), partial(_nan, traced))
         x = args[0] if args and isinstance(args[0], Unread) else first_of(Unread, (args, kwargs))
         if x is not None:
             if self.runs or self.bypass._opened:
                 return self._run(*args, **kwargs)
-            return self._output(x.standing.count, lambda form: Feature(form, x.device, x.standing, self.call.path))
+            form = self._known.get(x.standing.count)
+            if type(form) is Form:
+                return Feature(form, x.device, x.standing, self.call.path)
+            return self._filled(x.standing.count, lambda form: Feature(form, x.device, x.standing, self.call.path))
         try:
             with torch.no_grad():
                 return self._run(*args, **kwargs)
@@ -301,13 +304,13 @@ class _Skipped:
             if self._had is not None:
                 vars(self.module)["forward"] = self._had
 
-    def _output(self, B: int, made_of: Callable[[Form], Any]) -> Any:
+    def _filled(self, B: int, made_of: Callable[[Form], Any]) -> Any:
         """What the module would return for B samples, without values."""
         output = self._known.get(B)
         if output is None:
             recorded = self.bypass.recorded.samples
             output = self._known[B] = pytree.tree_map_only(Form, lambda form: form.of(B, recorded), self.call.output)
-        return made_of(output) if type(output) is Form else pytree.tree_map_only(Form, made_of, output)
+        return pytree.tree_map_only(Form, made_of, output)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return copy.deepcopy(self._run, memo)
@@ -338,8 +341,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images | None:
     """Return the images among the arguments of a call."""
-    found = next((a for a in args if type(a) is Images), None)
-    return first_of(Images, (args, kwargs)) if found is None else found
+    return args[0] if args and type(args[0]) is Images else first_of(Images, (args, kwargs))
 
 
 def with_images(images: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

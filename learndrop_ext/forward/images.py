@@ -217,8 +217,8 @@ class Images(Unread):
         return 0 if self.pixels is None else len(self.pixels)
 
     def part_read(self) -> Images:
-        """Return the images that were read, a batch [m, ...] of their own."""
-        ids = self.standing.ids if self.standing.some is None else self.standing.ids[self.standing.some]
+        """Return the images that were read, where others were not, as a batch [m, ...] of their own."""
+        ids = self.standing.ids[self.standing.some]
         return _batch(self, replace(self.standing, ids=ids, rows=None, some=None), self.pixels)
 
     def with_rows(self, made: torch.Tensor) -> Images:
