@@ -29,6 +29,7 @@ FLOW = (
         "forward",
         "rows",
         "decide",
+        "width",
         "data",
         "guards",
     ),
@@ -112,7 +113,7 @@ def test_only_the_scheduler_drops_layers() -> None:
 
 def test_only_ops_sees_the_compiled_extension_and_the_triton_kernels() -> None:
     for path in modules():
-        kernels = {"learndrop_ext.kernels.delta_norms", "learndrop_ext.kernels.digests"}
+        kernels = {f"learndrop_ext.kernels.{name}" for name in ("delta_norms", "digests", "filter_norms")}
         sees = {"learndrop_ext._C", "triton", *kernels} & imports(path)
         assert not sees or place(path) == "ops", path
 

@@ -294,6 +294,12 @@ def _its_own(module: nn.Module) -> Any:
     return type(module).forward.__get__(module)
 
 
+def bypass_of(model: nn.Module) -> Bypass | None:
+    """Return what has dropped layers of a model, or None if all are live."""
+    forwards = (vars(module).get("forward") for module in model.modules())
+    return next((forward.bypass for forward in forwards if isinstance(forward, _Skipped)), None)
+
+
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of the user."""
     return any(
