@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from learndrop_ext.preserve import preserved
 
@@ -105,7 +106,7 @@ def find_groups(
         wanted = "model must be one that Torch-Pruning can trace"
         with preserved(model), torch.enable_grad():
             graph = torch_pruning.DependencyGraph()
-            graph.build_dependency(model, None, forward_fn=lambda model, _: run(), verbose=False)
+            graph.build_dependency(model, None, forward_fn=lambda model, _: _outputs(run()), verbose=False)
             found = list(graph.get_all_groups(root_module_types=[*CONVOLUTIONS, nn.Linear]))
     except Exception as error:
         raise ValueError(f"WidthScheduler: {wanted}, got {type(error).__name__}: {error}") from error
@@ -125,14 +126,18 @@ def find_groups(
             elif kind in ("OUTPUT", "PARAMETER"):
                 what = "the model's output" if kind == "OUTPUT" else "those of a parameter outside of a layer"
                 reasons.append(f"its channels are {what}")
-        if not any(part.role == "in" for part in parts):
-            reasons.append("its channels are the model's output")
         name = min((part.name for part in parts if part.role == "out"), key=judge.order)
         if reason := next(filter(None, reasons), None):
             refused[name] = reason
         else:
             groups.append(Group(name, len(group[0].idxs), tuple(parts)))
     return tuple(sorted(groups, key=lambda group: judge.order(group.name))), refused
+
+
+def _outputs(values: Any) -> list[Tensor]:
+    """Return the tensors that a model returned, each behind an operation of its own: Torch-Pruning sees an output where a
+    graph ends in something other than a layer."""
+    return [t * 1 for t in pytree.tree_leaves(values) if isinstance(t, Tensor) and t.requires_grad]
 
 
 def side_of(module: nn.Module, side: str) -> tuple[str, int]:
@@ -167,7 +172,7 @@ class _Judge:
     def reason(self, module: nn.Module, side: str, width: int) -> str | None:
         """Return why a side may not be cut, or None."""
         name = self.names[module]
-        if not width and any(True for _ in module.parameters()):
+        if not width and any(parameter.numel() > 1 for parameter in module.parameters()):
             return f"{name} is a {type(module).__name__}"
         if isinstance(module, CONVOLUTIONS) and module.groups > 1 and side != "both":
             return f"{name} is a grouped convolution that is not depthwise"

@@ -124,15 +124,14 @@ def scaled(state: State, scales: Mapping[str, Tensor]) -> State:
 
 
 def select(tensor: Tensor, by_dim: Mapping[int, Tensor]) -> Tensor:
-    """Return the entries at some indices along some dimensions, in the tensor's memory format."""
+    """Return the entries at some indices along some dimensions, with the dimensions in the tensor's order in memory."""
     values = tensor.detach()
     for dim, index in by_dim.items():
         values = values.index_select(dim, index.to(tensor.device))
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.contiguous_format)
-    # A tensor of one channel or of one pixel is in both formats; its strides tell which was meant.
-    if tensor.dim() < 4 or tensor.stride(1) != 1 or not tensor.is_contiguous(memory_format=layout):
-        layout = torch.contiguous_format
-    return torch.empty(values.shape, dtype=values.dtype, device=values.device, memory_format=layout).copy_(values)
+    # Of equal strides, those of dimensions with one entry are the inner ones.
+    order = sorted(range(tensor.dim()), key=lambda i: (-tensor.stride(i), tensor.shape[i] == 1, i))
+    memory = values.new_empty([values.shape[i] for i in order])
+    return memory.permute([order.index(i) for i in range(tensor.dim())]).copy_(values)
 
 
 def cuts_to(sizes: Mapping[str, Mapping[str, int]], model: nn.Module) -> Cuts:
