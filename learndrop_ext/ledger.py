@@ -64,6 +64,11 @@ class Ledger:
         """Time training steps again when costs are next asked for."""
         self._costs.measured = False
 
+    def follow_widths(self) -> None:
+        """Take the layers' new FLOPs and shapes, and time training steps again when costs are next asked for."""
+        self._costs.layers = untimed(self._chain)
+        self.forget_times()
+
     def tiers(self) -> Sequence[costs.TierCost]:
         """Return the budgets and speeds of the tiers."""
         return self._costs.tiers()

@@ -100,6 +100,11 @@ class Bypass:
         ]
         self._hold_eval()
 
+    def renew(self, recorded: Recorded) -> None:
+        """Take another record of the same layers, after the widths of live ones have changed."""
+        with self.away():
+            self.recorded = recorded
+
     def release(self) -> None:
         """Make all layers live again: modules get back the mode that they had, or the model's if that has changed."""
         modes, training = self._modes, self.model.training

@@ -30,6 +30,6 @@ def filter_norms(weights: Sequence[Tensor], *, share: float) -> Tensor:
         from learndrop_ext.kernels import filter_norms as triton_form
 
         return triton_form.filter_norms(table, share=share)
-    # Not in C++: it runs once an epoch, and one thread takes 0.26 s for ResNet-18 and 0.85 s for ResNet-50 (11 and 23
-    # million weights, bench/bench_filter_norms.py on a busy AMD EPYC), 0.1 % or less of such an epoch there.
+    # Not in C++: it runs once an epoch, and takes one thread 0.26 s for ResNet-18 and 0.85 s for ResNet-50 (11 and 23
+    # million weights, bench/bench_filter_norms.py on a busy machine).
     return reference.filter_norms(table, share=share)

@@ -129,7 +129,8 @@ def select(tensor: Tensor, by_dim: Mapping[int, Tensor]) -> Tensor:
     for dim, index in by_dim.items():
         values = values.index_select(dim, index.to(tensor.device))
     # Of equal strides, those of dimensions with one entry are the inner ones.
-    order = sorted(range(tensor.dim()), key=lambda i: (-tensor.stride(i), tensor.shape[i] == 1, i))
+    strides, sizes = tensor.stride(), tensor.shape
+    order = sorted(range(tensor.dim()), key=lambda i: (-strides[i], sizes[i] == 1))
     memory = values.new_empty([values.shape[i] for i in order])
     return memory.permute([order.index(i) for i in range(tensor.dim())]).copy_(values)
 
