@@ -22,6 +22,7 @@ from learndrop_ext.app.networks import check_network, is_external, pixel_statist
 from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, make_parser
 from learndrop_ext.app.policies import parse_policy
 from learndrop_ext.app.recipe import STOPPED_OPTIONS, Recipe, make_network, policy_of
+from learndrop_ext.app.widths import parse_narrow
 from learndrop_ext.data.source import views_within
 from learndrop_ext.ops import free_bytes
 
@@ -165,15 +166,18 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    narrow = None if args.narrow is None else parse_narrow(args.narrow)
     split, recipe = _recipe(args)
     policy = None if args.plain else policy_of(recipe)
     name = "baseline" if args.plain else "learndrop"
     with report.Reporter(args.out) as reporter, contextlib.closing(_Bar()) as bar:
         try:
-            trained, model = runs.train(name, split, recipe, policy=policy, on_epoch=reporter.add, progress=bar)
+            trained, model = runs.train(
+                name, split, recipe, policy=policy, narrow=narrow, on_epoch=reporter.add, progress=bar
+            )
         except KeyboardInterrupt:
             return _interrupted(args.out, bar)
-        config = dataclasses.asdict(recipe) | _data_config(args)
+        config = dataclasses.asdict(recipe) | _data_config(args) | {"narrow": args.narrow}
         result = {"config": config, name: dataclasses.asdict(trained)}
         runs.save_model(model, args.out / "model.pt")
         reporter.write(result)

@@ -126,6 +126,12 @@ class WidthScheduler:
         """The layers that cannot be narrowed now, and why, by the first layer of each group."""
         return dict(self._refused)
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """The number of channels now of each layer that could be narrowed at first."""
+        modules = dict(self._model.named_modules())
+        return {name: len(_weight(modules[name])) for name in self._widths}
+
     def step(self, accuracy: float | None = None) -> WidthRecord:
         """Measure, decide and narrow. A step that raises has changed nothing and can be called again.
 
@@ -147,9 +153,9 @@ class WidthScheduler:
             removed, reason = self._narrow(groups, left) if groups else (0, f"no layer can be narrowed: {refused}")
         else:
             assert held is not None, "the first accuracy is within the tolerance"
-            before = sum(self._sizes().values())
+            before = sum(self.widths.values())
             put(copied(held), self._model, self._optimizer)
-            left, removed = pace.left, before - sum(self._sizes().values())
+            left, removed = pace.left, before - sum(self.widths.values())
             reason = (
                 f"accuracy {accuracy:g} is not within the tolerance of {pace.best:g}: the last state that was is back"
             )
@@ -159,7 +165,7 @@ class WidthScheduler:
             step=step,
             reason=reason,
             left=left,
-            widths=self._sizes(),
+            widths=self.widths,
             removed=removed,
             parameters=sum(p.numel() for p in self._model.parameters()),
             accuracy=accuracy,
@@ -330,11 +336,6 @@ class WidthScheduler:
     def _watch(self) -> None:
         if self._uses_activations:
             self._activations.start(self._groups()[0])
-
-    def _sizes(self) -> dict[str, int]:
-        """The number of channels of each layer that could be narrowed at first."""
-        modules = dict(self._model.named_modules())
-        return {name: len(_weight(modules[name])) for name in self._widths}
 
 
 def _weight(module: nn.Module) -> Tensor:
