@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import fine_tuning_table
+import width_table
 
 from learndrop_ext.app.report import COLUMNS, table_row
 
@@ -268,6 +269,16 @@ def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return rows
 
 
+def width_systems(_: list[dict[str, Any]]) -> str:
+    """The ten systems of docs/width.md, see width_table.py."""
+    return width_table.systems(read("width"))
+
+
+def width_tables(_: list[dict[str, Any]]) -> str:
+    """The study of narrowing on each machine."""
+    return "\n\n".join(map(width_table.table, read("width"))) or width_table.NOT_MEASURED
+
+
 TABLES = {
     "README.md": {"training": training_table, "compare": compare_summary, "fine-tuning": fine_tuning_summary},
     "docs/results.md": {
@@ -283,6 +294,7 @@ TABLES = {
         "aims": aims_tables,
         "compare": compare_tables,
     },
+    "docs/width.md": {"width-systems": width_systems, "width": width_tables},
 }
 
 
