@@ -278,7 +278,8 @@ def test_every_public_name_is_in_the_pages() -> None:
 #: What users meet: files of the package, and what their messages begin with.
 SPEAKERS = (
     *("DropScheduler", "drop.", "split_layers:", "CacheConfig:", "StoppedLearning:", "Fixed:", "Budget:"),
-    "LearnDropCallback:",
+    *("LearnDropCallback:", "WidthScheduler", "width.", "OneShot:", "Iterative:", "Tolerance:", "Coreset:", "Zeros:"),
+    *("Below:", "sparsify:"),
 )
 #: What a variable at the beginning of a message stands for.
 SPEAKER_OF = {
@@ -295,7 +296,7 @@ SPEAKING = (
         "forward/*.py",
         "rows/rowset.py",
     ),
-    "rows/store/rowfile.py",
+    *("rows/store/rowfile.py", "width/*.py"),
     *("rows/config.py", "decide/policy.py", "decide/timing.py", "lightning.py", "huggingface.py"),
 )
 

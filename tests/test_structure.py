@@ -167,6 +167,19 @@ def test_no_block_of_ten_lines_stands_twice() -> None:
     assert twice == []
 
 
+def test_width_is_a_small_package() -> None:
+    """At most 900 lines of code, without docstrings, comments and blank lines."""
+    count = 0
+    for path in sorted((PACKAGE / "width").glob("*.py")):
+        text = path.read_text()
+        nodes = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+        said = [n.body[0] for n in nodes if ast.get_docstring(n) is not None]
+        docs = {line for n in said for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
+        lines = enumerate(map(str.strip, text.splitlines()), 1)
+        count += sum(bool(line) and line[0] != "#" and number not in docs for number, line in lines)
+    assert 500 < count <= 900
+
+
 def test_tests_mirror_the_tree() -> None:
     folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and list(path.glob("test_*.py"))}
     packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}

@@ -64,7 +64,7 @@ class Activation:
     uses_activations: ClassVar[bool] = True
 
     def __call__(self, seen: Seen, generator: torch.Generator) -> Tensor:
-        assert seen.activation is not None, "WidthScheduler measures it for a criterion that uses it"
+        assert seen.activation is not None, "measured for a criterion with uses_activations"
         return seen.activation
 
 

@@ -217,16 +217,19 @@ class WidthScheduler:
             raise ValueError(
                 f"WidthScheduler.load_state_dict: state must be of a run {wanted} a controller, got one {got}"
             )
-        cuts = cuts_to(state["sizes"], self._model)
-        put(cut(state_of(self._model, self._optimizer), self._model, cuts), self._model, self._optimizer)
-        self._step, self._widths = state["step"], dict(state["widths"])
-        self._history = [WidthRecord(**record) for record in state["history"]]
-        self._pace = None if state["pace"] is None else Pace(**state["pace"])
         device = next(self._model.parameters()).device
-        self._held = None if state["held"] is None else copied(State(**state["held"]), device)
+        held = None if state["held"] is None else copied(State(**state["held"]), device)
+        pace = None if state["pace"] is None else Pace(**state["pace"])
+        history = [WidthRecord(**record) for record in state["history"]]
+        narrow = cut(state_of(self._model, self._optimizer), self._model, cuts_to(state["sizes"], self._model))
+        put(narrow, self._model, self._optimizer)
+        self._step, self._widths, self._history = state["step"], dict(state["widths"]), history
+        self._pace, self._held = pace, held
         self._generator.set_state(state["generator"])
         self._watch()
-        self._activations.sums = dict(state["activations"])
+        self._activations.sums = {
+            name: (sums.to(device), count) for name, (sums, count) in state["activations"].items()
+        }
 
     def _decide(self, step: int, accuracy: float | None) -> Pace | None:
         """Return where a controller goes on, or None without one."""

@@ -28,8 +28,10 @@ def sparsify(model: nn.Module, amount: float, rule: str = "flat") -> dict[str, f
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
     if rule not in RULES or not 0 < amount < 1 or not layers:
-        wanted = f"rule must be one of {', '.join(RULES)}, amount between 0 and 1 and model have weights"
-        raise ValueError(f"sparsify: {wanted}, got {rule!r}, {amount!r} and a model with {len(layers)} layers")
+        raise ValueError(
+            f"sparsify: rule must be one of {', '.join(RULES)}, amount between 0 and 1, and model have layers with weights, "
+            f"got {rule!r}, {amount!r} and {len(layers)} such layers"
+        )
     shares = {}
     for i, (name, layer) in enumerate(layers.items(), 1):
         size = layer.weight.detach().abs()

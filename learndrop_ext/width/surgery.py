@@ -141,18 +141,19 @@ def cuts_to(sizes: Mapping[str, Mapping[str, int]], model: nn.Module) -> Cuts:
     Raises:
         ValueError: the sizes are of other layers, or larger than the model's.
     """
-    name = "WidthScheduler.load_state_dict"
     cuts: Cuts = {}
     modules = {name: module for name, module in model.named_modules() if _sizes(module, "out")}
     if modules.keys() != sizes.keys():
-        raise ValueError(
-            f"{name}: state must be of this model, got other layers: {sorted(modules.keys() ^ sizes.keys())}"
-        )
+        other = sorted(modules.keys() ^ sizes.keys())
+        raise ValueError(f"WidthScheduler.load_state_dict: state must be of this model, got other layers: {other}")
     for layer, module in modules.items():
         for side, width in {side_of(module, "out"), side_of(module, "in")}:
             left = sizes[layer][_sizes(module, side)[0]]
             if left > width:
-                raise ValueError(f"{name}: state must be no wider than the model, got {left} for {width} of {layer}")
+                raise ValueError(
+                    "WidthScheduler.load_state_dict: state must be no wider than the model, got "
+                    f"{left} for {width} of {layer}"
+                )
             if left < width:
                 cuts[layer, side] = torch.arange(left)
     return cuts

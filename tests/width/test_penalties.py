@@ -118,7 +118,7 @@ def test_masked_weights_stay_zero_in_training() -> None:
         (nn.Linear(2, 2), 0.5, "steep", "got 'steep'"),
         (nn.Linear(2, 2), 0.0, "flat", r"'flat', 0\.0"),
         (nn.Linear(2, 2), 1.0, "flat", r"'flat', 1\.0"),
-        (nn.ReLU(), 0.5, "flat", "a model with 0 layers"),
+        (nn.ReLU(), 0.5, "flat", "and 0 such layers"),
     ],
 )
 def test_sparsify_refuses(model: nn.Module, amount: float, rule: str, got: str) -> None:

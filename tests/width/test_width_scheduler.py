@@ -193,7 +193,9 @@ def test_penalties_drive_neurons_to_nothing_and_below_removes_them() -> None:
     wide = copy.deepcopy(model)
     record = width.step()
     assert 1 <= record.widths["1"] <= 10
-    assert bool((model(x) - wide(x)).norm() < 0.02 * wide(x).norm())
+    # A neuron without incoming weights still gave its bias, the same for all images.
+    assert bool((model(x) - wide(x)).norm() < 0.05 * wide(x).norm())
+    assert torch.allclose(model(x) - wide(x), (model(x) - wide(x)).mean(0), atol=0.02)
 
 
 def saved(*states: Any) -> list[Any]:
