@@ -17,6 +17,7 @@ from typing import Any
 import fine_tuning_table
 import paper_table
 import sweep_table
+import width_table
 
 from learndrop_ext.app.report import COLUMNS, table_row
 
@@ -319,6 +320,16 @@ def draw_paper_plots() -> None:
             (ROOT / "docs" / name).write_text(plot(fine_tuning_table.largest(studies)))
 
 
+def width_systems(_: list[dict[str, Any]]) -> str:
+    """The ten systems of docs/width.md, see width_table.py."""
+    return width_table.systems(read("width"))
+
+
+def width_tables(_: list[dict[str, Any]]) -> str:
+    """The study of narrowing on each machine."""
+    return "\n\n".join(map(width_table.table, read("width"))) or width_table.NOT_MEASURED
+
+
 TABLES = {
     "README.md": {
         "paper": paper_summary,
@@ -353,6 +364,7 @@ TABLES = {
         "paper-scores": of_paper(paper_table.scores),
         "paper-thresholds": of_paper(paper_table.thresholds),
     },
+    "docs/width.md": {"width-systems": width_systems, "width": width_tables},
 }
 
 

@@ -1,6 +1,6 @@
 """The kernels in plain torch.
 
-P parameter tensors, L layers, K columns (6, or 8 with persistence); n tensors of any kind.
+P parameter tensors, L layers, K columns (6, or 8 with persistence); n tensors of any kind; F filters of L weights.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .chunks import DeltaTable, anchor_of
 from .digest_table import BLOCK_WORDS, WORD_BYTES, DigestTable
+from .filter_table import FilterTable
 
 
 def delta_norms(table: DeltaTable, *, refresh: bool, out: Tensor | None = None) -> Tensor:
@@ -71,6 +72,34 @@ def check_out(table: DeltaTable, out: Tensor | None) -> None:
             f"delta_norms: out must be a contiguous {list(wanted)} float64 tensor on {table.device}, "
             f"got {list(out.shape)} {out.dtype} with strides {out.stride()} on {out.device}"
         )
+
+
+def filter_norms(table: FilterTable, *, share: float) -> Tensor:
+    """Return the sums of each filter's weights w, and how many of them are as good as zero.
+
+    A weight counts as zero if |w| <= share * max |w| of its whole layer, in float64. The other columns follow IEEE
+    arithmetic: NaN if any term is NaN. NaN is no zero, and a layer that has one has no zeros.
+
+    Args:
+        table: of weights that have not moved since it was built.
+        share: of a layer's largest absolute value, within 0..1.
+
+    Returns:
+        [F, 4] float64: l1(w), l2(w)^2, max |w|, number of zeros.
+    """
+    rows = [table.segments.new_empty(0, 4, dtype=torch.float64)]
+    for weight in table.weights:
+        w = weight.flatten(1) if weight.dim() > 1 else weight.unsqueeze(1)
+        if not w.numel():
+            rows.append(w.new_zeros(len(w), 4, dtype=torch.float64))
+            continue
+        w = w.abs()
+        largest = w.amax(1).double()
+        l1 = torch.linalg.vector_norm(w, 1, dim=1, dtype=torch.float64)
+        l2 = torch.linalg.vector_norm(w, 2, dim=1, dtype=torch.float64)
+        zeros = (w.double() <= share * largest.amax()).sum(1).double()
+        rows.append(torch.stack([l1, l2.square(), largest, zeros], dim=1))
+    return torch.cat(rows)
 
 
 def digests(table: DigestTable) -> Tensor:

@@ -124,6 +124,21 @@ def check_touched(model: nn.Module, traces: Sequence[int], changes: Sequence[Lay
         )
 
 
+def shapes_of(model: nn.Module) -> list[torch.Size]:
+    """Return the shapes of a model's parameters."""
+    return [parameter.shape for parameter in model.parameters()]
+
+
+def check_widths(model: nn.Module, shapes: Sequence[torch.Size]) -> None:
+    """Raise RuntimeError if parameters have other shapes than `shapes_of` gave."""
+    if (now := shapes_of(model)) != list(shapes):
+        changed = sum(one != other for one, other in zip(now, shapes, strict=False))
+        raise RuntimeError(
+            "drop.step: wanted the widths that the layers were recorded with, got other shapes of "
+            f"{changed} parameters: call drop.step() first, then narrow the model and call drop.follow_widths()"
+        )
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Raise TypeError or ValueError for an optimizer with none of the model's parameters."""
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -73,6 +73,11 @@ class Ledger:
             assert mine.device is not None
             self._costs.budgets = Budgets(*smallest_of_ranks((mine.device, mine.host, mine.disk)))
 
+    def follow_widths(self) -> None:
+        """Take the layers' new FLOPs and shapes, and time training steps again when costs are next asked for."""
+        self._costs.layers = untimed(self._chain)
+        self.forget_times()
+
     def measure(self, run: Callable[[], Any], optimizer: torch.optim.Optimizer, *, batch: int) -> None:
         """Time training steps: `run` calls the model on a batch of `batch` samples."""
         step = time_step(self._chain, run, optimizer, batch=batch, device=self._rows.device)

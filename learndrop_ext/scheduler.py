@@ -22,8 +22,10 @@ from learndrop_ext.checks import (
     check_settings,
     check_touched,
     check_trained,
+    check_widths,
     checked_decision,
     device_of,
+    shapes_of,
     traces_of,
     warn_saturated,
     warn_untrained,
@@ -152,7 +154,7 @@ class DropScheduler:
         self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)
         self._ledger = Ledger(chain, self._rows, self._loader, source, keeps_rows=cache is not None)
         self._deltas = self._deltas_from(0)
-        self._traces = traces_of(model)
+        self._traces, self._shapes = traces_of(model), shapes_of(model)
         self._ledger.read_budgets()
         if isinstance(self._policy, PlanningPolicy):
             self._measure_costs()
@@ -227,6 +229,7 @@ class DropScheduler:
         self._check_open("step")
         samples, epoch_seconds, _ = self._loader.counts
         check_trained(self._bypass, samples)
+        check_widths(self._base, self._shapes)
         self._guards.look("step")
         changes = self._deltas.measure(refresh=False)
         check_finite(self._chain.names[self._prefix :], changes)
@@ -282,6 +285,36 @@ class DropScheduler:
         self._measure_costs()
         run, choices = self._ledger.run_costs()
         return forecast(run, epochs, choices)
+
+    def follow_widths(self) -> None:
+        """Go on after a WidthScheduler has narrowed live layers: record the layers again, and time them when costs are next
+        asked for. Call it after `step()`. Rows stay valid.
+
+        Raises:
+            RuntimeError: batches were trained since the last step, whose changes can no longer be measured.
+            ValueError: the model has other layers than before.
+        """
+        self._check_open("follow_widths")
+        if self._loader.counts[0]:
+            raise RuntimeError(
+                "drop.follow_widths: it must be called after drop.step() and before the next batch, got "
+                f"{self._loader.counts[0]} samples trained since the last step"
+            )
+        with self._bypass.away():
+            images = input_of(self._head, self._input)
+            chain = split_layers(self._base, images, call=lambda: self._call(self._base, self._head))
+        if chain.names != self._chain.names:
+            raise ValueError(
+                f"drop.follow_widths: the model must keep its layers, {', '.join(self._chain.names)}, got "
+                f"{', '.join(chain.names)}"
+            )
+        self._chain.renew(chain.recorded)
+        self._bypass.renew(chain.recorded)
+        self._ledger.follow_widths()
+        self._deltas = self._deltas_from(self._prefix)
+        self._traces, self._shapes = traces_of(self._base), shapes_of(self._base)
+        if isinstance(self._model, WrappedModel):
+            self._model.show(self._model.wrapped(self._prefix))
 
     def undrop(self) -> None:
         """Train the whole model on images again: dropped layers become live and the rows are freed."""

@@ -280,6 +280,8 @@ SPEAKERS = (
     *("DropScheduler", "drop.", "split_layers:", "CacheConfig:", "StoppedLearning:", "Fixed:", "Budget:"),
     *("AutoFreeze:", "FreezeOut:"),
     "LearnDropCallback:",
+    *("WidthScheduler", "width.", "OneShot:", "Iterative:", "Tolerance:", "Coreset:", "Zeros:"),
+    *("Below:", "sparsify:"),
 )
 #: What a variable at the beginning of a message stands for.
 SPEAKER_OF = {
@@ -297,7 +299,7 @@ SPEAKING = (
         "forward/*.py",
         "rows/rowset.py",
     ),
-    "rows/store/store.py",
+    *("rows/store/store.py", "width/*.py"),
     *("rows/config.py", "decide/policy.py", "decide/rules.py", "decide/timing.py", "lightning.py", "huggingface.py"),
 )
 

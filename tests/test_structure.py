@@ -29,6 +29,7 @@ FLOW = (
         "forward",
         "rows",
         "decide",
+        "width",
         "data",
         "guards",
     ),
@@ -112,7 +113,7 @@ def test_only_the_scheduler_drops_layers() -> None:
 
 def test_only_ops_sees_the_compiled_extension_and_the_triton_kernels() -> None:
     for path in modules():
-        kernels = {"learndrop_ext.kernels.delta_norms", "learndrop_ext.kernels.digests"}
+        kernels = {f"learndrop_ext.kernels.{name}" for name in ("delta_norms", "digests", "filter_norms")}
         sees = {"learndrop_ext._C", "triton", *kernels} & imports(path)
         assert not sees or place(path) == "ops", path
 
@@ -164,6 +165,19 @@ def test_no_block_of_ten_lines_stands_twice() -> None:
             if first.setdefault(block, place) != place:
                 twice.append((first[block], place))
     assert twice == []
+
+
+def test_width_is_a_small_package() -> None:
+    """At most 900 lines of code, without docstrings, comments and blank lines."""
+    count = 0
+    for path in sorted((PACKAGE / "width").glob("*.py")):
+        text = path.read_text()
+        nodes = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef))
+        said = [n.body[0] for n in nodes if ast.get_docstring(n) is not None]
+        docs = {line for n in said for line in range(n.lineno, (n.end_lineno or n.lineno) + 1)}
+        lines = enumerate(map(str.strip, text.splitlines()), 1)
+        count += sum(bool(line) and line[0] != "#" and number not in docs for number, line in lines)
+    assert 500 < count <= 900
 
 
 def test_tests_mirror_the_tree() -> None:

@@ -30,6 +30,7 @@ from learndrop_ext.app.recipe import (
     parse_policy,
     policy_of,
 )
+from learndrop_ext.app.widths import parse_narrow
 from learndrop_ext.ops import free_bytes
 
 INTERRUPTED = 130
@@ -168,15 +169,18 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    narrow = None if args.narrow is None else parse_narrow(args.narrow)
     split, recipe = _recipe(args)
     policy = None if args.plain else policy_of(recipe)
     name = "baseline" if args.plain else "learndrop"
     with report.Reporter(args.out) as reporter, contextlib.closing(_Bar()) as bar:
         try:
-            trained, model = runs.train(name, split, recipe, policy=policy, on_epoch=reporter.add, progress=bar)
+            trained, model = runs.train(
+                name, split, recipe, policy=policy, narrow=narrow, on_epoch=reporter.add, progress=bar
+            )
         except KeyboardInterrupt:
             return _interrupted(args.out, bar)
-        config = dataclasses.asdict(recipe) | _data_config(args)
+        config = dataclasses.asdict(recipe) | _data_config(args) | {"narrow": args.narrow}
         result = {"config": config, name: dataclasses.asdict(trained)}
         runs.save_model(model, args.out / "model.pt")
         reporter.write(result)

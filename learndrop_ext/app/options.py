@@ -183,6 +183,11 @@ def make_parser() -> argparse.ArgumentParser:
         "recipe with as many steps as fit into the time that dropping took)",
     )
     commands["train"].add_argument("--plain", action="store_true", help="train without dropping")
+    commands["train"].add_argument(
+        "--narrow",
+        metavar="CRITERION:KEEP",
+        help="take channels out of the model while it trains: l1:0.5 leaves half of them, those with the largest weights",
+    )
     for name in ("store", "info"):
         commands[name].add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     store = commands["store"]

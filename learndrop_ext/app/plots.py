@@ -60,8 +60,35 @@ def plot_scores(records: Records) -> str | None:
     dropped = [_dropped_at_first(scored), *(int(record["prefix"]) for record in scored[:-1])]
     shown = [dict(list(record["scores"].items())[gone:]) for record, gone in zip(scored, dropped, strict=True)]
     cells = [[math.nan if (value := column.get(layer)) is None else value for column in shown] for layer in layers]
-    figure, axes = _figure(height=1.6 + 0.2 * max(len(layers), 8))
     values = [value for line in cells for value in line if math.isfinite(value)]
+    figure, axes = _map(layers, epochs, cells, highest=max([1.0, *values]), label="score (0: not learning)")
+    axes.set_facecolor("#e8e8e8")
+    hatched: dict[str, Any] = {"edgecolor": "#999999", "hatch": "////", "facecolor": "none"}
+    for column, prefix in enumerate(dropped):
+        if prefix:
+            axes.bar(epochs[column], prefix, width=1.0, bottom=-0.5, lw=0, **hatched)
+    if any(dropped):
+        _draw_legend(axes, handles=[Patch(**hatched | {"facecolor": "#e8e8e8"}, label="dropped")])
+    return _svg(figure, prefix="scores", label=f"Map of the score of each of {len(layers)} layers after each epoch")
+
+
+@matplotlib.rc_context(SETTINGS)
+def plot_widths(records: Records) -> str | None:
+    """Draw a map of the share of its channels that each layer has left after each epoch; None without widths."""
+    narrowed = [record for record in records if record.get("widths")]
+    if not narrowed:
+        return None
+    layers = list(narrowed[0]["widths"])
+    cells = [[record["widths"][layer] / record["full_widths"][layer] for record in narrowed] for layer in layers]
+    figure, _ = _map(layers, [int(record["epoch"]) for record in narrowed], cells, highest=1.0, label="channels left")
+    return _svg(figure, prefix="widths", label=f"Map of the share of channels left in {len(layers)} layers")
+
+
+def _map(
+    layers: Sequence[str], epochs: Sequence[int], cells: Sequence[Sequence[float]], *, highest: float, label: str
+) -> tuple[Figure, Axes]:
+    """Draw a map of one number a layer and epoch, from 0 to `highest`. cells: [layers][epochs], NaN for none."""
+    figure, axes = _figure(height=1.6 + 0.2 * max(len(layers), 8))
     mesh = axes.pcolormesh(
         [*(epoch - 0.5 for epoch in epochs), epochs[-1] + 0.5],
         [row - 0.5 for row in range(len(layers) + 1)],
@@ -70,14 +97,9 @@ def plot_scores(records: Records) -> str | None:
         edgecolor="face",
         linewidth=0.3,
         vmin=0.0,
-        vmax=max([1.0, *values]),
+        vmax=highest,
         rasterized=len(layers) * len(epochs) > MAX_CELLS,
     )
-    axes.set_facecolor("#e8e8e8")
-    hatched: dict[str, Any] = {"edgecolor": "#999999", "hatch": "////", "facecolor": "none"}
-    for column, prefix in enumerate(dropped):
-        if prefix:
-            axes.bar(epochs[column], prefix, width=1.0, bottom=-0.5, lw=0, **hatched)
     axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     axes.set_ylim(len(layers) - 0.5, -0.5)
     step = 1 + (len(layers) - 1) // 40
@@ -85,10 +107,8 @@ def plot_scores(records: Records) -> str | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("layer, from the input (top) to the output")
-    figure.colorbar(mesh, ax=axes, label="score (0: not learning)", pad=0.02)
-    if any(dropped):
-        _draw_legend(axes, handles=[Patch(**hatched | {"facecolor": "#e8e8e8"}, label="dropped")])
-    return _svg(figure, prefix="scores", label=f"Map of the score of each of {len(layers)} layers after each epoch")
+    figure.colorbar(mesh, ax=axes, label=label, pad=0.02)
+    return figure, axes
 
 
 def _dropped_at_first(records: Records) -> int:

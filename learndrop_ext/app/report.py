@@ -51,7 +51,8 @@ class Reporter:
             record: "run"; "epoch", from 1; "seconds" of training so far, without evaluation; "train_loss"; "accuracy" in
                 percent; "prefix"; "layers"; "lr"; "scores" ({layer name: score} or None); "reason". Optional:
                 "epoch_seconds", the measured time of the epoch, and its "forecast_seconds"; "changes" ({layer name:
-                {a key of `MEASURED`: value}, or None for a dropped layer}).
+                {a key of `MEASURED`: value}, or None for a dropped layer}); "widths" and "full_widths" ({layer name:
+                number of channels} after the epoch and at first).
         """
         self._metrics.write(json.dumps(_finite(record), allow_nan=False, ensure_ascii=False) + "\n")
         self._metrics.flush()
@@ -163,6 +164,7 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     figures = (
         ("Score per layer and epoch", scored, plots.plot_scores(records)),
         ("Layers dropped over time", dropped, plots.plot_dropped(records)),
+        ("Widths over epochs", "The share of its channels that each layer had left.", plots.plot_widths(records)),
         ("Accuracy against time", accurate, plots.plot_accuracy(records)),
     )
     finished = [run for run in RUNS if run in result]

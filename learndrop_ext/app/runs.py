@@ -19,6 +19,7 @@ from learndrop_ext.app.datasets import Split
 from learndrop_ext.app.image_set import ImageSet, make_loader
 from learndrop_ext.app.recipe import Recipe, make_scheduler, policy_of, set_up
 from learndrop_ext.app.report import MEASURED
+from learndrop_ext.app.widths import NarrowSpec
 from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation
 from learndrop_ext.forward.chain import split_layers
 from learndrop_ext.history import Record
@@ -62,14 +63,15 @@ def train(
     *,
     policy: Policy | None = None,
     caches: bool = True,
+    narrow: NarrowSpec | None = None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     progress: Progress = lambda name, done, total, text: None,
 ) -> tuple[Result, nn.Module]:
     """Train a model and evaluate it after each epoch. Return the result and the trained model.
 
     policy: decides on drops, not that of the recipe; None for a plain loop without a DropScheduler. caches: whether to cache
-    the outputs of dropped layers; otherwise these layers run at each step. on_epoch: called with the record of each epoch,
-    see `Reporter.add`.
+    the outputs of dropped layers; otherwise these layers run at each step. narrow: takes channels out of the model after each
+    epoch. on_epoch: called with the record of each epoch, see `Reporter.add`.
     """
     device = torch.device(recipe.device)
     reset_peak(device)
@@ -83,8 +85,15 @@ def train(
         drop = make_scheduler(setup, recipe, policy, caches=caches)
         result.seconds = result.measure_seconds = time.perf_counter() - begin
         _note_drop(result.drops, drop, 0)
-    chain = split_layers(setup.model, setup.train[0][0][None]) if drop is None else drop.chain
+    example = setup.train[0][0][None]
+    chain = split_layers(setup.model, example) if drop is None else drop.chain
     flops = sum(layer.flops for layer in chain)
+    begin = time.perf_counter()
+    width = None
+    if narrow is not None:
+        width = narrow.build(setup.model, setup.optimizer, example, epochs=recipe.epochs, seed=recipe.seed)
+    result.seconds += time.perf_counter() - begin
+    full_widths = {} if width is None else width.widths
     for epoch in range(1, recipe.epochs + 1):
         begin = time.perf_counter()
         setup.model.train()
@@ -117,6 +126,10 @@ def train(
             result.forward_flops += record.forward_flops + record.fill_flops
         else:
             result.forward_flops += flops * samples
+        if width is not None and width.step().removed:
+            if drop is not None:
+                drop.follow_widths()
+            flops = sum(layer.flops for layer in split_layers(setup.model, example)) if drop is None else flops
         train_loss = float(total_loss) / (done - begun)
         result.seconds += time.perf_counter() - begin
         begin = time.perf_counter()
@@ -133,10 +146,14 @@ def train(
                 "layers": len(chain),
                 "lr": lr,
                 "reason": reason,
+                "widths": None if width is None else width.widths,
+                "full_widths": full_widths,
                 **measured,
             }
         )
         progress(name, done, steps, f"epoch {epoch}/{recipe.epochs}, {result.accuracy:.1f} %")
+    if width is not None:
+        width.close()
     if drop is not None:
         drop.close()
     result.peak_memory_bytes = peak_bytes(device)

@@ -105,6 +105,11 @@ class Bypass:
         ]
         self._hold_eval()
 
+    def renew(self, recorded: Recorded) -> None:
+        """Take another record of the same layers, after the widths of live ones have changed."""
+        with self.away():
+            self.recorded = recorded
+
     def release(self) -> None:
         """Make all layers live again: modules get back the mode that they had, or the model's if that has changed."""
         modes, training = self._modes, self.model.training
@@ -328,6 +333,12 @@ def _nan(row: torch.Tensor, form: Form) -> torch.Tensor:
 def _its_own(module: nn.Module) -> Any:
     """The forward of a module's class, for an unpickled module."""
     return type(module).forward.__get__(module)
+
+
+def bypass_of(model: nn.Module) -> Bypass | None:
+    """Return what has dropped layers of a model, or None if all are live."""
+    forwards = (vars(module).get("forward") for module in model.modules())
+    return next((forward.bypass for forward in forwards if isinstance(forward, _Skipped)), None)
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -25,6 +25,10 @@ class Chain(Sequence[Layer]):
     def __init__(self, recorded: Recorded, image: torch.Tensor) -> None:
         self.model, self.recorded, self.image = recorded.model, recorded, form_of(image)
 
+    def renew(self, recorded: Recorded) -> None:
+        """Take another record of the same layers, after their widths have changed."""
+        self.recorded = recorded
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the layers."""

@@ -3,6 +3,7 @@
 from learndrop_ext.ops.backend import BackendInfo, backend_info, free_bytes
 from learndrop_ext.ops.delta_norms import delta_norms
 from learndrop_ext.ops.digests import TensorDigests, digests
+from learndrop_ext.ops.filter_norms import filter_norms
 from learndrop_ext.ops.rows import (
     CODECS,
     DTYPES,
@@ -25,6 +26,7 @@ __all__ = [
     "backend_info",
     "delta_norms",
     "digests",
+    "filter_norms",
     "first_repeated",
     "free_bytes",
     "gather_known_rows",

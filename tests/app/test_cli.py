@@ -57,6 +57,17 @@ def test_train_saves_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "baseline" in capsys.readouterr().out
 
 
+def test_train_narrows_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, "--plain", "--narrow", "l1:0.5", "--out", str(tmp_path)]) == 0
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {name: len(saved[f"{name}.weight"]) for name in lines[-1]["widths"]} == lines[-1]["widths"]
+    assert lines[-1]["widths"] != lines[-1]["full_widths"]
+    assert "Widths over epochs" in (tmp_path / "report.html").read_text()
+    assert main(["train", *SMALL, "--narrow", "l1:2", "--out", str(tmp_path)]) == 2
+    assert "--narrow must be CRITERION:KEEP" in capsys.readouterr().err
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder of photos of two classes that a network can tell apart: dark and bright."""

@@ -70,7 +70,25 @@ def test_huggingface_trainer(transformers: Any, tmp_path: Path, capsys: pytest.C
     assert dropped("--epochs", "3", "--resume") == [2, 2, 2]
 
 
+def test_weightless() -> None:
+    """A fifth of the tables, those that contribute most, lose little and less than as many drawn at random."""
+    lines = run("weightless", "sklearn").splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [
+        ["60", "100%"],
+        ["48", "80%"],
+        ["36", "60%"],
+        ["24", "40%"],
+        ["12", "20%"],
+    ]
+    whole, *_, few = ([float(number) for number in re.findall(r"(\d+\.\d\d) %", line)] for line in lines[1:])
+    assert whole[0] == whole[1] > 85
+    assert few[0] > max(few[1], whole[0] - 8)
+
+
 def test_every_example_is_run() -> None:
     """accelerate_loop: tests/test_accelerate.py."""
-    known = {"plain_loop", "accelerate_loop", "huggingface_trainer", "optuna_sweep", "folds", "nightly"}
+    known = {
+        *("plain_loop", "accelerate_loop", "huggingface_trainer", "optuna_sweep", "folds", "nightly"),
+        "weightless",
+    }
     assert {path.stem for path in EXAMPLES.glob("*.py")} == known

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from learndrop_ext.app.plots import plot_accuracy, plot_dropped, plot_scores
+from learndrop_ext.app.plots import plot_accuracy, plot_dropped, plot_scores, plot_widths
 
 SVG = "{http://www.w3.org/2000/svg}"
 LAYERS = ("stem", "layer1.0", "fc")
@@ -137,3 +137,19 @@ def test_plots_show_names_as_they_are() -> None:
     svg = plot_scores([record("learndrop", 1, 0, scores=hostile)])
     assert set(hostile) <= set(texts(svg))
     assert "<script" not in (svg or "")
+
+
+def test_plot_widths_has_a_cell_for_each_layer_and_epoch() -> None:
+    full = {"conv1": 8, "conv2": 16}
+    widths = [{"conv1": 8, "conv2": 12}, {"conv1": 4, "conv2": 8}, {"conv1": 2, "conv2": 8}]
+    records = [record("learndrop", i, 0, widths=now, full_widths=full) for i, now in enumerate(widths, 1)]
+    shown = texts(plot_widths(records))
+    assert {"epoch", "channels left", "layer, from the input (top) to the output", "conv1", "conv2"} <= set(shown)
+
+    def colours(records: list[dict[str, Any]]) -> list[str]:
+        """Of the map's cells; the colour bar has the rest."""
+        return re.findall(r'id="widths-QuadMesh_1".*?</g>', plot_widths(records) or "", re.DOTALL)[:1]
+
+    assert colours(records) != colours(records[:2])
+    assert plot_widths([record("learndrop", 1, 0, widths=None, full_widths={})]) is None
+    assert plot_widths([record("baseline", 1, 0)]) is None

@@ -9,6 +9,7 @@ import torch
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset
 from learndrop_ext.app.recipe import Recipe, make_scheduler, set_up
+from learndrop_ext.app.widths import NarrowSpec
 from learndrop_ext.decide.policy import Fixed
 from learndrop_ext.forward.chain import split_layers
 
@@ -59,6 +60,24 @@ def test_train_with_a_policy_says_what_it_dropped(digits: Split) -> None:
     assert result.fill_seconds > 0
     assert steps[-1][:3] == ("learndrop", 12, 12)
     assert set(model.state_dict()) == set(runs.train("baseline", digits, RECIPE)[1].state_dict())
+
+
+@pytest.mark.parametrize("policy", [None, Fixed({1: 2})])
+def test_train_narrows_after_each_epoch(digits: Split, policy: Fixed | None) -> None:
+    records: list[dict[str, Any]] = []
+    result, model = runs.train(
+        "run", digits, RECIPE, policy=policy, narrow=NarrowSpec("l1", 0.5), on_epoch=records.append
+    )
+    plain, wide = runs.train("run", digits, RECIPE, policy=policy)
+    full = records[0]["full_widths"]
+    assert next(iter(full)) == "conv1"
+    left = [sum(record["widths"].values()) / sum(full.values()) for record in records]
+    assert 1 > left[0] > left[1] >= left[2]
+    if policy is None:
+        assert left[2] == pytest.approx(0.5, abs=0.01)
+    assert result.forward_flops < plain.forward_flops
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in wide.parameters())
+    assert result.accuracy == runs.evaluate(model, digits.test, batch_size=50, amp=None)
 
 
 def test_the_first_epoch_is_the_same_in_all_runs(digits: Split) -> None:

@@ -1,0 +1,148 @@
+"""Writes the tables of docs/width.md as Markdown from the files in bench/results/width/.
+
+python bench/width_table.py [FILE.json ...]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_MEASURED = "not measured"
+
+#: The runs of each system, and what its abstract says.
+SYSTEMS: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "Pruning filters while training (2003.02800)": (
+        '`criterion="l1"`, also `"random"`, `"activation"`',
+        ("l1", "random"),
+        "80 % of VGG-16's filters on CIFAR-10 for less than 1 % of accuracy; l1 is the best of its three criteria",
+    ),
+    "DropNet (2207.06646)": (
+        '`criterion="activation", schedule=Iterative(0.2)`',
+        ("activation",),
+        "up to 90 % of nodes or filters without a significant loss of accuracy",
+    ),
+    "Zero-keep filter pruning": (
+        '`criterion="zeros"`',
+        ("zeros",),
+        "better than random filter pruning, with many more zeros and a marginal loss",
+    ),
+    "Pruning at a glance (1912.00200)": (
+        '`scope="global"`',
+        ("global",),
+        "VGG-16 and two ResNets on CIFAR-10, highly compressed without a loss of accuracy",
+    ),
+    "One-cycle pruning (2107.02086)": (
+        "`schedule=OneCycle()`",
+        ("one-cycle", "one-shot"),
+        "better than one-shot, iterative and gradual schedules in a given training budget, at 80 to 95 % of weights",
+    ),
+    "Play and prune (1905.04446)": (
+        "`controller=Tolerance(1.0)`, `orthogonality(model)`",
+        ("tolerance",),
+        "VGG-16 with 17.5 times fewer parameters and 6.43 times fewer FLOPs, no loss of accuracy",
+    ),
+    "DropNeuron (1606.07326)": (
+        '`in_norms(model) + out_norms(model)`, `criterion="connections", scope=Below(1e-2)`',
+        ("penalty",),
+        "simpler networks of comparable performance; no number",
+    ),
+    "Data-independent pruning via coresets (1907.04018)": (
+        '`criterion="coreset"`',
+        ("coreset",),
+        "LeNet-300-100 on MNIST compressed by 90 %, with better accuracy",
+    ),
+    "Pruning without retraining": (
+        '`sparsify(model, amount, rule="flat")`, also `"triangular"`, `"relative"`',
+        ("sparse-flat", "sparse-triangular", "sparse-relative"),
+        "not at hand: the rules are our own reading of their names",
+    ),
+    "Pruning weightless neural networks (ESANN 2022)": (
+        "`examples/weightless.py`",
+        (),
+        "40 % smaller on average for at most 1 % of accuracy",
+    ),
+}
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def systems(studies: Sequence[Mapping[str, Any]]) -> str:
+    """One line a system: how it is called here, what its abstract says, and what its runs lost in the largest study."""
+    records: Records = max((study["records"] for study in studies), key=len, default=[])
+    lines = ["| system | here | its abstract says | accuracy against `full`, parameters left |", "|---|---|---|---|"]
+    for system, (here, runs, said) in SYSTEMS.items():
+        found = [cell for run in runs for cell in _against_full(records, run)]
+        seen = "; ".join(found) or (
+            NOT_MEASURED if runs else "printed by the example, tested in `tests/app/test_examples.py`"
+        )
+        lines.append(f"| {system} | {here} | {said} | {seen} |")
+    return "\n".join(lines)
+
+
+def _against_full(records: Records, run: str) -> list[str]:
+    cells = []
+    for key, own in _groups(records).items():
+        dataset, model, name, keep = key
+        full = _groups(records).get((dataset, model, "full", None))
+        if name == run and full is not None:
+            lost = _mean(own, "accuracy") - _mean(full, "accuracy")
+            left = _mean(own, "parameters") / _mean(full, "parameters")
+            asked = "" if keep is None else f", keep {keep:g}"
+            cells.append(f"{run} on {dataset}, {model}{asked}: {lost:+.2f} points, {100 * left:.0f} %")
+    return cells
+
+
+def table(study: Mapping[str, Any]) -> str:
+    """Means over the seeds, one line for each network, share and method."""
+    machine = study["machine"]
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}",
+        "",
+        "| set, network | method | keep | epochs | seconds | MFLOP an image | parameters | test accuracy | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups = _groups(study["records"])
+    for (dataset, model, run, keep), records in groups.items():
+        full = groups.get((dataset, model, "full", None), records)
+        cells = [
+            f"{dataset}, {model}",
+            run,
+            "" if keep is None else f"{keep:g}",
+            f"{_mean(records, 'epochs'):g}",
+            f"{_mean(records, 'seconds'):.1f} ({_mean(full, 'seconds') / _mean(records, 'seconds'):.2f}x)",
+            f"{_mean(records, 'flops') / 1e6:.2f}",
+            f"{_mean(records, 'parameters'):,.0f}",
+            f"{_mean(records, 'accuracy'):.2f} %",
+            str(len(records)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _groups(records: Records) -> dict[tuple[str, str, str, float | None], list[Mapping[str, Any]]]:
+    found: dict[tuple[str, str, str, float | None], list[Mapping[str, Any]]] = {}
+    for record in records:
+        key = (record["dataset"], record["model"], record["run"], record["keep"])
+        found.setdefault(key, []).append(record)
+    return found
+
+
+def _mean(records: Records, key: str) -> float:
+    return statistics.fmean(record[key] for record in records)
+
+
+def main() -> int:
+    files = [Path(name) for name in sys.argv[1:]] or sorted((ROOT / "bench" / "results" / "width").glob("*.json"))
+    studies = [json.loads(file.read_text()) for file in files]
+    print("\n\n".join([systems(studies), *map(table, studies)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

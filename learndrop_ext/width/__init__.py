@@ -1,0 +1,31 @@
+"""Taking filters, neurons and weights out of a network while it trains: see docs/width.md."""
+
+from learndrop_ext.width.criteria import CRITERIA, Coreset, Criterion, Seen, Zeros
+from learndrop_ext.width.penalties import in_norms, orthogonality, out_norms
+from learndrop_ext.width.scheduler import WidthRecord, WidthScheduler
+from learndrop_ext.width.schedules import Iterative, Linear, OneCycle, OneShot, Schedule, Tolerance
+from learndrop_ext.width.scopes import SCOPES, Below, Scope
+from learndrop_ext.width.sparsify import sparsify
+
+__all__ = [
+    "CRITERIA",
+    "SCOPES",
+    "Below",
+    "Coreset",
+    "Criterion",
+    "Iterative",
+    "Linear",
+    "OneCycle",
+    "OneShot",
+    "Schedule",
+    "Scope",
+    "Seen",
+    "Tolerance",
+    "WidthRecord",
+    "WidthScheduler",
+    "Zeros",
+    "in_norms",
+    "orthogonality",
+    "out_norms",
+    "sparsify",
+]
