@@ -70,8 +70,8 @@ def train(
     """Train a model and evaluate it after each epoch. Return the result and the trained model.
 
     policy: decides on drops, not that of the recipe; None for a plain loop without a DropScheduler. caches: whether to cache
-    the outputs of dropped layers; otherwise these layers run at each step. narrow: takes channels out of the model after each
-    epoch. on_epoch: called with the record of each epoch, see `Reporter.add`.
+    the outputs of dropped layers; otherwise these layers run at each step. narrow: takes channels out of the model after
+    each epoch. on_epoch: called with the record of each epoch, see `Reporter.add`.
     """
     device = torch.device(recipe.device)
     reset_peak(device)
