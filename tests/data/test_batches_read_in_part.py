@@ -375,6 +375,22 @@ def test_evaluation_on_such_a_batch_keeps_no_row() -> None:
     assert run.drop._rows.counts[:2] == (0, 0)
 
 
+def test_rows_computed_under_autocast_join_the_others() -> None:
+    def loop(model: Any, x: Tensor, scale: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float()
+
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 4))
+
+    run, live = (Run(cache, loop=loop, model=made(), drops={1: 1}) for cache in ("fp16", None))
+    sizes = (SMALL, SMALL, LARGE)
+    torch.testing.assert_close(run.losses(*sizes), live.losses(*sizes), rtol=1e-2, atol=1e-2)
+    assert run.drop._rows.cache.dtype == torch.bfloat16
+    assert run.made == (len(NEW), 0)
+
+
 def test_what_is_said_of_such_a_batch() -> None:
     run = Run("fp32", shuffle=False)
     run.losses(SMALL, SMALL)
