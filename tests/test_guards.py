@@ -18,10 +18,10 @@ from small_training import Net, called, data, epoch, parts, prefix_rows
 
 
 class Changing(Dataset[Any]):
-    """Images and labels that can be changed between epochs. Which samples were read is noted."""
+    """Images and labels that can be changed between epochs, and are known by reading alone; which were read is noted."""
 
     def __init__(self) -> None:
-        self.images, self.labels = (t.clone() for t in data().tensors)
+        self.images, self.answers = (t.clone() for t in data().tensors)
         self.reads: list[int] = []
 
     def __len__(self) -> int:
@@ -29,7 +29,7 @@ class Changing(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         self.reads.append(index)
-        return self.images[index], self.labels[index]
+        return self.images[index], self.answers[index]
 
 
 class Noisy(Changing):
@@ -91,7 +91,7 @@ def flipped(dataset: Changing) -> None:
 
 
 def corrected(dataset: Changing) -> None:
-    dataset.labels = (dataset.labels + 1) % 5
+    dataset.answers = (dataset.answers + 1) % 5
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def test_rows_are_made_anew_where_the_data_has_changed(
     with pytest.warns(RuntimeWarning, match=f"drop.loader: the rows are computed again: {what} of some samples are no"):
         batches = rows_of(drop)
     labels = torch.cat([y for _, y in batches])
-    assert sorted(labels.tolist()) == sorted(dataset.labels.tolist())
+    assert sorted(labels.tolist()) == sorted(dataset.answers.tolist())
     with torch.no_grad():
         wanted = drop.chain.prefix(2).eval()(dataset.images)
     for rows, y in batches:
         for row, label in zip(rows, y, strict=True):
-            distance = [float((row - wanted[i]).abs().max()) for i in range(24) if dataset.labels[i] == label]
+            distance = [float((row - wanted[i]).abs().max()) for i in range(24) if dataset.answers[i] == label]
             assert min(distance) < 0.05
     assert_nothing_is_said(drop, optimizer)
 
@@ -171,7 +171,7 @@ def test_labels_are_compared_where_the_images_are_random() -> None:
     corrected(dataset)
     with pytest.warns(RuntimeWarning, match=r"computed again: batch\[1\] of some samples"):
         labels = torch.cat([y for _, y in rows_of(drop)])
-    assert sorted(labels.tolist()) == sorted(dataset.labels.tolist())
+    assert sorted(labels.tolist()) == sorted(dataset.answers.tolist())
 
 
 @pytest.mark.parametrize("wordings", [2, 5])
@@ -630,7 +630,7 @@ def test_refresh_accepts_other_images_and_labels_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batches = rows_of(drop)
-    assert sorted(torch.cat([y for _, y in batches]).tolist()) == sorted(dataset.labels.tolist())
+    assert sorted(torch.cat([y for _, y in batches]).tolist()) == sorted(dataset.answers.tolist())
     with torch.no_grad():
         wanted = drop.chain.prefix(2).eval()(dataset.images)
     assert torch.allclose(torch.cat([rows for rows, _ in batches]).sum(), wanted.sum(), rtol=1e-4)

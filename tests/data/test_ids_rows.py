@@ -88,7 +88,7 @@ def test_rows_that_do_not_fit_are_made_in_each_epoch() -> None:
     stream = Stream()
     drop, optimizer = begun(stream, {0: 2}, cache=CacheConfig(codec="fp32", budget_bytes=20 * row))
     assert drop._rows.cut == 2
-    with pytest.warns(RuntimeWarning, match="draws more samples than the budgets hold rows of"):
+    with pytest.warns(RuntimeWarning, match="do not hold the rows of all samples that are drawn"):
         first = trained(drop, optimizer)
     drop.step()
     later = epochs(drop, optimizer, 3)
