@@ -293,11 +293,11 @@ class DataGuard:
         """Note the images of samples `ids` [B]: of those whose rows are about to be kept (`makes` [B] bool), and of others
         that were not noted yet."""
         images = input_of(batch, self._key)
-        new = torch.nonzero(makes | ~self._rows.images(ids)[0]).flatten()
+        new = torch.nonzero(makes | ~self._rows.digests.of(ids)[0]).flatten()
         if len(new) < len(ids):
             ids, images = ids[new], images[new.to(images.device)]
         if len(ids):
-            self._rows.note_images(ids, image_digests(images))
+            self._rows.digests.note(ids, image_digests(images))
 
     def check_shape(self, batch: Any) -> None:
         """Raise RuntimeError if the images have another shape."""
@@ -319,7 +319,7 @@ class DataGuard:
             random: whether images differ each time they are read; then only the rest is compared.
         """
         changed = None
-        known, before = self._rows.images(ids)
+        known, before = self._rows.digests.of(ids)
         if not random and len(before):
             images = input_of(batch, self._key)
             now = image_digests(images[torch.nonzero(known).flatten().to(images.device)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -511,7 +511,7 @@ def _run_on(
     return call(model, with_input(batch, key, x))
 
 
-def _made_of(chain: Chain, config: CacheConfig, guards: Guards, path: list[int], row: str) -> Fingerprint:
+def _made_of(chain: Chain, config: CacheConfig, guards: Guards, path: Sequence[int], row: str) -> Fingerprint:
     """Everything that rows depend on which went through these cuts. row: their dtype and shape."""
     k = path[-1]
     modules = chain.recorded.before(k)
@@ -519,7 +519,7 @@ def _made_of(chain: Chain, config: CacheConfig, guards: Guards, path: list[int],
         weights=weights_digest(modules, chain.parameters(0, k)),
         cut=k,
         codec=config.codec,
-        layers=f"{type(chain.model).__name__}, cuts {path}: {chain.names[:k]}, code "
+        layers=f"{type(chain.model).__name__}, cuts {list(path)}: {chain.names[:k]}, code "
         f"{code_digest(modules, chain.recorded.around(k))}",
         loop=guards.loop.describe(),
         row=row,

@@ -293,3 +293,10 @@ def _check_slots(name: str, slots: torch.Tensor, count: int) -> None:
         raise IndexError(
             f"ActivationCache.{name}: slots must be within 0..{count - 1}, got {int(slots.min())}..{int(slots.max())}"
         )
+
+
+def as_stored(rows: torch.Tensor, codec: str) -> torch.Tensor:
+    """Return rows [B, ...] as a cache gives them back."""
+    cache, every = ActivationCache(len(rows), rows.shape[1:], codec=codec, device=rows.device), torch.arange(len(rows))
+    cache.append(every, rows)
+    return cache.gather_known(every)

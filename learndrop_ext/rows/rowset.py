@@ -6,31 +6,22 @@ slot * V + view.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import secrets
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from learndrop_ext.forward.proof import rows_agree
-from learndrop_ext.rows.cache import ActivationCache
+from learndrop_ext.rows.cache import ActivationCache, as_stored
 from learndrop_ext.rows.config import CacheConfig
-from learndrop_ext.rows.disk import DamagedRowError, DiskTier
 from learndrop_ext.rows.layout import RowLayout
-from learndrop_ext.rows.plan import Budgets, budgets_of, lengthened, plan_tiers
+from learndrop_ext.rows.plan import Budgets, budgets_of, plan_tiers
+from learndrop_ext.rows.run_store import ImageDigests, RunStore
 from learndrop_ext.rows.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.rows.stopwatch import Stopwatch
 from learndrop_ext.rows.store.fingerprint import Fingerprint
-from learndrop_ext.rows.store.store import FoundRows, RowKeys, RowStore, StoredRows, StoreError
+from learndrop_ext.rows.store.store import StoreError
 from learndrop_ext.warn import warn
-
-#: How far a codec's values may lie from each other for values that differ by rounding, as a share of the largest.
-CODEC_ERROR = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "uint8": 1e-2}
-#: Of the random views that a run keeps of a sample, a quarter is its own, until the store has four times as many.
-OWN_SHARE, MOST_KEPT = 4, 4
 
 
 class RowSet:
@@ -55,26 +46,19 @@ class RowSet:
         *,
         config: CacheConfig,
         device: torch.device,
-        made_of: Callable[[list[int], str], Fingerprint],
+        made_of: Callable[[Sequence[int], str], Fingerprint],
         sample_keys: Callable[[torch.Tensor], Sequence[bytes]] | None = None,
     ) -> None:
-        self._made_of, self._sample_keys = made_of, sample_keys
         self._path: list[int] = []  # all cuts that the rows went through
         self.config = config
         self.device = device
         self.generator = torch.Generator().manual_seed(config.seed)
         self.slots = SlotTable(size, config.rows_per_sample, self.generator)
-        self._own_views = self._new_views()  # [V], what this run's views are called in the store
         self.cuts: list[int] = []  # of the rows in `older` and in `cache`, as far as there are any
         self.stores = False  # whether rows are kept and read again in a later epoch
         self.epoch = 0  # number of epochs begun: decides which view of a sample is drawn
-        self._store = None if config.store is None else RowStore(Path(config.store))
-        self._kept: set[str] = set()  # the digests of private rows that a checkpoint names
-        # By sample: the digest of its image, and whether it is known.
-        self._digests, self._has_digest = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
-        self._view_names = torch.empty(
-            0, dtype=torch.int64
-        )  # of random views, by place: what they are called in the store
+        self.digests = ImageDigests()
+        self._outliving = RunStore(config, self.slots, self.digests, made_of=made_of, sample_keys=sample_keys)
         self.cache: ActivationCache | None = None  # the rows by place; None if none are kept
         self.older: ActivationCache | None = None  # the rows of the drop before, while some are still needed
         self._watch = Stopwatch(device)
@@ -82,7 +66,6 @@ class RowSet:
         self._made = [0, 0]  # rows computed from images and from older rows since `forget_counts`
         self._full = False  # whether the budgets are exhausted
         self._looks = False  # whether to look into the store when the first rows arrive
-        self._said: set[str] = set()  # what has failed in the store
         # The place [N] of each sample's row in an epoch (-1: not drawn yet), if all that are drawn have all of their rows.
         self._places: torch.Tensor | None = None
         self._places_epoch = -1  # the epoch for which they were looked up; -1 after rows have come or gone
@@ -120,12 +103,11 @@ class RowSet:
         Raises:
             ValueError, OSError, torch.OutOfMemoryError: what ActivationCache raises. Nothing is changed then.
         """
-        private = private or self._sample_keys is None
         new = self._new_cache(shape, max(rows, self.slots.used * self.views), budgets, private=private)
         self._drop_older()
         self.older, self.cache = self.cache, new
         self.cuts = [*self.cuts[-1:], cut] if self.older is not None else [cut]
-        self._path, self._looks = [*self._path, cut], not private
+        self._path, self._looks = [*self._path, cut], self._shares
         self.stores, self._full, self._places_epoch = True, False, -1
 
     def locate(self, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -184,12 +166,14 @@ class RowSet:
         get them."""
         is_last = cut == self.cuts[-1]
         if not is_last and (self.older is None or cut != self.cuts[0]):
-            return self._as_stored(row) if cut in self._path else row
+            return as_stored(row, self.config.codec) if cut in self._path else row
         cache = self.cache if is_last else self.older
         if cache is None:
             return row
-        if cache.disk is not None and not cache.disk.is_open:
-            self._try("open", self._open, cache, row, looks=ids if is_last and self._looks else None)
+        path = self._path if is_last else self._path[:-1]
+        self._outliving.open(cache, path, row, ids if is_last and self._looks else None, self.epoch)
+        if is_last and self._looks:
+            self._looks, self._places_epoch = False, -1
         at = self.places(ids)
         new = torch.nonzero(~filled_at(cache, at)).flatten()
         if not len(new) or self._keep(cache, at[new], row[new.to(row.device)] if len(new) < len(at) else row):
@@ -198,21 +182,6 @@ class RowSet:
             self._watch.add(self._begun)
             self._begun = None
         return row
-
-    def note_images(self, ids: torch.Tensor, digests: torch.Tensor) -> None:
-        """Note the digests [B] of the images of samples `ids` [B], whose rows are about to be kept."""
-        if not len(ids):
-            return
-        self._has_digest = lengthened(self._has_digest, int(ids.max()) + 1)
-        self._digests = lengthened(self._digests.to(digests.device), len(self._has_digest))
-        self._digests[ids.to(digests.device, non_blocking=True)] = digests
-        self._has_digest[ids] = True
-
-    def images(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which of the samples `ids` [B] have a noted image, and the digests of these [n]."""
-        self._has_digest = lengthened(self._has_digest, int(ids.max()) + 1 if len(ids) else 0)
-        known = self._has_digest[ids]
-        return known, self._digests[ids[known].to(self._digests.device)]
 
     def prefetch(self, ids: torch.Tensor) -> None:
         """Start reading the rows of samples `ids` [B], which the next `gather` will ask for, from the slower tiers."""
@@ -247,7 +216,7 @@ class RowSet:
         if size != len(self.slots) or views != self.config.views:
             self.config = dataclasses.replace(self.config, views=views)
             self.slots = SlotTable(size, self.views, self.generator)
-            self._own_views = self._new_views()
+            self._outliving.renumber(self.config, self.slots)
         self.slots.view_offset[: len(offsets)] = offsets
         self._places_epoch = -1
 
@@ -269,13 +238,13 @@ class RowSet:
         if cache is None:
             return
         for one in (cache, self.older):
-            if everywhere and one is not None and one.disk is not None and one.disk.is_open:
-                self._try("forget", self._forget_stored, one.disk.stored, ids)
+            if everywhere and one is not None:
+                self._outliving.forget(one, ids)
         if ids is not None:
             slots = self.slots.table[ids]
             places = self._all_views(slots[slots >= 0])
             self._places_epoch = -1
-            self._has_digest[ids[ids < len(self._has_digest)]] = False
+            self.digests.forget(ids)
             for one in (cache, self.older):
                 if one is not None:
                     one.forget(places)
@@ -283,41 +252,29 @@ class RowSet:
         count, path, shape, shares = len(cache.filled), [self.cut], cache.shape, self._shares
         self._reset()
         # What has changed need not be part of what rows depend on, and random ones cannot be compared.
-        self.cuts, self._path, self._looks = list(path), path, shares and not self._is_random
-        self._own_views = self._new_views()
+        self.cuts, self._path, self._looks = list(path), path, shares and not self._outliving.is_random
         self.cache = self._cache_for(shape, count, private=not shares)
 
     def stop(self) -> None:
         """Free the rows and keep none: the dropped layers run at each step."""
         if self._shares:
-            self._save_all()
+            self._outliving.save(self.cache)
         self._reset()
         self.cuts, self._path, self.stores = [], [], False
 
     def close(self, *, keep: bool) -> None:
         """Close the store. keep: leave private rows there that a checkpoint names."""
         self.stop()
-        if self._store is not None and not self._store.is_forked:
-            if not keep:
-                self._remove_kept()
-            self._store.close()
+        self._outliving.close(keep=keep)
 
     def save(self) -> tuple[str, torch.Tensor | None] | None:
         """Add all rows to the store, if its budget holds them. Return what a checkpoint names them by, and their random
         views [N, V] if there are any; None without a store or rows."""
-        cache = self.cache
-        if cache is None or cache.disk is None or not self._save_all():
-            return None
-        stored = cache.disk.stored
-        if stored.is_private:
-            self._try("keep", stored.keep)
-            self._kept.add(stored.digest)
-        self._try("remove", self._remove_kept, but=stored.digest)
-        return stored.digest, self._views_of_samples()
+        return self._outliving.keep(self.cache)
 
     def check_room(self, saved: tuple[str, Any] | None, shape: Sequence[int], rows: int) -> None:
         """Raise ValueError if `resume` would find neither rows nor room for rows of a shape."""
-        if self._store is None or saved is None or self._store.entry(saved[0]) is None:
+        if saved is None or not self._outliving.has(saved[0]):
             plan_tiers(rows, RowLayout.of(shape, self.config.codec), budgets_of(self.config, self.device))
 
     def resume(
@@ -337,16 +294,12 @@ class RowSet:
             self.slots.assign(order, self.epoch)
         self.cuts, self._path, self.stores = list(path[-1:]), list(path), True
         count = len(self.slots) * self.views
-        found = None if self._store is None or saved is None else self._try("resume", self._found, saved[0], shape)
+        found = None if saved is None else self._outliving.find(saved[0], self._path, shape)
         if found is None or saved is None:
             self.cache = self._cache_for(shape, count, private=True)
             return
         self.cache = self._cache_for(shape, count, private=found.is_private, stored_bytes=found.nbytes)
-        assert self.cache.disk is not None
-        self.cache.disk.open(found)
-        if found.is_private:
-            self._kept.add(found.digest)
-        self._try("resume", self._take, self.cache, found, views=saved[1])
+        self._outliving.resume(self.cache, found, self.epoch, saved[1])
 
     @property
     def path(self) -> tuple[int, ...]:
@@ -364,7 +317,7 @@ class RowSet:
     def end_epoch(self) -> None:
         """Free the rows of the drop before once none of them is needed; leave rows to other runs."""
         if self._shares and not self._looks:
-            self._save_all()
+            self._outliving.save(self.cache)
         if self.older is None or self.cache is None:
             return
         needed = self.older.filled.clone()
@@ -389,8 +342,8 @@ class RowSet:
             self.cache.close()
         self.cache, self._full, self._looks, self._places_epoch = None, False, False, -1
         self.slots.clear()
-        self._has_digest.zero_()
-        self._view_names.zero_()
+        self.digests.forget()
+        self._outliving.clear()
 
     def _drop_older(self) -> None:
         if self.older is not None:
@@ -399,220 +352,14 @@ class RowSet:
             self.cuts = self.cuts[-1:]
 
     @property
-    def _is_random(self) -> bool:
-        """Whether the rows of a sample are of random views."""
-        return self.views > 1 and not self.config.mirror
-
-    @property
     def _shares(self) -> bool:
         """Whether the rows are left to other runs."""
         disk = None if self.cache is None else self.cache.disk
         return disk is not None and not disk.is_private
 
-    def _open(self, cache: ActivationCache, row: torch.Tensor, looks: torch.Tensor | None) -> None:
-        """Open the rows in the store that are made like rows [B, ...], the first that have arrived, of samples `looks` [B];
-        take those that other runs have left there, or delete them if they disagree."""
-        assert cache.disk is not None
-        assert self._store is not None
-        path = self._path if cache is self.cache else self._path[:-1]
-        made_of = self._made_of(path, f"{row.dtype} {list(row.shape[1:])}")
-        stored = StoredRows(self._store, made_of, private=cache.disk.is_private)
-        cache.disk.open(stored)
-        self._looks = False
-        if looks is not None:
-            self._take(cache, stored, first=(looks, row))
-
-    def _take(
-        self,
-        cache: ActivationCache,
-        stored: StoredRows,
-        *,
-        first: tuple[torch.Tensor, torch.Tensor] | None = None,
-        views: torch.Tensor | None = None,
-    ) -> None:
-        """Take the rows of the store: if `first`, samples and their rows, agree; or the random `views` [N, V]."""
-        names = self._names(torch.arange(len(self.slots)), stored.is_private)
-        found = _find(stored, dict(enumerate(names)))
-        if not len(found.place):
-            return
-        self.slots.assign(found.sample.unique(), self.epoch)
-        wanted = self.slots.used * self.views
-        if wanted > len(cache.filled):
-            with contextlib.suppress(ValueError):  # what does not fit is read each time
-                cache.grow(wanted)
-        at, taken = self._places_of(found, views)
-        free = (at < len(cache.filled)) & ~filled_at(cache, at)
-        order = at[free].argsort()
-        at, taken = at[free][order], taken[free][order]
-        if self._is_random:
-            self._view_names = lengthened(self._view_names, wanted)
-            self._view_names[at] = found.view[taken]
-        self._name(cache, at)
-        if first is not None and not self._is_random and not self._agree(cache, found, at, found.place[taken], *first):
-            warn(
-                f"drop.loader: the rows in the store {self.config.store} are computed again: they are not what the dropped "
-                "layers make of the images of this run"
-            )
-            stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
-            return
-        self.note_images(found.sample[found.has_image], found.image[found.has_image])
-        self._load(cache, at, found.place[taken], None if first is None else first[1])
-        self._places_epoch = -1
-
-    def _load(self, cache: ActivationCache, at: torch.Tensor, places: torch.Tensor, like: torch.Tensor | None) -> None:
-        """Load rows at places `at` [n] that lie at `places` [n] of the store, but for those that are damaged."""
-        assert cache.disk is not None
-        try:
-            cache.load(at, places, like)
-        except DamagedRowError as error:
-            warn(f"drop.loader: rows are computed again: {error}")
-            good = ~cache.disk.stored.damaged(places)
-            cache.disk.forget(at[~good], in_store=True)
-            cache.load(at[good], places[good], like)
-
-    def _places_of(self, found: FoundRows, views: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The places [n] of rows found in the store, and which [n] of those found they are. views: see `_take`."""
-        slots, every = self.slots.table[found.sample], torch.arange(len(found.place))
-        if not self._is_random:
-            return slots * self.views + found.view, every
-        if views is not None:
-            named = torch.zeros(len(self.slots), self.views, dtype=torch.int64)  # the dataset may have got more samples
-            named[: len(views)] = views[:, : self.views]
-            is_it = named[found.sample] == found.view[:, None]
-            mine = is_it.any(1)
-            return (slots * self.views + is_it.int().argmax(1))[mine], every[mine]
-        mixed = torch.randperm(len(every), generator=self.generator)
-        mixed = mixed[found.sample[mixed].argsort(stable=True)]
-        _, counts = found.sample[mixed].unique_consecutive(return_counts=True)
-        rank = torch.arange(len(mixed)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-        own = -(-self.views // OWN_SHARE)
-        most = torch.where(counts < MOST_KEPT * self.views, self.views - own, self.views).repeat_interleave(counts)
-        mixed, rank = mixed[rank < most], rank[rank < most]
-        return slots[mixed] * self.views + rank, mixed
-
-    def _agree(
-        self,
-        cache: ActivationCache,
-        found: FoundRows,
-        at: torch.Tensor,
-        places: torch.Tensor,
-        ids: torch.Tensor,
-        row: torch.Tensor,
-    ) -> bool:
-        """Whether rows [B, ...] of samples `ids` [B], and the images that were noted, agree within rounding with those
-        found, which are at `places` [n] of the store for places `at` [n]."""
-        known, digests = self.images(found.sample)
-        if not torch.equal(found.image[known & found.has_image], digests.cpu()[found.has_image[known]]):
-            return False
-        assert cache.disk is not None
-        wanted, order = first_of_each(self.places(ids))
-        some = torch.nonzero(torch.isin(at, wanted)).flatten()
-        some = some[~cache.disk.stored.damaged(places[some])]
-        if not len(some):
-            return True
-        cache.load(at[some], places[some], row)
-        there = filled_at(cache, wanted)
-        made = self._as_stored(row[order[there].to(row.device)])
-        agrees = rows_agree(made, cache.gather_known(wanted[there]), error=CODEC_ERROR[self.config.codec])
-        cache.forget(at[some])
-        return agrees
-
-    def _names(self, ids: torch.Tensor, private: bool) -> Sequence[bytes]:
-        """What samples [n] are called among private rows, or those of all runs."""
-        if private or self._sample_keys is None:
-            return [b"%d" % i for i in ids.tolist()]
-        return self._sample_keys(ids)
-
-    def _name(self, cache: ActivationCache, at: torch.Tensor) -> None:
-        """Tell the store's tier what the rows at places [n] are called."""
-        ids, views = self.slots.ids(at // self.views), self._own_views[at % self.views]
-        if self._is_random:
-            self._view_names = lengthened(self._view_names, int(at.max()) + 1)
-            views = torch.where(self._view_names[at] > 0, self._view_names[at], views)
-            self._view_names[at] = views
-        known, digests = self.images(ids)
-        values = iter(digests.tolist())
-        images = [next(values) if one and not self._is_random else None for one in known.tolist()]
-        assert cache.disk is not None
-        cache.disk.name(at, RowKeys(self._names(ids, cache.disk.is_private), views.tolist(), images))
-
-    def _new_views(self) -> torch.Tensor:
-        """What this run's views [V] of a sample are called in the store. Random ones have names that no other run has."""
-        if not self._is_random:
-            return torch.arange(self.views)
-        return torch.tensor([1 + secrets.randbits(62) for _ in range(self.views)])
-
-    def _views_of_samples(self) -> torch.Tensor | None:
-        """What the random views of each sample are called in the store: [N, V], 0 for none."""
-        if not self._is_random:
-            return None
-        every = torch.zeros(len(self.slots), self.views, dtype=torch.int64)
-        drawn = self.slots.drawn()
-        self._view_names = lengthened(self._view_names, self.slots.used * self.views)
-        every[drawn] = self._view_names[: self.slots.used * self.views].view(-1, self.views)[self.slots.table[drawn]]
-        return every
-
-    def _found(self, digest: str, shape: Sequence[int]) -> StoredRows | None:
-        """The rows of this digest in the store, if they are what this run's dropped layers make."""
-        assert self._store is not None
-        entry = self._store.entry(digest)
-        reason: str | None = "they are no longer there"
-        if entry is not None:
-            made_of = self._made_of(self._path, f"torch.{entry.dtype} {list(shape)}")
-            reason = made_of.difference(entry.fingerprint)
-        if entry is None or reason:
-            warn(
-                f"DropScheduler.load_state_dict: the rows are computed again: in the store {self.config.store}, {reason}"
-            )
-            return None
-        return StoredRows(self._store, made_of, digest=digest)
-
-    def _save_all(self) -> bool:
-        """Add all rows to the store; return whether it has them."""
-        cache = self.cache
-        if cache is None or cache.disk is None or not cache.disk.is_open or not cache.fits_store:
-            return False
-        return self._try("save", cache.save) is True
-
-    def _forget_stored(self, stored: StoredRows, ids: torch.Tensor | None) -> None:
-        """Delete all rows of samples [n], or of all, from the store."""
-        ids = torch.arange(len(self.slots)) if ids is None else ids
-        names = dict(zip(ids.tolist(), self._names(ids, stored.is_private), strict=True))
-        found = _find(stored, names)
-        stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
-
-    def _remove_kept(self, but: str = "") -> None:
-        """Delete private rows that an earlier checkpoint named."""
-        assert self._store is not None
-        for digest in self._kept - {but}:
-            entry = self._store.entry(digest)
-            if entry is None or self._store.remove(entry):
-                self._kept.discard(digest)
-
-    def _try(self, what: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Do something with the store, which the run can do without: a RuntimeWarning, and None, if it fails. A forked
-        process does nothing."""
-        assert self._store is not None
-        if self._store.is_forked:
-            return None
-        try:
-            return do(*args, **kwargs)
-        except (OSError, StoreError) as error:
-            if what not in self._said:
-                warn(f"drop.loader: the run goes on without what the store has: {error}")
-            self._said.add(what)
-            return None
-
     def _all_views(self, slots: torch.Tensor) -> torch.Tensor:
         """The places [n * V] of all views at slots [n]."""
         return (slots[:, None] * self.views + torch.arange(self.views)).flatten()
-
-    def _as_stored(self, row: torch.Tensor) -> torch.Tensor:
-        """Rows [B, ...] as a cache gives them back."""
-        scratch = ActivationCache(len(row), row.shape[1:], codec=self.config.codec, device=self.device)
-        every = torch.arange(len(row))
-        scratch.append(every, row)
-        return scratch.gather_known(every)
 
     def _cache_for(self, shape: Sequence[int], rows: int, *, private: bool, stored_bytes: int = 0) -> ActivationCache:
         """A cache with room for `rows`, or without any if the budgets of now do not hold them. stored_bytes: those that the
@@ -633,7 +380,7 @@ class RowSet:
             codec=self.config.codec,
             device=self.device,
             budgets=budgets or budgets_of(self.config, self.device),
-            disk=None if self._store is None else DiskTier(private=private),
+            disk=self._outliving.tier(private=private),
         )
 
     def _keep(self, cache: ActivationCache, at: torch.Tensor, rows: torch.Tensor) -> bool:
@@ -652,8 +399,7 @@ class RowSet:
         if len(places) < len(at):
             at, rows = places, rows[order.to(rows.device)]
         try:
-            if cache.disk is not None:
-                self._name(cache, at)
+            self._outliving.name(cache, at)
             cache.append(at, rows)
         except (OSError, StoreError) as error:
             return self._is_full(str(error))
@@ -667,16 +413,3 @@ class RowSet:
             )
         self._full = True
         return False
-
-
-def _find(stored: StoredRows, names: Mapping[int, bytes]) -> FoundRows:
-    """The rows of samples, given by number with their names. Several may have one name."""
-    numbers: dict[bytes, list[int]] = {}
-    for number, name in names.items():
-        numbers.setdefault(name, []).append(number)
-    found = stored.find({name: one[0] for name, one in numbers.items()})
-    if len(numbers) == len(names):
-        return found
-    pairs = [(k, i) for k, first in enumerate(found.sample.tolist()) for i in numbers[names[first]]]
-    row, sample = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
-    return FoundRows(sample, *(column[row] for column in found[1:]))

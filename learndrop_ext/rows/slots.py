@@ -23,7 +23,7 @@ class SlotTable:
     def __init__(self, size: int, views: int, generator: torch.Generator) -> None:
         self.views = views
         self.used = 0
-        self._generator = generator
+        self.generator = generator
         self._order = torch.empty(0, dtype=torch.int64)  # samples by slot, with room for more
         self.table = self._table_room = torch.empty(0, dtype=torch.int64)  # [N] slots, -1 for none
         self.view_offset = self._offset_room = torch.empty(0, dtype=torch.int64)  # [N]
@@ -38,7 +38,7 @@ class SlotTable:
         self._table_room = lengthened(self._table_room, end)
         self._offset_room = lengthened(self._offset_room, end)
         self._table_room[begin:end] = -1
-        self._offset_room[begin:end] = torch.randint(1 << 30, (more,), generator=self._generator)
+        self._offset_room[begin:end] = torch.randint(1 << 30, (more,), generator=self.generator)
         self.table, self.view_offset = self._table_room[:end], self._offset_room[:end]
 
     def clear(self) -> None:

@@ -557,13 +557,13 @@ def test_a_row_of_another_image_takes_the_place_of_the_one_in_the_store(tmp_path
     first, second = rowset(store=tmp_path), rowset(store=tmp_path)
     for rows, image in ((first, 7), (second, 8)):  # both begin before there are rows
         rows.advance(1, SHAPE, rows=6, private=False)
-        rows.note_images(ids(0), ids(image))
+        rows.digests.note(ids(0), ids(image))
         rows.keep(1, ids(0), values(image, ids(0)))
     first.close(keep=False)
     second.close(keep=False)
     rows = rowset(store=tmp_path)
     rows.advance(1, SHAPE, rows=6, private=False)
-    rows.note_images(ids(0), ids(8))
+    rows.digests.note(ids(0), ids(8))
     assert torch.equal(rows.keep(1, ids(0), values(8, ids(0)) + 1e-5), values(8, ids(0)))
     rows.close(keep=False)
 
