@@ -227,7 +227,7 @@ def test_a_sampler_that_draws_more_than_the_budgets_hold() -> None:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             batches = trained(drop, optimizer)
-        ours = [str(w.message) for w in said if "more samples than the budgets hold" in str(w.message)]
+        ours = [str(w.message) for w in said if "do not hold the rows of all samples" in str(w.message)]
         assert len(ours) == (turn == 0)
         assert [i for _, y in batches for i in y.tolist()] == list(range(24))
         for x, y in batches:
