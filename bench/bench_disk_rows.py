@@ -1,4 +1,4 @@
-"""Rows of a file, read in random order and verified, compared with plain positioned reads of the same rows.
+"""Rows of a store, read in random order and verified, compared with plain positioned reads of the same rows.
 
     pytest bench/bench_disk_rows.py --benchmark-only
 
@@ -24,8 +24,10 @@ from measure import measure_in_turn, waited_for
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from learndrop_ext.ops import transfer
-from learndrop_ext.rows.disk import THREADS, DiskTier
-from learndrop_ext.rows.layout import RowLayout
+from learndrop_ext.rows.disk import DiskTier
+from learndrop_ext.rows.layout import RowForm, RowLayout
+from learndrop_ext.rows.store.fingerprint import Fingerprint
+from learndrop_ext.rows.store.store import THREADS, RowKeys, RowStore, StoredRows
 
 FILE_BYTES = int(os.environ.get("LEARNDROP_BENCH_FILE_MB", "256")) << 20
 BATCH = 128
@@ -40,6 +42,7 @@ class File:
     """An open file of rows, in the order in which they are asked for."""
 
     rows: DiskTier
+    layout: RowLayout
     descriptor: int
     order: torch.Tensor
     row_bytes: int
@@ -53,15 +56,21 @@ def file(request: pytest.FixtureRequest) -> Iterator[File]:
     size = request.param
     count = max(1, FILE_BYTES // size // BATCH) * BATCH
     with tempfile.TemporaryDirectory(dir=os.environ.get("LEARNDROP_BENCH_DIR")) as folder:
-        rows = DiskTier(Path(folder) / "rows", RowLayout(size, size))
-        rows.grow(count, first=0)
+        store, form = RowStore(Path(folder)), RowForm.of(torch.empty(1, size // 4), "fp32")
+        made_of = Fingerprint(weights="", cut=1, codec="fp32", layers="", loop="", row="", views="one")
+        rows = DiskTier(private=False)
+        rows.open(StoredRows(store, made_of))
+        rows.note_form(form, torch.float32)
         for slots in torch.arange(count).split(BATCH):
+            rows.name(slots, RowKeys([b"%d" % i for i in slots.tolist()], [0] * BATCH, [None] * BATCH))
             rows.write(slots, torch.randint(0, 256, (BATCH, size), dtype=torch.uint8))
-        descriptor = os.open(rows.part, os.O_RDONLY)
+        (path,) = Path(folder).glob("rows-*.bin")
+        descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
-        yield File(rows, descriptor, torch.randperm(count), size)
+        yield File(rows, RowLayout.of(form.shape, "fp32"), descriptor, torch.randperm(count), size)
         os.close(descriptor)
         rows.close()
+        store.close()
 
 
 @pytest.mark.benchmark(timer=waited_for)
@@ -70,7 +79,7 @@ def test_disk_rows(benchmark: BenchmarkFixture, file: File) -> None:
     memory = [memoryview(row.numpy()) for row in into]
     buffers = [bytearray(CHUNK) for _ in range(THREADS)]
     share = -(-len(file.order) * file.row_bytes // THREADS // CHUNK) * CHUNK
-    end = file.rows.layout.end(len(file.order))
+    end = file.layout.end(len(file.order))
     batches = [slots.tolist() for slots in file.order.split(BATCH)]
 
     def ours() -> None:
@@ -83,7 +92,7 @@ def test_disk_rows(benchmark: BenchmarkFixture, file: File) -> None:
 
     def read_rows(positions: range, slots: list[int]) -> None:
         for i in positions:
-            os.preadv(file.descriptor, [memory[i]], file.rows.layout.begin(slots[i]))
+            os.preadv(file.descriptor, [memory[i]], file.layout.begin(slots[i]))
             transfer.crc32c(memory[i])
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -33,7 +33,8 @@ from bench_fine_tuning import SIZE, packaged_weights
 from run import describe_machine, file_name, results_to_continue, run_tests, write
 from torch import nn
 
-from learndrop_ext.app.datasets import ImageSet, Split, load_folder, make_loader
+from learndrop_ext.app.datasets import Split, load_folder
+from learndrop_ext.app.image_set import ImageSet, make_loader
 from learndrop_ext.app.networks import build_network, pixel_statistics
 from learndrop_ext.app.runs import evaluate
 from learndrop_ext.decide.policy import Budget, Fixed

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from learndrop_ext import DropScheduler, StoppedLearning, split_layers
 from learndrop_ext.app import runs
-from learndrop_ext.app.datasets import Split, load_dataset, make_loader
+from learndrop_ext.app.datasets import Split, load_dataset
+from learndrop_ext.app.image_set import make_loader
 from learndrop_ext.app.models import build_model
 from learndrop_ext.width import (
     Below,

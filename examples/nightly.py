@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
-from learndrop_ext.app.datasets import ImageSet, Split, load_dataset, load_folder, make_loader
+from learndrop_ext.app.datasets import Split, load_dataset, load_folder
+from learndrop_ext.app.image_set import ImageSet, make_loader
 from learndrop_ext.app.networks import build_network
 from learndrop_ext.app.runs import evaluate
 

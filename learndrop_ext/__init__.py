@@ -17,12 +17,10 @@ if TYPE_CHECKING:
     from learndrop_ext.forward.chain import Chain, split_layers
     from learndrop_ext.history import Record
     from learndrop_ext.ops import backend_info
-    from learndrop_ext.rows.cache import ActivationCache
     from learndrop_ext.rows.config import CacheConfig
     from learndrop_ext.scheduler import DropScheduler
 
 __all__ = [
-    "ActivationCache",
     "AutoFreeze",
     "Budget",
     "CacheConfig",
@@ -51,7 +49,6 @@ __all__ = [
 #: Where each public name is defined. A name is imported when it is first asked for, and torch with it: the command line
 #: can then take Ctrl-C while torch is imported.
 HOMES = {
-    "rows.cache": ("ActivationCache",),
     "rows.config": ("CacheConfig",),
     "decide.deltas": ("Deltas", "LayerChange"),
     "decide.forecast": ("Forecast", "RunCosts"),

@@ -6,7 +6,7 @@ import inspect
 import operator
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -124,15 +124,15 @@ def check_touched(model: nn.Module, traces: Sequence[int], changes: Sequence[Lay
         )
 
 
-def shapes_of(model: nn.Module) -> list[torch.Size]:
-    """Return the shapes of a model's parameters."""
-    return [parameter.shape for parameter in model.parameters()]
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a model's parameters by name."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def check_widths(model: nn.Module, shapes: Sequence[torch.Size]) -> None:
+def check_widths(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
     """Raise RuntimeError if parameters have other shapes than `shapes_of` gave."""
-    if (now := shapes_of(model)) != list(shapes):
-        changed = sum(one != other for one, other in zip(now, shapes, strict=False))
+    changed = sum(shape != shapes.get(name, shape) for name, shape in shapes_of(model).items())
+    if changed:
         raise RuntimeError(
             "drop.step: wanted the widths that the layers were recorded with, got other shapes of "
             f"{changed} parameters: call drop.step() first, then narrow the model and call drop.follow_widths()"

@@ -298,6 +298,7 @@ SPEAKING = (
         "data/*.py",
         "forward/*.py",
         "rows/rowset.py",
+        "rows/run_store.py",
     ),
     *("rows/store/store.py", "width/*.py"),
     *("rows/config.py", "decide/policy.py", "decide/rules.py", "decide/timing.py", "lightning.py", "huggingface.py"),

@@ -161,10 +161,12 @@ def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]
     scored = "How much each layer was still learning: the score of its change since the previous measurement."
     dropped = "The number of first layers that were not in the training step."
     accurate = "Test accuracy after each epoch. Early epochs may be below the axis."
+    widths = plots.plot_widths(records)
+    narrowed = [("Widths over epochs", "The share of its channels that each layer had left.", widths)] if widths else []
     figures = (
         ("Score per layer and epoch", scored, plots.plot_scores(records)),
         ("Layers dropped over time", dropped, plots.plot_dropped(records)),
-        ("Widths over epochs", "The share of its channels that each layer had left.", plots.plot_widths(records)),
+        *narrowed,
         ("Accuracy against time", accurate, plots.plot_accuracy(records)),
     )
     finished = [run for run in RUNS if run in result]

@@ -72,8 +72,8 @@ class PlannedBatches:
     def __iter__(self) -> Iterator[list[int]]:
         for plan in self._draw(1):
             self._plans.append(plan)
-            if len(plan.reads):
-                yield plan.ids[plan.reads].tolist()
+            if reads := len(plan.reads):
+                yield (plan.ids if reads == len(plan.ids) else plan.ids[plan.reads]).tolist()
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch; the dataset may have grown, and the epoch before may have been broken off."""
@@ -140,7 +140,8 @@ class PlannedBatches:
             left -= len(batches)
             ids = self._checked(list(chain.from_iterable(batches)))
             new = not all_seen and not bool(self.seen[ids].all())
-            for plan in self._places.plans(ids, [len(batch) for batch in batches]):
+            whole = self._rows.cache is None and len(batches) == 1
+            for plan in [Plan.whole(ids)] if whole else self._places.plans(ids, [len(batch) for batch in batches]):
                 if new:
                     self.seen[plan.ids] = True
                 yield plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -44,7 +45,13 @@ class Plan:
     @staticmethod
     def whole(ids: torch.Tensor) -> Plan:
         """Return the plan of a batch [B] that is read."""
-        return Plan(ids, torch.arange(len(ids)))
+        return Plan(ids, positions(len(ids)))
+
+
+@lru_cache(maxsize=8)
+def positions(count: int) -> torch.Tensor:
+    """Return the positions of `count` samples in their batch."""
+    return torch.arange(count)
 
 
 class Places:

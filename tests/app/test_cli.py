@@ -268,7 +268,7 @@ def test_info_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--dataset", "folder", "--data-root", "{tmp}/none"], "none: no such folder"),
         (["train", "--weights", "default"], "'default' needs a model timm:NAME or torchvision:NAME"),
         (["train", "--weights", "{tmp}/none.pt"], "weights must be a file, got"),
-        (["cache", "{tmp}/none"], "DIR must be a folder of rows"),
+        (["store", "{tmp}/none"], "DIR must be a store of rows"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(

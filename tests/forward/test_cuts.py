@@ -39,13 +39,8 @@ LENGTHS = {
     ("resnet18", "small"): 10,
     ("resnet18", "imagenet"): 10,
     ("resnet34", "small"): 18,
-    ("resnet34", "imagenet"): 18,
     ("resnet50", "small"): 18,
-    ("resnet50", "imagenet"): 18,
-    ("resnet101", "small"): 35,
-    ("resnet101", "imagenet"): 35,
     ("resnet152", "small"): 52,
-    ("resnet152", "imagenet"): 52,
 }
 
 

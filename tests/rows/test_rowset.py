@@ -13,6 +13,7 @@ from tiered_cache import CPU, ids
 from torch import Tensor
 
 from learndrop_ext.rows import rowset as rowset_module
+from learndrop_ext.rows import run_store
 from learndrop_ext.rows.cache import ActivationCache
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.plan import Budgets, TierPlan, plan_for
@@ -488,7 +489,7 @@ def test_samples_with_one_name_have_one_row_in_the_store(tmp_path: Path) -> None
     """As those of a Subset that draws a sample more than once."""
     for first in (True, False):
         rows = rowset(store=tmp_path)
-        rows._sample_keys = lambda samples: sample_keys(samples // 2)
+        rows._outliving._sample_keys = lambda samples: sample_keys(samples // 2)
         rows.advance(1, SHAPE, rows=6, private=False)
         rows.keep(1, ids(1, 4), values(1, ids(0, 2)))
         assert_same = [] if first else [0, 1, 2, 3, 4, 5]
@@ -505,7 +506,7 @@ def test_samples_of_another_run_are_added_in_the_order_of_memory_of_its_rows(tmp
     for samples, memory_format in ((ids(0, 1, 2), torch.channels_last), (ids(3, 4, 5), torch.contiguous_format)):
         rows = rowset(store=tmp_path)
         begin = int(samples[0])  # the second run has none of the samples of the first
-        rows._sample_keys = lambda of, begin=begin: sample_keys(torch.where(of < begin, of + 100, of))
+        rows._outliving._sample_keys = lambda of, begin=begin: sample_keys(torch.where(of < begin, of + 100, of))
         rows.advance(1, (2, 3, 4), rows=6, private=False)
         mine = made[samples].contiguous(memory_format=memory_format)
         got = rows.keep(1, samples, mine)
@@ -590,7 +591,7 @@ def test_a_store_that_fails_costs_the_sharing_and_not_the_run(tmp_path: Path, mo
 
     rows = rowset(store=tmp_path)
     rows.advance(1, SHAPE, rows=6, private=False)
-    monkeypatch.setattr(rowset_module, "StoredRows", refused)
+    monkeypatch.setattr(run_store, "StoredRows", refused)
     with pytest.warns(RuntimeWarning, match=r"goes on without what the store has: .* No locks available"):
         rows.keep(1, ids(0, 1), values(1, ids(0, 1)))
     rows.keep(1, ids(2, 3, 4, 5), values(1, ids(2, 3, 4, 5)))
