@@ -189,7 +189,9 @@ class Labels:
 
 
 def _labels(base: Any) -> torch.Tensor | None:
-    """The labels [N] of a base dataset, or None."""
+    """The labels [N] of a base dataset, or None, as of one that changes them when it reads a sample."""
+    if getattr(base, "target_transform", None) is not None:
+        return None
     found = next((value for name in ("targets", "labels") if (value := getattr(base, name, None)) is not None), None)
     if found is None:
         pairs = getattr(base, "samples", None)

@@ -181,6 +181,14 @@ def test_labels_corrected_within_a_run_are_seen_in_the_next_epoch(tmp_path: Path
         drop.close()
 
 
+def test_labels_that_the_dataset_changes_as_it_reads_are_read(tmp_path: Path) -> None:
+    class Changing(Listed):
+        target_transform = staticmethod(lambda label: label)
+
+    run(tmp_path, Changing())
+    assert run(tmp_path, Changing())[1][0] == 24
+
+
 def test_targets_given_by_the_user_are_taken_and_checked(tmp_path: Path) -> None:
     labels = [i % 5 for i in range(24)]
     run(tmp_path, Photos(), targets=labels)
