@@ -79,7 +79,10 @@ def test_load_state_dict_changes_nothing_where_any_part_of_the_state_does_not_fi
     cases: list[tuple[dict[str, Any], str]] = [
         ({k: v for k, v in whole.items() if k not in ("cuts", "seen")}, r"got none of \['cuts', 'seen'\]"),
         (spoilt("deltas", layers=[1, 2]), r"must have layers=\[2, 2\], got \[1, 2\]"),
-        (spoilt("deltas", anchors={k: v for k, v in anchors.items() if k != "0.1"}), r"have anchors\[0.1\]=.* got None"),
+        (
+            spoilt("deltas", anchors={k: v for k, v in anchors.items() if k != "0.1"}),
+            r"have anchors\[0.1\]=.* got None",
+        ),
     ]
     for state, message in cases:
         same, _, again = parts()
