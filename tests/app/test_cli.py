@@ -275,7 +275,7 @@ def test_what_cannot_be_done_is_said_in_a_line(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     filled = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
-    assert main(filled if filled[0] == "cache" else [*filled, "--out", str(tmp_path / "out")]) == 2
+    assert main(filled if filled[0] == "store" else [*filled, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert message in said
     assert said.count("\n") == 1
