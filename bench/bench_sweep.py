@@ -4,7 +4,8 @@
 
 DIR holds clothing-160/ (train/, validation/, test/). Each run has a process of its own, in which its seconds and the images
 that it reads are counted, and is added to the file of this machine in bench/results/sweep/; runs in the file are skipped,
-so that the study can be interrupted and continued. `bench/table.py` makes the tables.
+so that the study can be interrupted and continued: its stores and weights are in --work. Without that folder, parts that
+are not complete begin anew. `bench/table.py` makes the tables.
 
 sweep: 12 trials of learning rate, weight decay and label smoothing (random search, one seed), each side's best by
     validation images. `whole`: no dropping. `budget`: Budget(2.0) with a store. `depth`: the number of dropped layers is one
@@ -20,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -195,6 +197,27 @@ def seeds(photos: int, epochs: int, layers: int, train: Callable[[Run], Mapping[
         train(run)
 
 
+def complete(records: Iterable[Mapping[str, Any]], epochs: int, layers: int) -> list[Mapping[str, Any]]:
+    """The records of parts that have all of their runs."""
+    found: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["part"], record["photos"]), []).append(record)
+    kept = []
+    for (part, photos), runs in found.items():
+        planned: list[Run] = []
+
+        def note(run: Run, planned: list[Run] = planned) -> dict[str, Any]:
+            planned.append(run)
+            return {"validation_accuracy": 0.0, "after": None}
+
+        STUDIES[part](photos, epochs, layers, note)
+        kept += runs if len(runs) == len(planned) else []
+    return kept
+
+
+STUDIES = {"sweep": sweep, "folds": folds, "nights": nights, "seeds": seeds}
+
+
 def named(record: Mapping[str, Any]) -> dict[str, Any]:
     """What tells a run from others."""
     return {field.name: record[field.name] for field in dataclasses.fields(Run) if field.name != "before"}
@@ -213,6 +236,9 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--tests-passed", type=int, help="how many tests passed before; without it they are run first")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "sweep")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "learndrop-sweep", help="stores and weights"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a run in a process of its own
     args = parser.parse_args(None if argv is None else list(argv))
     weights = packaged_weights() if args.weights is None else None if args.weights == "none" else args.weights
@@ -228,48 +254,42 @@ def main(argv: Iterable[str] | None = None) -> int:
     path = args.out / f"{file_name(machine)}.json"
     study = results_to_continue(path, machine) or {"records": []}
     study["machine"] = machine
-    args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    setting = {"model": args.model, "size": args.size, "epochs": args.epochs}
+    if study.setdefault("setting", setting) != setting:
+        sys.exit(f"bench_sweep: the runs in {path.name} have {study['setting']}, got {setting}: give --out")
+    layers = 4 if "resnet10" in args.model else 32
+    if not args.work.exists():
+        study["records"] = complete(study["records"], args.epochs, layers)
+    for folder in (args.out, args.work):
+        folder.mkdir(parents=True, exist_ok=True)
 
-        def train(run: Run) -> dict[str, Any]:
-            store = Path(folder) / f"{run.part} {run.side} {run.photos}"
-            store.mkdir(exist_ok=True)
-            after = Path(folder) / f"{run.part} {run.side} {run.night}.pt"
-            for record in study["records"]:
-                if named(record) == named(dataclasses.asdict(run)) and (run.before is None) == (
-                    record["before"] is None
-                ):
-                    # Weights that a study which goes on does not have any more are those of the pretrained network.
-                    return record | {"after": str(after) if after.exists() else None}
-            given = json.dumps(dataclasses.asdict(run) | {"store": str(store), "after": str(after)})
-            options = [
-                "--data-root",
-                args.data_root,
-                "--model",
-                args.model,
-                "--weights",
-                weights or "none",
-                "--size",
-                args.size,
-            ]
-            command = [sys.executable, __file__, "--one", given, *map(str, options)]
-            record = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-            record["before"] = None if run.before is None else "the night before"
-            study["records"].append(record | {"commit": machine["commit"]})
-            write(path, study)
-            print(
-                f"{run.part:<7} {run.photos:>5} {run.side:<8} {record['seconds']:7.1f} s  {record['images_read']:>6} read  "
-                f"validation {record['validation_accuracy']:.2f} %  test {record['accuracy']:.2f} %",
-                flush=True,
-            )
-            return record | {"after": str(after)}
+    def train(run: Run) -> dict[str, Any]:
+        store = args.work / f"{run.part} {run.side} {run.photos}"
+        after = args.work / f"{run.part} {run.side} {run.photos} {run.night}.pt"
+        group = [r for r in study["records"] if (r["part"], r["side"], r["photos"]) == (run.part, run.side, run.photos)]
+        for record in group:
+            if named(record) == named(dataclasses.asdict(run)):
+                return record | {"after": str(after)}
+        if not group:  # an earlier study may have left rows
+            shutil.rmtree(store, ignore_errors=True)
+        store.mkdir(exist_ok=True)
+        given = json.dumps(dataclasses.asdict(run) | {"store": str(store), "after": str(after)})
+        options = ["--data-root", args.data_root, "--model", args.model, "--weights", weights or "none"]
+        command = [sys.executable, __file__, "--one", given, *map(str, options), "--size", str(args.size)]
+        record = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        record["before"] = None if run.before is None else "the night before"
+        study["records"].append(record | {"commit": machine["commit"]})
+        write(path, study)
+        print(
+            f"{run.part:<7} {run.photos:>5} {run.side:<8} {record['seconds']:7.1f} s  {record['images_read']:>6} read  "
+            f"validation {record['validation_accuracy']:.2f} %  test {record['accuracy']:.2f} %",
+            flush=True,
+        )
+        return record | {"after": str(after)}
 
-        layers = 4 if "resnet10" in args.model else 32
-        for part in args.parts:
-            for photos in args.photos if part == "sweep" else args.photos[-1:]:
-                {"sweep": sweep, "folds": folds, "nights": nights, "seeds": seeds}[part](
-                    photos, args.epochs, layers, train
-                )
+    for part in args.parts:
+        for photos in args.photos if part == "sweep" else args.photos[-1:]:
+            STUDIES[part](photos, args.epochs, layers, train)
     print(path)
     return 0
 

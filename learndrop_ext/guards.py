@@ -309,9 +309,9 @@ class DataGuard:
             )
 
     def reason(
-        self, batch: Any, ids: torch.Tensor, places: torch.Tensor, others: Sequence[Any] = (), *, random: bool
+        self, batch: Any, ids: torch.Tensor, places: torch.Tensor | None, others: Sequence[Any] = (), *, random: bool
     ) -> str | None:
-        """Say what has changed of samples `ids` [B], whose extras lie at `places` [B], or return None.
+        """Say what has changed of samples `ids` [B], whose extras lie at `places` [B] if they are known, or return None.
 
         Args:
             batch: the samples as they are read now.
@@ -324,7 +324,8 @@ class DataGuard:
             images = input_of(batch, self._key)
             now = image_digests(images[torch.nonzero(known).flatten().to(images.device)])
             changed = None if torch.equal(now, before.to(now.device)) else "the images"
-        changed = changed or self._extras.first_difference(batch, places, others)
+        if changed is None and places is not None:
+            changed = self._extras.first_difference(batch, places, others)
         return (
             changed and f"{changed} of some samples are no longer what the dataset gave when their rows were computed"
         )
@@ -421,9 +422,9 @@ class Guards:
         ]
         self.check_batch(batch, ids)
         places = self._rows.places(ids)
-        if not bool(filled_at(self._extras, places).all()):
-            return
-        if changed := self._data.reason(batch, ids, places, others, random=random):
+        # What another run has left, or this one before it was resumed, has no labels yet.
+        rest = places if bool(filled_at(self._extras, places).all()) else None
+        if changed := self._data.reason(batch, ids, rest, others, random=random):
             self._discard("loader", changed, data=True)
 
     def check_step(self, images: Images, trains: bool) -> None:
@@ -454,6 +455,14 @@ class Guards:
         """Raise ValueError or RuntimeError unless a batch has all of its samples `ids` [B], in the shape of all."""
         check_count(batch, len(ids), self._key)
         self._data.check_shape(batch)
+
+    def are_same(self, batch: Any, ids: torch.Tensor) -> bool:
+        """Return whether the images of samples `ids` [B], which are read for the rest of their batch, are those of their
+        rows. If not, the rows are discarded."""
+        changed = None if self._has_random_views() else self._data.reason(batch, ids, None, random=False)
+        if changed:
+            self._discard("loader", changed, data=True)
+        return not changed
 
     def note(self, batch: Any, ids: torch.Tensor, makes: torch.Tensor) -> None:
         """Note the images of samples `ids` [B], see `DataGuard.note`."""

@@ -43,6 +43,14 @@ def test_the_sweep_halves_by_validation_and_ends_with_three_seeds_of_the_best(st
     assert sorted((run.trial, run.seed) for run in of["depth"][21:]) == [(t, s) for t in (4, 5, 6) for s in (1, 2)]
 
 
+def test_parts_that_are_not_complete_begin_anew_without_their_stores(study: ModuleType) -> None:
+    done: list[dict[str, object]] = []
+    study.folds(20, 1, 4, lambda run: done.append({"part": run.part, "photos": run.photos}) or {})
+    whole = [*done, {"part": "seeds", "photos": 20}]
+    assert study.complete(whole, 1, 4) == done
+    assert study.complete(done[:-1], 1, 4) == []
+
+
 @pytest.mark.slow
 def test_a_study_counts_what_each_run_reads_and_goes_on_where_it_ended(
     study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -58,7 +66,7 @@ def test_a_study_counts_what_each_run_reads_and_goes_on_where_it_ended(
     monkeypatch.setattr(study, "FOLDS", 2)
     out = tmp_path / "out"
     options = ["--data-root", tmp_path, "--photos", 20, "--epochs", 1, "--model", "resnet10", "--weights", "none"]
-    options += ["--size", 32, "--tests-passed", 0, "--parts", "folds", "--out", out]
+    options += ["--size", 32, "--tests-passed", 0, "--parts", "folds", "--out", out, "--work", tmp_path / "work"]
     assert study.main(map(str, options)) == 0
     (path,) = out.glob("*.json")
     records = json.loads(path.read_text())["records"]
@@ -70,6 +78,8 @@ def test_a_study_counts_what_each_run_reads_and_goes_on_where_it_ended(
     capsys.readouterr()
     assert study.main(map(str, options)) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
+    with pytest.raises(SystemExit, match=r"bench_sweep: the runs in .* have .*'epochs': 1.*, got .*'epochs': 2"):
+        study.main([*map(str, options), "--epochs", "2"])
     table = importlib.import_module("sweep_table").table(json.loads(path.read_text()))
     assert "| folds | 20 | whole | 2 |" in table
     assert "x) |" in table

@@ -220,8 +220,10 @@ class DropLoader:
             self._given += len(input_of(read, self._key))
             return self._mirrored(read, ids)
         self._guards.check_batch(read, ids)
-        self._given += len(plan.ids)
         makes = torch.full((len(reads),), not plan.level) if plan.some is None else plan.some[reads]
+        if self._source.readable and not bool(makes.all()) and not self._guards.are_same(read, ids):
+            return self._batch(Plan.whole(plan.ids))
+        self._given += len(plan.ids)
         self._relabelled += int((~makes).sum())
         places, order = rows.first_places(ids)
         self._extras.put(read, places, order)

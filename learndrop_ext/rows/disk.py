@@ -20,11 +20,7 @@ BLOCK_BYTES = 128 << 10
 
 
 class DamagedRowError(StoreError):
-    """A row in a store has changed. slot: its slot."""
-
-    def __init__(self, message: str, slot: int) -> None:
-        super().__init__(message)
-        self.slot = slot
+    """A row in a store has changed."""
 
 
 class DiskTier:
@@ -97,8 +93,7 @@ class DiskTier:
         if bad is not None:
             raise DamagedRowError(
                 f"a row in the store must have the checksum it was written with, got another at slot {int(slots[bad])}: its "
-                "file was altered or truncated",
-                int(slots[bad]),
+                "file was altered or truncated"
             )
 
     def note_form(self, form: RowForm, dtype: torch.dtype) -> None:

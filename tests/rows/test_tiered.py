@@ -189,9 +189,8 @@ def test_a_prefetch_that_failed_is_reported(tmp_path: Path) -> None:
         opened.write(b"\xaa")
     # By the gather that asks for its rows, and once.
     cache.prefetch(ids(4, 1))
-    with pytest.raises(DamagedRowError, match=r"a row in the store must have the checksum .* at slot 4: ") as raised:
+    with pytest.raises(DamagedRowError, match=r"a row in the store must have the checksum .* at slot 4: "):
         cache.gather(ids(4, 1))
-    assert raised.value.slot == 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(cache.gather(ids(0, 1)), stored[:2])

@@ -246,16 +246,13 @@ class StoredRows:
         self.digest = digest or self._digest_of(uuid.uuid4().hex if private else "")
         self.checksums = torch.zeros(0, dtype=torch.int32)  # by place
         self.entry: Entry | None = None
+        self.form: RowForm | None = None  # how the rows lie; None if there are none
+        self._layout: RowLayout | None = None
         self._file = _File(-1)
         self._finalizer = weakref.finalize(self, self._file.close)
         #: Whether the rows are of this run alone.
         self.is_private = private or (digest is not None and digest != self._digest_of(""))
         self._open()
-
-    @property
-    def form(self) -> RowForm | None:
-        """How the rows lie; None if there are none."""
-        return None if self.entry is None else self.entry.row_form
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -299,10 +296,12 @@ class StoredRows:
         if self.entry is None:
             self._create(form, dtype)
         assert self.entry is not None
-        if (self.entry.row_form.stored, self.dtype) != (form.stored, dtype):
+        assert self.form is not None
+        assert self._layout is not None
+        if (self.form.stored, self.dtype) != (form.stored, dtype):
             raise StoreError(f"store {self._store.folder}: another run is adding the same rows in another form")
         with self._store.transaction():
-            id, layout = self.entry.id, RowLayout.of(form.shape, form.codec)
+            id = self.entry.id
             places = torch.empty(len(rows), dtype=torch.int64)
             new: dict[tuple[bytes, int], int] = {}  # of several with one name the first
             (end,) = self._store.db.execute("SELECT places FROM fingerprints WHERE id = ?", (id,)).fetchone()
@@ -324,7 +323,7 @@ class StoredRows:
             self.checksums = lengthened(self.checksums, end + len(new))
             rows = rows if len(added) == len(rows) else rows[added]
             transfer.write_rows(
-                layout.file(self._file.descriptor), places[added], rows, self.checksums, threads=THREADS
+                self._layout.file(self._file.descriptor), places[added], rows, self.checksums, threads=THREADS
             )
             self._store.db.executemany(
                 "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?)",
@@ -339,16 +338,15 @@ class StoredRows:
     def read(self, places: Tensor, into: Tensor, *, block_bytes: int = 1) -> int | None:
         """Read the rows at places [n] to `into` [n, S] uint8 (CPU). Return the first position whose row does not match its
         checksum, or None. Raises OSError."""
-        assert self.entry is not None
-        form = self.entry.row_form
-        file = RowLayout.of(form.shape, form.codec).file(self._file.descriptor)
+        assert self._layout is not None
+        file = self._layout.file(self._file.descriptor)
         return transfer.read_rows(file, places, into, self.checksums, threads=THREADS, block_bytes=block_bytes)
 
     def damaged(self, places: Tensor) -> Tensor:
         """Return which of the rows at places [n] do not match their checksums: [n] bool. Raises OSError."""
-        assert self.entry is not None
-        form, bad, begin = self.entry.row_form, torch.zeros(len(places), dtype=torch.bool), 0
-        into = torch.empty(CHECKED, RowLayout.of(form.shape, form.codec).stride_bytes, dtype=torch.uint8)
+        assert self._layout is not None
+        bad, begin = torch.zeros(len(places), dtype=torch.bool), 0
+        into = torch.empty(CHECKED, self._layout.stride_bytes, dtype=torch.uint8)
         while begin < len(places):
             part = places[begin : begin + CHECKED]
             at = self.read(part, into[: len(part)])
@@ -395,7 +393,8 @@ class StoredRows:
                 continue
             shared = locked(self._file.descriptor, fcntl.LOCK_SH)
             if shared and self._store.entry(self.digest, file=entry.file) is not None:
-                self.entry = entry
+                self.entry, self.form = entry, entry.row_form
+                self._layout = RowLayout.of(self.form.shape, self.form.codec)
                 with self._store.transaction():
                     self._store.db.execute("UPDATE fingerprints SET used = ? WHERE id = ?", (time.time(), entry.id))
                 return

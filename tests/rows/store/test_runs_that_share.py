@@ -245,6 +245,42 @@ def test_a_few_replaced_images_are_noticed_by_reading_some_again(tmp_path: Path)
     assert run(tmp_path, Listed(images=changed))[2] == [8, 0, 0]
 
 
+@pytest.mark.parametrize("replaced", [3, 20])
+def test_one_replaced_image_is_noticed_where_it_is_read_for_its_label(tmp_path: Path, replaced: int) -> None:
+    run(tmp_path, Photos())
+    changed = IMAGES.clone()
+    changed[replaced] += 1
+    drop, _, _ = begun(tmp_path, Photos(images=changed))
+    wanted = drop.chain.prefix(2).eval()(changed).detach()
+
+    def rows_are_right() -> None:
+        for x, _ in drop.loader:
+            _, rows = called(drop, x)
+            assert torch.allclose(rows, wanted[x.standing.ids], atol=1e-5)
+
+    with pytest.warns(RuntimeWarning, match="are computed again"):
+        rows_are_right()
+    rows_are_right()
+    drop.close()
+    assert run(tmp_path, Photos(images=changed))[2] == [8, 0, 0]
+
+
+def test_a_resumed_run_looks_at_images_in_its_first_epoch(tmp_path: Path) -> None:
+    drop, optimizer, model = begun(tmp_path, Photos())
+    epoch(drop, optimizer)
+    drop.step()
+    state = drop.state_dict()
+    again, again_optimizer, loader = parts(Photos(images=IMAGES + 1))
+    again.load_state_dict(model.state_dict())
+    config = CacheConfig(codec="fp32", store=tmp_path)
+    resumed = DropScheduler(again, again_optimizer, loader, policy=Fixed({}), cache=config)
+    resumed.load_state_dict(state)
+    with pytest.warns(RuntimeWarning, match="the rows are computed again: the images of some samples"):
+        iter(resumed.loader).__next__()
+    resumed.close()
+    drop.close()
+
+
 def test_a_dataset_in_memory_is_known_by_its_values(tmp_path: Path) -> None:
     labels = torch.arange(40) % 5
     for images, computed in ((IMAGES[:30], 30), (IMAGES.flip(0)[:30], 30), (IMAGES[5:30], 8)):
