@@ -138,7 +138,6 @@ PYBIND11_MODULE(_C, m) {
       [](int codec, const RowShape& shape) { return row_bytes(static_cast<Codec>(codec), shape); },
       py::arg("codec"), py::arg("shape"));
   m.attr("HELD_ROWS") = kHeldRows;
-  m.attr("SERIAL_BYTES") = cpu::kSerialBytes;
   m.def("first_outside", &first_outside, py::arg("index"), py::arg("batch"), py::arg("rows"));
   m.def("first_repeated", &first_repeated, py::arg("index"), py::arg("batch"));
   m.def("append_rows", &append_rows, py::arg("cache"), py::arg("cache_rows"), py::arg("cache_stride_bytes"),

@@ -17,6 +17,9 @@
 namespace learndrop::cpu {
 namespace {
 
+// Waking a thread costs 10 to 40 us, in which one core moves 0.2 to 0.6 MB at 16 GB/s. Calls that move fewer
+// bytes stay on the calling thread.
+constexpr int64_t kSerialBytes = 1 << 20;
 // Bytes of a piece of work. At 16 GB/s it takes 2 us, twenty times the 0.1 us of claiming it.
 constexpr int64_t kPieceBytes = 32 << 10;
 // A strided image is gathered in blocks of 64 pixels and 64 channels: 16 KB of fp32, half of an L1 cache,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -20,10 +19,6 @@ from learndrop_ext import _C
 CODECS = ("fp32", "bf16", "fp16", "uint8")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_ROW = 2**31 - 1
-#: Fewer values than this are copied by one of torch's threads (at::internal::GRAIN_SIZE).
-TORCH_GRAIN = 32768
-#: The process whose torch has threads: a forked one would wait for them forever.
-PROCESS = os.getpid()
 
 CUDA_COMPILED = bool(_C.build_info()["cuda_architectures"])
 
@@ -193,9 +188,7 @@ def gather_known_rows(cache: Tensor, index: Tensor, shape: tuple[int, ...], out:
         out: B rows without gaps, whose values lie in the order in which they are stored; written.
         codec: the codec that the rows were written with.
     """
-    code, image, row = _geometry("gather_rows", shape, codec)
-    if not cache.is_cuda and _is_left_to_torch(index.shape[0], row, codec, out.dtype):
-        return _gather_by_torch(cache, index, row, out, DTYPES[code])
+    code, image, _ = _geometry("gather_rows", shape, codec)
     index = index.contiguous()
     R, S = cache.shape
     held = _is_held(cache, index)
@@ -217,31 +210,6 @@ def gather_known_rows(cache: Tensor, index: Tensor, shape: tuple[int, ...], out:
         device=device,
         stream=stream,
     )
-
-
-def _is_left_to_torch(B: int, row: int, codec: str, dtype: torch.dtype) -> bool:
-    """Whether torch gathers `B` rows of `row` bytes faster: so few that one thread does it here, and several in torch, whose
-    threads are awake between the operations of a training step.
-
-    On two idle cores 128 rows of 1,024 values took torch 18 us, and one thread 45. Only where torch gives the same bits: a
-    copy, or 16-bit codes to fp32.
-    """
-    if codec == "uint8" or torch.get_num_threads() == 1 or os.getpid() != PROCESS:
-        return False
-    stored = DTYPES[CODECS.index(codec)]
-    values = B * row // stored.itemsize
-    moved = values * (stored.itemsize + dtype.itemsize)
-    return dtype in (stored, torch.float32) and values >= TORCH_GRAIN and moved < _C.SERIAL_BYTES
-
-
-def _gather_by_torch(cache: Tensor, index: Tensor, row: int, out: Tensor, stored: torch.dtype) -> None:
-    D = row // stored.itemsize
-    table = cache.view(stored)[:, :D]
-    flat = out.as_strided((index.shape[0], D), (D, 1))
-    if out.dtype == stored:
-        torch.index_select(table, 0, index, out=flat)
-    else:
-        flat.copy_(table.index_select(0, index))
 
 
 def _is_held(cache: Tensor, index: Tensor) -> bool:

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from learndrop_ext import _C, ops
-from learndrop_ext.ops import rows as rows_module
 
 BEST = _C.build_info()["cpu_simd"]
 SETS = ("portable", "avx2", "avx512")[: ("portable", "avx2", "avx512").index(BEST) + 1]
@@ -188,31 +187,6 @@ def test_large_batches_equal_the_reference(B: int, shape: tuple[int, ...], codec
             assert torch.equal(bits(got), bits(want))
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("dtype", ops.DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(700,), (7, 10, 10)])
-def test_a_gather_left_to_torch_gives_the_same_bits(
-    shape: tuple[int, ...], dtype: torch.dtype, codec: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    B, left = 64, []
-    by_torch = rows_module._gather_by_torch
-    monkeypatch.setattr(rows_module, "_gather_by_torch", lambda *args: left.append(B) or by_torch(*args))
-    cache, _ = caches(B + 3, shape, codec)
-    ops.append_rows(cache, sample(B, shape, torch.float32), torch.arange(B) + 2, codec=codec)
-    index = torch.randint(2, B + 2, (2 * B,), generator=torch.Generator().manual_seed(0))[::2]
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = ops.gather_rows(cache, index, shape, codec=codec, dtype=dtype)
-        assert not left
-        torch.set_num_threads(2)
-        together = ops.gather_rows(cache, index, shape, codec=codec, dtype=dtype)
-    finally:
-        torch.set_num_threads(threads)
-    assert bool(left) == (dtype in (torch.float32, ops.DTYPES[ops.CODECS.index(codec)]))
-    assert torch.equal(bits(together), bits(alone))
 
 
 def test_gather_rows_into_parts_of_a_tensor() -> None:
