@@ -154,9 +154,8 @@ def trials(photos: int, epochs: int) -> list[Run]:
 def sweep(photos: int, epochs: int, layers: int, train: Callable[[Run], Mapping[str, Any]]) -> None:
     """All sides of the sweep."""
     runs = trials(photos, epochs)
-    for run in runs:
+    for run in runs:  # in turns: a machine drifts
         train(plain(run))
-    for run in runs:
         train(run)
     depths = [depth if isinstance(depth, str) else min(depth, layers - 1) for depth in DEPTHS]
     left = [dataclasses.replace(run, side="depth", drop=depths[run.trial % len(depths)]) for run in runs]
@@ -254,7 +253,7 @@ def main(argv: Iterable[str] | None = None) -> int:
     path = args.out / f"{file_name(machine)}.json"
     study = results_to_continue(path, machine) or {"records": []}
     study["machine"] = machine
-    setting = {"model": args.model, "size": args.size, "epochs": args.epochs}
+    setting = {"model": args.model, "size": args.size, "epochs": args.epochs, "threads": torch.get_num_threads()}
     if study.setdefault("setting", setting) != setting:
         sys.exit(f"bench_sweep: the runs in {path.name} have {study['setting']}, got {setting}: give --out")
     layers = 4 if "resnet10" in args.model else 32

@@ -32,5 +32,7 @@ def table(study: Mapping[str, Any]) -> str:
         cells += [f"{best['validation_accuracy']:.2f} %", accuracy]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machine = study["machine"]
-    title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}"
+    threads = study["setting"]["threads"]
+    title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {threads} threads in each run; "
+    title += f"torch {machine['torch']}, {machine['date']}"
     return "\n".join([title, "", *lines])
