@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from learndrop_ext.decide.rules import AutoFreeze, FreezeOut, LinearFreeze, PipeTransformer
     from learndrop_ext.decide.scores import score, scores
     from learndrop_ext.forward.chain import Chain, split_layers
+    from learndrop_ext.forward.graphs import cuda_graphs
     from learndrop_ext.history import Record
     from learndrop_ext.ops import backend_info
     from learndrop_ext.rows.config import CacheConfig
@@ -41,6 +42,7 @@ __all__ = [
     "StoppedLearning",
     "__version__",
     "backend_info",
+    "cuda_graphs",
     "score",
     "scores",
     "split_layers",
@@ -56,6 +58,7 @@ HOMES = {
     "decide.rules": ("AutoFreeze", "FreezeOut", "LinearFreeze", "PipeTransformer"),
     "decide.scores": ("score", "scores"),
     "forward.chain": ("Chain", "split_layers"),
+    "forward.graphs": ("cuda_graphs",),
     "history": ("Record",),
     "ops": ("backend_info",),
     "scheduler": ("DropScheduler",),

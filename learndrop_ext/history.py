@@ -21,6 +21,8 @@ class Record:
         scores: each layer's score, computed from `changes`; see `decide.scores`.
         epoch_seconds: time spent in the loop since the last step, computing rows included.
         fill_seconds: part of `epoch_seconds` spent computing and storing rows.
+        wrap_seconds: with `wrap=`, part of `epoch_seconds` that the first step after a drop took longer than the others:
+            compiling, or capturing graphs.
         measure_seconds: time spent in this step: measuring, deciding and, after a drop, freezing.
         forecast_seconds: the forecast of `epoch_seconds`, or None if there was none.
         samples: number of samples trained since the last step.
@@ -42,6 +44,7 @@ class Record:
     tier: str = "none"
     epoch_seconds: float = 0.0
     fill_seconds: float = 0.0
+    wrap_seconds: float = 0.0
     measure_seconds: float = 0.0
     samples: int = 0
     forward_flops: int = 0

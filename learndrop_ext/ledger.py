@@ -31,12 +31,16 @@ class Ledger:
         loader: the run's loader.
         source: the samples.
         keeps_rows: whether rows are kept.
+        wraps: whether the live layers are wrapped after each drop, which may take time at the first step.
     """
 
-    def __init__(self, chain: Chain, rows: RowSet, loader: DropLoader, source: Source, *, keeps_rows: bool) -> None:
+    def __init__(
+        self, chain: Chain, rows: RowSet, loader: DropLoader, source: Source, *, keeps_rows: bool, wraps: bool
+    ) -> None:
         self._chain, self._rows, self._loader, self._source = chain, rows, loader, source
         self._setup_seconds = 0.0  # time spent constructing the scheduler
         self._prefix_before = 0  # layers that were dropped before the last drop
+        self._wraps = self._just_wrapped = wraps
         self._config = rows.config if keeps_rows else None
         self._costs = CostBook(untimed(chain), self._config, rows.device, samples=source.expected())
 
@@ -57,6 +61,11 @@ class Ledger:
     def note_drop(self, before: int) -> None:
         """Note a drop from `before` layers."""
         self._prefix_before = before
+        self.note_wrapped()
+
+    def note_wrapped(self) -> None:
+        """Note that the live layers have been wrapped anew."""
+        self._just_wrapped = self._wraps
 
     def resume(self, scale: float) -> None:
         """Go on with the scale of another process."""
@@ -77,6 +86,7 @@ class Ledger:
         """Take the layers' new FLOPs and shapes, and time training steps again when costs are next asked for."""
         self._costs.layers = untimed(self._chain)
         self.forget_times()
+        self.note_wrapped()
 
     def measure(self, run: Callable[[], Any], optimizer: torch.optim.Optimizer, *, batch: int) -> None:
         """Time training steps: `run` calls the model on a batch of `batch` samples."""
@@ -95,8 +105,16 @@ class Ledger:
         """Return the seconds of the run so far, the construction of the scheduler included."""
         return self._setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
 
+    def wrapping(self) -> float:
+        """Return the seconds that wrapping took in the epoch that has ended, 0 if the live layers were wrapped before."""
+        if not self._just_wrapped or not self._loader.counts[0]:
+            return 0.0
+        self._just_wrapped = False
+        self._costs.wrap_seconds = self._loader.first_step_excess
+        return self._costs.wrap_seconds
+
     def observe(self, prefix: int, *, samples: int, made: int, read: int, seconds: float) -> None:
-        """Calibrate the cost model with one measured epoch.
+        """Calibrate the cost model with one measured epoch, without the time of wrapping.
 
         Args:
             prefix: number of layers that were dropped in it.
@@ -130,10 +148,11 @@ class Ledger:
 
         Args:
             history: the run's records.
-            newest: seconds of the epoch that has just ended, if nothing was dropped in it.
+            newest: seconds of the epoch that has just ended, without wrapping, if nothing was dropped in it.
         """
         before = [0, *(record.prefix for record in history)]
-        seconds = [r.epoch_seconds for r, prefix in zip(history, before, strict=False) if r.epoch and prefix == 0]
+        whole = (r for r, prefix in zip(history, before, strict=False) if r.epoch and prefix == 0)
+        seconds = [r.epoch_seconds - r.wrap_seconds for r in whole]
         seconds += [newest] if newest is not None else []
         if seconds:
             return statistics.median(seconds)
@@ -150,7 +169,7 @@ class Ledger:
         if not self.measured:
             return None
         run = self.run_costs()[0]
-        rows = self._rows
+        rows, wrapping = self._rows, run.wrap_seconds if self._just_wrapped else 0.0
         if prefix and rows.cache is not None and not bool(rows.cache.filled.all()):
-            return run.filling_seconds(self._prefix_before, prefix)
-        return run.epoch_seconds(prefix)
+            return wrapping + run.filling_seconds(self._prefix_before, prefix)
+        return wrapping + run.epoch_seconds(prefix)

@@ -152,7 +152,9 @@ class DropScheduler:
         self._forgotten = weakref.finalize(self._loader, bypass.release)  # once nobody can train on rows any more
         self._forgotten.atexit = False
         self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)
-        self._ledger = Ledger(chain, self._rows, self._loader, source, keeps_rows=cache is not None)
+        self._ledger = Ledger(
+            chain, self._rows, self._loader, source, keeps_rows=cache is not None, wraps=wrap is not None
+        )
         self._deltas = self._deltas_from(0)
         self._traces, self._shapes = traces_of(model), shapes_of(model)
         self._ledger.read_budgets()
@@ -242,9 +244,10 @@ class DropScheduler:
         if uses_costs(self._policy):
             self._measure_costs()
         self._ledger.read_budgets()
-        read = self._loader.relabelled
-        self._ledger.observe(self._prefix, samples=samples, made=images + older, read=read, seconds=epoch_seconds)
-        situation, choices = self._situation(self._epoch + 1, epoch_seconds, (changed, measured))
+        read, wrap_seconds = self._loader.relabelled, self._ledger.wrapping()
+        trained = epoch_seconds - wrap_seconds
+        self._ledger.observe(self._prefix, samples=samples, made=images + older, read=read, seconds=trained)
+        situation, choices = self._situation(self._epoch + 1, epoch_seconds, wrap_seconds, (changed, measured))
         reason = self._follow(situation, choices)
         self._deltas.measure()
         self._epoch += 1
@@ -259,6 +262,7 @@ class DropScheduler:
             scores=measured,
             epoch_seconds=epoch_seconds,
             fill_seconds=fill_seconds,
+            wrap_seconds=wrap_seconds,
             measure_seconds=time.perf_counter() - begin,
             samples=samples,
             forward_flops=forward_flops,
@@ -367,7 +371,7 @@ class DropScheduler:
 
     def _decide_before_training(self) -> None:
         """Ask the policy before training, as epoch 0 without scores."""
-        situation, choices = self._situation(0, 0.0)
+        situation, choices = self._situation(0, 0.0, 0.0)
         reason = self._follow(situation, choices)
         if self._prefix:
             nothing = (None,) * len(self._chain)
@@ -383,12 +387,14 @@ class DropScheduler:
         self,
         epoch: int,
         epoch_seconds: float,
+        wrap_seconds: float,
         *now: tuple[tuple[LayerChange | None, ...], tuple[float | None, ...]],
     ) -> tuple[Situation, list[costs.CutChoice]]:
         run, choices = self._ledger.run_costs()
         known = self._ledger.measured
         fill_seconds, saved_seconds = run.drop_estimates(self._prefix) if known else ((), ())
-        whole = self._ledger.full_epoch_seconds(self._history, None if self._prefix or not epoch else epoch_seconds)
+        newest = None if self._prefix or not epoch else epoch_seconds - wrap_seconds
+        whole = self._ledger.full_epoch_seconds(self._history, newest)
         measured = (*((r.changes, r.scores) for r in self._history if r.epoch), *now)
         situation = Situation(
             epoch=epoch,
@@ -403,7 +409,7 @@ class DropScheduler:
             epoch_seconds=whole,
             costs=run if known else None,
             elapsed_seconds=self._ledger.elapsed(self._history) + epoch_seconds,
-            full_seconds=whole * (self._epochs or 0),
+            full_seconds=whole * (self._epochs or 0) + run.wrap_seconds,
             undropped=self._undropped,
         )
         return situation, choices
@@ -471,6 +477,7 @@ class DropScheduler:
         HOLDERS.pop(self._base, None)
         if isinstance(self._model, WrappedModel) and body is not None:
             self._model.show(body)
+        self._ledger.note_wrapped()
         self._deltas = self._deltas_from(0)
 
     def _close(self, *, keep: bool) -> None:

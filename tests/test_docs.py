@@ -278,7 +278,7 @@ def test_every_public_name_is_in_the_pages() -> None:
 #: What users meet: files of the package, and what their messages begin with.
 SPEAKERS = (
     *("DropScheduler", "drop.", "split_layers:", "CacheConfig:", "StoppedLearning:", "Fixed:", "Budget:"),
-    *("AutoFreeze:", "FreezeOut:"),
+    *("AutoFreeze:", "FreezeOut:", "cuda_graphs:"),
     "LearnDropCallback:",
     *("WidthScheduler", "width.", "OneShot:", "Iterative:", "Tolerance:", "Coreset:", "Zeros:"),
     *("Below:", "sparsify:"),

@@ -61,6 +61,7 @@ class DropLoader:
         self._closed = False
         self._iteration = object()  # identifies the latest iteration
         self._given, self._seconds = 0, 0.0  # samples and seconds since `forget_counts`
+        self._steps, self._first_step, self._in_steps = 0, 0.0, 0.0  # of the loop since then, and their seconds
         self._open: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the epoch that is iterated over
         self._relabelled = 0  # samples read in that time whose rows were there
         self._beginning = 0.0  # seconds that the last epoch took to begin
@@ -98,7 +99,9 @@ class DropLoader:
         this = self._iteration = object()
         try:
             for batch in self._from_images() if self.batches.reads_images() else self._from_rows():
+                given = time.perf_counter()
                 yield batch
+                self._note_step(time.perf_counter() - given)
                 if self._iteration is not this:
                     raise RuntimeError(
                         "drop.loader: wanted one iteration at a time, got a second one before this one ended"
@@ -119,6 +122,18 @@ class DropLoader:
         """Samples given and seconds spent in the loop since `forget_counts`, and those the last epoch took to begin."""
         return self._given, self._seconds, self._beginning
 
+    def _note_step(self, seconds: float) -> None:
+        self._first_step = self._first_step if self._steps else seconds
+        self._in_steps += seconds
+        self._steps += 1
+
+    @property
+    def first_step_excess(self) -> float:
+        """Seconds that the loop's first step since `forget_counts` took longer than the mean of those after it."""
+        if self._steps < 2:
+            return 0.0
+        return max(0.0, self._first_step - (self._in_steps - self._first_step) / (self._steps - 1))
+
     @property
     def relabelled(self) -> int:
         """Samples read since `forget_counts` although their rows were there, for the rest of their batches."""
@@ -127,6 +142,7 @@ class DropLoader:
     def forget_counts(self) -> None:
         """Reset the counters."""
         self._given, self._seconds, self._relabelled = 0, 0.0, 0
+        self._steps, self._first_step, self._in_steps = 0, 0.0, 0.0
 
     def exclude(self, seconds: float) -> None:
         """Take seconds that were not spent on training out of the time of the epoch, if one is under way."""

@@ -33,6 +33,7 @@ class CostBook:
         self.scale = 1.0
         self.measured = False
         self.fixed_seconds = 0.0  # that an epoch with dropped layers takes before its first batch
+        self.wrap_seconds = 0.0  # that the first step after a drop takes longer, with `wrap=`
         self.budgets = Budgets(device=0)  # those of the next decision, read by the owner
         self._config = config
         self._device = device
@@ -66,6 +67,7 @@ class CostBook:
             scale=self.scale,
             optimizer_seconds=self.optimizer_seconds,
             fixed_seconds=self.fixed_seconds,
+            wrap_seconds=self.wrap_seconds,
         )
 
     def note_step(self, step: StepCosts, *, read_seconds: float, workers: int, batch: int) -> None:

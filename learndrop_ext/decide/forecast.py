@@ -35,9 +35,10 @@ class RunCosts:
         other_seconds: seconds of a step outside of layers and optimizer, per sample: loss, overhead.
         samples: number of samples in an epoch.
         views: number of rows of each sample.
-        scale: measured over modelled seconds so far; all seconds but `fixed_seconds` are multiplied by it.
+        scale: measured over modelled seconds so far; all seconds but the last two are multiplied by it.
         optimizer_seconds: seconds of the optimizer with all layers live, per sample; proportional to live parameters.
         fixed_seconds: measured seconds that an epoch with dropped layers takes before its first batch.
+        wrap_seconds: measured seconds that `wrap=` takes once after each drop: compiling, or capturing graphs.
 
     Raises:
         ValueError: a table does not have L entries, or a cut is not within 0..prefix.
@@ -54,6 +55,7 @@ class RunCosts:
     scale: float = 1.0
     optimizer_seconds: float = 0.0
     fixed_seconds: float = 0.0
+    wrap_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("cuts", "row_seconds", "write_seconds"):
@@ -92,13 +94,13 @@ class RunCosts:
         """Return what a drop from `prefix` to each prefix length costs once, and what it saves per epoch.
 
         Returns:
-            Seconds to fill all V views, and seconds saved per epoch; both [L], 0 up to `prefix`.
+            Seconds to wrap the live layers and to fill all V views, and seconds saved per epoch; both [L], 0 up to `prefix`.
         """
         later = range(prefix + 1, len(self.layers))
         none = (0.0,) * (prefix + 1)
         now = self.epoch_seconds(prefix)
         return (
-            (*none, *(self.views * self.fill_seconds(prefix, k) for k in later)),
+            (*none, *(self.wrap_seconds + self.views * self.fill_seconds(prefix, k) for k in later)),
             (*none, *(now - self.epoch_seconds(k) for k in later)),
         )
 
@@ -140,11 +142,12 @@ def plan_seconds(costs: RunCosts, prefixes: Sequence[int], *, past: Sequence[int
         window = seen[max(0, i - costs.views) : i]
         # An epoch without dropped layers stores nothing, and undrop() frees what was stored.
         source = window[0] if len(window) == costs.views and all(window) else 0
+        wrapping = costs.wrap_seconds if prefix > (seen[i - 1] if i else 0) else 0.0
         if costs.cuts[source] == costs.cuts[prefix]:
-            seconds.append(costs.epoch_seconds(prefix))
+            seconds.append(wrapping + costs.epoch_seconds(prefix))
         else:
             stored = len(seen) - i > costs.views  # else the run ends before they are read
-            seconds.append(costs.filling_seconds(source, prefix, stored=stored))
+            seconds.append(wrapping + costs.filling_seconds(source, prefix, stored=stored))
     return tuple(seconds)
 
 
@@ -171,7 +174,7 @@ def one_drops(costs: RunCosts, epochs: int, *, prefix: int, starts: Iterable[int
         # Rows stored in an epoch are read V epochs later.
         stores = min(images, max(0, left - costs.views))
         making = stores * storing + (images - stores) * passing
-        seconds = start * full + making + (left - images) * steady
+        seconds = start * full + costs.wrap_seconds + making + (left - images) * steady
         speedup = epochs * full / seconds if seconds > 0 else math.inf
         fill = stores * max(0.0, storing - steady) + (images - stores) * max(0.0, passing - steady)
         found.append(DropForecast(prefix, start, seconds, speedup, fill, (left - images) * read))

@@ -98,6 +98,7 @@ class _Search:
         self.epochs = epochs
         self.stages = stages
         self.given_up = given_up
+        self.wrapping = costs.wrap_seconds * (1 - np.eye(L))
         self.steady = np.array([costs.epoch_seconds(k) for k in range(L)])
         # filling[stored][before, after], for before <= after
         self.filling = np.zeros((2, L, L))
@@ -157,14 +158,15 @@ class _Search:
         return seconds
 
     def _conversions(self, stage: Stage, since: int) -> Table:
-        """[L, L]: extra seconds of the epochs that compute the rows of one prefix from those of another."""
+        """[L, L]: extra seconds of a drop from one prefix to another: to wrap what is live, and of the epochs that compute
+        the rows of the one from those of the other."""
         # The views stored so far that are drawn again before the run ends.
         count = min(since, max(0, self.epochs - stage.epoch - (self.views - since)))
         extra: Table = count * (self.filling[self._stored(stage.epoch)] - self.steady)
         # Before the first drop there are no rows to convert, and if the prefix stays none are computed.
         extra[0] = 0.0
         np.fill_diagonal(extra, 0.0)
-        return extra
+        return extra + self.wrapping
 
     def _stored(self, epoch: int) -> int:
         """1 if rows computed in this epoch are read again, else 0."""

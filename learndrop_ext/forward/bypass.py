@@ -91,7 +91,7 @@ class Bypass:
             within it gets, a tensor that it stores), that is called more than once, or in whose output not all tensors can
             be seen. Then the modules within are skipped."""
             modules = list(call.module.modules())
-            leaves = any(map(_has_hooks, modules[1:])) or not self.recorded.storing.isdisjoint(modules)
+            leaves = any(map(has_hooks, modules[1:])) or not self.recorded.storing.isdisjoint(modules)
             return leaves or not call.is_plain or times[call.module] > 1
 
         calls = {call.module: call for call in self.recorded.calls_before(cuts[-1], cuts[:-1], runs)}
@@ -341,7 +341,7 @@ def bypass_of(model: nn.Module) -> Bypass | None:
     return next((forward.bypass for forward in forwards if isinstance(forward, _Skipped)), None)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of the user."""
     return any(
         not isinstance(hook, Hook)

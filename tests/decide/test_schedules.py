@@ -77,6 +77,7 @@ def random_costs(draw: random.Random, layers: int, views: int) -> RunCosts:
         views=views,
         optimizer_seconds=0.2,
         fixed_seconds=draw.choice([0.0, 0.5]),
+        wrap_seconds=draw.choice([0.0, 0.0, 1.5]),
     )
 
 
