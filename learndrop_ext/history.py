@@ -29,6 +29,7 @@ class Record:
         forward_flops: forward FLOPs of the training steps.
         fill_flops: FLOPs spent computing rows.
         row_bytes, cache_bytes: bytes of one row and of all rows after this step.
+        extras_bytes: bytes of what is kept beside the rows (labels, masks), without lists.
         tier: the slowest tier that holds rows: "device", "host" or "disk"; "none" if there are no rows.
     """
 
@@ -41,6 +42,7 @@ class Record:
     forecast_seconds: float | None
     row_bytes: int
     cache_bytes: int
+    extras_bytes: int = 0
     tier: str = "none"
     epoch_seconds: float = 0.0
     fill_seconds: float = 0.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from learndrop_ext.data.extras import BatchExtras
 from learndrop_ext.data.loader import DropLoader
 from learndrop_ext.data.source import Source
 from learndrop_ext.decide import costs
@@ -30,14 +31,24 @@ class Ledger:
         rows: the run's rows.
         loader: the run's loader.
         source: the samples.
+        extras: what is kept beside the rows.
         keeps_rows: whether rows are kept.
         wraps: whether the live layers are wrapped after each drop, which may take time at the first step.
     """
 
     def __init__(
-        self, chain: Chain, rows: RowSet, loader: DropLoader, source: Source, *, keeps_rows: bool, wraps: bool
+        self,
+        chain: Chain,
+        rows: RowSet,
+        loader: DropLoader,
+        source: Source,
+        extras: BatchExtras,
+        *,
+        keeps_rows: bool,
+        wraps: bool,
     ) -> None:
-        self._chain, self._rows, self._loader, self._source = chain, rows, loader, source
+        self._chain, self._rows, self._loader, self._source, self._extras = chain, rows, loader, source, extras
+        self.extras_device = rows.device  # where the next drop keeps what is beside the rows
         self._setup_seconds = 0.0  # time spent constructing the scheduler
         self._prefix_before = 0  # layers that were dropped before the last drop
         self._wraps = self._just_wrapped = wraps
@@ -76,11 +87,29 @@ class Ledger:
         self._costs.measured = False
 
     def read_budgets(self) -> None:
-        """Read the bytes that rows may take, once for each decision: in each tier the fewest of all ranks."""
-        if self._config is not None:
-            mine = budgets_of(self._config, self._rows.device)
-            assert mine.device is not None
-            self._costs.budgets = Budgets(*smallest_of_ranks((mine.device, mine.host, mine.disk)))
+        """Read the bytes that rows may take, once for each decision: in each tier the fewest of all ranks.
+
+        What is kept beside the rows lies on the device and is taken off its budget, or off the host's if it is too large.
+        """
+        if self._config is None:
+            return
+        mine = budgets_of(self._config, self._rows.device)
+        device, host, beside = mine.device, mine.host, self.extras_bytes
+        assert device is not None
+        if self._config.budget_bytes == "auto":
+            beside = max(0, beside - self._extras.nbytes)  # what is there already is not free
+        self.extras_device = self._rows.device if beside <= device or not host else torch.device("cpu")
+        if self.extras_device == self._rows.device:
+            device = max(0, device - beside)
+        else:
+            host = max(0, host - beside)
+        device, host, disk = smallest_of_ranks((device, host, mine.disk))
+        self._costs.budgets = Budgets(device, host, disk, beside=beside)
+
+    @property
+    def extras_bytes(self) -> int:
+        """Bytes of what is kept beside all rows, lists aside."""
+        return 0 if self._config is None else self._extras.row_bytes * self._loader.batches.expected_rows()
 
     def follow_widths(self) -> None:
         """Take the layers' new FLOPs and shapes, and time training steps again when costs are next asked for."""

@@ -153,7 +153,7 @@ class DropScheduler:
         self._forgotten.atexit = False
         self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)
         self._ledger = Ledger(
-            chain, self._rows, self._loader, source, keeps_rows=cache is not None, wraps=wrap is not None
+            chain, rows, self._loader, source, extras, keeps_rows=cache is not None, wraps=wrap is not None
         )
         self._deltas = self._deltas_from(0)
         self._traces, self._shapes = traces_of(model), shapes_of(model)
@@ -288,7 +288,7 @@ class DropScheduler:
             raise ValueError("drop.forecast: epochs must be known, give forecast(epochs) or DropScheduler(epochs=...)")
         self._measure_costs()
         run, choices = self._ledger.run_costs()
-        return forecast(run, epochs, choices)
+        return forecast(run, epochs, choices, extras_bytes=self._ledger.extras_bytes)
 
     def follow_widths(self) -> None:
         """Go on after a WidthScheduler has narrowed live layers: record the layers again, and time them when costs are next
@@ -451,6 +451,7 @@ class DropScheduler:
             assert shape is not None
             rows = self._loader.batches.expected_rows()
             self._rows.advance(prefix, shape, rows=rows, private=situation.epoch > 0, budgets=choice.budgets)
+            self._extras.move(self._ledger.extras_device)
         self._deltas.drop_first(prefix - self._prefix)
         self._freeze(prefix, body)
 
@@ -497,6 +498,7 @@ class DropScheduler:
             forecast_seconds=self._forecast_seconds,
             row_bytes=cache.row_bytes if cache is not None else 0,
             cache_bytes=cache.nbytes if cache is not None else 0,
+            extras_bytes=self._extras.nbytes,
             tier=self._rows.tier,
             **values,
         )

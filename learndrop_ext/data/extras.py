@@ -6,6 +6,7 @@ B samples in a batch, R places.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -158,8 +159,10 @@ class _Column:
 
     def get(self, at: torch.Tensor, where: torch.Tensor) -> Any:
         """Return the entry of a batch at places [B]. where: the same on the device."""
-        if self.kind == "tensor":
+        if self.kind == "tensor" and self.stored.device == where.device:
             return self.stored.index_select(0, where)
+        if self.kind == "tensor":
+            return self.stored.index_select(0, at).pin_memory().to(where.device, non_blocking=True)
         if self.kind == "array":
             return self.stored[at.numpy()]
         if self.kind == "list":
@@ -171,9 +174,9 @@ class _Column:
 class BatchExtras:
     """Everything in a batch but the model's input, stored by place, as `collate_fn` made it.
 
-    Tensors and numpy arrays of B rows are stacked (tensors on the device). Lists and tuples of B values are stored value by
-    value, whatever the values are: strings, None, different numbers of boxes. A value that is the same in every batch
-    (None, a number, a name) is stored once.
+    Tensors and numpy arrays of B rows are stacked (tensors on the device, or where `move` has put them). Lists and tuples
+    of B values are stored value by value, whatever the values are: strings, None, different numbers of boxes. A value that
+    is the same in every batch (None, a number, a name) is stored once.
 
     Args:
         key: position of the model's input in a batch.
@@ -184,6 +187,7 @@ class BatchExtras:
 
     def __init__(self, *, key: InputKey, device: torch.device, like: Any = None) -> None:
         self.key, self.device, self._like = key, device, like
+        self._home = device
         self.clear()
 
     def clear(self) -> None:
@@ -191,6 +195,24 @@ class BatchExtras:
         self._spec: Any = None
         self._columns: list[_Column] = []
         self.filled = torch.empty(0, dtype=torch.bool)  # which places hold extras; its length grows in steps
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored, without lists."""
+        return sum(column.stored.nbytes for column in self._columns if column.has_rows)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sample's entries, without those in lists."""
+        columns = [column for column in self._columns_of(self._like)[1] if column.has_rows]
+        return sum(column.stored.itemsize * math.prod(column.stored.shape[1:]) for column in columns)
+
+    def move(self, device: torch.device) -> None:
+        """Store tensors there from now on; batches are still given on the device."""
+        self._home = device
+        for column in self._columns:
+            if column.kind == "tensor":
+                column.stored = column.stored.to(device)
 
     def check(self, batch: Any) -> None:
         """Raise ValueError for a batch that cannot be stored, naming the entry."""
@@ -270,7 +292,7 @@ class BatchExtras:
         for column, values in zip(varying, state["values"], strict=True):
             is_list = column.kind == "list"
             column.stored = (
-                list(values) if is_list else values.numpy() if column.kind == "array" else values.to(self.device)
+                list(values) if is_list else values.numpy() if column.kind == "array" else values.to(self._home)
             )
         self._spec, self._columns, self.filled = spec, columns, state["filled"]
 
@@ -289,7 +311,7 @@ class BatchExtras:
             kind, form = ("input", "the model's input") if leaf is _INPUT else _kind(name, leaf, count)
             column = _Column(name, kind, form, None if leaf is _INPUT else [] if kind == "list" else leaf)
             if column.has_rows:
-                column.stored = to_device(leaf[:0], self.device)
+                column.stored = leaf[:0].to(self._home) if kind == "tensor" else leaf[:0]
             columns.append(column)
         return spec, columns
 

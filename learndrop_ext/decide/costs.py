@@ -91,10 +91,12 @@ def choose_cut(
     row, plan = rows_after(prefix)
     if plan is not None:
         return CutChoice(prefix, row, f"rows after {layers[prefix - 1].name}", plan, budgets)
-    wanted, budget = row * rows, (budgets.device or 0) + budgets.host + budgets.disk
+    wanted, budget = row * rows, (budgets.device or 0) + budgets.host + budgets.disk + budgets.beside
     texts = format_bytes(wanted), format_bytes(budget)
-    if wanted <= budget:
+    if wanted <= budget - budgets.beside:
         texts = texts[0], f"{texts[1]}, less what reading ahead takes"
+    elif wanted <= budget:
+        texts = texts[0], f"{texts[1]}, less {format_bytes(budgets.beside)} for labels and what else is in a batch"
     elif texts[0] == texts[1]:
         texts = f"{wanted:,} bytes", f"{budget:,} bytes"
     why = f"no rows: they take {texts[0]} and the budget is {texts[1]}"

@@ -208,6 +208,7 @@ class Forecast:
         runs: forecasts by prefix length 1..L-1 (first index) and start 0..epochs-1 (second).
         rows: rows by prefix length 1..L-1.
         largest_speedup: the largest speedup in `runs`, at least 1.0.
+        extras_bytes: bytes of what is kept beside all rows (labels, masks), without lists.
     """
 
     epochs: int
@@ -217,6 +218,7 @@ class Forecast:
     runs: tuple[tuple[DropForecast, ...], ...]
     rows: tuple[RowsForecast, ...]
     largest_speedup: float
+    extras_bytes: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the forecast as plain values for JSON."""
@@ -237,10 +239,10 @@ class Forecast:
         return self.format_table()
 
 
-def forecast(costs: RunCosts, epochs: int, choices: Sequence[CutChoice]) -> Forecast:
+def forecast(costs: RunCosts, epochs: int, choices: Sequence[CutChoice], *, extras_bytes: int = 0) -> Forecast:
     """Forecast a whole run without drops, and with one drop of each length after each number of epochs.
 
-    choices: where the rows of each prefix length 0..L-1 are kept, as `costs` has it.
+    choices: where the rows of each prefix length 0..L-1 are kept, as `costs` has it; extras_bytes: as in `Forecast`.
     """
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"forecast: epochs must be a whole number >= 1, got {epochs!r}")
@@ -253,7 +255,7 @@ def forecast(costs: RunCosts, epochs: int, choices: Sequence[CutChoice]) -> Fore
         rows.append(RowsForecast(choice.cut, (plan.device * size, plan.host * size, plan.disk * size)))
     largest = max([1.0, *(run.speedup for row in runs for run in row)])
     names = tuple(layer.name for layer in costs.layers)
-    return Forecast(epochs, names, costs.views, full, runs, tuple(rows), largest)
+    return Forecast(epochs, names, costs.views, full, runs, tuple(rows), largest, extras_bytes)
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:

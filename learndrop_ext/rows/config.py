@@ -25,8 +25,8 @@ class CacheConfig:
             "auto" is 1 for such a dataset. If samples are random independently of each other, "auto" is the largest
             number with which epochs that read images take at most half of the shortened run, and at least 2; see
             `data.source.settle_views`. Default: "auto"
-        budget_bytes (int or "auto", optional): limit on the bytes of rows on the model's device; "auto" is half of what
-            is free when a drop is decided. Default: "auto"
+        budget_bytes (int or "auto", optional): limit on the bytes of rows on the model's device, and of the labels and all
+            else in a batch that is kept beside them; "auto" is half of what is free when a drop is decided. Default: "auto"
         host_bytes (int or "auto", optional): limit on the bytes of further rows in host memory, for a model on a GPU.
             Default: 0
         store (str or Path, optional): a folder in which rows outlive the run. They spill there if memory does not hold them,

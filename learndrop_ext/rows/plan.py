@@ -31,6 +31,7 @@ class Budgets:
     host: int = 0
     disk: int = 0
     staging_rows: int = STAGING_ROWS  # rows of the slower tiers that are read ahead at once
+    beside: int = 0  # bytes that were taken off for what is kept beside the rows
 
     def __post_init__(self) -> None:
         for name in ("device", "host", "disk"):
