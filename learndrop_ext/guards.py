@@ -368,7 +368,8 @@ class Guards:
     def drop(self, k: int, optimizer: torch.optim.Optimizer) -> None:
         """Guard the first k layers, which `bypass` has dropped, from now on."""
         self._tensors = FrozenTensors(self._chain, k, self._bypass.frozen, optimizer)
-        self._probe = ForwardProbe(self._bypass, self._run, input_of(self._like, self._key)[:1])
+        one = self._key[0] if isinstance(self._key, tuple) else self._key
+        self._probe = ForwardProbe(self._bypass, self._run, input_of(self._like, one)[:1])
         self._optimizer = optimizer
 
     def release(self) -> None:

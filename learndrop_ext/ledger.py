@@ -53,7 +53,7 @@ class Ledger:
         self._prefix_before = 0  # layers that were dropped before the last drop
         self._wraps = self._just_wrapped = wraps
         self._config = rows.config if keeps_rows else None
-        self._costs = CostBook(untimed(chain), self._config, rows.device, samples=source.expected())
+        self._costs = CostBook(self._of_samples(untimed(chain)), self._config, rows.device, samples=source.expected())
 
     @property
     def measured(self) -> bool:
@@ -113,15 +113,31 @@ class Ledger:
 
     def follow_widths(self) -> None:
         """Take the layers' new FLOPs and shapes, and time training steps again when costs are next asked for."""
-        self._costs.layers = untimed(self._chain)
+        self._costs.layers = self._of_samples(untimed(self._chain))
         self.forget_times()
         self.note_wrapped()
 
     def measure(self, run: Callable[[], Any], optimizer: torch.optim.Optimizer, *, batch: int) -> None:
-        """Time training steps: `run` calls the model on a batch of `batch` samples."""
-        step = time_step(self._chain, run, optimizer, batch=batch, device=self._rows.device)
+        """Time training steps: `run` calls the model on a batch of `batch` images."""
+        samples = batch / self._rows.images
+        step = time_step(self._chain, run, optimizer, batch=samples, device=self._rows.device)
+        step = dataclasses.replace(step, layers=self._of_samples(step.layers))
         read_seconds, workers = self._source.reading()
-        self._costs.note_step(step, read_seconds=read_seconds, workers=workers, batch=batch)
+        self._costs.note_step(step, read_seconds=read_seconds, workers=workers, batch=samples)
+
+    def row_shape(self, k: int) -> tuple[int, ...]:
+        """Return the shape of a row behind the first k layers."""
+        shape = self._costs.layers[k - 1].shape
+        assert shape is not None
+        return shape
+
+    def _of_samples(self, layers: Sequence[costs.LayerCost]) -> tuple[costs.LayerCost, ...]:
+        """The layers of one image with the FLOPs and the rows of a sample, which may have several."""
+        n = self._rows.images
+        return tuple(
+            dataclasses.replace(one, flops=n * one.flops, shape=one.shape and (n * one.shape[0], *one.shape[1:]))
+            for one in layers
+        )
 
     def run_costs(self) -> tuple[RunCosts, list[costs.CutChoice]]:
         """Return the costs that policies see, and for each prefix length where its rows would be kept."""

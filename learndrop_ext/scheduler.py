@@ -30,7 +30,7 @@ from learndrop_ext.checks import (
     warn_saturated,
     warn_untrained,
 )
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, some_of, to_device, with_input
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_keys, input_of, some_of, to_device, with_input
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.loader import DropLoader
 from learndrop_ext.data.source import settle_views, source_of
@@ -74,10 +74,13 @@ class DropScheduler:
             the frozen layers at each step. Default: "fp16"
         wrap (Callable, optional): applied to the live part of the model now and after every drop, such as `torch.compile`;
             the loop then calls `drop.model`. Default: None
-        input (int or str, optional): key of the images in a batch that is not a tensor. Default: 0
+        input (int or str, optional): key of the images in a batch that is not a tensor. Of several images of each sample
+            (two views, a pair), a tuple or list of their keys; each goes through the model by itself or joined with others
+            by `torch.cat` along the batch. Default: 0
         call (Callable, optional): (model, batch) -> what the model returns, if the loop calls the model otherwise than on
             the images alone: `call=lambda model, batch: model(pixel_values=batch["image"], scale=batch["scale"])`. It is
-            called on the first batch, to find the layers and to time them. Default: `model(images)`
+            called on the first batch, to find the layers and to time them; of several images it calls the model on one.
+            Default: `model(images)`, of several images the first
         ids (int, str or tuple, optional): position in a batch of the samples' ids, one int or str per sample: a key, an
             index or a tuple of these. `loader` is read until all ids are known and have rows, then they are drawn.
 
@@ -96,12 +99,13 @@ class DropScheduler:
         epochs: int | None = None,
         cache: CacheConfig | str | None = "fp16",
         wrap: Wrap | None = None,
-        input: InputKey = 0,
+        input: InputKey | list[int | str] = 0,
         call: Callable[[nn.Module, Any], Any] | None = None,
         ids: IdKey | None = None,
     ) -> None:
         begin = time.perf_counter()
         config = cache_config(cache)
+        input, one = input_keys(input, config)
         source = source_of(loader, ids, key=input, seed=config.seed, config=config)
         device = device_of(model)
         check_folder(config)
@@ -113,19 +117,19 @@ class DropScheduler:
         images = input_of(first, input)
         if cache is not None:
             BatchExtras(key=input, device=device).check(first)
-        self._call = call or (lambda model, batch: model(input_of(batch, input)))
-        head = some_of(first, torch.arange(max(2, min(len(images), TRIED))) % len(images), key=input, like=first)
-        pair = some_of(first, torch.arange(2) % len(images), key=input, like=first)
-        chain = split_layers(model, input_of(pair, input), call=lambda: self._call(model, pair))
+        self._call = call or (lambda model, batch: model(input_of(batch, one)))
+        head = some_of(first, torch.arange(max(2, min(len(images), TRIED))) % len(images), key=one, like=first)
+        pair = some_of(first, torch.arange(2) % len(images), key=one, like=first)
+        chain = split_layers(model, input_of(pair, one), call=lambda: self._call(model, pair))
         self._chooses_views = config.views == "auto"
         if cache is not None:
             check_precision(chain)
             speedup = policy.speedup if isinstance(policy, PlanningPolicy) else Budget.speedup
-            row = costs.smallest_row(chain, config)
+            row = costs.smallest_row(chain, config) * (len(input) if isinstance(input, tuple) else 1)
             config = settle_views(config, source, epochs=epochs, speedup=speedup, row_bytes=row, device=device)
         self._base, self._optimizer, self._wrap_of = model, optimizer, wrap
         self._policy: Policy = StoppedLearning() if policy is None else policy
-        self._epochs, self._device, self._input = epochs, device, input
+        self._epochs, self._device, self._input = epochs, device, one
         self._head, self._first = head, first
         self._chain, self._source = chain, source
         self._history: list[Record] = []
@@ -136,12 +140,15 @@ class DropScheduler:
         extras = BatchExtras(key=input, device=device, like=first)
         self._extras = extras
         # None of these refers to the scheduler: without a reference cycle the workers of its loader end with it.
-        self._run_on = run_on = partial(_run_on, self._call, model, head, first, input)
+        self._run_on = run_on = partial(_run_on, self._call, model, head, first, one)
         self._rows = rows = RowSet(
             len(source),
+            images=len(input) if isinstance(input, tuple) else 1,
             config=config,
             device=device,
-            made_of=lambda path, row: _made_of(chain, rows.config, guards, path, row),
+            made_of=lambda path, row: _made_of(
+                chain, rows.config, guards, path, row if rows.images == 1 else f"{row} of {input}"
+            ),
             sample_keys=source.keys,
         )
         self._bypass = bypass = Bypass(
@@ -447,8 +454,7 @@ class DropScheduler:
         left = None if self._epochs is None else self._epochs - situation.epoch
         # Rows that would not be read again are not kept; those of an earlier drop stay.
         if choice.cut == prefix and (left is None or left > self._rows.views):
-            shape = self._chain[prefix - 1].shape
-            assert shape is not None
+            shape = self._ledger.row_shape(prefix)
             rows = self._loader.batches.expected_rows()
             self._rows.advance(prefix, shape, rows=rows, private=situation.epoch > 0, budgets=choice.budgets)
             self._extras.move(self._ledger.extras_device)

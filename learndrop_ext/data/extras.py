@@ -15,12 +15,20 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from learndrop_ext.forward.images import Images
+from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.plan import room_for
 from learndrop_ext.rows.slots import filled_at
 
-InputKey = int | str
-#: Stands for the model's input in the structure of a batch.
-_INPUT: Any = object()
+#: Of the images in a batch; several, where each sample has several images.
+InputKey = int | str | tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """Stands for the model's input in the structure of a batch. at: which of a sample's images."""
+
+    at: int = 0
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -30,8 +38,34 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
+def input_keys(key: InputKey | list[int | str], config: CacheConfig) -> tuple[InputKey, int | str]:
+    """Return the keys of the images of each sample, a tuple if there are several, and one of them.
+
+    Raises:
+        ValueError: keys are not two or more different ones, or samples have several images and no names for a store.
+    """
+    if not isinstance(key, list | tuple):
+        return key, key
+    if len(key) < 2 or len(set(key)) < len(key) or not all(isinstance(one, int | str) for one in key):
+        raise ValueError(f"DropScheduler: input must be a key, or two or more different ones, got {key!r}")
+    if config.store is not None and config.key is None:
+        raise ValueError(
+            f"CacheConfig: key must name the samples in a store where they have several images, input={key!r}, got None"
+        )
+    return tuple(key), key[0]
+
+
 def input_of(batch: Any, key: InputKey) -> torch.Tensor:
-    """Return the model's input: the batch itself if it is a tensor, else the entry at `key`. Raises ValueError."""
+    """Return the model's input: the batch itself if it is a tensor, else the entry at `key`; of n keys, the images
+    [B, n, ...] of each sample. Raises ValueError."""
+    if isinstance(key, tuple):
+        images = [input_of(batch, one) for one in key]
+        if isinstance(batch, torch.Tensor) or any(
+            x.shape != images[0].shape or x.dtype != images[0].dtype for x in images
+        ):
+            got = "one tensor" if isinstance(batch, torch.Tensor) else ", ".join(f"{list(x.shape)}" for x in images)
+            raise ValueError(f"DropScheduler: input must name entries of a batch of one shape and dtype, got {got}")
+        return torch.stack(images, 1)
     if isinstance(batch, torch.Tensor):
         return batch
     try:
@@ -50,13 +84,24 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
 
 
 def with_input(batch: Any, key: InputKey, model_input: Any) -> Any:
-    """Return the batch with something else in place of the model's input."""
+    """Return the batch with something else in place of the model's input; of n keys, with images [B, n, ...]."""
     if isinstance(batch, torch.Tensor):
         return model_input
     entries, spec = pytree.tree_flatten(batch, is_leaf=lambda value: value is not batch)
-    place: Any = list(batch).index(key) if isinstance(batch, Mapping) else key
-    entries[place] = model_input
+    keys, images = (key, each_image(model_input, len(key))) if isinstance(key, tuple) else ((key,), [model_input])
+    for one, x in zip(keys, images, strict=True):
+        place: Any = list(batch).index(one) if isinstance(batch, Mapping) else one
+        entries[place] = x
     return pytree.tree_unflatten(entries, spec)
+
+
+def each_image(images: Any, count: int) -> list[Any]:
+    """Return the `count` images [B, ...] of images [B, n, ...]."""
+    if isinstance(images, _Input):
+        return [_Input(i) for i in range(count)]
+    if isinstance(images, Images):
+        return images.of_each(count)
+    return [x.contiguous() for x in images.unbind(1)]
 
 
 def check_count(batch: Any, count: int, key: InputKey) -> None:
@@ -234,7 +279,8 @@ class BatchExtras:
         """Return the batch at places [B] int64 (CPU, and `where` on the device), with `model_input` as its images."""
         if where is None:
             where = at.to(self.device, non_blocking=True)
-        leaves = [model_input if column.kind == "input" else column.get(at, where) for column in self._columns]
+        images = each_image(model_input, len(self.key)) if isinstance(self.key, tuple) else [model_input]
+        leaves = [images[c.stored.at] if c.kind == "input" else c.get(at, where) for c in self._columns]
         return pytree.tree_unflatten(leaves, self._spec)
 
     def has(self, at: torch.Tensor) -> bool:
@@ -299,7 +345,7 @@ class BatchExtras:
     def _columns_of(self, batch: Any) -> tuple[Any, list[_Column]]:
         """The structure of a batch, and its columns without values."""
         count = len(input_of(batch, self.key))
-        marked = with_input(batch, self.key, _INPUT)
+        marked = with_input(batch, self.key, _Input())
 
         def is_leaf(value: Any) -> bool:
             return value is not marked and _is_list_of_samples(value, count)
@@ -308,8 +354,8 @@ class BatchExtras:
         columns = []
         for path, leaf in pairs:
             name = f"batch{pytree.keystr(path)}"
-            kind, form = ("input", "the model's input") if leaf is _INPUT else _kind(name, leaf, count)
-            column = _Column(name, kind, form, None if leaf is _INPUT else [] if kind == "list" else leaf)
+            kind, form = ("input", "the model's input") if isinstance(leaf, _Input) else _kind(name, leaf, count)
+            column = _Column(name, kind, form, [] if kind == "list" else leaf)
             if column.has_rows:
                 column.stored = leaf[:0].to(self._home) if kind == "tensor" else leaf[:0]
             columns.append(column)

@@ -232,6 +232,7 @@ class DropLoader:
     def _with_read(self, plan: Plan, row: torch.Tensor | None, reads: torch.Tensor, read: Any) -> Any:
         """The batch of a plan of which the samples at positions `reads` [m] were read. row: the rows of the others."""
         rows, ids = self._rows, plan.ids[reads]
+        rows.begin_batch()
         if rows.cache is None:
             self._given += len(input_of(read, self._key))
             return self._mirrored(read, ids)
@@ -270,5 +271,7 @@ class DropLoader:
 
 
 def _read_images(source: Source, rows: RowSet, key: InputKey, ids: torch.Tensor) -> torch.Tensor:
-    """The images of samples `ids` [B], on the device."""
-    return input_of(to_device(source.read(ids.tolist(), rows.epoch), rows.device), key)
+    """The images of samples `ids` [B], on the device; with several of each, those that go by these ids."""
+    batch = to_device(source.read((ids // rows.images).tolist(), rows.epoch), rows.device)
+    images = input_of(batch, key)
+    return images[torch.arange(len(ids)), ids % rows.images] if isinstance(key, tuple) else images

@@ -70,7 +70,7 @@ class CostBook:
             wrap_seconds=self.wrap_seconds,
         )
 
-    def note_step(self, step: StepCosts, *, read_seconds: float, workers: int, batch: int) -> None:
+    def note_step(self, step: StepCosts, *, read_seconds: float, workers: int, batch: float) -> None:
         """Take the costs of a timed training step of `batch` samples, and the seconds that a process reads a sample.
 
         Workers read during the step, so training waits only for what reading takes longer.

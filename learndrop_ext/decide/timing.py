@@ -54,7 +54,7 @@ def untimed(chain: Chain) -> tuple[LayerCost, ...]:
 
 
 def time_step(
-    chain: Chain, run: Callable[[], Any], optimizer: torch.optim.Optimizer, *, batch: int, device: torch.device
+    chain: Chain, run: Callable[[], Any], optimizer: torch.optim.Optimizer, *, batch: float, device: torch.device
 ) -> StepCosts:
     """Time training steps of the model: forward, backward, and `optimizer.step()` on a copy of the optimizer.
 

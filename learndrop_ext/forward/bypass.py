@@ -184,6 +184,12 @@ class Bypass:
             self.calls += trains
             self._begin(images, keeps=False)
             return None
+        others = {id(x) for x in pytree.tree_leaves((args, kwargs)) if type(x) is Images} if args[1:] or kwargs else ()
+        if len(others) > 1:
+            raise RuntimeError(
+                f"drop.loader: the model must get one batch of images in a call, got {len(others)}: call it on each, or on "
+                "torch.cat of them"
+            )
         if not images.standing.checked:
             if trains:
                 self.check(images)

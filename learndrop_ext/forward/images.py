@@ -231,6 +231,21 @@ class Images(Unread):
             rows[torch.nonzero(which).flatten().to(rows.device)] = part.to(made.dtype)
         return _batch(self, replace(self.standing, rows=rows, some=None), None)
 
+    def of_each(self, count: int) -> list[Images]:
+        """Return the `count` images of each sample [B, ...], of a batch [B, n, ...] that nothing was done to. They go by the
+        ids n i + j; a row of theirs is the j-th part of a sample's row."""
+        whole, images = self.standing, []
+        form = form_of(torch.empty((len(self), *self.shape[2:]), dtype=self.dtype, device="meta"))
+        for j in range(count):
+            rows, pixels = whole.rows, self.pixels
+            if rows is not None:
+                last = torch.channels_last if is_channels_last(rows) else torch.contiguous_format
+                rows = rows.chunk(count, 1)[j].contiguous(memory_format=last)
+            if pixels is not None:
+                pixels = pixels[:, j].contiguous()
+            images.append(Images(form, self.device, replace(whole, ids=whole.ids * count + j, rows=rows), pixels))
+        return images
+
     def read(self) -> torch.Tensor:
         """Return the images, read now if they were not, as the dataset gives them."""
         if self.pixels is not None and self.standing.some is None and not self.operations:
@@ -458,6 +473,11 @@ def _batch(like: Images, standing: Standing, pixels: torch.Tensor | None, memory
     """Other samples that went through the same operations."""
     form = Form((standing.count, *like.shape[1:]), like.stride(), like.dtype)
     return Images(form, like.device, standing, pixels, like.operations, memory)  # type: ignore[no-any-return]
+
+
+def is_channels_last(rows: torch.Tensor) -> bool:
+    """Return whether rows [B, C, H, W] lie channels last."""
+    return rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()
 
 
 def samples_at(stack: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

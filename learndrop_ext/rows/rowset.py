@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from learndrop_ext.forward.images import is_channels_last
 from learndrop_ext.rows.cache import ActivationCache, as_stored
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.layout import RowLayout
@@ -38,18 +39,24 @@ class RowSet:
         made_of: the cuts that rows went through, and a description of a row -> everything that they depend on. It is known
             once rows have arrived.
         sample_keys: samples [n] -> what they are called in the store, the same in all runs; None if only this run knows.
+        images: n, images of each sample. With several, image j of sample i goes by the id n i + j in `keep`, and a row is
+            the rows of all of them, one behind the other in their first dimension.
     """
 
     def __init__(
         self,
         size: int,
         *,
+        images: int = 1,
         config: CacheConfig,
         device: torch.device,
         made_of: Callable[[Sequence[int], str], Fingerprint],
         sample_keys: Callable[[torch.Tensor], Sequence[bytes]] | None = None,
     ) -> None:
         self._path: list[int] = []  # all cuts that the rows went through
+        self.images = images
+        # By cut and sample, the rows of its images that have arrived while others have not.
+        self._arrived: dict[int, dict[int, dict[int, torch.Tensor]]] = {}
         self.config = config
         self.device = device
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -161,9 +168,32 @@ class RowSet:
         self._begun = self._watch.now()
         self._made[from_rows] += count
 
+    def begin_batch(self) -> None:
+        """Begin a batch of images of which rows may be kept. Of several images of a sample, all must have arrived."""
+        if any(self._arrived.values()):
+            self._arrived = {}
+            warn(
+                "drop.loader: all images that input= names must go through the model in each step, for rows are kept of all "
+                "or none, and some did not: they are computed again in each epoch"
+            )
+
     def keep(self, cut: int, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        """Store the rows [B, ...] of samples `ids` [B] that have arrived at a cut, and return them as later epochs will
-        get them."""
+        """Store the rows [B, ...] of images `ids` [B] that have arrived at a cut, and return them as later epochs will get
+        them."""
+        if self.images == 1:
+            return self._keep_whole(cut, ids, row)
+        arrived, samples = self._arrived.setdefault(cut, {}), (ids // self.images).tolist()
+        for sample, image, part in zip(samples, (ids % self.images).tolist(), row.unbind(), strict=True):
+            arrived.setdefault(sample, {})[image] = part
+        if whole := [sample for sample in dict.fromkeys(samples) if len(arrived[sample]) == self.images]:
+            parts = [arrived.pop(sample) for sample in whole]
+            rows = torch.stack([torch.cat([of[j] for j in range(self.images)]) for of in parts])
+            last = torch.channels_last if is_channels_last(row) else torch.contiguous_format
+            self._keep_whole(cut, torch.tensor(whole), rows.contiguous(memory_format=last))
+        return as_stored(row, self.config.codec) if self.cache is not None and cut in self._path else row
+
+    def _keep_whole(self, cut: int, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        """`keep`, of rows of whole samples."""
         is_last = cut == self.cuts[-1]
         if not is_last and (self.older is None or cut != self.cuts[0]):
             return as_stored(row, self.config.codec) if cut in self._path else row
@@ -329,7 +359,8 @@ class RowSet:
     @property
     def counts(self) -> tuple[int, int, float]:
         """Rows computed from images and from older rows since `forget_counts`, and the seconds spent on it."""
-        return self._made[0], self._made[1], self._watch.seconds()
+        images, older = (count // self.images for count in self._made)
+        return images, older, self._watch.seconds()
 
     def forget_counts(self) -> None:
         """Reset the counters."""
