@@ -109,6 +109,7 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.max_steps < 0:
             options.setdefault("epochs", trainer.max_epochs)
         precision, key = trainer.precision_plugin, options.get("input", 0)
+        key = key[0] if isinstance(key, list | tuple) else key
 
         def call(model: Any, batch: Any) -> Any:
             with precision.forward_context():
