@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from learndrop_ext.width.criteria import CRITERIA
-from learndrop_ext.width.scheduler import WidthScheduler
+from learndrop_ext.width import CRITERIA, WidthScheduler
 
 
 @dataclass(frozen=True)

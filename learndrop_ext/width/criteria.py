@@ -1,10 +1,11 @@
-"""Criteria: which of C channels (filters of a convolution, neurons of a linear layer) go first. The lowest scores do."""
+"""Criteria: which of C channels (filters of a convolution, neurons of a linear layer) go first: the lowest scores.
+Scopes: which stay, given the scores of n layers and the share of their channels that is to be left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,16 +33,9 @@ class Seen:
 
 #: (what is known of C channels, random numbers on the CPU) -> scores [C] float64
 Criterion = Callable[[Seen, torch.Generator], Tensor]
-
-
-def l1(seen: Seen, generator: torch.Generator) -> Tensor:
-    """Return the sum of the absolute incoming weights: "Pruning filters while training" (arXiv 2003.02800)."""
-    return seen.norms[:, 0]
-
-
-def l2(seen: Seen, generator: torch.Generator) -> Tensor:
-    """Return the Euclidean norm of the incoming weights."""
-    return seen.incoming
+#: (scores [C] float64 and width before the first cut of each layer, share of these widths to be left, share that each layer
+#: keeps) -> what stays of each layer, [C] bool
+Scope = Callable[[Sequence[Tensor], Sequence[int], float, float], tuple[Tensor, ...]]
 
 
 def random(seen: Seen, generator: torch.Generator) -> Tensor:
@@ -56,12 +50,11 @@ def connections(seen: Seen, generator: torch.Generator) -> Tensor:
     return (both / both.amax(1, keepdim=True).clamp(min=torch.finfo(both.dtype).tiny)).amin(0)
 
 
-@dataclass(frozen=True)
 class Activation:
     """The mean absolute value over the epoch's training samples, where the next layer reads the channel, behind activation
     and pool: DropNet (arXiv 2207.06646)."""
 
-    uses_activations: ClassVar[bool] = True
+    uses_activations = True
 
     def __call__(self, seen: Seen, generator: torch.Generator) -> Tensor:
         assert seen.activation is not None, "measured for a criterion with uses_activations"
@@ -70,11 +63,8 @@ class Activation:
 
 @dataclass(frozen=True)
 class Zeros:
-    """The number of incoming weights that are as good as zero; filters with the fewest go: Zero-keep filter pruning.
-
-    Args:
-        share: weights of at most this share of the layer's largest count as zero, within 0..1. Default: 0.01
-    """
+    """The number of incoming weights that are as good as zero, at most `share`, within 0..1, of the layer's largest; filters
+    with the fewest go: Zero-keep filter pruning."""
 
     share: float = 0.01
 
@@ -94,16 +84,12 @@ class Coreset:
     b_i = max_k |w_ki| * |activation(bound * ||v_i||)| to an output, for an activation that grows: the sensitivity of
     "Data-independent neural pruning via coresets" (arXiv 1907.04018), which draws with replacement. To keep a given number,
     this keeps the highest b_i / u_i, u_i uniform in (0, 1], and scales outgoing weights by max(b_i, t) / b_i, t being the
-    highest that goes: priority sampling (Duffield, Lund, Thorup 2007), whose sums have no bias.
-
-    Args:
-        activation: the layers' activation function. Default: torch.relu
-        bound: norm of the inputs, above 0. Default: 1.0
-    """
+    highest that goes: priority sampling (Duffield, Lund, Thorup 2007), whose sums have no bias. `activation` is that of the
+    layers, `bound` above 0."""
 
     activation: Callable[[Tensor], Tensor] = torch.relu
     bound: float = 1.0
-    linear_only: ClassVar[bool] = True
+    linear_only = True
 
     def __post_init__(self) -> None:
         if not self.bound > 0:
@@ -119,12 +105,62 @@ class Coreset:
 
     def scales(self, seen: Seen, scores: Tensor, keep: Tensor) -> Tensor:
         """Return what to multiply outgoing weights by, [C] float64. keep: [C] bool, the neurons that stay."""
-        bounds, gone = self.bounds(seen), scores[~keep]
-        highest = gone.amax() if len(gone) else scores.new_zeros(())
+        bounds, highest = self.bounds(seen), (scores * ~keep).amax()
         return torch.where(keep & (bounds > 0), torch.maximum(bounds, highest) / bounds, 1.0)
 
 
+def layer_share(scores: Sequence[Tensor], widths: Sequence[int], left: float, least: float) -> tuple[Tensor, ...]:
+    """Keep the same share of each layer."""
+    return tuple(highest(s, count(max(left, least), width)) for s, width in zip(scores, widths, strict=True))
+
+
+def global_threshold(scores: Sequence[Tensor], widths: Sequence[int], left: float, least: float) -> tuple[Tensor, ...]:
+    """Keep what is above one threshold over all layers: "Pruning at a glance" (arXiv 1912.00200). Scores are
+    compared after division by their layer's mean: our own choice, the abstract gives no formula."""
+    safe = torch.cat(layer_share(scores, widths, least, least))
+    relative = torch.cat([s / s.mean().clamp(min=torch.finfo(s.dtype).tiny) for s in scores])
+    gone = max(0, min(len(safe) - count(left, sum(widths)), int((~safe).sum())))
+    keep = ~highest(-relative.masked_fill(safe, math.inf), gone)
+    return tuple(keep.split([len(s) for s in scores]))
+
+
+@dataclass(frozen=True)
+class Below:
+    """Remove scores of at most `share`, at least 0 and less than 1, of the layer's highest, however many: what a penalty has
+    driven to nothing."""
+
+    share: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"Below: share must be at least 0 and less than 1, got {self.share!r}")
+
+    def __call__(
+        self, scores: Sequence[Tensor], widths: Sequence[int], left: float, least: float
+    ) -> tuple[Tensor, ...]:
+        safe = layer_share(scores, widths, least, least)
+        return tuple((s > self.share * s.amax()) | kept for s, kept in zip(scores, safe, strict=True))
+
+
+def highest(scores: Tensor, number: int) -> Tensor:
+    """Return where the highest of [C] scores are, [C] bool; of equal ones the first."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill(0, order[:number], True)
+
+
+def count(share: float, width: int) -> int:
+    """Return a share of a width as a number of channels, rounded up, at least one."""
+    return max(1, math.ceil(share * width - 1e-9))
+
+
 CRITERIA: dict[str, Criterion] = {
-    **{"l1": l1, "l2": l2, "activation": Activation(), "zeros": Zeros(), "random": random},
-    **{"coreset": Coreset(), "connections": connections},
+    # The sum of the absolute incoming weights: "Pruning filters while training" (arXiv 2003.02800).
+    "l1": lambda seen, generator: seen.norms[:, 0],
+    "l2": lambda seen, generator: seen.incoming,
+    "activation": Activation(),
+    "zeros": Zeros(),
+    "random": random,
+    "coreset": Coreset(),
+    "connections": connections,
 }
+SCOPES: dict[str, Scope] = {"layer": layer_share, "global": global_threshold}

@@ -1,23 +1,19 @@
-"""Schedules and controllers: the share of the channels that is left after each step.
-
-A schedule is a function (step, steps, keep) -> share, from near 1 after step 1 down to `keep`.
-"""
+"""Schedules and controllers: the share of the channels that is left after each step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
+#: (step, number of steps, share to be left in the end) -> share to be left after the step
 Schedule = Callable[[int, int, float], float]
 
 
 @dataclass(frozen=True)
 class OneCycle:
-    """From the first step to the last, most in the middle: "One-cycle pruning" (arXiv 2107.02086).
-
-    At time t = step / steps, the share (1 + e^(b - a)) / (1 + e^(b - a t)) of all that go is gone.
-    """
+    """From the first step to the last, most in the middle: "One-cycle pruning" (arXiv 2107.02086). At time t = step / steps,
+    the share (1 + e^(b - a)) / (1 + e^(b - a t)) of all that go is gone."""
 
     a: float = 14.0
     b: float = 6.0
@@ -64,35 +60,10 @@ class OneShot:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Where a controller stands.
-
-    Args:
-        left: share of the channels that is to be left now.
-        accepted: share left when the accuracy was last within the tolerance.
-        rate: share of all channels that the next cut takes.
-        best: highest accuracy so far that was within the tolerance.
-        within: whether the last accuracy was.
-    """
-
-    left: float = 1.0
-    accepted: float = 1.0
-    rate: float = 0.1
-    best: float = -math.inf
-    within: bool = True
-
-
-@dataclass(frozen=True)
 class Tolerance:
-    """Accuracy that may be lost, in place of a rate: "Play and prune" (arXiv 1905.04446).
-
-    While the accuracy is within `points` of the best so far, each step takes `rate` of all channels more. When it is not,
-    the last state that was within comes back and the rate is halved, which is our own choice.
-
-    Args:
-        points: at least 0, in the unit of the accuracies.
-        rate: share of all channels that the first cut takes, above 0. Default: 0.1
-    """
+    """Accuracy that may be lost, in place of a rate: "Play and prune" (arXiv 1905.04446). While the accuracy is within
+    `points`, at least 0, of the best so far, each step takes `rate`, above 0 and at most 1, of all channels more. When it is
+    not, the last state that was within comes back and the rate is halved, which is our own choice."""
 
     points: float
     rate: float = 0.1
@@ -101,8 +72,14 @@ class Tolerance:
         if not (self.points >= 0 and 0 < self.rate <= 1):
             raise ValueError(f"Tolerance: points must be at least 0 and rate above 0 and at most 1, got {self}")
 
-    def __call__(self, pace: Pace, accuracy: float, keep: float) -> Pace:
-        """Return where to go on after the accuracy of what `pace` has left. keep: the least share to be left."""
-        if accuracy < pace.best - self.points:
-            return replace(pace, left=pace.accepted, rate=pace.rate / 2, within=False)
-        return Pace(max(keep, pace.left - pace.rate), pace.left, pace.rate, max(pace.best, accuracy))
+    def __call__(self, accuracies: Iterable[float], keep: float) -> tuple[float, float, bool]:
+        """Return the share to be left after steps with these accuracies, at least `keep`, the best accuracy that was within
+        the tolerance, and whether the last one was."""
+        left, accepted, rate, best, within = 1.0, 1.0, self.rate, -math.inf, True
+        for accuracy in accuracies:
+            within = accuracy >= best - self.points
+            if within:
+                left, accepted, best = max(keep, left - rate), left, max(best, accuracy)
+            else:
+                left, rate = accepted, rate / 2
+        return left, best, within

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learndrop_ext.width.scopes import SCOPES, Below, Scope, count
+from learndrop_ext.width.criteria import SCOPES, Below, Scope, count
 
 
 def kept(scope: Scope, scores: list[list[float]], widths: list[int], left: float, least: float) -> list[list[int]]:

@@ -95,7 +95,7 @@ def test_hooks_go_at_the_end_of_the_block() -> None:
     model = made()
     optimizer = sgd(model)
     with scheduler_of(model, optimizer, criterion="activation"):
-        assert sum(everything(model, optimizer)["hooks"]) == 3
+        assert sum(everything(model, optimizer)["hooks"]) == 4  # on each layer that has weights
         copied = copy.deepcopy(model)
     assert sum(everything(model, optimizer)["hooks"]) == 0
     copied(EXAMPLE)  # its hooks do nothing
@@ -242,6 +242,24 @@ def test_a_run_resumes_bit_equal(
     assert equal(other_width.state_dict(), width.state_dict())
 
 
+def test_a_depthwise_convolution_of_one_channel_resumes() -> None:
+    def parts() -> tuple[nn.Module, torch.optim.Optimizer, WidthScheduler]:
+        model = made("Depthwise")
+        optimizer = sgd(model)
+        return model, optimizer, scheduler_of(model, optimizer, schedule=OneShot(1), keep=0.01, least=0.0)
+
+    model, optimizer, width = parts()
+    run(model, optimizer, width, range(1))
+    assert width.widths == {"wide": 1, "narrow": 1}
+    states = saved(width.state_dict(), model.state_dict(), optimizer.state_dict())
+    losses = train(model, optimizer, seed=1)
+    other, other_optimizer, other_width = parts()
+    for of, state in zip((other_width, other, other_optimizer), states, strict=True):
+        of.load_state_dict(state)
+    assert repr(other) == repr(model)
+    assert train(other, other_optimizer, seed=1) == losses
+
+
 def test_tolerance_brings_the_last_state_within_it_back() -> None:
     model = made()
     optimizer = sgd(model)
@@ -380,7 +398,6 @@ def test_without_torch_pruning_the_extra_is_named(monkeypatch: pytest.MonkeyPatc
     ("change", "message"),
     [
         (lambda state: state.pop("sizes"), r"state must be of state_dict\(\), got none of \['sizes'\]"),
-        (lambda state: state.update(pace={}), "state must be of a run without a controller, got one with"),
         (lambda state: state["sizes"].pop("bn1"), r"state must be of this model, got other layers: \['bn1'\]"),
         (
             lambda state: state["sizes"]["conv1"].update(out_channels=7),
@@ -398,6 +415,21 @@ def test_a_state_that_does_not_fit_is_refused(change: Callable[[dict[str, Any]],
     with pytest.raises(ValueError, match=rf"WidthScheduler\.load_state_dict: {message}"):
         width.load_state_dict(state)
     assert equal(everything(model, optimizer), before)
+
+
+@pytest.mark.parametrize("controlled", [True, False])
+def test_a_state_with_or_without_a_controller_is_not_the_others(controlled: bool) -> None:
+    model = made()
+    optimizer = sgd(model)
+    of_each = [scheduler_of(model, optimizer, controller=Tolerance(1.0)), scheduler_of(model, optimizer)]
+    saver, loader = of_each if controlled else of_each[::-1]
+    saver.step(50.0)
+    before, state = everything(model, optimizer), loader.state_dict()
+    wanted = "without a controller, got one with$" if controlled else "with a controller, got one without$"
+    with pytest.raises(ValueError, match=rf"WidthScheduler\.load_state_dict: state must be of a run {wanted}"):
+        loader.load_state_dict(saver.state_dict())
+    assert equal(everything(model, optimizer), before)
+    assert equal(loader.state_dict(), state)
 
 
 def test_a_model_of_several_inputs() -> None:

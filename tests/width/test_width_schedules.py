@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from learndrop_ext.width.schedules import Iterative, Linear, OneCycle, OneShot, Pace, Schedule, Tolerance
+from learndrop_ext.width.schedules import Iterative, Linear, OneCycle, OneShot, Schedule, Tolerance
 
 
 @pytest.mark.parametrize(
@@ -36,24 +36,22 @@ def test_one_cycle_takes_most_in_the_middle() -> None:
 
 def test_tolerance_grows_while_it_is_kept_and_steps_back_and_halves_when_not() -> None:
     controller = Tolerance(points=2.0, rate=0.2)
-    pace = Pace(rate=controller.rate)
     table = [
-        # accuracy, then left, accepted, rate, best, within
-        (80.0, 0.8, 1.0, 0.2, 80.0, True),
-        (78.0, 0.6, 0.8, 0.2, 80.0, True),  # 2 points are allowed
-        (77.9, 0.8, 0.8, 0.1, 80.0, False),  # back to 0.8
-        (81.0, 0.7, 0.8, 0.1, 81.0, True),
-        (70.0, 0.8, 0.8, 0.05, 81.0, False),
-        (60.0, 0.8, 0.8, 0.025, 81.0, False),
-        (79.0, 0.775, 0.8, 0.025, 81.0, True),
+        # accuracy, then left, best, within
+        (80.0, 0.8, 80.0, True),
+        (78.0, 0.6, 80.0, True),  # 2 points are allowed
+        (77.9, 0.8, 80.0, False),  # back to 0.8
+        (81.0, 0.7, 81.0, True),  # half of the rate
+        (70.0, 0.8, 81.0, False),
+        (60.0, 0.8, 81.0, False),
+        (79.0, 0.775, 81.0, True),  # an eighth
     ]
-    for accuracy, *wanted in table:
-        pace = controller(pace, accuracy, 0.5)
-        assert [pace.left, pace.accepted, pace.rate, pace.best, pace.within] == pytest.approx(wanted)
+    for step, (_, *wanted) in enumerate(table, 1):
+        assert list(controller([accuracy for accuracy, *_ in table[:step]], 0.5)) == pytest.approx(wanted)
 
 
 def test_tolerance_stops_at_the_least_share() -> None:
-    assert Tolerance(1.0, rate=0.4)(Pace(left=0.6, accepted=1.0, rate=0.4, best=50.0), 50.0, 0.5).left == 0.5
+    assert Tolerance(1.0, rate=0.4)([50.0, 50.0], 0.5)[0] == 0.5
 
 
 @pytest.mark.parametrize(
