@@ -5,6 +5,7 @@ N samples, B samples in a batch, C channels, H and W pixels.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from learndrop_ext.app.photos import read_photo
+from learndrop_ext.app.photos import WHOLE, read_photo
 
-AUGMENTATIONS = (None, "standard", "flip")
+AUGMENTATIONS = (None, "standard", "flip", "crop")
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
@@ -37,9 +38,10 @@ class ImageSet(Dataset[Batch]):
         mean, std: mean and standard deviation of pixels in [0, 1], per channel.
         size: side in pixels of images from files.
         augment: "standard" shifts each image by up to an eighth of its side, at most 4 pixels, fills with zeros, and, if
-            `flip`, flips half of the images horizontally; "flip" only flips; None does neither. Drawn at each read from
-            torch's global random state.
-        flip: whether "standard" flips.
+            `flip`, flips half of the images horizontally; "flip" only flips; "crop" scales a window of each image to its
+            size, see `_windows`, and, if `flip`, flips; None does nothing. Drawn at each read from torch's global random
+            state.
+        flip: whether "standard" and "crop" flip.
         device: device of the labels, and of images given as a tensor. Default: device of the labels
 
     Raises:
@@ -68,7 +70,7 @@ class ImageSet(Dataset[Batch]):
                 f"ImageSet: mean and std (> 0) must have {channels} values, got {tuple(mean)}, {tuple(std)}"
             )
         if augment not in AUGMENTATIONS:
-            raise ValueError(f"ImageSet: augment must be None, 'standard' or 'flip', got {augment!r}")
+            raise ValueError(f"ImageSet: augment must be None, 'standard', 'flip' or 'crop', got {augment!r}")
         self.labels = labels.to(device)
         self.device = self.labels.device
         self.images = images.to(self.device) if isinstance(images, Tensor) else tuple(images)
@@ -107,11 +109,13 @@ class ImageSet(Dataset[Batch]):
             wrong = next(i for i in ids.tolist() if not 0 <= i < len(self))
             raise IndexError(f"ImageSet: ids must be in [0, {len(self)}), got {wrong}")
         rows = ids.to(self.device, non_blocking=True)  # from pageable memory: read before the call returns
+        windows = _windows(len(ids)) if self.augment == "crop" else None
         if isinstance(self.images, Tensor):
-            x = self.images[rows]
+            x = self.images[rows] if windows is None else _cropped(self.images[rows], windows.to(self.device))
         else:
-            x = torch.stack([read_photo(self.images[i], size=self.size) for i in ids.tolist()]).to(self.device)
-        if self.augment == "flip":
+            read = zip(ids.tolist(), [WHOLE] * len(ids) if windows is None else windows.tolist(), strict=True)
+            x = torch.stack([read_photo(self.images[i], size=self.size, window=w) for i, w in read]).to(self.device)
+        if self.augment == "flip" or (self.augment == "crop" and self.flip):
             x = _flip(x)
         elif self.augment == "standard":
             x = _standard(x, padding=min(4, self.size // 8), flip=self.flip)
@@ -175,6 +179,24 @@ def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
     return (_flip(shifted) if flip else shifted).contiguous()
 
 
+def _windows(count: int) -> Tensor:
+    """Draw windows of square images: [B, 4], left, top, width and height as shares of a side.
+
+    As torchvision's RandomResizedCrop: 8 to 100 % of the area, and sides in a ratio of 3/4 to 4/3. Where a side would be
+    longer than the image's, it is the image's.
+    """
+    area, ratio = torch.empty(count).uniform_(0.08, 1), torch.empty(count).uniform_(-1, 1).mul_(math.log(4 / 3)).exp_()
+    sides = torch.stack([area * ratio, area / ratio], 1).sqrt_().clamp_(max=1)
+    return torch.cat([torch.rand(count, 2) * (1 - sides), sides], 1)
+
+
+def _cropped(images: Tensor, windows: Tensor) -> Tensor:
+    """Scale the window [B, 4] of each of `images` [B, C, H, W] to its size, as float32 (bilinear)."""
+    scale, shift = torch.diag_embed(windows[:, 2:]), 2 * windows[:, :2] + windows[:, 2:] - 1
+    grid = functional.affine_grid(torch.cat([scale, shift[:, :, None]], 2), list(images.shape), align_corners=False)
+    return functional.grid_sample(images.to(torch.float32), grid, padding_mode="border", align_corners=False)
+
+
 def _flip(images: Tensor) -> Tensor:
     """Flip each of `images` [B, C, H, W] horizontally with probability 1/2."""
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
@@ -200,8 +222,8 @@ def make_loader(
 ) -> DataLoader[Batch]:
     """Return a DataLoader of (float32 [B, C, H, W], int64 [B]) on the device of the set.
 
-    seed: of the order; None to draw from torch's global random state. Raises ValueError if there are workers and the set is
-    not on the CPU.
+    seed: of the order; None to draw from torch's global random state. Workers stay from epoch to epoch, and batches are
+    then pinned for a GPU. Raises ValueError if there are workers and the set is not on the CPU.
     """
     if num_workers and image_set.device.type != "cpu":
         raise ValueError(f"make_loader: num_workers must be 0 for a set on {image_set.device}, got {num_workers}")
@@ -213,5 +235,7 @@ def make_loader(
         generator=generator,
         drop_last=drop_last,
         num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=num_workers > 0 and torch.cuda.is_available(),
         collate_fn=collate_batch,
     )

@@ -98,8 +98,8 @@ TRAINING: dict[str, list[tuple[str, Any, str | None, Any, str]]] = {
         ("limit", _count, "N", None, "use only the first N training and N test images"),
         ("image-size", _count, "PIXELS", None, "side of the images (default: unchanged; photos: 128)"),
         (
-            *("augment", ["none", "flip", "standard"], None, None),
-            "random flip, or shift and flip (default: depends on the dataset)",
+            *("augment", ["none", "flip", "standard", "crop"], None, None),
+            "random flip, shift and flip, or crop and flip (default: depends on the dataset)",
         ),
     ],
     "recipe (defaults depend on the dataset)": [

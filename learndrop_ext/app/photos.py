@@ -20,6 +20,9 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 #: Files that file managers leave behind. Names that start with a dot are ignored too.
 IGNORED_FILES = ("thumbs.db", "desktop.ini")
 
+#: The window that is the whole image: left, top, width and height as shares of its side.
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
 
 def list_class_folders(folder: Path, *, classes: Sequence[str] | None = None) -> dict[str, tuple[Path, ...]]:
     """Return the photos of each class folder in `folder`, sorted by name. Files beside the class folders are ignored.
@@ -62,8 +65,10 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def read_photo(path: Path, *, size: int) -> Tensor:
-    """Return a photo's central square as RGB, uint8 [3, size, size] (bilinear, antialiased).
+def read_photo(path: Path, *, size: int, window: Sequence[float] = WHOLE) -> Tensor:
+    """Return a window of a photo's central square as RGB, uint8 [3, size, size] (bilinear, antialiased).
+
+    window: left, top, width and height as shares of the square's side. Default: the whole square.
 
     The photo is rotated to its EXIF orientation. Grey, palette and CMYK photos are converted to RGB, 16-bit values are
     scaled to 8 bits, and transparent pixels become white. Raises IntegrityError if the file is not a photo or is damaged.
@@ -78,10 +83,10 @@ def read_photo(path: Path, *, size: int) -> Tensor:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise IntegrityError(path, f"must be a whole image, got: {error}") from error
     width, height = image.size
-    if (width, height) != (size, size):
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        box = (left, top, left + side, top + side)
+    side = min(width, height)
+    left, top = (width - side) / 2 + window[0] * side, (height - side) / 2 + window[1] * side
+    box = (left, top, min(width, left + window[2] * side), min(height, top + window[3] * side))
+    if (width, height) != (size, size) or box != (0, 0, size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=3.0)
     return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
 

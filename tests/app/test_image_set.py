@@ -78,7 +78,7 @@ LABELS = torch.zeros(2, dtype=torch.int64)
             r"mean and std \(> 0\) must have 1 values, got \(0.0, 0.0, 0.0\), ",
         ),
         (PIXELS, LABELS, {"std": (0.0,)}, r"mean and std \(> 0\) must have 1 values, got \(0.0,\), \(0.0,\)"),
-        (PIXELS, LABELS, {"augment": "strong"}, r"augment must be None, 'standard' or 'flip', got 'strong'"),
+        (PIXELS, LABELS, {"augment": "strong"}, r"augment must be None, 'standard', 'flip' or 'crop', got 'strong'"),
     ],
 )
 def test_image_set_refuses(images: Tensor, labels: Tensor, arguments: dict[str, object], message: str) -> None:
@@ -260,3 +260,27 @@ def test_image_set_flip_mirrors_half_of_the_images_and_no_more() -> None:
     mirrored = torch.isclose(x, whole.flip(3), atol=1e-3).flatten(1).all(1)
     assert bool((kept ^ mirrored).all())
     assert 20 < int(kept.sum()) < 44
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_image_set_crop_scales_a_window_to_the_image(from_files: bool, tmp_path: Path) -> None:
+    # Red grows from left to right and green from top to bottom, so that the corners of a crop say where it was.
+    ramp = torch.arange(64.0).mul(4)
+    image = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)]).to(torch.uint8)
+    pytest.importorskip("PIL.Image").fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    images = [tmp_path / "a.png"] if from_files else image[None]
+    pixels = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3, "size": 64}
+    data = ImageSet(images, torch.zeros(1, dtype=torch.int64), augment="crop", **pixels)
+    torch.manual_seed(0)
+    x, _ = data.__getitems__([0] * 256)
+    assert (x.shape, x.dtype) == ((256, 3, 64, 64), torch.float32)
+    width, height = (x[:, 0, 0, -1] - x[:, 0, 0, 0]) / 252, (x[:, 1, -1, 0] - x[:, 1, 0, 0]) / 252
+    area, ratio = width.abs() * height, width.abs() / height
+    assert 0.07 < float(area.min()) < 0.15
+    assert 0.9 < float(area.max()) < 1.02
+    assert 0.72 < float(ratio.min()) < 0.8
+    assert 1.25 < float(ratio.max()) < 1.38
+    assert 96 < int((width < 0).sum()) < 160
+    assert bool(((x > -0.01) & (x < 252.01)).all())
+    unflipped = ImageSet(images, torch.zeros(1, dtype=torch.int64), augment="crop", flip=False, **pixels)
+    assert bool((unflipped.__getitems__([0] * 64)[0].diff(dim=3)[:, 0] >= -0.01).all())
