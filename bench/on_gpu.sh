@@ -1,23 +1,27 @@
 #!/usr/bin/env bash
-# Runs one stage of the checks and measurements that need a GPU. Each stage takes less than nine minutes on an H100 or
-# H200, needs no network, and writes results as it goes, so that an interrupted stage keeps them.
+# Runs one stage of the checks and measurements that need a GPU, sized for an H100 or H200: 4 minutes for `check`, 8 for each
+# of the others. No stage needs a network. Results are written as it goes, so that an interrupted stage keeps them, and
+# `training` goes on where it ended: what is in its files is skipped.
 #
-#   bench/on_gpu.sh check     build, tests, sanitizers, launches, registers, host time of a measurement and of a step
+#   bench/on_gpu.sh check     build, CUDA tests, sanitizers, registers, host time of a measurement and of a step
 #   bench/on_gpu.sh kernels   the kernels and the host tier, their peers and a device copy, with a profile
-#   bench/on_gpu.sh training [CASE ...]    dropping against an expert's baseline (bench/bench_training_gpu.py); cases
-#                                          paper-DATASET-NETWORK are of the paper's experiments (bench/bench_paper.py)
+#   bench/on_gpu.sh training [CASE ...]    dropping against an expert's baseline and others (bench/bench_training_gpu.py),
+#                                          a file for each case, within the case's own time; cases paper-DATASET-NETWORK
+#                                          are of the paper's experiments (bench/bench_paper.py)
 #   ... --device cpu --toy    a rehearsal without a GPU and nvcc; steps that need them are reported as skipped
 #   ... --no-build            use the installed package
 #
 # Results go to $OUT (bench/results/gpu-STAGE): a log for each step, JSON, and steps.jsonl with exit codes and seconds.
 # $TESTS_PASSED is the number of tests that passed before `kernels`, $LEARNDROP_COMMIT the commit if the tree has no history.
-# $SEEDS are the random seeds of `training`, "0" if not set; $LEARNDROP_DATA is the folder of the image sets.
+# $SEEDS are the random seeds of `training`, "0" if not set; $LEARNDROP_DATA and $LEARNDROP_WEIGHTS are the image sets and
+# weights, which bench/pack_gpu.sh packs and joins. $LIMIT are the stage's seconds.
 # $PYTHON is the interpreter, whose environment has torch, pytest and the build requirements of pyproject.toml.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 stage=${1:-}
 case $stage in
-  check | kernels | training) shift ;;
+  check) most_seconds=240; shift ;;
+  kernels | training) most_seconds=480; shift ;;
   *) echo "on_gpu.sh: stage must be check, kernels or training, got '$stage'" >&2; exit 2 ;;
 esac
 device=cuda toy= build=1 names=() paper=()
@@ -36,7 +40,7 @@ python=${PYTHON:-python}
 OUT=${OUT:-bench/results/gpu-$stage}
 mkdir -p "$OUT"
 OUT=$(realpath "$OUT")
-limit=${LIMIT:-530} failed=0
+limit=${LIMIT:-$most_seconds} failed=0
 : > "$OUT/steps.jsonl"
 
 note() { # step, exit code or reason, seconds
@@ -83,14 +87,6 @@ fi
 
 case $stage in
   check)
-    # The tests that need no GPU run beside those that do, and beside the sanitizers, on the other cores.
-    if [ -n "$toy" ]; then
-      step tests 120 "${tests[@]}" -n 1 tests/ops/test_rows_refusals.py &
-    else
-      others=$(($(nproc) > 5 ? $(nproc) - 4 : 1))
-      step tests 400 "${tests[@]}" -n "$others" -m "not cuda and not timing" --junitxml "$OUT/tests.xml" &
-    fi
-    tests_process=$!
     gpu cuda-tests 240 "${tests[@]}" -v -n 4 -m cuda --junitxml "$OUT/cuda_tests.xml"
     if command -v compute-sanitizer > /dev/null; then
       for tool in memcheck racecheck; do
@@ -106,7 +102,6 @@ case $stage in
     else
       skip registers "there is no nvcc"
     fi
-    wait "$tests_process" || failed=1
     step host-time 60 "$python" bench/host_time.py --device "$device" --out "$OUT/host_time.json"
     step step-on-rows 120 "$python" bench/bench_overhead.py --step-on-rows --device "$device" \
       --epochs "$([ -n "$toy" ] && echo 1 || echo 4)" ${toy:+--steps 3 --batches 4}
@@ -138,8 +133,8 @@ case $stage in
     ;;
   training)
     if [ ${#names[@]} -gt 0 ] || [ ${#paper[@]} -eq 0 ]; then
-      step training $((limit)) "$python" bench/bench_training_gpu.py --out "$OUT/training.json" --device "$device" \
-        --seconds $((limit - SECONDS - 60)) --seeds ${SEEDS:-0} \
+      step training $((limit)) "$python" bench/bench_training_gpu.py --out "$OUT" --device "$device" \
+        --seconds $((limit - SECONDS - 15)) --seeds ${SEEDS:-0} \
         ${toy:+--toy} ${names[@]:+--cases "${names[@]}"}
     fi
     if [ ${#paper[@]} -gt 0 ]; then

@@ -6,6 +6,7 @@ python bench/table.py [--check]      with --check: exit 1 if a table does not ma
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import statistics
@@ -18,6 +19,7 @@ import fine_tuning_table
 import paper_table
 import sweep_table
 import width_table
+from training_cases import CASES
 
 from learndrop_ext.app.report import COLUMNS, table_row
 
@@ -191,33 +193,42 @@ def aims_tables(_: list[dict[str, Any]]) -> str:
 
 
 def gpu_training_table(_: list[dict[str, Any]]) -> str:
-    """What bench/bench_training_gpu.py wrote, means over the seeds."""
+    """What bench/bench_training_gpu.py wrote, means over the seeds, and what none of the files has."""
     lines = [
-        "| GPU, run | case | side | epochs | seconds | of which making the scheduler | accuracy | layers dropped | seeds |",
+        "| GPU, run | case | side | epochs | seconds | where they went | accuracy | layers dropped | seeds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    missing = {case.name: list(case.sides) for case in CASES}
+    plans = {case.name: dataclasses.asdict(case) for case in CASES}
     for file in sorted((ROOT / "bench" / "results").glob("*/training*.json")):
         result = json.loads(file.read_text())
         for name, entry in result["cases"].items():
             for side, runs in entry["runs"].items():
+                if entry["case"] == plans.get(name) and side in missing[name]:
+                    missing[name].remove(side)
                 seconds = mean(runs, "seconds")
                 base = (
                     mean(entry["runs"]["baseline"][: len(runs)], "seconds") if "baseline" in entry["runs"] else seconds
                 )
-                setup = [run["setup_seconds"] for run in runs if run.get("setup_seconds") is not None]
+                # Older files have the seconds of the constructor alone.
+                spent = [run.get("spent", {"constructor": run.get("setup_seconds") or 0.0}) for run in runs]
+                went = {part: mean(spent, part) for part in spent[0]}
                 cells = [
-                    f"{result['gpu']}, `{file.stem}`",
+                    f"{result.get('gpu') or result['machine']['gpu']}, `{file.stem}`",
                     name,
                     side,
                     f"{mean(runs, 'epochs'):.2f}",
                     f"{seconds:.1f}" + ("" if side == "baseline" else f" ({base / seconds:.2f}x)"),
-                    f"{statistics.fmean(setup):.1f}" if setup else "",
+                    ", ".join(f"{part} {value:.1f}" for part, value in went.items() if value >= 0.05),
                     f"{mean(runs, 'accuracy'):.2f} %",
                     "; ".join(f"{run['prefixes'][-1]} of {run['layers']}" for run in runs if run["prefixes"]),
                     str(len(runs)),
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines if len(lines) > 2 else [*lines, "| a GPU | all | | | not measured | | | | |"])
+    lines += [
+        f"| a GPU | {name} | {', '.join(sides)} | | not measured | | | | |" for name, sides in missing.items() if sides
+    ]
+    return "\n".join(lines)
 
 
 def compare_tables(_: list[dict[str, Any]]) -> str:

@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "on_gpu.sh"
 WRITTEN = {
     "check": {"host_time.json"},
     "kernels": {"row_ops.json", "delta_norms.json", "kernels.json"},
-    "training": {"training.json", "paper.json"},
+    "training": {"training-photos-lite0.json", "training-cifar10-resnet18.json", "paper.json"},
 }
 
 
@@ -28,7 +28,7 @@ def run(*arguments: str, out: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", WRITTEN)
 def test_on_gpu_is_rehearsed_on_a_cpu(stage: str, tmp_path: Path) -> None:
-    cases = ("cifar10-resnet18", "warm-start", "paper-digits-vgg11") if stage == "training" else ()
+    cases = ("photos-lite0", "cifar10-resnet18", "paper-digits-vgg11") if stage == "training" else ()
     done = run(stage, *cases, "--device", "cpu", "--toy", "--no-build", out=tmp_path)
     assert done.returncode == 0, done.stdout
     steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
@@ -47,10 +47,15 @@ def test_on_gpu_is_rehearsed_on_a_cpu(stage: str, tmp_path: Path) -> None:
         subprocess.run([sys.executable, *convert], check=True, stdout=subprocess.DEVNULL)
         assert json.loads((tmp_path / "again.json").read_text()) == json.loads((tmp_path / "kernels.json").read_text())
     if stage == "training":
-        found = json.loads((tmp_path / "training.json").read_text())["cases"]
-        assert set(found["cifar10-resnet18"]["runs"]) == {"baseline", "learndrop", "short"}
-        assert found["cifar10-resnet18"]["runs"]["learndrop"][0]["prefixes"] == [1, 1]
-        assert len(found["warm-start"]["runs"]) == 5
+        photos, scratch = (
+            json.loads((tmp_path / f"training-{name}.json").read_text())["cases"][name]["runs"] for name in cases[:2]
+        )
+        assert list(photos) == ["baseline", "learndrop", "short", "freeze-only", "linear probe", "kernel"]
+        assert list(scratch) == ["baseline", "learndrop", "default", "short"]
+        assert scratch["learndrop"][0]["prefixes"] == photos["freeze-only"][0]["prefixes"] == [1, 1]
+        for one in (one for of_side in (*photos.values(), *scratch.values()) for one in of_side):
+            whole = sum(seconds for part, seconds in one["spent"].items() if part not in ("capture", "fill"))
+            assert whole == pytest.approx(one["seconds"], rel=0.2)
         records = json.loads((tmp_path / "paper.json").read_text())["records"]
         assert [record["side"] for record in records] == ["baseline", "budget", "stopped", "short", "freeze-only"]
 
@@ -61,3 +66,33 @@ def test_on_gpu_refuses_what_it_does_not_know(arguments: tuple[str, ...], tmp_pa
     assert done.returncode == 2
     assert done.stderr.startswith("on_gpu.sh: ")
     assert not (tmp_path / "out").exists()
+
+
+def pack(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PIECE": "100k"}
+    script = SCRIPT.with_name("pack_gpu.sh")
+    return subprocess.run([script, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_pack_gpu_joins_what_it_packed_and_refuses_damaged_pieces(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a").write_bytes(os.urandom(250_000))
+    (tmp_path / "b.pth").write_bytes(b"b")
+    pieces, joined = tmp_path / "pieces", tmp_path / "joined"
+    assert pack("pack", pieces, tmp_path / "set", tmp_path / "b.pth").returncode == 0
+    assert sorted(path.name for path in pieces.iterdir()) == ["piece.00", "piece.01", "piece.02", "sums"]
+    assert pack("join", pieces, joined).returncode == 0
+    for name in ("set/a", "b.pth"):
+        assert (joined / name).read_bytes() == (tmp_path / name).read_bytes()
+    (pieces / "piece.01").unlink()
+    refused = pack("join", pieces, tmp_path / "again")
+    assert (refused.returncode, (tmp_path / "again").exists()) == (2, False)
+    assert "pack_gpu.sh: pieces must be as they were packed" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("unpack",), ("pack", "pieces"), ("join", "pieces"), ("join", "/none", "to")]
+)
+def test_pack_gpu_refuses_what_it_does_not_know(arguments: tuple[str, ...]) -> None:
+    done = pack(*arguments)
+    assert (done.returncode, done.stderr.startswith("pack_gpu.sh: ")) == (2, True)
