@@ -17,7 +17,7 @@ A few steps with and without dropping are thrown away before, so that no side pa
 kernels. Seconds include compiling, capturing, measuring and filling, but not evaluation. `spent` says where they went:
 constructor; loader (waiting for batches); images and rows (the rest of the epochs that read images, and of those that do
 not); step (`drop.step()`); features and classifier of the last two sides. Of the seconds of images and rows, `capture` went
-into wrapping (`Record.wrap_seconds`) and `fill` into rows.
+into wrapping (`Record.wrap_seconds`; without dropping it is not measured apart) and `fill` into rows.
 
 LEARNDROP_DATA is the folder with MNIST/raw, cifar-10-batches-py and clothing-160. LEARNDROP_WEIGHTS is the file of a
 network's weights, or a folder in which those of EfficientNet-Lite0 and -Lite2 lie at any depth, under the names that they
