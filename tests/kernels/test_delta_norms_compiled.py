@@ -7,8 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,49 +16,49 @@ from learndrop_ext.kernels import reference
 from learndrop_ext.kernels.chunks import build_table
 
 COMPILE = """
-import json, sys
+import json, os
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from learndrop_ext.kernels import delta_norms
 
-refresh, persistence = json.loads(sys.argv[1])
-constants = delta_norms.constants(refresh=refresh, persistence=persistence)
 types = {"p_chunks": "*i64", "p_starts": "*i64", "p_anchors": "*u8", "p_partials": "*fp64", "p_counters": "*i32"}
-types |= {"p_out": "*fp64", "L": "i32", "row_bytes": "i64"} | dict.fromkeys(constants, "constexpr")
-source = ASTSource(fn=delta_norms.delta_norms_kernel, signature=types, constexprs=constants)
-compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=delta_norms.OPTIONS)
-print(json.dumps({"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared}))
+types |= {"p_out": "*fp64", "L": "i32", "row_bytes": "i64"}
+found = []
+for refresh, persistence, fused in ((0, 0, "1"), (1, 0, "1"), (1, 1, "1"), (1, 1, "0")):
+    os.environ["TRITON_DEFAULT_FP_FUSION"] = fused
+    constants = delta_norms.constants(refresh=bool(refresh), persistence=bool(persistence))
+    signature = types | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(fn=delta_norms.delta_norms_kernel, signature=signature, constexprs=constants)
+    compiled = compile(source, target=GPUTarget("cuda", 90, 32), options=delta_norms.OPTIONS)
+    found.append((refresh, persistence, compiled.asm["ptx"], compiled.metadata.shared))
+print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module", params=[(False, False), (True, False), (True, True)], ids=str)
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, bool, str, int]:
-    """(refresh, persistence, PTX, bytes of shared memory) of the kernel for sm_90.
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[bool, bool, str, int]]:
+    """(refresh, persistence, PTX, bytes of shared memory) of the kernel for sm_90; the last is not to fuse by default.
 
-    Compiled in a process of its own: in this one Triton may be its interpreter.
+    Compiled in a process of its own: in this one Triton may be its interpreter. A warning there is an error.
     """
     pytest.importorskip("triton")
-    refresh, persistence = request.param
-    found = compile_kernel(refresh, persistence, tmp_path_factory.mktemp("triton"))
-    return refresh, persistence, found["ptx"], found["shared"]
-
-
-def compile_kernel(refresh: bool, persistence: bool, cache: Path, **environment: str) -> dict[str, Any]:
-    """What COMPILE prints, in a process without the interpreter; a warning there is an error."""
-    dropped = ("TRITON_INTERPRET", "TRITON_DEFAULT_FP_FUSION")
-    inherited = {name: value for name, value in os.environ.items() if name not in dropped}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", COMPILE, json.dumps([refresh, persistence])],
-        env=inherited | {"TRITON_CACHE_DIR": str(cache)} | environment,
+        [sys.executable, "-W", "error", "-c", COMPILE],
+        env=inherited | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
+    return [tuple(form) for form in json.loads(done.stdout)]
+
+
+@pytest.fixture(params=[0, 1, 2], ids=["norms", "refresh", "persistence"])
+def compiled(request: pytest.FixtureRequest, forms: list[tuple[bool, bool, str, int]]) -> tuple[bool, bool, str, int]:
+    return forms[request.param]
 
 
 def vectors(ptx: str, instruction: str) -> int:
@@ -83,10 +81,10 @@ def test_delta_norms_kernel_keeps_subnormals(compiled: tuple[bool, bool, str, in
     assert ".ftz" not in compiled[2]
 
 
-def test_delta_norms_kernel_does_not_depend_on_the_default_of_fp_fusion(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    found = [compile_kernel(True, True, tmp_path / fused, TRITON_DEFAULT_FP_FUSION=fused)["ptx"] for fused in "01"]
-    assert found[0] == found[1]
+def test_delta_norms_kernel_does_not_depend_on_the_default_of_fp_fusion(
+    forms: list[tuple[bool, bool, str, int]],
+) -> None:
+    assert forms[2][2] == forms[3][2]
 
 
 def test_delta_norms_kernel_adds_no_floats_atomically(compiled: tuple[bool, bool, str, int]) -> None:
