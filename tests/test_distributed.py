@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from processes import FORKS
 from torch import distributed, nn
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -34,6 +35,10 @@ def begin(rank: int, store: str, *, seconds: float = 60.0) -> None:
     timeout = datetime.timedelta(seconds=seconds)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timeout)
     torch.manual_seed(0)
+
+
+def run_on_two(function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    start_processes(function, arguments, nprocs=2, start_method=FORKS.get_start_method())
 
 
 def in_group(rank: int, work: Callable[..., None], store: str, *arguments: str) -> None:
@@ -79,7 +84,7 @@ def train(rank: int, out: str) -> None:
 
 
 def test_two_ranks_under_ddp_drop_alike(tmp_path: Path) -> None:
-    spawn(in_group, (train, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_on_two(in_group, (train, str(tmp_path / "store"), str(tmp_path)))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["prefix"] == second["prefix"] == 1
     assert first["reason"] == second["reason"]
@@ -108,7 +113,7 @@ def keep_within(rank: int, out: str) -> None:
 
 
 def test_rows_are_kept_where_they_fit_on_every_rank(tmp_path: Path) -> None:
-    spawn(in_group, (keep_within, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    run_on_two(in_group, (keep_within, str(tmp_path / "store"), str(tmp_path)))
     for rank in range(2):
         seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert (seen["prefix"], seen["cut"]) == (1, 0)
@@ -177,7 +182,7 @@ def users_order(rank: int, epoch: int) -> list[list[int]]:
 
 
 def test_each_rank_keeps_a_share_and_draws_from_it(tmp_path: Path) -> None:
-    spawn(in_group, (share, str(tmp_path / "store"), str(tmp_path), "share"), nprocs=2)
+    run_on_two(in_group, (share, str(tmp_path / "store"), str(tmp_path), "share"))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     shares = []
     for rank, seen in enumerate(ranks):
@@ -203,7 +208,7 @@ def test_each_rank_keeps_a_share_and_draws_from_it(tmp_path: Path) -> None:
 
 
 def test_by_choice_each_rank_keeps_the_users_order_and_all_rows(tmp_path: Path) -> None:
-    spawn(in_group, (share, str(tmp_path / "store"), str(tmp_path), "all"), nprocs=2)
+    run_on_two(in_group, (share, str(tmp_path / "store"), str(tmp_path), "all"))
     for rank in range(2):
         seen = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert seen["drawn"] == [users_order(rank, epoch) for epoch in range(6)]
@@ -239,7 +244,7 @@ def wait(rank: int, store: str, out: str, dies: bool) -> None:
 
 @pytest.mark.parametrize("dies", [True, False])
 def test_a_rank_that_dies_or_stays_away_ends_the_others(tmp_path: Path, dies: bool) -> None:
-    spawn(wait, (str(tmp_path / "store"), str(tmp_path), dies), nprocs=2)
+    run_on_two(wait, (str(tmp_path / "store"), str(tmp_path), dies))
     seconds, prefix, error = (tmp_path / "error").read_text().split(" ", 2)
     assert error.startswith("drop.step: all 2 processes must decide together, and rank 0 waited in vain")
     assert int(seconds) < 30

@@ -1,4 +1,4 @@
-"""Programs that test_cache_faults.py runs in processes of their own: python fault_programs.py NAME FOLDER ..."""
+"""What test_cache_faults.py calls in processes of their own."""
 
 from __future__ import annotations
 
@@ -51,7 +51,6 @@ def limited_fill(folder: str, limit: str) -> None:
 
 def forked_owner(folder: str) -> None:
     """A forked child closes the cache and ends; the rows stay the parent's."""
-    torch.set_num_threads(1)
     disk = disk_in(Path(folder))
     cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=ON_DISK, disk=disk)
     cache.append(torch.arange(9), rows(9))
@@ -71,7 +70,6 @@ def forked_owner(folder: str) -> None:
 
 def forked_reader(folder: str, moment: str) -> None:
     """A child forked while rows are read ahead ("ahead"), or after that ("after"), reads; what it may not is refused."""
-    torch.set_num_threads(1)
     cache = ActivationCache(9, SHAPE, codec="fp32", device=CPU, budgets=MOSTLY_ON_DISK, disk=disk_in(Path(folder)))
     cache.append(torch.arange(9), rows(9))
     batch, other = torch.tensor([8, 0, 3]), torch.tensor([7, 1, 2])
@@ -133,7 +131,3 @@ def forked_writer(folder: str, first: str) -> None:
     assert ended == 0
     assert torch.equal(cache.gather(batch), rows(9)[batch])
     cache.close()
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](*sys.argv[2:])

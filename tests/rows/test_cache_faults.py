@@ -5,13 +5,22 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from fault_programs import MOSTLY_ON_DISK, ON_DISK, SHAPE, rows
+from fault_programs import (
+    MOSTLY_ON_DISK,
+    ON_DISK,
+    SHAPE,
+    forked_owner,
+    forked_reader,
+    forked_writer,
+    limited_fill,
+    rows,
+)
+from processes import Apart
 from tiered_cache import CPU, disk_in
 
 from learndrop_ext.rows import host as host_rows
@@ -21,20 +30,10 @@ from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.plan import Budgets, TierPlan
 from learndrop_ext.rows.store.store import RowStore
 
-PROGRAMS = Path(__file__).with_name("fault_programs.py")
-
-
-def run(program: str, *arguments: object) -> str:
-    """Run a program of fault_programs.py in a process of its own, and return what it prints."""
-    command = [sys.executable, str(PROGRAMS), program, *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
-
 
 def test_a_file_that_may_not_grow_is_an_error_and_costs_no_other_row(tmp_path: Path) -> None:
     # It is the file of the rows, or the index's log.
-    filled, _, said = run("limited_fill", tmp_path, 5 * 8192).partition("]")
+    filled, _, said = Apart(limited_fill, tmp_path, 5 * 8192).printed().partition("]")
     assert filled == "[0, 1, 2, 3"
     assert re.search("File too large|disk I/O error", said)
 
@@ -191,17 +190,17 @@ def test_memory_that_the_machine_does_not_have_is_out_of_memory() -> None:
 
 
 def test_a_forked_child_does_not_take_the_file_away(tmp_path: Path) -> None:
-    run("forked_owner", tmp_path)
+    Apart(forked_owner, tmp_path).printed()
     (entry,) = RowStore(tmp_path).entries()
     assert (entry.places, len(list(tmp_path.glob("rows-*.bin")))) == (10, 1)
 
 
 @pytest.mark.parametrize("moment", ["ahead", "after"])
 def test_a_forked_child_reads_rows_and_is_refused_what_it_may_not_write(tmp_path: Path, moment: str) -> None:
-    run("forked_reader", tmp_path, moment)
+    Apart(forked_reader, tmp_path, moment).printed()
     assert list(tmp_path.glob("rows-*.bin")) == []
 
 
 @pytest.mark.parametrize("first", ["append", "prefetch"])
 def test_a_forked_child_does_not_wait_for_the_thread_of_its_parent(tmp_path: Path, first: str) -> None:
-    run("forked_writer", tmp_path, first)
+    Apart(forked_writer, tmp_path, first).printed()

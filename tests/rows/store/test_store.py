@@ -5,13 +5,27 @@ from __future__ import annotations
 import os
 import resource
 import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from twenty_rows import FORM, PRINT, STRIDE, VALUES, add, keys, names, other, rows_of, whole
+from processes import Apart
+from twenty_rows import (
+    FORM,
+    PRINT,
+    STRIDE,
+    VALUES,
+    add,
+    add_in_pieces,
+    die_with_private_rows,
+    keys,
+    killed_everywhere,
+    names,
+    other,
+    rows_of,
+    whole,
+    written_by_a_fork,
+)
 
 from learndrop_ext.rows.store.keeping import check_rows, compact, list_rows, remove_rows
 from learndrop_ext.rows.store.store import INDEX, RowKeys, RowStore, StoredRows, StoreError
@@ -20,11 +34,6 @@ from learndrop_ext.rows.store.store import INDEX, RowKeys, RowStore, StoredRows,
 @pytest.fixture
 def store(tmp_path: Path) -> RowStore:
     return RowStore(tmp_path)
-
-
-def program(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(Path(__file__).with_name("twenty_rows.py")), name, *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def test_rows_come_back_in_another_run_with_the_digests_of_their_images(store: RowStore, tmp_path: Path) -> None:
@@ -65,9 +74,8 @@ def test_rows_of_another_fingerprint_view_or_sample_are_others(store: RowStore) 
 
 def test_many_processes_append_at_once(tmp_path: Path) -> None:
     RowStore(tmp_path).close()
-    command = [sys.executable, str(Path(__file__).with_name("twenty_rows.py")), "add_in_pieces", str(tmp_path)]
-    running = [subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, text=True) for seed in range(4)]
-    assert [process.communicate()[0].strip() for process in running] == [str(list(range(20)))] * 4
+    running = [Apart(add_in_pieces, tmp_path, seed) for seed in range(4)]
+    assert [process.printed().strip() for process in running] == [str(list(range(20)))] * 4
     store = RowStore(tmp_path)
     (one,) = list_rows(store)
     assert (one.samples, one.rows, one.unused_bytes, one.in_use) == (20, 20, 0, False)
@@ -75,7 +83,7 @@ def test_many_processes_append_at_once(tmp_path: Path) -> None:
 
 
 def test_a_process_killed_anywhere_leaves_nothing_half_there(tmp_path: Path) -> None:
-    points, left = program("killed_everywhere", tmp_path).split(maxsplit=1)
+    points, left = Apart(killed_everywhere, tmp_path).printed().split(maxsplit=1)
     assert int(points) >= 20
     assert left.strip() == "[4, 8, 10, 14]" or left.strip() == "[8, 10, 14]", left
 
@@ -130,7 +138,7 @@ def test_private_rows_go_with_their_run_unless_they_are_kept(store: RowStore, tm
 
 
 def test_private_rows_of_a_run_that_was_killed_are_removed_by_the_next(tmp_path: Path) -> None:
-    program("die_with_private_rows", tmp_path)
+    Apart(die_with_private_rows, tmp_path).printed()
     assert list(tmp_path.glob("rows-*"))
     alive = RowStore(tmp_path)
     assert alive.entries() == []
@@ -141,7 +149,7 @@ def test_private_rows_of_a_run_that_was_killed_are_removed_by_the_next(tmp_path:
 
 
 def test_a_forked_process_reads_and_does_not_write(tmp_path: Path) -> None:
-    read, refused, left = program("written_by_a_fork", tmp_path).splitlines()
+    read, refused, left = Apart(written_by_a_fork, tmp_path).printed().splitlines()
     assert (read, left) == ("None True", "[0, 1, 2, 3]")
     assert "rows must be written by the process that opened it" in refused
 

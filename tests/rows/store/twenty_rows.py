@@ -1,11 +1,10 @@
-"""Twenty rows, what they are called in a store, and programs that use a store in processes of their own."""
+"""Twenty rows, what they are called in a store, and what is done with a store in processes of their own."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,6 @@ def _half_of_rows(real: Callable[..., Any], file: Any, slots: Any, rows: Any, ch
 
 def killed_everywhere(folder: str) -> None:
     """Kill a child at each call of an append, a deletion and a compaction. Print how often, and how many rows were left."""
-    torch.set_num_threads(1)
     switch = KillSwitch()
     points, left = 0, set()
     for half in (False, True):
@@ -162,7 +160,6 @@ def die_with_private_rows(folder: str) -> None:
 
 def written_by_a_fork(folder: str) -> None:
     """Read and add rows in a forked process. Print what happens."""
-    torch.set_num_threads(1)
     stored = StoredRows(RowStore(Path(folder)), PRINT)
     places = add(stored, range(4))
     process = os.fork()
@@ -176,8 +173,3 @@ def written_by_a_fork(folder: str) -> None:
         os._exit(0)
     os.waitpid(process, 0)
     print(sorted(rows_of(stored)))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    globals()[sys.argv[1]](*sys.argv[2:])
