@@ -76,7 +76,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         nvcc = nvcc_to_use()
         options = {
-            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
             "CMAKE_MAKE_PROGRAM": find_ninja(),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import importlib.util
 import os
@@ -118,6 +119,11 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unpack = ROOT.parent / "shared" / "data" / "unpack.py"
     if not unpack.exists():
         pytest.skip("no real data: LEARNDROP_DATA is not set")
-    root = tmp_path_factory.mktemp("data")
-    subprocess.run([sys.executable, unpack, root, "mnist", "cifar10"], check=True, capture_output=True)
+    # The workers of pytest-xdist share what the first of them unpacks.
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if workers else base) / "data"
+    with open(f"{root}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            subprocess.run([sys.executable, unpack, root, "mnist", "cifar10"], check=True, capture_output=True)
     return root
