@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
+import runpy
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Apart
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -19,9 +20,13 @@ def run(name: str, *needs: str) -> str:
     for package in needs:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    program = [sys.executable, EXAMPLES / f"{name}.py", "--toy"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(program, capture_output=True, text=True, check=True, env=environment).stdout
+    return Apart(program, EXAMPLES / f"{name}.py").printed()
+
+
+def program(path: str) -> None:
+    warnings.simplefilter("ignore")  # they would stand among what is printed
+    sys.argv = [path, "--toy"]
+    runpy.run_path(path, run_name="__main__")
 
 
 def test_plain_loop() -> None:

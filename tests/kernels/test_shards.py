@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from processes import FORKS
 from torch import Tensor, nn
+from torch.multiprocessing import start_processes
 
 from learndrop_ext.decide.deltas import Deltas
 from learndrop_ext.kernels.shards import as_sharded, local_part
@@ -133,7 +135,7 @@ def worker(rank: int, folder: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank measured."""
     folder = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=WORLD)
+    start_processes(worker, args=(str(folder),), nprocs=WORLD, start_method=FORKS.get_start_method())
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
 
 
