@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection
 import torch
 
 FORKS = multiprocessing.get_context("forkserver")
-# The first step of an optimizer imports torch._dynamo.
-FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "learndrop_ext.scheduler"])
+# The first step of an optimizer imports torch._dynamo; the digits of the examples come from scikit-learn.
+FORKS.set_forkserver_preload(["pytest", "torch._dynamo", "sklearn.datasets", "learndrop_ext.scheduler"])
 
 
 class Apart:
