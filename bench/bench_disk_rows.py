@@ -7,22 +7,30 @@ virtual machine may still cache them). The plain reads use the same batches of r
 checksum per row, so that both sides do the same work. A sequential read of the file shows the limit of the disk. All three
 take turns in each round, because the speed of a shared disk changes from second to second. LEARNDROP_BENCH_DIR is the
 folder on the disk to be measured (default: the temporary one).
+
+"train from a store" is an epoch of training whose rows of 128 KB take 20 times their budget in memory: the rest is read from
+the store, one batch ahead, beside plain reads of all rows. The live layer is small, so that the disk decides.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from measure import measure_in_turn, waited_for
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
+from learndrop_ext import CacheConfig, DropScheduler, Fixed
 from learndrop_ext.ops import transfer
 from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.layout import RowForm, RowLayout
@@ -35,6 +43,24 @@ CHUNK = 1 << 20
 # The disk is shared: single rounds differ by half.
 ROUNDS = int(os.environ.get("LEARNDROP_BENCH_ROUNDS", "15"))
 SIZES = [4096, 32 << 10, 128 << 10, 256 << 10]
+#: Rows of the store that is trained from, in fp32, and how much of them memory may hold.
+SHAPE, MEMORY_SHARE = (8, 64, 64), 20
+
+
+class Plain(Dataset[Any]):
+    """Images that take no memory, and no time to read."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __repr__(self) -> str:
+        return f"Plain({self.count} images, each of its number)"
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.full((), float(index)).expand(1, *SHAPE[1:]), index % 2
 
 
 @dataclass(frozen=True)
@@ -115,3 +141,53 @@ def test_disk_rows(benchmark: BenchmarkFixture, file: File) -> None:
             moved_bytes=len(file.order) * file.row_bytes,
             rounds=ROUNDS,
         )
+
+
+@pytest.mark.benchmark(timer=waited_for)
+def test_train_from_a_store(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp(dir=os.environ.get("LEARNDROP_BENCH_DIR", tmp_path)))
+    size = 4 * math.prod(SHAPE)
+    count = max(MEMORY_SHARE, FILE_BYTES // size // BATCH) * BATCH
+    model = nn.Sequential(nn.Conv2d(1, SHAPE[0], 3, padding=1), nn.Flatten(), nn.Linear(math.prod(SHAPE), 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    loader = DataLoader(Plain(count), BATCH, shuffle=True)
+    config = CacheConfig(codec="fp32", budget_bytes=count * size // MEMORY_SHARE, store=folder)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 1}), cache=config)
+
+    def train() -> None:
+        for x, y in drop.loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    train()
+    assert drop.step().tier == "disk"
+    (path,) = folder.glob("rows-*.bin")
+    descriptor = os.open(path, os.O_RDONLY)
+    stored = path.stat().st_size - 4096
+    memory = [memoryview(bytearray(size)) for _ in range(BATCH)]
+    at = [4096 + i * size for i in torch.randperm(stored // size).tolist()]
+
+    def read_rows(thread: int, begin: int) -> None:
+        for i in range(thread, min(BATCH, len(at) - begin), THREADS):
+            os.preadv(descriptor, [memory[i]], at[begin + i])
+            transfer.crc32c(memory[i])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+
+        def plain() -> None:
+            for begin in range(0, len(at), BATCH):
+                list(pool.map(read_rows, range(THREADS), [begin] * THREADS))
+
+        measure_in_turn(
+            benchmark,
+            train,
+            {"plain reads of the rows": plain},
+            prepare=lambda: os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED),
+            suite="disk_rows",
+            case=f"train from a store of {MEMORY_SHARE} times the memory, {size >> 10} KB rows, cold, {THREADS} threads",
+            moved_bytes=len(at) * size,
+            rounds=ROUNDS,
+        )
+    os.close(descriptor)
+    drop.close()
