@@ -95,7 +95,7 @@ def test_extras_keeps_what_default_collate_makes() -> None:
 def test_extras_keeps_no_images() -> None:
     rest = BatchExtras(key=0, device=CPU)
     rest.put((torch.ones(2, 3, 8, 8), LABELS[:2]), torch.tensor([0, 999]))
-    assert sum(column.stored.numel() for column in rest._columns if column.stored is not None) == 1000
+    assert sum(column.stored.numel() for column in rest._columns if column.has_rows) == 1000
 
 
 def test_extras_grows() -> None:
