@@ -184,12 +184,6 @@ class Bypass:
             self.calls += trains
             self._begin(images, keeps=False)
             return None
-        others = {id(x) for x in pytree.tree_leaves((args, kwargs)) if type(x) is Images} if args[1:] or kwargs else ()
-        if len(others) > 1:
-            raise RuntimeError(
-                f"drop.loader: the model must get one batch of images in a call, got {len(others)}: call it on each, or on "
-                "torch.cat of them"
-            )
         if not images.standing.checked:
             if trains:
                 self.check(images)
@@ -291,7 +285,8 @@ class _Skipped:
         traced = self.bypass._traced
         if traced is not None:
             return self._run(*args, **kwargs) if self.runs else self._filled(len(traced), partial(_nan, traced))
-        x = args[0] if args and isinstance(args[0], Unread) else first_of(Unread, (args, kwargs))
+        given = args if args and isinstance(args[0], Unread) else pytree.tree_leaves((args, kwargs))
+        x = next((value for value in given if isinstance(value, Unread)), None)
         if x is not None:
             if self.runs or self.bypass._opened:
                 return self._run(*args, **kwargs)
@@ -357,8 +352,16 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images | None:
-    """Return the images among the arguments of a call."""
-    return args[0] if args and type(args[0]) is Images else first_of(Images, (args, kwargs))
+    """Return the images among the arguments of a call. Raises RuntimeError if there are two batches of them."""
+    if len(args) == 1 and not kwargs and type(args[0]) is Images:
+        return args[0]
+    found = {id(value): value for value in pytree.tree_leaves((args, kwargs)) if type(value) is Images}
+    if len(found) > 1:
+        raise RuntimeError(
+            f"drop.loader: the model must get one batch of images in a call, got {len(found)}: call it on each, or on "
+            "torch.cat of them"
+        )
+    return next(iter(found.values()), None)
 
 
 def with_images(images: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -367,8 +370,3 @@ def with_images(images: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         lambda a: images if isinstance(a, str) and a == IMAGES else a, (args, kwargs)
     )
     return changed
-
-
-def first_of(kind: type, values: Any) -> Any:
-    """Return the first value of a type among nested ones, or None."""
-    return next((value for value in pytree.tree_leaves(values) if isinstance(value, kind)), None)
