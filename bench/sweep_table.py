@@ -33,6 +33,6 @@ def table(study: Mapping[str, Any]) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machine = study["machine"]
     threads = study["setting"]["threads"]
-    title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {threads} threads in each run; "
+    title = f"{machine['gpu'] or machine['cpu']}, cores: {machine['cores']}, threads of a run: {threads}; "
     title += f"torch {machine['torch']}, {machine['date']}"
     return "\n".join([title, "", *lines])
