@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from learndrop_ext.cudnn import without_benchmark
-from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, some_of, to_device
+from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, one_key, some_of, to_device
 from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain
@@ -368,8 +368,7 @@ class Guards:
     def drop(self, k: int, optimizer: torch.optim.Optimizer) -> None:
         """Guard the first k layers, which `bypass` has dropped, from now on."""
         self._tensors = FrozenTensors(self._chain, k, self._bypass.frozen, optimizer)
-        one = self._key[0] if isinstance(self._key, tuple) else self._key
-        self._probe = ForwardProbe(self._bypass, self._run, input_of(self._like, one)[:1])
+        self._probe = ForwardProbe(self._bypass, self._run, input_of(self._like, one_key(self._key))[:1])
         self._optimizer = optimizer
 
     def release(self) -> None:

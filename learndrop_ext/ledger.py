@@ -100,9 +100,11 @@ class Ledger:
             beside = max(0, beside - self._extras.nbytes)  # what is there already is not free
         self.extras_device = self._rows.device if beside <= device or not host else torch.device("cpu")
         if self.extras_device == self._rows.device:
-            device = max(0, device - beside)
+            beside = min(beside, device)
+            device -= beside
         else:
-            host = max(0, host - beside)
+            beside = min(beside, host)
+            host -= beside
         device, host, disk = smallest_of_ranks((device, host, mine.disk))
         self._costs.budgets = Budgets(device, host, disk, beside=beside)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+from learndrop_ext.data.extras import one_key
 from learndrop_ext.data.loader import FORWARDED
 from learndrop_ext.scheduler import DropScheduler
 
@@ -108,8 +109,7 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         options = dict(self.options)
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.max_steps < 0:
             options.setdefault("epochs", trainer.max_epochs)
-        precision, key = trainer.precision_plugin, options.get("input", 0)
-        key = key[0] if isinstance(key, list | tuple) else key
+        precision, key = trainer.precision_plugin, one_key(options.get("input", 0))
 
         def call(model: Any, batch: Any) -> Any:
             with precision.forward_context():

@@ -30,7 +30,16 @@ from learndrop_ext.checks import (
     warn_saturated,
     warn_untrained,
 )
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_keys, input_of, some_of, to_device, with_input
+from learndrop_ext.data.extras import (
+    BatchExtras,
+    InputKey,
+    input_keys,
+    input_of,
+    one_key,
+    some_of,
+    to_device,
+    with_input,
+)
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.loader import DropLoader
 from learndrop_ext.data.source import settle_views, source_of
@@ -105,7 +114,8 @@ class DropScheduler:
     ) -> None:
         begin = time.perf_counter()
         config = cache_config(cache)
-        input, one = input_keys(input, config)
+        input = input_keys(input, config)
+        one, per_sample = one_key(input), len(input) if isinstance(input, tuple) else 1
         source = source_of(loader, ids, key=input, seed=config.seed, config=config)
         device = device_of(model)
         check_folder(config)
@@ -125,7 +135,7 @@ class DropScheduler:
         if cache is not None:
             check_precision(chain)
             speedup = policy.speedup if isinstance(policy, PlanningPolicy) else Budget.speedup
-            row = costs.smallest_row(chain, config) * (len(input) if isinstance(input, tuple) else 1)
+            row = per_sample * costs.smallest_row(chain, config)
             config = settle_views(config, source, epochs=epochs, speedup=speedup, row_bytes=row, device=device)
         self._base, self._optimizer, self._wrap_of = model, optimizer, wrap
         self._policy: Policy = StoppedLearning() if policy is None else policy
@@ -143,7 +153,7 @@ class DropScheduler:
         self._run_on = run_on = partial(_run_on, self._call, model, head, first, one)
         self._rows = rows = RowSet(
             len(source),
-            images=len(input) if isinstance(input, tuple) else 1,
+            images=per_sample,
             config=config,
             device=device,
             made_of=lambda path, row: _made_of(

@@ -51,6 +51,24 @@ def test_fit_on_a_gpu_follows_the_loop_by_hand(pl: Any) -> None:
     assert [record.prefix for record in learn_drop.drop.history] == [2, 3, 3, 3]
 
 
+class Pairs(Counted):
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return x, x.flip(-1), y
+
+
+def test_pairs_of_images_have_rows(pl: Any) -> None:
+    module, learn_drop, images = classifier(pl), callback(input=[0, 1]), Pairs()
+
+    def step(batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(module.net(torch.cat(batch[:2])), batch[2].repeat(2))
+
+    module.training_step = step
+    trainer(pl, learn_drop).fit(module, loader(images))
+    assert [record.prefix for record in learn_drop.drop.history] == [2, 3, 3, 3]
+    assert [record.fill_flops > 0 for record in learn_drop.drop.history] == [False, True, True, False]
+
+
 def test_the_model_is_given_back_as_it_was(pl: Any) -> None:
     module, learn_drop = classifier(pl), callback()
     before = {name: sorted(child.__dict__) for name, child in module.named_modules()}

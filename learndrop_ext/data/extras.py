@@ -38,21 +38,26 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
-def input_keys(key: InputKey | list[int | str], config: CacheConfig) -> tuple[InputKey, int | str]:
-    """Return the keys of the images of each sample, a tuple if there are several, and one of them.
+def one_key(key: InputKey | list[int | str]) -> int | str:
+    """Return the key of the images, of several images of each sample that of the first."""
+    return key[0] if isinstance(key, list | tuple) else key
+
+
+def input_keys(key: InputKey | list[int | str], config: CacheConfig) -> InputKey:
+    """Return the key of the images of each sample, or a tuple if there are several.
 
     Raises:
         ValueError: keys are not two or more different ones, or samples have several images and no names for a store.
     """
     if not isinstance(key, list | tuple):
-        return key, key
+        return key
     if len(key) < 2 or len(set(key)) < len(key) or not all(isinstance(one, int | str) for one in key):
         raise ValueError(f"DropScheduler: input must be a key, or two or more different ones, got {key!r}")
     if config.store is not None and config.key is None:
         raise ValueError(
             f"CacheConfig: key must name the samples in a store where they have several images, input={key!r}, got None"
         )
-    return tuple(key), key[0]
+    return tuple(key)
 
 
 def input_of(batch: Any, key: InputKey) -> torch.Tensor:

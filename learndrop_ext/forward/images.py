@@ -239,8 +239,7 @@ class Images(Unread):
         for j in range(count):
             rows, pixels = whole.rows, self.pixels
             if rows is not None:
-                last = torch.channels_last if is_channels_last(rows) else torch.contiguous_format
-                rows = rows.chunk(count, 1)[j].contiguous(memory_format=last)
+                rows = rows.chunk(count, 1)[j].contiguous(memory_format=format_of(rows))
             if pixels is not None:
                 pixels = pixels[:, j].contiguous()
             images.append(Images(form, self.device, replace(whole, ids=whole.ids * count + j, rows=rows), pixels))
@@ -475,9 +474,10 @@ def _batch(like: Images, standing: Standing, pixels: torch.Tensor | None, memory
     return Images(form, like.device, standing, pixels, like.operations, memory)  # type: ignore[no-any-return]
 
 
-def is_channels_last(rows: torch.Tensor) -> bool:
-    """Return whether rows [B, C, H, W] lie channels last."""
-    return rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()
+def format_of(rows: torch.Tensor) -> torch.memory_format:
+    """Return channels last for rows [B, C, H, W] that lie so, else contiguous."""
+    last = rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last) and not rows.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def samples_at(stack: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

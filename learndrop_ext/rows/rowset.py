@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from learndrop_ext.forward.images import is_channels_last
+from learndrop_ext.forward.images import format_of
 from learndrop_ext.rows.cache import ActivationCache, as_stored
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.layout import RowLayout
@@ -188,8 +188,7 @@ class RowSet:
         if whole := [sample for sample in dict.fromkeys(samples) if len(arrived[sample]) == self.images]:
             parts = [arrived.pop(sample) for sample in whole]
             rows = torch.stack([torch.cat([of[j] for j in range(self.images)]) for of in parts])
-            last = torch.channels_last if is_channels_last(row) else torch.contiguous_format
-            self._keep_whole(cut, torch.tensor(whole), rows.contiguous(memory_format=last))
+            self._keep_whole(cut, torch.tensor(whole), rows.contiguous(memory_format=format_of(row)))
         return as_stored(row, self.config.codec) if self.cache is not None and cut in self._path else row
 
     def _keep_whole(self, cut: int, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

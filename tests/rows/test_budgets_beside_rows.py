@@ -61,6 +61,11 @@ def test_what_is_kept_beside_rows_comes_off_the_budget() -> None:
     assert "the budget is 14.015 kB, less 4.8 kB for labels and what else is in a batch" in drop.history[0].reason
 
 
+def test_the_budget_that_is_told_is_the_one_that_was_given() -> None:
+    drop, _ = masked(budget_bytes=1000)  # less than the masks alone
+    assert "no rows: they take 9.216 kB and the budget is 1 kB" in drop.history[0].reason
+
+
 def test_what_is_there_already_is_not_counted_again_in_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 2 * IMAGES * (ROW + LABEL)
 
