@@ -6,17 +6,24 @@ DIR holds MNIST/raw, cifar-10-batches-py and an imagenette folder. Each run is a
 bench/results/paper/ when it ends, and runs in the file are skipped, so that the study can be interrupted and continued.
 bench/paper_cases.py has the runs and their order; bench/table.py makes the tables and plots from the files. The recipe's
 learning rate is the one with the best accuracy on validation images in the part `recipe`; the other parts report on test
-images. On a CPU, epochs are as many as let one seed of the paper's table end within --hours; --device cuda trains the full
-width on all images. --toy is a rehearsal on the digits of scikit-learn.
+images. --device cuda trains the full width on all images. Several processes may add to one file, a core and --cases each:
+
+    OMP_NUM_THREADS=1 taskset -c 0 python bench/bench_paper.py --data-root DIR --cases 'mnist-*'
+
+--toy is a rehearsal on the digits of scikit-learn.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,9 +38,6 @@ from learndrop_ext.app.recipe import Recipe, default_views
 from learndrop_ext.forward.chain import split_layers
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Runs of the paper's table and their evaluation take about so many times the seconds of the baseline.
-SEED_COST = 4.0
-LEAST_EPOCHS, MOST_EPOCHS = 4, 40
 #: What a side may change of the recipe.
 SIDE_KEYS = {"seed", "steps", "epochs"}
 
@@ -84,19 +88,15 @@ def recipe_of(case: Case, split: Split, study: Mapping[str, Any], scale: Scale, 
     )
 
 
-def epochs_within(hours: float, splits: Callable[[str], Split], scale: Scale, *, device: str) -> int:
-    """How many epochs let one seed of the paper's table end in time, by a few steps of each network on each dataset."""
-    seconds = 0.0
-    for dataset in scale.images:
-        for model in scale.networks:
-            case = Case("recipe", dataset, model, "baseline", 0, scale.default_lr)
-            recipe = recipe_of(case, splits(dataset), {"epochs": 1}, scale, device=device)
-            steps = -(-len(splits(dataset).train) // recipe.batch_size)
-            seconds += steps * runs.step_seconds(splits(dataset), recipe, steps=4)
-    epochs = max(LEAST_EPOCHS, min(MOST_EPOCHS, int(hours * 3600 / (SEED_COST * seconds))))
-    expected = SEED_COST * seconds * epochs / 3600
-    print(f"{epochs} epochs: one seed of the paper's table takes about {expected:.1f} hours", flush=True)
-    return epochs
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While it is open, other processes wait for it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 class NotRunError(Exception):
@@ -166,8 +166,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=2, help="how many seeds, from 0 on")
-    parser.add_argument("--cases", nargs="+", metavar="DATASET-NETWORK", help="only these, such as mnist-vgg11")
-    parser.add_argument("--hours", type=float, default=5.0, help="time of one seed of the paper's table, on a CPU")
+    parser.add_argument(
+        "--cases", nargs="+", default=["*"], metavar="DATASET-NETWORK", help="only these, such as 'mnist-*'"
+    )
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
     parser.add_argument("--toy", action="store_true", help="a rehearsal: two networks on the digits of scikit-learn")
     parser.add_argument("--tests-passed", type=int, help="how many tests passed before; without it they are run first")
@@ -178,21 +179,19 @@ def main(argv: list[str] | None = None) -> int:
     scale = SCALES["toy" if args.toy else "gpu" if args.device.startswith("cuda") else "cpu"]
     machine = describe_machine(run_tests() if args.tests_passed is None else args.tests_passed)
     path = args.out / f"{args.name or file_name(machine)}.json"
-    study = results_to_continue(path, machine) or {"limits": {"copy_gb_s": copy_limit(args.device)}, "records": []}
-    study["machine"] = machine
+    new = {"epochs": scale.epochs, "limits": {"copy_gb_s": copy_limit(args.device)}, "records": []}
+    study = results_to_continue(path, machine) or new
     splits = lru_cache(lambda dataset: load_split(dataset, args.data_root, scale))
     args.out.mkdir(parents=True, exist_ok=True)
     warm = set()
     for case in plan(scale, parts=args.parts, seeds=args.seeds):
-        if args.cases and f"{case.dataset}-{case.model}" not in args.cases:
+        if not any(fnmatch(f"{case.dataset}-{case.model}", pattern) for pattern in args.cases):
             continue
         if any(case.is_of(record) for record in study["records"]):
             continue
         if time.monotonic() - begin > args.seconds:
             print("the time is over: the rest is left for another run")
             break
-        if "epochs" not in study:
-            study["epochs"] = scale.epochs or epochs_within(args.hours, splits, scale, device=args.device)
         split = splits(case.dataset)
         if case.setting.startswith("long"):
             split = dataclasses.replace(split, train=split.train.subset(range(scale.long_images)))
@@ -217,8 +216,11 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             continue
-        study["records"].append(record | {"commit": machine["commit"]})
-        write(path, study)
+        with alone_in(args.out):
+            study = results_to_continue(path, machine) or new
+            study["machine"] = machine
+            study["records"].append(record | {"commit": machine["commit"]})
+            write(path, study)
         print(
             f"{case.setting} {case.dataset} {case.model} seed {case.seed} {case.side:<18} {record['seconds']:7.1f} s  "
             f"test {record['accuracy']:.2f} %",

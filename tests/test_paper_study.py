@@ -215,16 +215,6 @@ def test_the_recipe_is_the_best_one_on_validation_images(study: ModuleType, case
     assert found == [0.05, 0.2, scale.default_lr]
 
 
-@pytest.mark.parametrize(("hours", "epochs"), [(1.0, 12), (0.1, 4), (100.0, 40)])
-def test_epochs_are_those_that_fit(
-    study: ModuleType, cases: ModuleType, monkeypatch: pytest.MonkeyPatch, hours: float, epochs: int
-) -> None:
-    # Two networks of 90 steps of 0.4 s, each four times: 288 s an epoch of the table.
-    digits = load_dataset("digits", limit=1437)
-    monkeypatch.setattr(runs, "step_seconds", lambda split, recipe, steps: 0.4)
-    assert study.epochs_within(hours, lambda dataset: digits, cases.SCALES["toy"], device="cpu") == epochs
-
-
 def test_a_side_that_cannot_be_trained_says_why(study: ModuleType, cases: ModuleType) -> None:
     scale = cases.SCALES["toy"]
     split = study.load_split("digits", None, scale)
