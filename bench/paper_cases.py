@@ -54,8 +54,8 @@ class Scale:
 
 
 SCALES = {
-    # One core of an AMD EPYC (family 25) takes 1,630 s an epoch for the 27 baselines and 3.3 times as much for all sides: the
-    # paper's table of one seed is 9 hours of one core, of which ResNet-50, 101 and 152 are 7.
+    # One core of an AMD EPYC (family 25) takes 1,630 s an epoch for the 27 baselines and 3.3 times as much for all sides:
+    # one seed of the paper's table is 9 hours of it, of which ResNet-50, 101 and 152 are 7.
     "cpu": Scale({"mnist": 5_000, "cifar10": 5_000, "imagenette": 1_500}, epochs=6, size={"imagenette": 64}),
     "gpu": Scale(
         {"mnist": None, "cifar10": None, "imagenette": None}, epochs=8, width=64, test=None, batch_size=256, lrs=()
