@@ -13,15 +13,19 @@ import torch
 @contextlib.contextmanager
 def fork_rng(seed: int) -> Iterator[None]:
     """Seed torch, numpy and random inside; restore their states on leaving."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    python_state = random.getstate()
-    numpy_state = np.random.get_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    states = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=()):
+            # Not torch.manual_seed: for each kind of device that is not in use it formats a stack, for milliseconds.
+            torch.default_generator.manual_seed(seed)
+            if states:
+                torch.cuda.manual_seed_all(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        for i, state in enumerate(states):
+            torch.cuda.set_rng_state(state, i)

@@ -85,14 +85,15 @@ class Bypass:
             return
         self._around = self.recorded.around(cuts[-1])
         times = Counter(call.module for call in self.recorded.calls)
+        hooked, storing = {m for m in self.model.modules() if has_hooks(m)}, self.recorded.storing
 
         def runs(call: ModuleCall) -> bool:
             """Whether a module runs its own forward on `Feature`s: one that leaves something for the loop (what a hook
             within it gets, a tensor that it stores), that is called more than once, or in whose output not all tensors can
             be seen. Then the modules within are skipped."""
-            modules = list(call.module.modules())
-            leaves = any(map(has_hooks, modules[1:])) or not self.recorded.storing.isdisjoint(modules)
-            return leaves or not call.is_plain or times[call.module] > 1
+            module = call.module
+            leaves = any(m in storing or (m in hooked and m is not module) for m in module.modules())
+            return leaves or not call.is_plain or times[module] > 1
 
         calls = {call.module: call for call in self.recorded.calls_before(cuts[-1], cuts[:-1], runs)}
         self.frozen = tuple(dict.fromkeys(m for module in calls for m in module.modules()))
@@ -344,11 +345,8 @@ def bypass_of(model: nn.Module) -> Bypass | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of the user."""
-    return any(
-        not isinstance(hook, Hook)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in hooks.values()
-    )
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not isinstance(hook, Hook) for hook in hooks)
 
 
 def images_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Images | None:

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -104,11 +105,13 @@ class Trace:
     def note(self, func: Any, args: Any, kwargs: Any, operands: Sequence[Any]) -> tuple[Results, int]:
         """Note an operation, and return its results' forms and its number."""
         number = len(self.operations)
-        words = (func, *map(self._word, operands))
-        if number < len(self._before) and self._before[number][0] == words:
-            self.operations.append(self._before[number])
-        else:
-            self.operations.append((words, _forms(func, args, kwargs)))
+        if number < len(self._before):
+            operation = self._before[number]
+            words = operation[0]
+            if words[0] is func and len(words) == 1 + len(operands) and all(map(_is_same, operands, words[1:])):
+                self.operations.append(operation)
+                return operation[1], number
+        self.operations.append(((func, *map(self._word, operands)), _forms(func, args, kwargs)))
         return self.operations[-1][1], number
 
     def constants(self) -> list[Constant]:
@@ -122,6 +125,17 @@ class Trace:
         if isinstance(operand, Unread):
             return operand.number
         return Constant(operand)
+
+
+def _is_same(operand: Any, word: Any) -> bool:
+    """Whether an operand is what a trace has noted of one."""
+    if not isinstance(operand, torch.Tensor):
+        return type(operand) is type(word) and bool(operand == word)
+    if isinstance(operand, Unread):
+        return bool(operand.number == word)
+    if type(word) is not Constant:
+        return False
+    return (word.tensor is operand and word.version == operand._version) or word == Constant(operand)
 
 
 #: The forms of an operation's results, and the type in which it returns them; no forms if they are no tensors.
@@ -336,11 +350,11 @@ class Feature(Unread):
         x = next(a for a in operands if isinstance(a, Unread))
         of = x.of if isinstance(x, Feature) else "the first one"
         packet, trace = func.overloadpacket, x.standing.trace
-        in_backward = torch._C._current_graph_task_id() != -1  # of a checkpoint that computes its part again
-        if not (x.standing.inside() or in_backward or packet is ATEN.detach):
+        # In a backward pass a checkpoint computes its part again.
+        if not (x.standing.inside() or packet is ATEN.detach or torch._C._current_graph_task_id() != -1):
             raise _absent(packet, of)
-        writes = func._schema.arguments and func._schema.arguments[0].alias_info
-        if writes and writes.is_write and not isinstance(args[0], Unread):
+        writes = _writes(func)
+        if writes and not isinstance(args[0], Unread):
             raise RuntimeError(
                 f"drop.loader: {packet.__name__} would write a dropped layer's output, which is not computed any more, into "
                 "a tensor of the model; drop fewer layers"
@@ -352,14 +366,21 @@ class Feature(Unread):
             (forms, kind), number = trace.note(func, args, kwargs, operands)
         if not forms:
             raise _absent(packet, of)
-        if packet.__name__.endswith("_") and isinstance(args[0], Unread):
+        if writes:
             return args[0]
-        device = torch.device(kwargs.get("device") or x.device)
+        device = torch.device(kwargs["device"]) if kwargs.get("device") else x.device
         made = [Feature(form, device, x.standing, of) for form in forms]
         if trace is not None:
             for i, feature in enumerate(made):
                 feature.number = number, i
         return made[0] if kind is torch.Tensor else kind(made)
+
+
+@lru_cache(maxsize=1024)
+def _writes(func: Any) -> bool:
+    """Whether an operation writes into its first argument."""
+    arguments = func._schema.arguments
+    return bool(arguments and arguments[0].alias_info and arguments[0].alias_info.is_write)
 
 
 def _operands(args: Any, kwargs: Any) -> list[Any]:
