@@ -14,7 +14,9 @@ import torch
 def fork_rng(seed: int) -> Iterator[None]:
     """Seed torch, numpy and random inside; restore their states on leaving."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    states = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+    states = (
+        [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+    )
     try:
         with torch.random.fork_rng(devices=()):
             # Not torch.manual_seed: for each kind of device that is not in use it formats a stack, for milliseconds.

@@ -127,19 +127,20 @@ class DropScheduler:
         images = input_of(first, input)
         if cache is not None:
             BatchExtras(key=input, device=device).check(first)
+        self._base, self._input = model, one
         self._call = call or (lambda model, batch: model(input_of(batch, one)))
         head = some_of(first, torch.arange(max(2, min(len(images), TRIED))) % len(images), key=one, like=first)
         pair = some_of(first, torch.arange(2) % len(images), key=one, like=first)
-        chain = split_layers(model, input_of(pair, one), call=lambda: self._call(model, pair))
+        chain = split_layers(model, input_of(pair, one), call=partial(self._try_call, pair))
         self._chooses_views = config.views == "auto"
         if cache is not None:
             check_precision(chain)
             speedup = policy.speedup if isinstance(policy, PlanningPolicy) else Budget.speedup
             row = per_sample * costs.smallest_row(chain, config)
             config = settle_views(config, source, epochs=epochs, speedup=speedup, row_bytes=row, device=device)
-        self._base, self._optimizer, self._wrap_of = model, optimizer, wrap
+        self._optimizer, self._wrap_of = optimizer, wrap
         self._policy: Policy = StoppedLearning() if policy is None else policy
-        self._epochs, self._device, self._input = epochs, device, one
+        self._epochs, self._device = epochs, device
         self._head, self._first = head, first
         self._chain, self._source = chain, source
         self._history: list[Record] = []
@@ -181,6 +182,20 @@ class DropScheduler:
         self._ledger.note_setup(time.perf_counter() - begin)
         self._decide_before_training()
         self._ledger.note_setup(time.perf_counter() - begin)
+
+    def _try_call(self, batch: Any) -> Any:
+        """Call the model for the first time. RuntimeError if it cannot be called so."""
+        try:
+            return self._call(self._base, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            images = input_of(batch, self._input)
+            raise RuntimeError(
+                "DropScheduler: call must call the model as the training loop does (call=lambda model, batch: ...; default: "
+                f"model(images)), and with images {images.dtype} {list(images.shape)} it raised {type(error).__name__}: "
+                f"{error}"
+            ) from error
 
     @property
     def model(self) -> nn.Module:

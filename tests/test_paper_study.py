@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 
-from learndrop_ext.app import runs
-from learndrop_ext.app.datasets import load_dataset
-
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 

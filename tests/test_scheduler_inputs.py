@@ -156,6 +156,25 @@ def test_a_model_that_wants_more_is_refused_by_name_without_call() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_a_model_that_cannot_be_called_so_is_refused_by_name() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    loader = DataLoader(TensorDataset(images, torch.zeros(16, dtype=torch.int64)), 4)
+    with pytest.raises(
+        RuntimeError,
+        match=r"call must call the model as the training loop does .* images torch.uint8 \[2, 3, 8, 8\] it raised",
+    ):
+        DropScheduler(model, optimizer, loader)
+    DropScheduler(model, optimizer, loader, call=lambda model, batch: model(batch[0] / 255)).close()
+
+    def too_large(model: nn.Module, batch: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        DropScheduler(model, optimizer, loader, call=too_large)
+
+
 @pytest.mark.parametrize("call", [lambda model, batch: batch[0], lambda model, batch: model.fc(batch[0].mean((2, 3)))])
 def test_a_call_that_does_not_call_the_model_on_images_is_refused(call: Call) -> None:
     model, optimizer, loader = parts()

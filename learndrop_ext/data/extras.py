@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,18 @@ class _Input:
     """Stands for the model's input in the structure of a batch. at: which of a sample's images."""
 
     at: int = 0
+
+
+def register(batch: Any) -> None:
+    """Make pytree know the type of a batch that is a `UserDict`, as the image processors of transformers give."""
+    kind: Any = type(batch)
+    if isinstance(batch, UserDict) and kind not in pytree.SUPPORTED_NODES:
+        pytree.register_pytree_node(
+            kind,
+            lambda one: (list(one.values()), list(one)),
+            lambda entries, names: kind(dict(zip(names, entries, strict=True))),
+            flatten_with_keys_fn=lambda one: ([(pytree.MappingKey(k), v) for k, v in one.items()], list(one)),
+        )
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -76,7 +89,9 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
     try:
         found = batch[key]
     except (KeyError, IndexError, TypeError):
-        has = list(batch) if isinstance(batch, dict) else f"{len(batch)} entries" if hasattr(batch, "__len__") else ""
+        has = (
+            list(batch) if isinstance(batch, Mapping) else f"{len(batch)} entries" if hasattr(batch, "__len__") else ""
+        )
         raise ValueError(
             f"DropScheduler: input must be the position of the model's input in a batch, got {key!r}; "
             f"the batch is a {type(batch).__name__} with {has}"

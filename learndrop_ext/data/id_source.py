@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from learndrop_ext.data.extras import BatchExtras, InputKey, equal, input_of, some_of
+from learndrop_ext.data.extras import BatchExtras, InputKey, equal, input_of, register, some_of
 from learndrop_ext.data.ids import IdKey, IdTable, check_key, ids_of
 from learndrop_ext.data.reading import left_alone
 from learndrop_ext.rows.plan import lengthened
@@ -89,6 +89,7 @@ class IdSource:
         self._first_ids = ids_of(batch, self._place, count)
         if iterator is self.loader:
             self._begun = batch
+        register(batch)
         # A loader may write its next batch to the same memory.
         copied = pytree.tree_map_only(torch.Tensor, torch.clone, batch)
         self.first_batch = pytree.tree_map_only(np.ndarray, np.copy, copied)

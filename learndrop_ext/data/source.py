@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, is_ambiguous
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, is_ambiguous, register
 from learndrop_ext.data.id_source import IdSource
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.keys import Labels, check_described, sample_keys
@@ -62,6 +62,7 @@ class DatasetSource:
         """Return the samples of the first batch that the sampler draws, and their batch."""
         self._first_ids = first_batch_ids(self.loader)
         ((self._first, self._seconds),) = read_batches(self.loader, [self._first_ids], self._seed)
+        register(self._first)
         others = (i for i in range(len(self)) if i not in self._first_ids)
         if is_ambiguous(self._first, self._key) and (other := next(others, None)) is not None:
             self._first_ids.append(other)

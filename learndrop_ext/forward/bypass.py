@@ -289,6 +289,11 @@ class _Skipped:
         given = args if args and isinstance(args[0], Unread) else pytree.tree_leaves((args, kwargs))
         x = next((value for value in given if isinstance(value, Unread)), None)
         if x is not None:
+            if isinstance(x, Images) and not x.standing.inside():
+                raise RuntimeError(
+                    f"drop.loader: while layers are dropped, images must go through the model, and {self.call.path}, a part "
+                    "of it, was called on them; give DropScheduler a module whose forward does what the loop does"
+                )
             if self.runs or self.bypass._opened:
                 return self._run(*args, **kwargs)
             form = self._known.get(x.standing.count)

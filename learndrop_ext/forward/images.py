@@ -183,6 +183,10 @@ class Unread(torch.Tensor):
     def __deepcopy__(self, memo: Any) -> Unread:
         return self
 
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise TypeError."""
+        raise TypeError(f"drop.loader: {self!r} cannot be a numpy array: it has no values; images.read() gives them")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(f"drop.loader: {self!r} cannot be saved or sent: it has no values; images.read() gives them")
 
@@ -526,5 +530,5 @@ def _refused(func: Any, x: torch.Tensor) -> RuntimeError:
         "drop.loader: the loop may only do to images what keeps each sample by itself and in its place (casts, .to, "
         "arithmetic with constants that have no batch dimension, slices of the batch), because cached rows stand for them, "
         f"and {func.overloadpacket.__name__} would have to see {math.prod(x.shape[1:])} values of each sample; move it into "
-        "the dataset or into the model"
+        "the dataset or into the model, or give it images.read() (another network's input)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -78,3 +79,25 @@ def test_boxes_that_the_loop_scales_in_place_come_back_as_they_were() -> None:
                 box["box"].mul_(0.5)
             run.train_step(x, y)
         run.drop.step()
+
+
+class Features(UserDict[str, Any]):
+    """What the image processors of transformers give."""
+
+
+def test_a_batch_that_is_a_user_dict_keeps_its_type() -> None:
+    def processed(samples: list[Any]) -> Features:
+        x, y = default_collate(samples)
+        return Features({"labels": y, "pixel_values": x, "names": [str(i) for i in y.tolist()]})
+
+    run = Run(drops={})
+    run.user = Run.make_loader(collate_fn=processed)
+    run.drop = run.scheduler({1: 2}, input="pixel_values")
+    for _ in range(3):
+        for batch in run.drop.loader:
+            assert type(batch) is Features
+            assert list(batch) == ["labels", "pixel_values", "names"]
+            assert batch["names"] == [str(i) for i in batch["labels"].tolist()]
+            run.train_step(batch["pixel_values"], batch["labels"])
+        run.drop.step()
+    assert run.drop.prefix == 2

@@ -125,6 +125,19 @@ def test_training_by_steps_without_epochs(every: int, workers: int) -> None:
     assert accuracy(run.model) > 0.95
 
 
+def test_a_loop_that_calls_parts_of_the_model_is_refused_after_a_drop() -> None:
+    run = Run(drops={1: 1})
+    run.epochs(1)
+    for _ in range(2):  # the first epoch reads images
+        x, y = next(iter(run.drop.loader))
+        with pytest.raises(
+            RuntimeError, match="images must go through the model, and 0, a part of it, was called on them"
+        ):
+            run.model[1:](run.model[0](x))
+        run.train_step(x, y)
+        run.epochs(1)
+
+
 @pytest.mark.parametrize("before", [0, 1, 2])
 def test_itertools_cycle_keeps_the_first_epochs_batches_and_is_refused_at_the_next_step(before: int) -> None:
     run = Run(drops={1: 2}, cache="fp32").epochs(before)
