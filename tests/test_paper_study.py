@@ -31,11 +31,13 @@ def table(cases: ModuleType) -> ModuleType:
 
 
 def test_a_study_that_is_broken_off_has_one_seed_of_all_networks(cases: ModuleType) -> None:
-    planned = list(cases.plan(cases.SCALES["cpu"], parts=cases.PARTS, seeds=2))
+    scale = cases.SCALES["cpu"]
+    planned = list(cases.plan(scale, parts=cases.PARTS, seeds=2))
     assert len({*planned}) == len(planned)
-    recipes, table = planned[:24], planned[24 : 24 + 27 * 5]
+    tried = 6 * len(scale.lrs)
+    recipes, table = planned[:tried], planned[tried : tried + 27 * 5]
     assert {(case.setting, case.seed) for case in recipes} == {("recipe", 0)}
-    assert [case.lr for case in recipes[:4]] == [0.02, 0.05, 0.1, 0.2]
+    assert tuple(case.lr for case in recipes[: len(scale.lrs)]) == scale.lrs
     assert [case.side for case in table[:5]] == ["baseline", "budget", "stopped", "short", "freeze-only"]
     assert len({(case.dataset, case.model) for case in table}) == 27
     assert {(case.setting, case.seed) for case in table} == {("paper", 0)}
