@@ -59,10 +59,10 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
     if state["prefix"]:
         drop._guards.loop.resume(state["loop"])
         if state["cuts"]:
-            shape = drop._chain[state["cuts"][-1] - 1].shape
-            assert shape is not None
             order, extras = state.get("rest") or (None, None)
-            rows.resume(state["stored"], state["cuts"], shape, order=order)
+            rows.resume(state["stored"], state["cuts"], drop._ledger.row_shape(state["cuts"][-1]), order=order)
+            drop._ledger.read_budgets()
+            drop._extras.move(drop._ledger.extras_device)
             if extras is not None:
                 drop._extras.load(extras)
         drop._freeze(state["prefix"], body)
@@ -94,7 +94,6 @@ def _check(drop: DropScheduler, state: dict[str, Any]) -> None:
     if state["cuts"]:
         rows = drop._rows
         config = dataclasses.replace(rows.config, views=state["views"]) if drop._chooses_views else rows.config
-        shape = drop._chain[state["cuts"][-1] - 1].shape
-        assert shape is not None
         samples = len(drop._source) if drop._source.readable else len(state["seen"])
+        shape = drop._ledger.row_shape(state["cuts"][-1])
         rows.check_room(state["stored"], shape, samples * config.rows_per_sample)

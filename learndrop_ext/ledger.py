@@ -19,7 +19,7 @@ from learndrop_ext.decide.timing import time_step, untimed
 from learndrop_ext.distributed import smallest_of_ranks
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.history import Record
-from learndrop_ext.rows.plan import Budgets, budgets_of
+from learndrop_ext.rows.plan import budgets_of
 from learndrop_ext.rows.rowset import RowSet
 
 
@@ -87,26 +87,14 @@ class Ledger:
         self._costs.measured = False
 
     def read_budgets(self) -> None:
-        """Read the bytes that rows may take, once for each decision: in each tier the fewest of all ranks.
-
-        What is kept beside the rows lies on the device and is taken off its budget, or off the host's if it is too large.
-        """
+        """Read the bytes that rows may take, once for each decision: in each tier the fewest of all ranks."""
         if self._config is None:
             return
-        mine = budgets_of(self._config, self._rows.device)
-        device, host, beside = mine.device, mine.host, self.extras_bytes
-        assert device is not None
-        if self._config.budget_bytes == "auto":
-            beside = max(0, beside - self._extras.nbytes)  # what is there already is not free
-        self.extras_device = self._rows.device if beside <= device or not host else torch.device("cpu")
-        if self.extras_device == self._rows.device:
-            beside = min(beside, device)
-            device -= beside
-        else:
-            beside = min(beside, host)
-            host -= beside
-        device, host, disk = smallest_of_ranks((device, host, mine.disk))
-        self._costs.budgets = Budgets(device, host, disk, beside=beside)
+        mine = budgets_of(self._config, self._rows.device, beside=self.extras_bytes, there=self._extras.nbytes)
+        assert mine.device is not None
+        self.extras_device = torch.device("cpu") if mine.beside_on_host else self._rows.device
+        device, host, disk = smallest_of_ranks((mine.device, mine.host, mine.disk))
+        self._costs.budgets = dataclasses.replace(mine, device=device, host=host, disk=disk)
 
     @property
     def extras_bytes(self) -> int:

@@ -125,8 +125,10 @@ class DropScheduler:
         _, first = source.first()
         first = to_device(first, device)
         images = input_of(first, input)
+        extras, beside = BatchExtras(key=input, device=device, like=first), 0
         if cache is not None:
-            BatchExtras(key=input, device=device).check(first)
+            extras.check(first)
+            beside = extras.row_bytes
         self._base, self._input = model, one
         self._call = call or (lambda model, batch: model(input_of(batch, one)))
         head = some_of(first, torch.arange(max(2, min(len(images), TRIED))) % len(images), key=one, like=first)
@@ -136,7 +138,7 @@ class DropScheduler:
         if cache is not None:
             check_precision(chain)
             speedup = policy.speedup if isinstance(policy, PlanningPolicy) else Budget.speedup
-            row = per_sample * costs.smallest_row(chain, config)
+            row = per_sample * costs.smallest_row(chain, config) + beside
             config = settle_views(config, source, epochs=epochs, speedup=speedup, row_bytes=row, device=device)
         self._optimizer, self._wrap_of = optimizer, wrap
         self._policy: Policy = StoppedLearning() if policy is None else policy
@@ -148,13 +150,13 @@ class DropScheduler:
         self._undropped: int | None = None
         self._forecast_seconds: float | None = None
         self._said_saturated = False
-        extras = BatchExtras(key=input, device=device, like=first)
         self._extras = extras
         # None of these refers to the scheduler: without a reference cycle the workers of its loader end with it.
         self._run_on = run_on = partial(_run_on, self._call, model, head, first, one)
         self._rows = rows = RowSet(
             len(source),
             images=per_sample,
+            beside=beside,
             config=config,
             device=device,
             made_of=lambda path, row: _made_of(

@@ -32,6 +32,7 @@ class Budgets:
     disk: int = 0
     staging_rows: int = STAGING_ROWS  # rows of the slower tiers that are read ahead at once
     beside: int = 0  # bytes that were taken off for what is kept beside the rows
+    beside_on_host: bool = False  # off the host's, the device having no room for it
 
     def __post_init__(self) -> None:
         for name in ("device", "host", "disk"):
@@ -129,10 +130,20 @@ def lengthened(table: Tensor, length: int) -> Tensor:
     return longer
 
 
-def budgets_of(config: CacheConfig, device: torch.device) -> Budgets:
+def budgets_of(config: CacheConfig, device: torch.device, *, beside: int = 0, there: int = 0) -> Budgets:
     """Return a configuration's budgets in bytes; "auto" is half of what is free now.
 
-    A CPU model has no host tier, since its device is host memory. Raises OSError if the folder of the store is not there.
+    A CPU model has no host tier, since its device is host memory. What is kept beside the rows lies on the device and is
+    taken off its budget, or off the host's if it is too large.
+
+    Args:
+        config: the configuration.
+        device: that of the rows.
+        beside: bytes of what will be kept beside the rows.
+        there: how many of them are there already, and so are not free.
+
+    Raises:
+        OSError: the folder of the store is not there.
     """
     budget = config.budget_bytes
     on_device = budget if isinstance(budget, int) else free_bytes(device) // 2
@@ -142,4 +153,9 @@ def budgets_of(config: CacheConfig, device: torch.device) -> Budgets:
     if config.store is not None:
         limit = config.store_bytes
         disk = limit if isinstance(limit, int) else shutil.disk_usage(Path(config.store)).free // 2
-    return Budgets(on_device, host, disk)
+    if budget == "auto":
+        beside = max(0, beside - there)
+    on_host = beside > on_device and host > 0
+    beside = min(beside, host if on_host else on_device)
+    off = (0, beside) if on_host else (beside, 0)
+    return Budgets(on_device - off[0], host - off[1], disk, beside=beside, beside_on_host=on_host)

@@ -41,6 +41,7 @@ class RowSet:
         sample_keys: samples [n] -> what they are called in the store, the same in all runs; None if only this run knows.
         images: n, images of each sample. With several, image j of sample i goes by the id n i + j in `keep`, and a row is
             the rows of all of them, one behind the other in their first dimension.
+        beside: bytes that are kept beside each row.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class RowSet:
         size: int,
         *,
         images: int = 1,
+        beside: int = 0,
         config: CacheConfig,
         device: torch.device,
         made_of: Callable[[Sequence[int], str], Fingerprint],
         sample_keys: Callable[[torch.Tensor], Sequence[bytes]] | None = None,
     ) -> None:
         self._path: list[int] = []  # all cuts that the rows went through
-        self.images = images
+        self.images, self._beside = images, beside
         # By cut and sample, the rows of its images that have arrived while others have not.
         self._arrived: dict[int, dict[int, dict[int, torch.Tensor]]] = {}
         self.config = config
@@ -304,7 +306,7 @@ class RowSet:
     def check_room(self, saved: tuple[str, Any] | None, shape: Sequence[int], rows: int) -> None:
         """Raise ValueError if `resume` would find neither rows nor room for rows of a shape."""
         if saved is None or not self._outliving.has(saved[0]):
-            plan_tiers(rows, RowLayout.of(shape, self.config.codec), budgets_of(self.config, self.device))
+            plan_tiers(rows, RowLayout.of(shape, self.config.codec), self._budgets(rows))
 
     def resume(
         self,
@@ -394,12 +396,16 @@ class RowSet:
     def _cache_for(self, shape: Sequence[int], rows: int, *, private: bool, stored_bytes: int = 0) -> ActivationCache:
         """A cache with room for `rows`, or without any if the budgets of now do not hold them. stored_bytes: those that the
         store has already."""
-        budgets = budgets_of(self.config, self.device)
+        budgets = self._budgets(rows)
         budgets = dataclasses.replace(budgets, disk=max(budgets.disk, stored_bytes))
         try:
             return self._new_cache(shape, rows, budgets, private=private)
         except ValueError:
             return self._new_cache(shape, 0, budgets, private=private)
+
+    def _budgets(self, rows: int) -> Budgets:
+        """The bytes of now for a number of rows."""
+        return budgets_of(self.config, self.device, beside=rows * self._beside)
 
     def _new_cache(
         self, shape: Sequence[int], rows: int, budgets: Budgets | None = None, *, private: bool
@@ -409,7 +415,7 @@ class RowSet:
             shape,
             codec=self.config.codec,
             device=self.device,
-            budgets=budgets or budgets_of(self.config, self.device),
+            budgets=budgets or self._budgets(rows),
             disk=self._outliving.tier(private=private),
         )
 

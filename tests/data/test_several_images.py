@@ -159,6 +159,32 @@ def test_budgets_and_costs_count_all_images_of_a_sample() -> None:
     assert drop.step().samples == 24
 
 
+def test_a_resumed_run_is_the_uninterrupted_one() -> None:
+    def losses(stop: int) -> list[float]:
+        torch.manual_seed(0)
+        model, found, saved = Net(), [], None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+        for epoch in range(4):
+            if epoch in (0, stop):
+                loader = DataLoader(Pairs(), batch_size=8)
+                drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), input=[0, 2], cache="fp32")
+                if saved is not None:
+                    drop.load_state_dict(saved)
+            for batch in drop.loader:
+                loss = joined(model, batch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                found.append(loss.item())
+            drop.step()
+            saved = drop.state_dict()
+            if epoch + 1 == stop:
+                drop.close()
+        return found
+
+    assert losses(3) == losses(9)
+
+
 def test_a_step_that_leaves_an_image_out_says_that_no_rows_are_kept() -> None:
     model, optimizer, loader = pair_parts()
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 2}), input=[0, 2])

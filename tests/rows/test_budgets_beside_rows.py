@@ -66,6 +66,23 @@ def test_the_budget_that_is_told_is_the_one_that_was_given() -> None:
     assert "no rows: they take 9.216 kB and the budget is 1 kB" in drop.history[0].reason
 
 
+def test_resuming_counts_it_too() -> None:
+    whole = IMAGES * (ROW + LABEL + MASK)
+    drop, optimizer = masked(budget_bytes=whole)
+    trained(drop, optimizer)
+    drop.step()
+    state, weights = drop.state_dict(), drop.model.state_dict()
+    drop.close()
+    other, _ = masked(budget_bytes=whole - 1)
+    other.model.load_state_dict(weights)
+    with pytest.raises(ValueError, match="plan_tiers: budgets must hold 24 rows of 384 bytes, got 9,215 bytes"):
+        other.load_state_dict(state)
+    same, _ = masked(budget_bytes=whole)
+    same.model.load_state_dict(weights)
+    same.load_state_dict(state)
+    assert same.prefix == 2
+
+
 def test_what_is_there_already_is_not_counted_again_in_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     free = 2 * IMAGES * (ROW + LABEL)
 
