@@ -61,6 +61,7 @@ class PlannedBatches:
         shares = several_processes() and rows.config.partition == "share"
         self._share = Share(seed=rows.config.seed, rank=process_rank()) if shares else None
         self._plans: deque[Plan] = deque()
+        self._drawn: Iterator[Plan] = iter(())  # the plans of the epoch from which `_plans` are taken
         self._epoch = 0
         self._dropped = False  # whether rows are kept, as the epoch begins
         self._grown = False  # whether the dataset has, since the epoch before
@@ -70,10 +71,15 @@ class PlannedBatches:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for plan in self._draw(1):
+        self._drawn, since = self._draw(1), 0  # batches since one of which something is read
+        for plan in self._drawn:
             self._plans.append(plan)
+            since += 1
             if reads := len(plan.reads):
+                since = 0
                 yield (plan.ids if reads == len(plan.ids) else plan.ids[plan.reads]).tolist()
+            elif since == BLOCK and self._is_endless():
+                return
 
     def begin(self, epoch: int) -> None:
         """Begin an epoch; the dataset may have grown, and the epoch before may have been broken off."""
@@ -102,6 +108,8 @@ class PlannedBatches:
                 yield plans.popleft(), None
             if batch is not None:
                 yield plans.popleft(), batch
+        for plan in self._drawn:  # of an endless sampler, once all samples have rows
+            yield plan, None
 
     def rows(self) -> Iterator[Plan]:
         """Return the plans in the sampler's order."""
@@ -167,6 +175,13 @@ class PlannedBatches:
                 f"drop.loader: the sampler must name samples of the dataset, within 0..{size - 1}, got {outside}"
             )
         return torch.tensor(ids, dtype=torch.int64)
+
+    def _is_endless(self) -> bool:
+        """Whether the sampler draws more batches than there are samples, and one that is read may never come."""
+        try:
+            return len(self) > len(self.seen)
+        except (TypeError, NotImplementedError):
+            return True
 
     def _has_persistent_workers(self) -> bool:
         loader = self._source.loader

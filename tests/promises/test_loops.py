@@ -11,7 +11,7 @@ import pytest
 import torch
 from four_quarters import COUNT, Run, accuracy, network, quarters
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from learndrop_ext import DropScheduler, Fixed
 
@@ -122,6 +122,42 @@ def test_training_by_steps_without_epochs(every: int, workers: int) -> None:
             run.drop.step()
     assert run.drop.prefix == 2
     assert [record.samples for record in run.drop.history][:3] == [16 * every] * 3
+    assert accuracy(run.model) > 0.95
+
+
+class Endless(Sampler[int]):
+    """Permutations without end, with or without a length that is never reached."""
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(2)
+        while True:
+            yield from torch.randperm(COUNT, generator=generator).tolist()
+
+
+class Long(Endless):
+    def __len__(self) -> int:
+        return 1 << 40
+
+
+@pytest.mark.parametrize("sampler", [Endless, Long])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_endless_sampler_goes_on_once_all_samples_have_rows(sampler: type[Endless], workers: int) -> None:
+    run = Run(drops={})
+    run.user = DataLoader(quarters(), 16, sampler=sampler(), num_workers=workers)
+    run.drop = run.scheduler({1: 1, 3: 2})
+    steps = 0
+    for x, y in run.drop.loader:
+        run.train_step(x, y)
+        steps += 1
+        if steps % 6 == 0:
+            run.drop.step()
+        if steps == 60:
+            run.drop.refresh(torch.tensor([3, 5]))  # read in this process, when they are drawn
+        if steps == 120:
+            break
+    assert run.drop.prefix == 2
+    computes = [record.fill_flops > 0 for record in run.drop.history]
+    assert computes[9:] == [False, True, *[False] * 9]
     assert accuracy(run.model) > 0.95
 
 
