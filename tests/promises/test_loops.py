@@ -145,10 +145,8 @@ def test_an_endless_sampler_goes_on_once_all_samples_have_rows(sampler: type[End
     run = Run(drops={})
     run.user = DataLoader(quarters(), 16, sampler=sampler(), num_workers=workers)
     run.drop = run.scheduler({1: 1, 3: 2})
-    steps = 0
-    for x, y in run.drop.loader:
+    for steps, (x, y) in enumerate(run.drop.loader, 1):
         run.train_step(x, y)
-        steps += 1
         if steps % 6 == 0:
             run.drop.step()
         if steps == 60:
