@@ -178,10 +178,8 @@ class PlannedBatches:
 
     def _is_endless(self) -> bool:
         """Whether the sampler draws more batches than there are samples, and one that is read may never come."""
-        try:
-            return len(self) > len(self.seen)
-        except (TypeError, NotImplementedError):
-            return True
+        length = length_of(self)
+        return length is None or length > len(self.seen)
 
     def _has_persistent_workers(self) -> bool:
         loader = self._source.loader

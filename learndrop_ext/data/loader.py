@@ -13,7 +13,7 @@ import torch
 
 from learndrop_ext.data.batches import PassingBatches, batches_of
 from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, to_device, with_input
-from learndrop_ext.data.id_source import IdSource
+from learndrop_ext.data.id_source import IdSource, length_of
 from learndrop_ext.data.places import Places, Plan
 from learndrop_ext.data.reading import rebuilt
 from learndrop_ext.data.source import Source
@@ -183,7 +183,7 @@ class DropLoader:
 
     def _from_rows(self) -> Iterator[Any]:
         """Batches of stored rows. Rows of slower tiers are read while the batch before them trains."""
-        plans, given = self.batches.rows(), 0
+        plans, given, count = self.batches.rows(), 0, length_of(self.batches)
         plan = next(plans, None)
         while plan is not None:
             plan = self._places.current(plan)
@@ -193,7 +193,8 @@ class DropLoader:
                 return
             batch = self._batch(plan)
             given += 1
-            ahead = next(plans, None) if plan.slow else None
+            # The last one waits for its turn: a RandomSampler draws one permutation more there.
+            ahead = next(plans, None) if plan.slow and given + 1 != count else None
             if ahead is not None:
                 self._rows.prefetch(ahead.ids)
             yield batch

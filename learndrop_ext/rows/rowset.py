@@ -257,8 +257,9 @@ class RowSet:
         return ids[self.filled(ids)]
 
     def filled(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return which of the samples `ids` [B] have rows for this epoch."""
-        return filled_at(self.cache, self.slots.places(ids, self.epoch))
+        """Return which of the samples `ids` [B] have rows for this epoch, of the last drop or of the one before."""
+        at = self.slots.places(ids, self.epoch)
+        return filled_at(self.cache, at) | filled_at(self.older, at)
 
     def forget(self, ids: torch.Tensor | None = None, *, everywhere: bool = False) -> None:
         """Discard the rows of samples [n], or all. They are computed again from images when their samples are drawn.
@@ -278,7 +279,7 @@ class RowSet:
             self.digests.forget(ids)
             for one in (cache, self.older):
                 if one is not None:
-                    one.forget(places)
+                    one.forget(places[places < len(one.filled)])
             return
         count, path, shape, shares = len(cache.filled), [self.cut], cache.shape, self._shares
         self._reset()

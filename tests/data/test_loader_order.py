@@ -56,6 +56,27 @@ def test_the_order_and_the_random_state_are_the_users_before_and_after_a_drop(ki
         assert torch.equal(user.generator.get_state(), plain.generator.get_state())
 
 
+@pytest.mark.parametrize("given", [1, 4, 5])
+def test_an_epoch_that_is_broken_off_leaves_the_generator_as_without_a_drop(given: int, tmp_path: Path) -> None:
+    def orders(drops: dict[int, int]) -> list[list[int]]:
+        loader = LOADERS["generator"](data())
+        config = CacheConfig(store=tmp_path, budget_bytes=0, key=str)  # rows of the slow tier are read ahead
+        drop = scheduler(loader, policy=Fixed(drops), cache=config)
+        found = []
+        for epoch in range(5):
+            taken: list[int] = []
+            for i, (x, y) in enumerate(drop.loader, 1):
+                drop.model(x).sum().backward()
+                taken += y.tolist()
+                if epoch == 3 and i == given:
+                    break
+            drop.step()
+            found.append(taken)
+        return found
+
+    assert orders({1: 1}) == orders({})
+
+
 def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(3)
 

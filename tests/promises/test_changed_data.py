@@ -66,6 +66,30 @@ def test_pseudo_labels_are_followed() -> None:
     assert accuracy(run.epochs(9).model) > 0.9
 
 
+class Unnamed(Dataset[Any]):
+    """A dataset that does not offer its labels."""
+
+    def __init__(self, inner: Epochs) -> None:
+        self._inner = inner
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._inner[index]
+
+
+@pytest.mark.filterwarnings("ignore:drop.loader. the rows are computed again")
+@pytest.mark.parametrize("offers", [False, True])
+def test_labels_that_change_while_a_further_drop_has_no_rows_yet_are_followed(offers: bool) -> None:
+    dataset = Epochs()
+    run = Run(dataset if offers else Unnamed(dataset), drops={1: 1, 3: 2}).epochs(3)
+    dataset.labels = (dataset.labels * 3 + 1) % 5
+    got = torch.cat([y for _, y in run.drop.loader])
+    assert got.bincount(minlength=5).tolist() == dataset.labels.bincount(minlength=5).tolist()
+    assert run.drop.prefix == 2
+
+
 def test_labels_that_changed_between_two_runs_are_seen_at_resume(tmp_path: Path) -> None:
     config = CacheConfig(store=tmp_path, key=str)
     run = Run(Epochs(), cache=config).epochs(4)

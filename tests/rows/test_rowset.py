@@ -102,6 +102,21 @@ def test_rows_are_read_for_a_whole_batch_or_not_at_all() -> None:
     assert_rows(rows, 2, 1, 0)
 
 
+def test_rows_of_the_drop_before_count_until_there_are_new_ones() -> None:
+    rows = advanced(1, 2)
+    assert rows.drawn().tolist() == [0, 1, 2, 3, 4, 5]
+    assert rows.filled(ids(0, 5)).tolist() == [True, True]
+
+
+def test_samples_may_be_forgotten_for_which_there_was_no_room_yet() -> None:
+    rows = rowset()
+    rows.advance(1, SHAPE, rows=2, private=True)
+    rows.keep(1, ids(3, 4), values(1, ids(3, 4)))
+    assert rows.places(ids(5)).tolist() == [2]
+    rows.forget(ids(4, 5))
+    assert rows.drawn().tolist() == [3]
+
+
 @pytest.mark.parametrize("codec", ["fp32", "fp16"])
 def test_keep_returns_what_later_epochs_get(codec: str) -> None:
     rows = rowset(codec=codec)
