@@ -226,7 +226,9 @@ def main(argv: list[str] | None = None) -> int:
                 whole[model, seed] = net, measured
             if method.sparse is not None:
                 net = copy.deepcopy(net)
-                zeros = sparsify(net, 1 - keep, method.sparse)
+                # Few weights are larger than half of the largest.
+                amount = (1 - keep) / 10 if method.sparse == "relative" else 1 - keep
+                zeros = sparsify(net, amount, method.sparse)
                 masked = runs.evaluate(net, split.test, batch_size=512, amp=None)
                 measured = measured | {"zeros": zeros, "accuracy": masked}
             study["records"].append(
