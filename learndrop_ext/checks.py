@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import os
@@ -50,10 +51,14 @@ def check_free(model: nn.Module, but: object = None) -> None:
         )
 
 
-def check_folder(config: CacheConfig) -> None:
-    """Raise ValueError for a `store` that cannot be written to."""
+def make_folder(config: CacheConfig) -> None:
+    """Make the folder of `store` if it is not there. Raise ValueError for one that cannot be written to."""
     folder = config.store
-    if folder is not None and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+    if folder is None:
+        return
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+    if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
         raise ValueError(
             f"DropScheduler: cache must have a store that is a folder to write to, got CacheConfig(store={str(folder)!r})"
         )

@@ -15,7 +15,6 @@ from learndrop_ext import checkpoint
 from learndrop_ext.checks import (
     HOLDERS,
     check_finite,
-    check_folder,
     check_free,
     check_optimizer,
     check_precision,
@@ -25,6 +24,7 @@ from learndrop_ext.checks import (
     check_widths,
     checked_decision,
     device_of,
+    make_folder,
     shapes_of,
     traces_of,
     warn_saturated,
@@ -118,10 +118,10 @@ class DropScheduler:
         one, per_sample = one_key(input), len(input) if isinstance(input, tuple) else 1
         source = source_of(loader, ids, key=input, seed=config.seed, config=config)
         device = device_of(model)
-        check_folder(config)
         check_optimizer(optimizer, model)
         check_free(model)
         check_settings(model, policy, epochs, call)
+        make_folder(config)
         _, first = source.first()
         first = to_device(first, device)
         images = input_of(first, input)

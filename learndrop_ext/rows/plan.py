@@ -100,10 +100,11 @@ def plan_tiers(
         host = min(max(slots, room) - device, budgets.host // row)
     taken = layout.end(slots) - layout.begin(device + host) if disk else 0
     if taken > budgets.disk:
+        beside = f", and {budgets.beside:,} for labels and what else is in a batch" if budgets.beside else ""
         on_device = "no" if budgets.device is None else f"{budgets.device:,}"
         raise ValueError(
             f"plan_tiers: budgets must hold {slots} rows of {row:,} bytes, got {on_device} bytes on the device, "
-            f"{budgets.host:,} on the host and {budgets.disk:,} on disk ({taken:,} wanted there)"
+            f"{budgets.host:,} on the host and {budgets.disk:,} on disk ({taken:,} wanted there){beside}"
         )
     return TierPlan(device, host, disk, area)
 

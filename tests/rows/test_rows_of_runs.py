@@ -238,6 +238,18 @@ def test_a_sampler_that_draws_more_than_the_budgets_hold() -> None:
     assert int(drop._rows.cache.filled.sum()) == 12
 
 
+def test_the_folder_of_a_store_is_made(tmp_path: Path) -> None:
+    model, optimizer, loader = parts()
+    store = tmp_path / "of" / "rows"
+    with pytest.raises(TypeError, match="policy must be a function"):
+        DropScheduler(model, optimizer, loader, policy=3, cache=CacheConfig(store=store))  # type: ignore[arg-type]
+    assert not store.exists()
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 2}), cache=CacheConfig(store=store))
+    epoch(drop, optimizer)
+    drop.close()
+    assert (store / "index.sqlite").exists()
+
+
 def test_rows_that_the_tiers_hold_only_without_room_to_read_ahead_are_not_kept(tmp_path: Path) -> None:
     model, optimizer, loader = parts(data(1050), batch_size=350)
     row = 4 * 8 * 8 * 4
