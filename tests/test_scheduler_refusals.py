@@ -121,7 +121,7 @@ def test_resuming_with_too_small_a_budget_changes_nothing() -> None:
             before = seen()
             with pytest.raises(
                 ValueError,
-                match="24 rows of 256 bytes, got 5,951 bytes on the device,.* and 192 for labels and what else",
+                match=r"24 rows of 256 bytes, got 5,951 bytes on the device,.* and 192 for labels and what else",
             ):
                 fresh.load_state_dict(state)
             assert seen() == before

@@ -284,7 +284,7 @@ class TieredRows:
 
     def _without(self, tier: str, slots: int, budgets: Budgets, error: torch.OutOfMemoryError) -> Budgets:
         """The budgets without a tier that is out of memory. Raises the error if they do not hold the rows."""
-        fewer = replace(budgets, **{tier: 0})
+        fewer = replace(budgets, device=0) if tier == "device" else replace(budgets, host=0)
         try:
             plan = plan_tiers(slots, self.layout, fewer)
         except ValueError:
