@@ -121,6 +121,8 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         self.drop = loader.drop = self._end.enter_context(drop)
         if self._checkpoint is not None and (file := Path(self._checkpoint, STATE_FILE)).exists():
             drop.load_state_dict(torch.load(file))
+            if not float(state.epoch).is_integer():  # the Trainer iterates over this epoch again
+                drop.loader.resume(drop.loader.epochs - 1, drop.loader.batches.seen)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **at: Any) -> None:
         """Set the epoch of the order, which the Trainer does not where it skips batches."""

@@ -229,6 +229,21 @@ def test_a_resumed_training_equals_the_uninterrupted_one(
     assert [record.scores for record in learn_drop.drop.history] == [record.scores for record in wanted]
 
 
+@pytest.mark.parametrize("steps", [4, 8])
+def test_a_training_resumed_within_an_epoch_sees_the_views_of_the_uninterrupted_one(
+    transformers: Any, steps: int, tmp_path: Path
+) -> None:
+    def run(**options: Any) -> Any:
+        learn_drop = callback(policy=Fixed({0: 1}), cache=CacheConfig(codec="fp32", mirror=True))
+        return trainer(transformers, tmp_path, learn_drop, num_train_epochs=4, **options)
+
+    first = run(save_strategy="steps", save_steps=steps, save_total_limit=9)
+    first.train()
+    second = run()
+    second.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+    assert second.losses == first.losses[steps:]
+
+
 def test_a_training_that_fails_goes_on_from_its_rows(transformers: Any, whole: Any, tmp_path: Path) -> None:
     cache = CacheConfig(codec="fp32", store=tmp_path, key=str)
 
