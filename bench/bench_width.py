@@ -118,6 +118,8 @@ def train(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train one network; return it and what was measured."""
     epochs = max(1, round(args.epochs * method.share))
+    # After as many epochs as a linear schedule has steps, what is left trains on; the others end by themselves, or slowly.
+    steps = max(1, round(0.75 * epochs)) if isinstance((method.narrow or {}).get("schedule"), Linear) else epochs
     width = max(1, round(args.width * keep)) if method.narrow_from_start else args.width
     # Contiguous: see `learndrop_ext.app.widths`.
     model = network(model_name, split, width=width, seed=seed)
@@ -130,11 +132,11 @@ def train(
     drop = DropScheduler(model, optimizer, loader, policy=StoppedLearning(), epochs=epochs) if method.drops else None
     narrow = None
     if method.narrow is not None:
-        controls = {} if "controller" in method.narrow else {"epochs": epochs}
+        controls = {} if "controller" in method.narrow else {"epochs": steps}
         least = 0.1 if method.free else keep
         narrow = WidthScheduler(model, optimizer, example, keep=least, seed=seed, **controls, **method.narrow)
     seconds, curve = time.perf_counter() - begin, []
-    for _ in range(epochs):
+    for epoch in range(epochs):
         begin = time.perf_counter()
         model.train()
         for x, y in loader if drop is None else drop.loader:
@@ -151,7 +153,7 @@ def train(
         # The controller's accuracy is of 1,000 training images: not of those that are reported.
         chosen = runs.evaluate(model, split.train.subset(range(min(1000, len(split.train)))), batch_size=512, amp=None)
         begin = time.perf_counter()
-        if narrow is not None and narrow.step(chosen).removed and drop is not None:
+        if narrow is not None and epoch < steps and narrow.step(chosen).removed and drop is not None:
             drop.follow_widths()
         seconds += time.perf_counter() - begin
         curve.append((seconds, runs.evaluate(model, split.test, batch_size=512, amp=None)))

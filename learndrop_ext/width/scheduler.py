@@ -93,25 +93,15 @@ class WidthScheduler(contextlib.AbstractContextManager["WidthScheduler"]):
         self._schedule = OneCycle() if schedule is None else schedule
         self._held: State | None = None  # of the model that was within the tolerance
         self._generator = torch.Generator().manual_seed(seed)
-        self._history: tuple[WidthRecord, ...] = ()
-        groups, self._refused = self._groups()
+        self.history: tuple[WidthRecord, ...] = ()
+        groups, self.refused = self._groups()
         if not groups:
-            raise ValueError(f"WidthScheduler: model must have layers that can be narrowed, got none: {self._refused}")
+            raise ValueError(f"WidthScheduler: model must have layers that can be narrowed, got none: {self.refused}")
         self._widths = {group.name: group.size for group in groups}  # before the first cut
         self._sums: dict[str, tuple[Tensor, int]] = {}  # {layer: sum of each input [n] float64, number of values in it}
         wanted = getattr(self._criterion, "uses_activations", False)
         readers = [(name, m) for name, m in model.named_modules() if wanted and "in" in sides(m)]
         self._hooks = [m.register_forward_pre_hook(Hook(functools.partial(self._add, name))) for name, m in readers]
-
-    @property
-    def history(self) -> tuple[WidthRecord, ...]:
-        """One record per step."""
-        return self._history
-
-    @property
-    def refused(self) -> dict[str, str]:
-        """What cannot be narrowed, and why."""
-        return self._refused
 
     @property
     def widths(self) -> dict[str, int]:
@@ -127,7 +117,7 @@ class WidthScheduler(contextlib.AbstractContextManager["WidthScheduler"]):
             RuntimeError: the run is over, no batch was trained for a criterion that uses activations, or the cut model would
                 compute something else.
         """
-        step, held, within = len(self._history) + 1, self._held, True
+        step, held, within = len(self.history) + 1, self._held, True
         if self._epochs is not None and step > self._epochs:
             raise RuntimeError(f"width.step: the run must have steps left, got step {step} of {self._epochs}")
         if self._controller is None:
@@ -135,7 +125,7 @@ class WidthScheduler(contextlib.AbstractContextManager["WidthScheduler"]):
         elif accuracy is None or not math.isfinite(accuracy):
             raise ValueError(f"width.step: accuracy must be a finite number for a controller, got {accuracy!r}")
         else:
-            known = [record.accuracy for record in self._history if record.accuracy is not None]
+            known = [record.accuracy for record in self.history if record.accuracy is not None]
             left, best, within = self._controller([*known, accuracy], self._keep)
         groups, refused = self._groups()
         random, before = self._generator.clone_state(), sum(self.widths.values())
@@ -150,7 +140,7 @@ class WidthScheduler(contextlib.AbstractContextManager["WidthScheduler"]):
             removed, reason = self._narrow(groups, left, random) if groups else none
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
         record = WidthRecord(step, reason, left, removed, self.widths, parameters, accuracy)
-        self._history, self._refused = (*self._history, record), refused
+        self.history, self.refused = (*self.history, record), refused
         self._held, self._generator, self._sums = held, random, {}
         if step == self._epochs:
             self.close()
@@ -168,7 +158,7 @@ class WidthScheduler(contextlib.AbstractContextManager["WidthScheduler"]):
         """Return the state as plain values and tensors, for `torch.save`. Model and optimizer are not in it."""
         state = state_of(self._model, self._optimizer)
         return {
-            "history": [dataclasses.asdict(record) for record in self._history],
+            "history": [dataclasses.asdict(record) for record in self.history],
             "sizes": state["sizes"],
             "memory": {name: (tuple(tensor.shape), tensor.stride()) for name, tensor in state["tensors"].items()},
             "widths": dict(self._widths),
@@ -207,7 +197,7 @@ class WidthScheduler(contextlib.AbstractContextManager["WidthScheduler"]):
                 now["optimizer"].pop(name, None)
         put(now | {"sizes": state["sizes"]}, self._model, self._optimizer)
         self._generator.set_state(state["generator"])
-        self._widths, self._history, self._held, self._sums = dict(state["widths"]), history, held, sums
+        self._widths, self.history, self._held, self._sums = dict(state["widths"]), history, held, sums
 
     def _narrow(self, groups: tuple[Group, ...], left: float, random: torch.Generator) -> tuple[int, str]:
         """Cut what the scope does not keep. Return the number of channels removed, and a reason."""
