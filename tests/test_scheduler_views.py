@@ -56,7 +56,7 @@ def test_views_are_chosen_by_what_the_budgets_hold() -> None:
     model, optimizer, loader = parts(Jittered())
     many = CacheConfig("fp32", views=1000)
     with DropScheduler(model, optimizer, loader, policy=Fixed({0: 3}), cache=many) as drop:
-        row = drop.history[0].row_bytes
+        row = drop.history[0].row_bytes + 8  # and a label beside each
     for budget, views in ((24 * 5 * row, 5), (24 * 5 * row - 1, 4), (0, 2)):
         config = CacheConfig(codec="fp32", budget_bytes=budget)
         drop = DropScheduler(model, optimizer, loader, policy=Fixed({}), epochs=40, cache=config)
