@@ -60,9 +60,9 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
         drop._guards.loop.resume(state["loop"])
         if state["cuts"]:
             order, extras = state.get("rest") or (None, None)
-            rows.resume(state["stored"], state["cuts"], drop._ledger.row_shape(state["cuts"][-1]), order=order)
-            drop._ledger.read_budgets()
+            drop._ledger.read_budgets()  # before the rows take their memory
             drop._extras.move(drop._ledger.extras_device)
+            rows.resume(state["stored"], state["cuts"], drop._ledger.row_shape(state["cuts"][-1]), order=order)
             if extras is not None:
                 drop._extras.load(extras)
         drop._freeze(state["prefix"], body)

@@ -48,7 +48,6 @@ class Ledger:
         wraps: bool,
     ) -> None:
         self._chain, self._rows, self._loader, self._source, self._extras = chain, rows, loader, source, extras
-        self.extras_device = rows.device  # where the next drop keeps what is beside the rows
         self._setup_seconds = 0.0  # time spent constructing the scheduler
         self._prefix_before = 0  # layers that were dropped before the last drop
         self._wraps = self._just_wrapped = wraps
@@ -92,9 +91,13 @@ class Ledger:
             return
         mine = budgets_of(self._config, self._rows.device, beside=self.extras_bytes, there=self._extras.nbytes)
         assert mine.device is not None
-        self.extras_device = torch.device("cpu") if mine.beside_on_host else self._rows.device
         device, host, disk = smallest_of_ranks((mine.device, mine.host, mine.disk))
         self._costs.budgets = dataclasses.replace(mine, device=device, host=host, disk=disk)
+
+    @property
+    def extras_device(self) -> torch.device:
+        """Where the next drop keeps what is beside the rows."""
+        return torch.device("cpu") if self._costs.budgets.beside_on_host else self._rows.device
 
     @property
     def extras_bytes(self) -> int:

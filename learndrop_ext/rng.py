@@ -13,15 +13,13 @@ import torch
 @contextlib.contextmanager
 def fork_rng(seed: int) -> Iterator[None]:
     """Seed torch, numpy and random inside; restore their states on leaving."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    states = (
-        [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
-    )
     try:
-        with torch.random.fork_rng(devices=()):
+        with torch.random.fork_rng(devices=devices):
             # Not torch.manual_seed: for each kind of device that is not in use it formats a stack, for milliseconds.
             torch.default_generator.manual_seed(seed)
-            if states:
+            if devices:
                 torch.cuda.manual_seed_all(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
@@ -29,5 +27,3 @@ def fork_rng(seed: int) -> Iterator[None]:
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        for i, state in enumerate(states):
-            torch.cuda.set_rng_state(state, i)

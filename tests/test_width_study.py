@@ -47,6 +47,7 @@ def test_a_toy_study_runs_each_method_once_and_goes_on(
     assert found["tolerance"]["parameters"] < full["parameters"] == found["sparse-flat"]["parameters"]
     assert all(share == pytest.approx(0.5, abs=0.05) for share in found["sparse-flat"]["zeros"].values())
     assert len(full["curve"]) == 2
+    assert found["sparse-flat"]["seconds"] == full["seconds"]  # of the network that `full` has trained
 
     more = run("--models", "mlp", "resnet18", "--methods", "full", "coreset")
     assert more["records"][: len(methods)] == once["records"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import pytest
@@ -118,6 +119,16 @@ def test_the_operation_that_is_refused_is_named() -> None:
         RuntimeError, match=r"flip would have to see 64 values of each sample; move it into the dataset"
     ):
         x.flip(-1)
+
+
+def test_images_without_values_are_no_array_and_cannot_be_saved() -> None:
+    run = Run(drops={0: 1})
+    x, _ = next(iter(run.drop.loader))
+    for act, reason in ((lambda: x.numpy(), "be a numpy array"), (lambda: pickle.dumps(x), "be saved or sent")):
+        with pytest.raises(
+            TypeError, match=rf"Images\(.*\) cannot {reason}: it has no values; images.read\(\) gives them"
+        ):
+            act()
 
 
 def test_before_a_drop_the_loop_may_do_what_it_likes() -> None:

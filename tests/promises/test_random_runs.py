@@ -7,7 +7,6 @@ import contextlib
 import copy
 import random
 from collections import UserDict
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ class Samples(Dataset[Any]):
 
     def __init__(self, count: int, images: int, *, named: bool) -> None:
         generator = torch.Generator().manual_seed(3)
-        self._x = torch.randn(80, images, 3, 8, 8, generator=generator)
+        self.x = torch.randn(80, images, 3, 8, 8, generator=generator)
         self.given = torch.randint(0, 4, (80,), generator=generator)
         self.count, self._named = count, named
 
@@ -53,7 +52,7 @@ class Samples(Dataset[Any]):
         return self.count
 
     def __getitem__(self, index: int) -> Any:
-        images, label, number = [*self._x[index]], self.given[index], str(index)
+        images, label, number = [*self.x[index]], self.given[index], str(index)
         if self._named:
             return {**dict(zip("ab", images, strict=False)), "label": label, "number": number}
         return (*images, label, number)
@@ -74,15 +73,11 @@ def processed(samples: list[Any]) -> UserDict[str, Any]:
     return UserDict(default_collate(samples))
 
 
-@dataclass
 class Drawn:
     """What one run is like."""
 
-    seed: int
-    kind: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        draw = random.Random(self.seed)
+    def __init__(self, seed: int) -> None:
+        draw = random.Random(seed)
         self.kind = draw.choice(["tuple", "dict", "UserDict", "labels"])
         self.images = draw.choice([1, 1, 2])
         self.count = draw.choice([24, 29, 40])
@@ -187,7 +182,7 @@ class Training:
         elif event == "evaluate":
             self.model.eval()
             with torch.no_grad():
-                self.losses.append(float(self.model(self.samples._x[:4, 0]).sum()))
+                self.losses.append(float(self.model(self.samples.x[:4, 0]).sum()))
 
     def loss(self, batch: Any, *, joined: bool) -> torch.Tensor:
         images = [batch[key] for key in (self.drawn.input if self.drawn.images == 2 else [self.drawn.input])]
@@ -235,4 +230,4 @@ def test_losses_are_those_behind_layers_that_run(seed: int, tmp_path: Path) -> N
         torch.manual_seed(seed)
         found.append(Training(Drawn(seed), folder).train())
     assert len(found[0]) == len(found[1])
-    assert found[1] == pytest.approx(found[0], abs=1e-4), Drawn(seed).__dict__
+    assert found[1] == pytest.approx(found[0], abs=1e-4), vars(Drawn(seed))
