@@ -18,6 +18,7 @@ from learndrop_ext.decide.policy import Decision
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.guards import held_by
+from learndrop_ext.kernels.chunks import DTYPE_CODES
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.warn import warn
@@ -65,8 +66,8 @@ def make_folder(config: CacheConfig) -> None:
 
 
 def check_settings(model: nn.Module, policy: Any, epochs: Any, call: Any) -> None:
-    """Raise TypeError or ValueError for a policy or a call that is not callable, a bad number of epochs, or a model that
-    takes more than images where no call is given."""
+    """Raise TypeError or ValueError for a policy or a call that is not callable, a bad number of epochs, a model that takes
+    more than images where no call is given, or parameters that train and whose changes cannot be measured."""
     if isinstance(policy, type) or (policy is not None and not callable(policy)):
         raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
@@ -75,6 +76,12 @@ def check_settings(model: nn.Module, policy: Any, epochs: Any, call: Any) -> Non
         raise TypeError(f"DropScheduler: call must be a function of the model and a batch, got {call!r}")
     if call is None:
         _check_takes_images(model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in DTYPE_CODES:
+            raise TypeError(
+                "DropScheduler: model must have parameters of fp32, bf16, fp16 or fp64 where they train, got "
+                f"{parameter.dtype} in {name}; keep complex ones as real ones, and torch.view_as_complex in forward"
+            )
 
 
 def _check_takes_images(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, one_key, some_of, to_device
@@ -235,10 +236,9 @@ class LoopGuard:
                 "cut; call drop.undrop() before adversarial training"
             )
         if self.operations is None:
-            for operation in images.operations:
-                for operand in operation:
-                    if isinstance(operand, Constant):
-                        operand.keep()
+            for operand in pytree.tree_leaves(images.operations):
+                if isinstance(operand, Constant):
+                    operand.keep()
             self.operations, self.autocast = images.operations, _autocast(images)
             said, self.said = self.said, None
             if said and said != self.describe():
@@ -275,6 +275,8 @@ def describe_operations(operations: Sequence[Operation]) -> str:
     """Return the loop's operations in words, the same in every run."""
 
     def word(value: Any) -> str:
+        if isinstance(value, tuple):
+            return f"({', '.join(map(word, value))})"
         if isinstance(value, Constant):
             some = value.values.flatten()[:8].tolist()
             return f"{some}" if value.values.numel() <= 8 else f"{some} of {list(value.values.shape)}"

@@ -55,6 +55,7 @@ from learndrop_ext.forward.proof import check_cut
 from learndrop_ext.forward.wrapped import Wrap, WrappedModel
 from learndrop_ext.guards import Guards
 from learndrop_ext.history import Record
+from learndrop_ext.kernels.chunks import DTYPE_CODES
 from learndrop_ext.ledger import Ledger
 from learndrop_ext.rows.config import CacheConfig, cache_config
 from learndrop_ext.rows.rowset import RowSet
@@ -537,7 +538,11 @@ class DropScheduler:
         )
 
     def _deltas_from(self, first: int) -> Deltas:
-        layers = [list(self._chain.parameters(i, i + 1)) for i in range(first, len(self._chain))]
+        # Others, such as quantized ones, do not train.
+        layers = [
+            [p for p in self._chain.parameters(i, i + 1) if p.dtype in DTYPE_CODES]
+            for i in range(first, len(self._chain))
+        ]
         return Deltas(layers, model=self._base)
 
     def _check_open(self, name: str) -> None:

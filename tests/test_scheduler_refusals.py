@@ -406,6 +406,45 @@ def test_a_model_in_float64_keeps_no_rows_and_is_told_so_at_once() -> None:
     assert not torch.equal(weights[0], weights[1])
 
 
+class Quantized(nn.Module):
+    """A linear layer with weights that do not train, in `dtype`, and a small update that does."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter((40 * torch.randn(4, 4)).to(dtype), requires_grad=False)
+        self.update = nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.real if self.weight.is_complex() else self.weight
+        return nn.functional.linear(x, weight.to(x.dtype) / 40 + self.update)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+@pytest.mark.parametrize("k", [1, 2])
+def test_weights_in_other_types_are_left_out_of_the_measurement_and_refused_if_they_train(
+    dtype: torch.dtype, k: int
+) -> None:
+    torch.manual_seed(0)
+    inner, head = Quantized(dtype), nn.Linear(4, 5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), inner, head)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loader = DataLoader(data(), 8)
+    with DropScheduler(model, optimizer, loader, policy=Fixed({1: k}), cache="fp32") as drop:
+        for _ in range(4):
+            for x, y in drop.loader:
+                loss = nn.functional.cross_entropy(model(x), y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            record = drop.step()
+        assert record.changes[-1].l2 > 0
+        assert record.tier == "device"
+    if dtype != torch.int8:
+        inner.weight.requires_grad_(True)
+        with pytest.raises(TypeError, match=rf"fp32, bf16, fp16 or fp64 where they train, got {dtype} in 3.weight"):
+            DropScheduler(model, optimizer, loader)
+
+
 def test_nothing_of_the_scheduler_is_set_from_outside_but_the_optimizer() -> None:
     drop = DropScheduler(*parts(), policy=Fixed({}))
     names = [name for name in vars(DropScheduler) if isinstance(vars(DropScheduler)[name], property)]

@@ -34,6 +34,13 @@ FORMS = frozenset(
 )
 #: Of these, those of whose arguments some may say the number of samples.
 SIZES = frozenset({ATEN.view, ATEN._unsafe_view, ATEN.squeeze, ATEN.expand})
+#: What makes something else of each sample, and must leave the batch dimension alone; see `_keeps_batch`.
+WITHIN = frozenset(
+    {
+        *(ATEN.slice, ATEN.select, ATEN.index_select, ATEN.index, ATEN.repeat, ATEN.constant_pad_nd),
+        *(ATEN.reflection_pad2d, ATEN.replication_pad2d, ATEN.avg_pool2d, ATEN._adaptive_avg_pool2d),
+    }
+)
 #: Consecutive samples of a batch, for micro-batches.
 SLICES = frozenset({ATEN.slice, ATEN.split, ATEN.split_with_sizes})
 
@@ -298,11 +305,12 @@ class Images(Unread):
         is_second = packet in (ATEN.mul, ATEN.add) and len(args) > 1 and args[1] is x
         if len(images) > 1 or not (is_first or is_second):
             raise _refused(func, x)
-        if packet in SLICES:
+        within = packet in WITHIN and _keeps_batch(packet, x, args)
+        if packet in SLICES and not within:
             return _sliced(func, x, args[1:], kwargs)
         others = [a for a in operands if isinstance(a, torch.Tensor) and a is not x]
         mixes = packet in ARITHMETIC and any(a.dim() >= x.dim() and len(a) > 1 for a in others)
-        known = packet in ARITHMETIC or packet in FORMS
+        known = packet in ARITHMETIC or packet in FORMS or within
         if mixes or not known or (packet is ATEN.permute and args[1][0] % x.dim()):
             raise _refused(func, x)
         (form,), _ = _forms(func, args, kwargs)
@@ -313,7 +321,7 @@ class Images(Unread):
         elif packet is ATEN.detach or packet is ATEN.alias:
             note = x.operations
         else:
-            values = tuple(Constant(a) if isinstance(a, torch.Tensor) else a for a in args if a is not x)
+            values = tuple(_noted(a) for a in args if a is not x)
             named = tuple((k, v) for k, v in kwargs.items() if k not in ("device", "non_blocking"))
             note = (*x.operations, (packet.__name__.rstrip("_"), *values, *named))
         pixels = x.pixels
@@ -428,6 +436,26 @@ def _forms(func: Any, args: Any, kwargs: Any) -> Results:
     return found
 
 
+def _noted(operand: Any) -> Any:
+    """An operand beside the images, as `Images.operations` has it."""
+    if isinstance(operand, list | tuple):
+        return tuple(map(_noted, operand))
+    return Constant(operand) if isinstance(operand, torch.Tensor) else operand
+
+
+def _keeps_batch(packet: Any, x: torch.Tensor, args: Any) -> bool:
+    """Whether an operation of WITHIN leaves each sample of x [B, ...] in its place."""
+    given: Any = args[1] if len(args) > 1 else 0
+    dims = x.dim()
+    if packet is ATEN.index:  # what several indices choose may come before the batch dimension
+        return given[0] is None and sum(index is not None for index in given) == 1
+    if packet is ATEN.repeat:
+        return len(given) == dims and given[0] == 1
+    if packet is ATEN.constant_pad_nd:
+        return len(given) < 2 * dims
+    return bool(given % dims) if isinstance(given, int) else dims == 4
+
+
 def _sliced(func: Any, x: Images, rest: Any, kwargs: Any) -> Any:
     """Consecutive samples of a batch: one slice, or a list of them."""
 
@@ -528,7 +556,7 @@ def _absent(packet: Any, of: str) -> RuntimeError:
 def _refused(func: Any, x: torch.Tensor) -> RuntimeError:
     return RuntimeError(
         "drop.loader: the loop may only do to images what keeps each sample by itself and in its place (casts, .to, "
-        "arithmetic with constants that have no batch dimension, slices of the batch), because cached rows stand for them, "
-        f"and {func.overloadpacket.__name__} would have to see {math.prod(x.shape[1:])} values of each sample; move it into "
-        "the dataset or into the model, or give it images.read() (another network's input)"
+        "arithmetic with constants that have no batch dimension, crops, pads, slices of the batch), because cached rows "
+        f"stand for them, and {func.overloadpacket.__name__} would have to see {math.prod(x.shape[1:])} values of each "
+        "sample; move it into the dataset or into the model, or give it images.read() (another network's input)"
     )

@@ -201,6 +201,12 @@ class RowSet:
         cache = self.cache if is_last else self.older
         if cache is None:
             return row
+        if row.shape[1:] != cache.shape:
+            raise RuntimeError(
+                f"drop.loader: the loop must call the model as call= does (default: model(images)), and rows behind {cut} "
+                f"layers are {list(row.shape[1:])} in the loop, and {list(cache.shape)} so; give DropScheduler "
+                "call=lambda model, batch: model(...) with what the loop does to images before"
+            )
         path = self._path if is_last else self._path[:-1]
         self._outliving.open(cache, path, row, ids if is_last and self._looks else None, self.epoch)
         if is_last and self._looks:

@@ -41,6 +41,13 @@ ALLOWED: dict[str, Change] = {
     "cast": lambda x: x.double().mul(0.5).float(),
     "channels last": lambda x: x.to("cpu", memory_format=torch.channels_last, non_blocking=True),
     "flattened and back": lambda x: x.flatten(1).view(len(x), 1, 8, 8),
+    "a crop": lambda x: nn.functional.pad(x[..., 1:-1, 1:-1], [1, 1, 1, 1]),
+    "a crop by an index": lambda x: nn.functional.pad(x.narrow(2, 0, 7)[:, :, :, :7], [0, 1, 0, 1], mode="replicate"),
+    "coarser": lambda x: nn.functional.avg_pool2d(x, 2).repeat(1, 1, 2, 2),
+    "adaptive": lambda x: nn.functional.interpolate(x, (8, 4), mode="area").repeat(1, 1, 1, 2),
+    "reflected": lambda x: nn.functional.pad(x, [1, 1, 1, 1], mode="reflect")[..., :-2, 2:],
+    "a choice of columns": lambda x: x[..., [7, 6, 5, 4, 3, 2, 1, 0]].index_select(1, torch.tensor([0])),
+    "one channel": lambda x: x[:, 0].unsqueeze(1),
     "all of it in slices": lambda x: torch.cat([x[:5], x[5:]]),
 }
 
@@ -90,7 +97,10 @@ REFUSED: dict[str, Change] = {
     "mixup": lambda x: 0.7 * x + 0.3 * x[torch.randperm(len(x))],
     "roll": lambda x: x.roll(1, 0),
     "a shuffled batch": lambda x: x[torch.randperm(len(x))],
-    "a crop": lambda x: nn.functional.pad(x[..., 1:-1, 1:-1], [1, 1, 1, 1]),
+    "another channel for each sample": lambda x: x[torch.arange(len(x)), :1],
+    "samples shifted by a pad": lambda x: nn.functional.pad(x, [0, 0, 0, 0, 0, 0, 1, -1]),
+    "repeated along a new dimension": lambda x: x.repeat(len(x), 1, 1, 1, 1)[:, 0],
+    "two indices at once": lambda x: x[:, torch.zeros(len(x), dtype=torch.long), :, torch.zeros(len(x)).long()],
     "a mask": lambda x: torch.where(torch.rand(8, 8) < 0.5, x, torch.zeros(())),
     "the batch's mean": lambda x: x - x.mean(),
     "a choice by value": lambda x: x if x.max() > 1 else 2 * x,
@@ -131,6 +141,14 @@ def test_images_without_values_are_no_array_and_cannot_be_saved() -> None:
             act()
 
 
+def test_images_of_another_size_than_call_says_are_told_of() -> None:
+    run = Run(drops={0: 1})
+    with pytest.raises(
+        RuntimeError, match=r"call= does .* rows behind 1 layers are \[\d+, 10, 10\] in the loop, and \["
+    ):
+        run.epochs(1, lambda x: nn.functional.pad(x, [1, 1, 1, 1]))
+
+
 def test_before_a_drop_the_loop_may_do_what_it_likes() -> None:
     generator = torch.Generator().manual_seed(0)
     run = Run().epochs(2, lambda x: (x + 0.1 * torch.randn(x.shape, generator=generator))[torch.arange(16)])
@@ -161,6 +179,16 @@ def test_a_normalisation_that_begins_when_rows_are_there_is_refused() -> None:
     run = Run().epochs(4)
     with pytest.raises(RuntimeError, match=NOT_THE_SAME + r".* wanted nothing, got sub\(0.5\)"):
         run.epochs(1, in_place)
+
+
+def test_a_choice_that_is_another_one_is_refused_by_its_values() -> None:
+    columns = torch.arange(8)
+    run = Run().epochs(4, lambda x: x[..., columns])
+    columns.copy_(columns.flip(0))
+    with pytest.raises(
+        RuntimeError, match=NOT_THE_SAME + r".* \[0, 1, 2, 3, 4, 5, 6, 7\].* \[7, 6, 5, 4, 3, 2, 1, 0\]"
+    ):
+        run.epochs(1, lambda x: x[..., columns])
 
 
 def test_a_constant_that_is_written_to_is_another_one() -> None:
