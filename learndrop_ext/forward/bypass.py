@@ -236,6 +236,8 @@ class Bypass:
         if self._traced is not None:
             return self._traced if is_last else x
         if not isinstance(x, torch.Tensor):
+            if self.inside is None:  # torch.fx looks at the model
+                return x
             raise RuntimeError(
                 f"drop.loader: the output of {self.recorded.layers[k - 1].name} must stay a tensor while layers are "
                 f"dropped, got a {type(x).__name__}"

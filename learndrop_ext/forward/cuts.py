@@ -34,6 +34,11 @@ class Hook:
     def __call__(self, *args: Any) -> Any:
         return self.function(*args)
 
+    @property
+    def __name__(self) -> str:
+        """Asked for by torch.jit.script, which would compile the hook: AttributeError."""
+        raise AttributeError("torch.jit.script must get a model without dropped layers: call drop.close() first")
+
     def __deepcopy__(self, memo: Any) -> Any:
         return _nothing
 

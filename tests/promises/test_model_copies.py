@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,31 @@ def test_a_copy_made_in_mid_run_is_an_ordinary_model(
     assert accuracy(run.epochs(4).model) > 0.95
     run.drop.close()
     assert trained_by_hand(how(run.model, tmp_path)) == trained_by_hand(run.model)
+
+
+LOOKS: dict[str, Callable[[nn.Module, torch.Tensor], Callable[[torch.Tensor], Any]]] = {
+    "jit.trace": lambda model, x: torch.jit.trace(model, x),
+    "fx": lambda model, x: torch.fx.symbolic_trace(model),
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_model_with_dropped_layers_is_taken_whole_by_what_looks_into_it(
+    look: Callable[[nn.Module, torch.Tensor], Callable[[torch.Tensor], Any]],
+) -> None:
+    run = Run().epochs(3)
+    assert run.drop.prefix
+    images = quarters().tensors[0]
+    with torch.no_grad():
+        wanted = run.model.eval()(images)
+        assert torch.equal(look(run.model, images)(images), wanted)
+    with pytest.raises(AttributeError, match=r"must get a model without dropped layers"):
+        torch.jit.script(run.model)
+    assert accuracy(run.epochs(4).model) > 0.95
+    run.drop.close()
+    assert torch.equal(torch.jit.script(run.model.eval())(images), run.model(images))
 
 
 def test_a_copy_on_the_loaders_batches_is_refused_and_a_scheduler_of_its_own_works() -> None:
