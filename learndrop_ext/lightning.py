@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from learndrop_ext.data.extras import one_key
+from learndrop_ext.data.extras import input_keys, input_of, one_key
 from learndrop_ext.data.loader import FORWARDED
+from learndrop_ext.rows.config import cache_config
 from learndrop_ext.scheduler import DropScheduler
 
 __all__ = ["LearnDropCallback"]
@@ -109,11 +110,12 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         options = dict(self.options)
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.max_steps < 0:
             options.setdefault("epochs", trainer.max_epochs)
-        precision, key = trainer.precision_plugin, one_key(options.get("input", 0))
+        precision = trainer.precision_plugin
+        key = one_key(input_keys(options.get("input", 0), cache_config(options.get("cache", "fp16"))))
 
         def call(model: Any, batch: Any) -> Any:
             with precision.forward_context():
-                return model(precision.convert_input(batch if hasattr(batch, "dtype") else batch[key]))
+                return model(precision.convert_input(input_of(batch, key)))
 
         options.setdefault("call", call)
         net = pl_module.get_submodule(self.attribute)

@@ -32,6 +32,7 @@ from learndrop_ext.checks import (
 )
 from learndrop_ext.data.extras import (
     BatchExtras,
+    GivenKey,
     InputKey,
     input_keys,
     input_of,
@@ -85,7 +86,8 @@ class DropScheduler:
         wrap (Callable, optional): applied to the live part of the model now and after every drop, such as `torch.compile`;
             the loop then calls `drop.model`. Default: None
         input (int or str, optional): key of the images in a batch that is not a tensor. Of several images of each sample
-            (two views, a pair), a tuple or list of their keys; each goes through the model by itself or joined with others
+            (two views, a pair), a list of their keys, `[0, 1]`, or of paths of keys, `[(0, 0), (0, 1)]`, where they lie in
+            a list within the batch; each goes through the model by itself or joined with others
             by `torch.cat` along the batch. Default: 0
         call (Callable, optional): (model, batch) -> what the model returns, if the loop calls the model otherwise than on
             the images alone: `call=lambda model, batch: model(pixel_values=batch["image"], scale=batch["scale"])`. It is
@@ -109,15 +111,15 @@ class DropScheduler:
         epochs: int | None = None,
         cache: CacheConfig | str | None = "fp16",
         wrap: Wrap | None = None,
-        input: InputKey | list[int | str] = 0,
+        input: GivenKey = 0,
         call: Callable[[nn.Module, Any], Any] | None = None,
         ids: IdKey | None = None,
     ) -> None:
         begin = time.perf_counter()
         config = cache_config(cache)
-        input = input_keys(input, config)
-        one, per_sample = one_key(input), len(input) if isinstance(input, tuple) else 1
-        source = source_of(loader, ids, key=input, seed=config.seed, config=config)
+        keys = input_keys(input, config)
+        one, per_sample = one_key(keys), len(keys) if isinstance(keys, tuple) else 1
+        source = source_of(loader, ids, key=keys, seed=config.seed, config=config)
         device = device_of(model)
         check_optimizer(optimizer, model)
         check_free(model)
@@ -125,8 +127,8 @@ class DropScheduler:
         make_folder(config)
         _, first = source.first()
         first = to_device(first, device)
-        images = input_of(first, input)
-        extras, beside = BatchExtras(key=input, device=device, like=first), 0
+        images = input_of(first, keys)
+        extras, beside = BatchExtras(key=keys, device=device, like=first), 0
         if cache is not None:
             extras.check(first)
             beside = extras.row_bytes
@@ -161,15 +163,15 @@ class DropScheduler:
             config=config,
             device=device,
             made_of=lambda path, row: _made_of(
-                chain, rows.config, guards, path, row if rows.images == 1 else f"{row} of {input}"
+                chain, rows.config, guards, path, row if rows.images == 1 else f"{row} of {keys}"
             ),
             sample_keys=source.keys,
         )
         self._bypass = bypass = Bypass(
             chain.recorded, keep=rows.keep, watch=lambda images, trains: guards.check_step(images, trains)
         )
-        self._guards = guards = Guards(chain, source, rows, extras, key=input, like=first, run=run_on, bypass=bypass)
-        self._loader = DropLoader(source, rows, extras, key=input, like=first, bypass=bypass, guards=guards)
+        self._guards = guards = Guards(chain, source, rows, extras, key=keys, like=first, run=run_on, bypass=bypass)
+        self._loader = DropLoader(source, rows, extras, key=keys, like=first, bypass=bypass, guards=guards)
         self._forgotten = weakref.finalize(self._loader, bypass.release)  # once nobody can train on rows any more
         self._forgotten.atexit = False
         self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)

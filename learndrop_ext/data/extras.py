@@ -21,8 +21,22 @@ from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.plan import room_for
 from learndrop_ext.rows.slots import filled_at
 
+
+@dataclass(frozen=True)
+class Within:
+    """The key of images that lie within an entry of a batch: the keys from the batch on."""
+
+    path: tuple[int | str, ...]
+
+    def __repr__(self) -> str:
+        return repr(self.path)
+
+
 #: Of the images in a batch; several, where each sample has several images.
-InputKey = int | str | tuple[int | str, ...]
+Key = int | str | Within
+InputKey = Key | tuple[Key, ...]
+#: As the user gives it.
+GivenKey = int | str | Sequence[int | str | tuple[int | str, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,26 +65,27 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), batch)
 
 
-def one_key(key: InputKey | list[int | str]) -> int | str:
+def one_key(key: InputKey) -> Key:
     """Return the key of the images, of several images of each sample that of the first."""
-    return key[0] if isinstance(key, list | tuple) else key
+    return key[0] if isinstance(key, tuple) else key
 
 
-def input_keys(key: InputKey | list[int | str], config: CacheConfig) -> InputKey:
+def input_keys(key: GivenKey, config: CacheConfig) -> InputKey:
     """Return the key of the images of each sample, or a tuple if there are several.
 
     Raises:
         ValueError: keys are not two or more different ones, or samples have several images and no names for a store.
     """
     if not isinstance(key, list | tuple):
-        return key
-    if len(key) < 2 or len(set(key)) < len(key) or not all(isinstance(one, int | str) for one in key):
+        return key  # type: ignore[return-value]
+    plain = (one for entry in key for one in (entry if isinstance(entry, tuple) and entry else (entry,)))
+    if not all(isinstance(one, int | str) for one in plain) or len(set(key)) < max(2, len(key)):
         raise ValueError(f"DropScheduler: input must be a key, or two or more different ones, got {key!r}")
     if config.store is not None and config.key is None:
         raise ValueError(
             f"CacheConfig: key must name the samples in a store where they have several images, input={key!r}, got None"
         )
-    return tuple(key)
+    return tuple(Within(one) if isinstance(one, tuple) else one for one in key)
 
 
 def input_of(batch: Any, key: InputKey) -> torch.Tensor:
@@ -86,8 +101,10 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
         return torch.stack(images, 1)
     if isinstance(batch, torch.Tensor):
         return batch
+    found = batch
     try:
-        found = batch[key]
+        for one in key.path if isinstance(key, Within) else (key,):
+            found = found[one]
     except (KeyError, IndexError, TypeError):
         has = (
             list(batch) if isinstance(batch, Mapping) else f"{len(batch)} entries" if hasattr(batch, "__len__") else ""
@@ -97,8 +114,10 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
             f"the batch is a {type(batch).__name__} with {has}"
         ) from None
     if not isinstance(found, torch.Tensor):
+        several = isinstance(found, list | tuple) and len(found) > 1 and isinstance(found[0], torch.Tensor)
+        hint = f"; for several images of each sample, give input=[({key!r}, 0), ({key!r}, 1), ...]" if several else ""
         raise ValueError(
-            f"DropScheduler: input must be the position of a tensor in a batch, got {key!r}, a {type(found).__name__}"
+            f"DropScheduler: input must be the position of a tensor in a batch, got {key!r}, a {type(found).__name__}{hint}"
         )
     return found
 
@@ -107,11 +126,17 @@ def with_input(batch: Any, key: InputKey, model_input: Any) -> Any:
     """Return the batch with something else in place of the model's input; of n keys, with images [B, n, ...]."""
     if isinstance(batch, torch.Tensor):
         return model_input
-    entries, spec = pytree.tree_flatten(batch, is_leaf=lambda value: value is not batch)
     keys, images = (key, each_image(model_input, len(key))) if isinstance(key, tuple) else ((key,), [model_input])
     for one, x in zip(keys, images, strict=True):
-        place: Any = list(batch).index(one) if isinstance(batch, Mapping) else one
-        entries[place] = x
+        batch = _with_entry(batch, one.path if isinstance(one, Within) else (one,), x)
+    return batch
+
+
+def _with_entry(batch: Any, path: Sequence[int | str], value: Any) -> Any:
+    """The batch with another value where a path of keys leads."""
+    entries, spec = pytree.tree_flatten(batch, is_leaf=lambda entry: entry is not batch)
+    place: Any = list(batch).index(path[0]) if isinstance(batch, Mapping) else path[0]
+    entries[place] = _with_entry(entries[place], path[1:], value) if path[1:] else value
     return pytree.tree_unflatten(entries, spec)
 
 
@@ -138,14 +163,15 @@ def is_ambiguous(batch: Any, key: InputKey) -> bool:
     """Return whether a batch of B samples holds a list of B tensors of B rows: one per sample, or each with a row per
     sample. A batch of another size tells."""
     count = len(input_of(batch, key))
+    marked = with_input(batch, key, _Input())
     found: list[Any] = []
 
     def is_leaf(value: Any) -> bool:
-        if value is not batch and _is_square(value, count):
+        if value is not marked and _is_square(value, count):
             found.append(value)
         return False
 
-    pytree.tree_flatten(batch, is_leaf=is_leaf)
+    pytree.tree_flatten(marked, is_leaf=is_leaf)
     return count > 1 and len(found) > 0
 
 
@@ -417,7 +443,7 @@ def _is_list_of_samples(value: Any, count: int) -> bool:
     """Whether a container holds one value per sample and is not part of the batch's structure."""
     if not isinstance(value, list | tuple) or hasattr(value, "_fields") or len(value) != count or count == 0:
         return False
-    return not _is_square(value, count)
+    return not _is_square(value, count) and not any(isinstance(one, _Input) for one in value)
 
 
 def _is_square(value: Any, count: int) -> bool:

@@ -71,7 +71,8 @@ def losses_of(
     model.to(memory_format=options.pop("memory_format", torch.contiguous_format))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     pairs = dataset()
-    loader = DataLoader(pairs, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1), **options)
+    settings = {"batch_size": 8, "shuffle": True, "generator": torch.Generator().manual_seed(1)} | options
+    loader = DataLoader(pairs, **settings)
     losses = []
     config = CacheConfig(codec="fp32")
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}), input=input, cache=config) if drops else None
@@ -111,6 +112,52 @@ def test_images_are_named_by_key_in_a_dict() -> None:
     rows, pairs = losses_of(by_name, dataset=Named, drops=True, input=["a", "b"])
     assert rows == live
     assert pairs.read <= 8
+
+
+class InAList(Pairs):
+    def __getitem__(self, index: int) -> Any:
+        one, number, other = super().__getitem__(index)
+        return [one, other], number
+
+
+class InADict(Pairs):
+    def __getitem__(self, index: int) -> Any:
+        one, number, other = super().__getitem__(index)
+        return {"views": {"a": one, "b": (other, number)}}
+
+
+def in_a_list(model: nn.Module, batch: Batch) -> torch.Tensor:
+    one, other = model(torch.cat(batch[0])).chunk(2)
+    return (one - other).square().sum() / 8
+
+
+def in_a_dict(model: nn.Module, batch: Batch) -> torch.Tensor:
+    views = batch["views"]
+    return (model(views["a"]) - model(views["b"][0])).square().sum() / 8
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("dataset", "loss", "input"),
+    [
+        (InAList, in_a_list, [(0, 0), (0, 1)]),
+        (InADict, in_a_dict, [("views", "a"), ("views", "b", 0)]),
+    ],
+)
+def test_images_are_named_by_paths_where_they_lie_within_an_entry(
+    dataset: type[Pairs], loss: Loss, input: Any, size: int
+) -> None:
+    live, _ = losses_of(loss, dataset=dataset, drops=False, batch_size=size)
+    rows, pairs = losses_of(loss, dataset=dataset, drops=True, input=input, batch_size=size)
+    assert rows == live
+    assert pairs.read <= 8
+
+
+def test_a_list_of_images_is_told_how_to_be_named() -> None:
+    model, optimizer, _ = pair_parts()
+    hint = r"got 0, a list; for several images of each sample, give input=\[\(0, 0\), \(0, 1\), ...\]"
+    with pytest.raises(ValueError, match=hint):
+        DropScheduler(model, optimizer, DataLoader(InAList(), batch_size=8))
 
 
 def pair_parts(**options: Any) -> tuple[Net, torch.optim.Optimizer, DataLoader[Any]]:
