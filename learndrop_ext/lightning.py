@@ -31,16 +31,26 @@ if _Callback is None:
 
 
 class _Loader:
-    """The Trainer's loader: the user's and, once there is a scheduler, `drop.loader`."""
+    """The Trainer's loader, put in its place: the user's and, once there is a scheduler, `drop.loader`."""
 
-    def __init__(self, source: Any) -> None:
-        self.source = source
+    def __init__(self, fit_loop: Any) -> None:
+        self._fit_loop, self._source = fit_loop, fit_loop._data_source
         self.drop: DropScheduler | None = None
+        fit_loop._data_source = type(self._source)(self, self._source.name)
 
     @cached_property
     def user(self) -> Any:
         """The user's loader, asked for once."""
-        return self.source.dataloader()
+        return self._source.dataloader()
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the Trainer still has it."""
+        return getattr(self._fit_loop._data_source, "instance", None) is self
+
+    def put_back(self) -> None:
+        """Give the Trainer what it had."""
+        self._fit_loop._data_source = self._source
 
     def __getattr__(self, name: str) -> Any:
         if name not in FORWARDED:
@@ -50,10 +60,35 @@ class _Loader:
     def __len__(self) -> int:
         return len(self.user if self.drop is None else self.drop.loader)
 
-    def __iter__(
-        self,
-    ) -> Iterator[Any]:  # runs from the first batch on: it may be asked for before there is a scheduler
+    def __iter__(self) -> Iterator[Any]:
+        # Runs from the first batch on: it may be asked for before there is a scheduler.
         yield from self.user if self.drop is None else self.drop.loader
+
+
+def _check(trainer: Any, pl_module: Any, loader: _Loader) -> None:
+    """Raise ValueError for a fit that cannot be followed."""
+    reload = trainer.reload_dataloaders_every_n_epochs
+    for wanted, got, holds in (
+        ("run one process", trainer.world_size, trainer.world_size == 1),
+        ("run the plain LightningModule", type(trainer.model).__name__, trainer.model is pl_module),
+        ("have one optimizer", len(trainer.optimizers), len(trainer.optimizers) == 1),
+        ("have overfit_batches=0", trainer.overfit_batches, not trainer.overfit_batches),
+        ("keep one training loader", "another one", loader.is_in_place),
+        ("have reload_dataloaders_every_n_epochs=0", reload, not reload),
+    ):
+        if not holds:
+            raise ValueError(f"LearnDropCallback: the Trainer must {wanted}, got {got}")
+
+
+def _call_under(precision: Any, options: dict[str, Any]) -> Any:
+    """Call the network on a batch's images as Lightning calls `training_step`, under its precision."""
+    key = one_key(input_keys(options.get("input", 0), cache_config(options.get("cache", "fp16"))))
+
+    def call(model: Any, batch: Any) -> Any:
+        with precision.forward_context():
+            return model(precision.convert_input(input_of(batch, key)))
+
+    return call
 
 
 class LearnDropCallback(_Callback):  # type: ignore[misc]
@@ -90,34 +125,15 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         """Put a loader in place before the Trainer, or `estimated_stepping_batches`, first asks for one."""
         self._resumed = {}
         if stage == "fit":
-            source = trainer.fit_loop._data_source
-            self._loader = _Loader(source)
-            trainer.fit_loop._data_source = type(source)(self._loader, source.name)
+            self._loader = _Loader(trainer.fit_loop)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Construct the scheduler."""
-        reload, source = trainer.reload_dataloaders_every_n_epochs, trainer.fit_loop._data_source
-        for wanted, got, holds in (
-            ("run one process", trainer.world_size, trainer.world_size == 1),
-            ("run the plain LightningModule", type(trainer.model).__name__, trainer.model is pl_module),
-            ("have one optimizer", len(trainer.optimizers), len(trainer.optimizers) == 1),
-            ("have overfit_batches=0", trainer.overfit_batches, not trainer.overfit_batches),
-            ("keep one training loader", "another one", getattr(source, "instance", None) is self._loader),
-            ("have reload_dataloaders_every_n_epochs=0", reload, not reload),
-        ):
-            if not holds:
-                raise ValueError(f"LearnDropCallback: the Trainer must {wanted}, got {got}")
+        _check(trainer, pl_module, self._loader)
         options = dict(self.options)
         if trainer.max_epochs is not None and trainer.max_epochs > 0 and trainer.max_steps < 0:
             options.setdefault("epochs", trainer.max_epochs)
-        precision = trainer.precision_plugin
-        key = one_key(input_keys(options.get("input", 0), cache_config(options.get("cache", "fp16"))))
-
-        def call(model: Any, batch: Any) -> Any:
-            with precision.forward_context():
-                return model(precision.convert_input(input_of(batch, key)))
-
-        options.setdefault("call", call)
+        options.setdefault("call", _call_under(trainer.precision_plugin, options))
         net = pl_module.get_submodule(self.attribute)
         self.drop = self._loader.drop = DropScheduler(net, trainer.optimizers[0], self._loader.user, **options)
         if self._resumed:
@@ -147,11 +163,11 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Restore the network and free the rows."""
-        self._end(trainer, None)
+        self._end(None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Do so; files of rows stay for a run that resumes from a checkpoint."""
-        self._end(trainer, type(exception))
+        self._end(type(exception))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state for the Trainer's checkpoint; after a fit, the state at its end."""
@@ -161,11 +177,11 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         """Keep the state in a checkpoint for the fit, which resumes from it."""
         self._resumed = state_dict
 
-    def _end(self, trainer: Any, error: type[BaseException] | None) -> None:
+    def _end(self, error: type[BaseException] | None) -> None:
         loader, self._loader = self._loader, None
         if loader is None:
             return
-        trainer.fit_loop._data_source = loader.source
+        loader.put_back()
         if loader.drop is not None:
             loader.drop.loader.end()
             self._state = loader.drop.state_dict()
