@@ -237,15 +237,15 @@ def compare_tables(_: list[dict[str, Any]]) -> str:
 
 
 def compare_summary(_: list[dict[str, Any]]) -> str:
-    """The comparison with the most seeds."""
-    kept = read("compare")
-    return compare_table(max(kept, key=lambda one: len(one["results"]))) if kept else "not measured yet"
+    """The newest comparison of three seeds or more."""
+    kept = [one for one in read("compare") if len(one["results"]) >= 3]
+    return compare_table(max(kept, key=lambda one: one["machine"]["date"])) if kept else "not measured yet"
 
 
 def compare_table(kept: dict[str, Any]) -> str:
     machine, results = kept["machine"], kept["results"]
     seeds = "1 seed" if len(results) == 1 else f"means over {len(results)} seeds"
-    title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores"
+    title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} core{'s' * (machine['cores'] > 1)}"
     title += f"; torch {machine['torch']}, {machine['date']}; {seeds}"
     rows = [COLUMNS, ("---",) * len(COLUMNS), *compare_rows(results)]
     lines = [title, "", *(f"| {' | '.join(row)} |" for row in rows)]
