@@ -273,16 +273,7 @@ def _autocast(images: torch.Tensor) -> torch.dtype | None:
 
 def describe_operations(operations: Sequence[Operation]) -> str:
     """Return the loop's operations in words, the same in every run."""
-
-    def word(value: Any) -> str:
-        if isinstance(value, tuple):
-            return f"({', '.join(map(word, value))})"
-        if isinstance(value, Constant):
-            some = value.values.flatten()[:8].tolist()
-            return f"{some}" if value.values.numel() <= 8 else f"{some} of {list(value.values.shape)}"
-        return str(value)
-
-    return ", then ".join(f"{name}({', '.join(map(word, rest))})" for name, *rest in operations) or "nothing"
+    return ", then ".join(f"{name}({', '.join(map(str, rest))})" for name, *rest in operations) or "nothing"
 
 
 class DataGuard:

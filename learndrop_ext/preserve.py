@@ -19,6 +19,11 @@ TABLES = frozenset(vars(nn.Module()))
 PLAIN = frozenset({bool, int, float, str, bytes, tuple, type(None), FunctionType, torch.Tensor})
 
 
+def normal_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which new tensors can be written to later, also where the caller is in inference mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore modes, attributes, buffers and gradients of the model, and the random state, on leaving."""

@@ -85,10 +85,10 @@ class DropScheduler:
             the frozen layers at each step. Default: "fp16"
         wrap (Callable, optional): applied to the live part of the model now and after every drop, such as `torch.compile`;
             the loop then calls `drop.model`. Default: None
-        input (int or str, optional): key of the images in a batch that is not a tensor. Of several images of each sample
-            (two views, a pair), a list of their keys, `[0, 1]`, or of paths of keys, `[(0, 0), (0, 1)]`, where they lie in
-            a list within the batch; each goes through the model by itself or joined with others
-            by `torch.cat` along the batch. Default: 0
+        input (int or str, optional): key of the images in a batch that is not a tensor; `[("inputs", "x")]`, a path of keys,
+            where they lie within an entry. Of several images of each sample (two views, a pair), a list of keys or paths,
+            `[0, 1]` or `[(0, 0), (0, 1)]`; each goes through the model by itself or joined with others by `torch.cat` along
+            the batch. Default: 0
         call (Callable, optional): (model, batch) -> what the model returns, if the loop calls the model otherwise than on
             the images alone: `call=lambda model, batch: model(pixel_values=batch["image"], scale=batch["scale"])`. It is
             called on the first batch, to find the layers and to time them; of several images it calls the model on one.
@@ -101,6 +101,7 @@ class DropScheduler:
             without cuts, a policy whose target cannot be met, and all else in docs/errors.md.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         model: nn.Module,
@@ -254,6 +255,7 @@ class DropScheduler:
         self._guards.follow_optimizer(optimizer)
         self._ledger.forget_times()
 
+    @torch.inference_mode(False)
     def step(self) -> Record:
         """Measure how the layers have changed since the last step, ask the policy, and drop layers as it decides.
 
@@ -309,6 +311,7 @@ class DropScheduler:
         self._forecast_seconds = self._ledger.expect(self._prefix)
         return record
 
+    @torch.inference_mode(False)
     def forecast(self, epochs: int | None = None) -> Forecast:
         """Forecast the run without drops, and with one drop of each number of layers after each epoch.
 
@@ -327,6 +330,7 @@ class DropScheduler:
         run, choices = self._ledger.run_costs()
         return forecast(run, epochs, choices, extras_bytes=self._ledger.extras_bytes)
 
+    @torch.inference_mode(False)
     def follow_widths(self) -> None:
         """Go on after a WidthScheduler has narrowed live layers: record the layers again, and time them when costs are next
         asked for. Call it after `step()`. Rows stay valid.
@@ -357,12 +361,14 @@ class DropScheduler:
         if isinstance(self._model, WrappedModel):
             self._model.show(self._model.wrapped(self._prefix))
 
+    @torch.inference_mode(False)
     def undrop(self) -> None:
         """Train the whole model on images again: dropped layers become live and the rows are freed."""
         self._check_open("undrop")
         self._undropped = self._epoch
         self._release()
 
+    @torch.inference_mode(False)
     def refresh(self, ids: Iterable[int] | None = None) -> None:
         """Compute the rows of samples again, and read their labels again, when they are next drawn.
 
@@ -383,6 +389,7 @@ class DropScheduler:
         # After an error, keep the rows that a checkpoint names.
         self._close(keep=kind is not None)
 
+    @torch.inference_mode(False)
     def state_dict(self) -> dict[str, Any]:
         """Return the scheduler's state as plain values and tensors, for `torch.save`.
 
@@ -392,6 +399,7 @@ class DropScheduler:
         self._check_open("state_dict")
         return checkpoint.state_of(self)
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a `state_dict()`. Load the model's own state first.
 

@@ -74,13 +74,15 @@ def input_keys(key: GivenKey, config: CacheConfig) -> InputKey:
     """Return the key of the images of each sample, or a tuple if there are several.
 
     Raises:
-        ValueError: keys are not two or more different ones, or samples have several images and no names for a store.
+        ValueError: keys are not different ones, or samples have several images and no names for a store.
     """
     if not isinstance(key, list | tuple):
         return key  # type: ignore[return-value]
-    plain = (one for entry in key for one in (entry if isinstance(entry, tuple) and entry else (entry,)))
-    if not all(isinstance(one, int | str) for one in plain) or len(set(key)) < max(2, len(key)):
-        raise ValueError(f"DropScheduler: input must be a key, or two or more different ones, got {key!r}")
+    paths = [entry if isinstance(entry, tuple) and entry else (entry,) for entry in key]
+    if not all(isinstance(one, int | str) for path in paths for one in path) or len(set(key)) < max(1, len(key)):
+        raise ValueError(f"DropScheduler: input must be a key, or a list of different ones, got {key!r}")
+    if len(key) == 1:
+        return Within(paths[0])
     if config.store is not None and config.key is None:
         raise ValueError(
             f"CacheConfig: key must name the samples in a store where they have several images, input={key!r}, got None"

@@ -19,6 +19,7 @@ from learndrop_ext.data.reading import rebuilt
 from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.images import Form, Images, Standing, form_of, samples_at
+from learndrop_ext.preserve import normal_tensors
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.rows.store.store import StoreError
 from learndrop_ext.warn import warn
@@ -28,6 +29,7 @@ FORWARDED = (
     *("dataset", "batch_size", "sampler", "batch_sampler", "num_workers", "drop_last", "collate_fn", "generator"),
     *("pin_memory", "persistent_workers", "prefetch_factor", "timeout", "worker_init_fn", "multiprocessing_context"),
 )
+_END: Any = object()
 
 
 class DropLoader:
@@ -94,11 +96,17 @@ class DropLoader:
         if self._closed:
             raise RuntimeError("drop.loader: the DropScheduler must be open, and it was closed")
         begin = time.perf_counter()
-        self._begin_epoch()
+        with normal_tensors():
+            self._begin_epoch()
+            batches = self._from_images() if self.batches.reads_images() else self._from_rows()
         self._beginning = time.perf_counter() - begin
         this = self._iteration = object()
         try:
-            for batch in self._from_images() if self.batches.reads_images() else self._from_rows():
+            while True:
+                with normal_tensors():
+                    batch = next(batches, _END)
+                if batch is _END:
+                    return
                 given = time.perf_counter()
                 yield batch
                 self._note_step(time.perf_counter() - given)
@@ -115,7 +123,8 @@ class DropLoader:
                 if self._rows.device.type == "cuda":
                     torch.cuda.synchronize(self._rows.device)
                 self._seconds += time.perf_counter() - begin
-                self._rows.end_epoch()
+                with normal_tensors():
+                    self._rows.end_epoch()
 
     @property
     def counts(self) -> tuple[int, float, float]:

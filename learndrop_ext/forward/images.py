@@ -85,7 +85,8 @@ class Constant:
     __slots__ = ("tensor", "values", "version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.version, self.values = tensor, tensor._version, tensor
+        # Tensors of inference mode do not count their writes.
+        self.tensor, self.version, self.values = tensor, None if tensor.is_inference() else tensor._version, tensor
 
     def keep(self) -> None:
         """Keep the values, in case the tensor is written to."""
@@ -95,10 +96,14 @@ class Constant:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Constant):
             return False
-        same = self.tensor is other.tensor and self.version == other.version
+        same = self.tensor is other.tensor and self.version == other.version is not None
         return same or (self.values.dtype == other.values.dtype and torch.equal(self.values, other.values))
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        some = self.values.flatten()[:8].tolist()
+        return f"{some}" if self.values.numel() <= 8 else f"{some} of {list(self.values.shape)}"
 
 
 class Trace:
@@ -142,7 +147,8 @@ def _is_same(operand: Any, word: Any) -> bool:
         return bool(operand.number == word)
     if type(word) is not Constant:
         return False
-    return (word.tensor is operand and word.version == operand._version) or word == Constant(operand)
+    is_unwritten = word.tensor is operand and word.version is not None and word.version == operand._version
+    return is_unwritten or word == Constant(operand)
 
 
 #: The forms of an operation's results, and the type in which it returns them; no forms if they are no tensors.

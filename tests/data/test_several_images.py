@@ -142,6 +142,7 @@ def in_a_dict(model: nn.Module, batch: Batch) -> torch.Tensor:
     [
         (InAList, in_a_list, [(0, 0), (0, 1)]),
         (InADict, in_a_dict, [("views", "a"), ("views", "b", 0)]),
+        (InADict, lambda model, batch: model(batch["views"]["a"]).square().sum(), [("views", "a")]),
     ],
 )
 def test_images_are_named_by_paths_where_they_lie_within_an_entry(
@@ -260,9 +261,9 @@ def test_random_views_of_pairs() -> None:
     assert pairs.read <= 2 * 4 * 4
 
 
-@pytest.mark.parametrize("input", [[0], [0, 0], [], [0, None]])
+@pytest.mark.parametrize("input", [[0, 0], [], [0, None], [[0, 1]], [()], [(0, 1), (0, 1)]])
 def test_keys_that_are_not_several(input: Any) -> None:
-    with pytest.raises(ValueError, match=r"DropScheduler: input must be a key, or two or more different ones, got \["):
+    with pytest.raises(ValueError, match=r"DropScheduler: input must be a key, or a list of different ones, got \["):
         DropScheduler(*pair_parts(), input=input)
 
 

@@ -39,6 +39,30 @@ def test_a_grad_scaler_that_is_switched_off() -> None:
     assert accuracy(run.model) > 0.95
 
 
+@pytest.mark.parametrize("inside", ["making", "an evaluation before", "an evaluation after", "the step"])
+def test_what_is_kept_in_inference_mode_is_written_to_later(inside: str) -> None:
+    def evaluate(when: str) -> None:
+        if inside == when:
+            with torch.inference_mode():
+                mean = torch.tensor(0.0)
+                assert all(run.model.eval()(x - mean).isfinite().all() for x, _ in run.drop.loader)
+
+    run = Run(drops={})
+    with torch.inference_mode(inside == "making"):
+        run.drop = run.scheduler({0: 1, 2: 2}, cache="fp32")
+    for _ in range(6):
+        evaluate("an evaluation before")
+        run.model.train()
+        for x, y in run.drop.loader:
+            run.train_step(x - torch.tensor(0.0), y)
+        evaluate("an evaluation after")
+        with torch.inference_mode(inside == "the step"):
+            run.drop.step()
+    assert run.drop.prefix == 2
+    assert bool(run.drop._rows.cache.filled.all())
+    assert accuracy(run.model) > 0.95
+
+
 def test_the_order_with_persistent_workers_is_the_one_without_a_drop() -> None:
     def order(drops: dict[int, int]) -> list[int]:
         run = Run(drops={})
