@@ -67,7 +67,8 @@ def make_folder(config: CacheConfig) -> None:
 
 def check_settings(model: nn.Module, policy: Any, epochs: Any, call: Any) -> None:
     """Raise TypeError or ValueError for a policy or a call that is not callable, a bad number of epochs, a model that takes
-    more than images where no call is given, or parameters that train and whose changes cannot be measured."""
+    more than images where no call is given, a default device, or parameters that train and whose changes cannot be
+    measured."""
     if isinstance(policy, type) or (policy is not None and not callable(policy)):
         raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
@@ -76,6 +77,11 @@ def check_settings(model: nn.Module, policy: Any, epochs: Any, call: Any) -> Non
         raise TypeError(f"DropScheduler: call must be a function of the model and a batch, got {call!r}")
     if call is None:
         _check_takes_images(model)
+    if (default := torch.get_default_device()).type != "cpu":
+        raise ValueError(
+            f"DropScheduler: torch's default device must be the CPU, where samples are numbered, got {default}: take "
+            "torch.set_default_device away, and move the model; drop.loader gives batches on the model's device"
+        )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype not in DTYPE_CODES:
             raise TypeError(

@@ -406,6 +406,12 @@ def test_a_model_in_float64_keeps_no_rows_and_is_told_so_at_once() -> None:
     assert not torch.equal(weights[0], weights[1])
 
 
+def test_a_default_device_is_refused() -> None:
+    given = parts()
+    with torch.device("meta"), pytest.raises(ValueError, match=r"default device must be the CPU, .* got meta: take"):
+        DropScheduler(*given)
+
+
 class Quantized(nn.Module):
     """A linear layer with weights that do not train, in `dtype`, and a small update that does."""
 
