@@ -20,7 +20,6 @@ from learndrop_ext.forward.chain import Chain
 from learndrop_ext.guards import held_by
 from learndrop_ext.kernels.chunks import DTYPE_CODES
 from learndrop_ext.rows.config import CacheConfig
-from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.warn import warn
 
 #: Model -> the scheduler that has dropped layers of it, and what makes them live again if it is gone.
@@ -209,12 +208,9 @@ def _is_as_made(module: nn.Module) -> bool:
     return False
 
 
-def warn_saturated(rows: RowSet, chain: Chain, *, said: bool) -> bool:
-    """Warn, once in a run, if rows were clamped to the largest fp16 number. said: whether it was; returns the new value."""
-    if said or rows.cache is None or not rows.cache.saturated:
-        return said
+def warn_saturated(layer: str) -> None:
+    """Warn that rows behind a layer were clamped to the largest fp16 number."""
     warn(
-        f"drop.step: activations after {chain.names[rows.cut - 1]} are larger than 65504 and were clamped to it by the "
-        "codec fp16; use cache='bf16' or 'fp32'"
+        f"drop.step: activations after {layer} are larger than 65504 and were clamped to it by the codec fp16; use "
+        "cache='bf16' or 'fp32'"
     )
-    return True

@@ -389,11 +389,9 @@ class Guards:
         if reason:
             changed = self._tensors.changed_layer()  # written to through `.data`
         if changed:
-            self._tensors.accept()
-            self._probe.accept()
             reason = f"the weights or buffers of the dropped layer {changed} have changed"
         if reason:
-            self._discard(where, reason)
+            self._discard(where, reason, accepts=bool(changed))
 
     def begin_epoch(self, epoch: int) -> None:
         """Look at the model and, where samples can be read by number, at the data, before an epoch begins.
@@ -514,15 +512,19 @@ class Guards:
     def _has_random_views(self) -> bool:
         return self._rows.views > 1 and not self._rows.config.mirror
 
-    def _discard(self, where: str, reason: str, *, data: bool = False) -> None:
+    def _discard(self, where: str, reason: str, *, data: bool = False, accepts: bool = False) -> None:
         """The reaction: rows are computed again when their samples are next drawn. data: whether the images have changed, so
-        that those in the store are wrong for other runs too."""
+        that those in the store are wrong for other runs too. accepts: whether the model is accepted as it is now."""
         cache = self._rows.cache
-        if cache is not None and bool(cache.filled.any()):
-            warn(f"drop.{where}: the rows are computed again: {reason}")
-        self._rows.forget(everywhere=data)
+        had = cache is not None and bool(cache.filled.any())
+        self._rows.forget(everywhere=data)  # at first: it may be interrupted
+        if accepts and self._tensors is not None and self._probe is not None:
+            self._tensors.accept()
+            self._probe.accept()
         self.loop.forget()
         self.forget_extras()
+        if had:  # at last: the user may have made warnings errors
+            warn(f"drop.{where}: the rows are computed again: {reason}")
 
 
 def image_digests(images: torch.Tensor) -> torch.Tensor:

@@ -294,7 +294,6 @@ class DropScheduler:
         self._loader.forget_counts()
         self._rows.forget_counts()
         self._bypass.forget_calls()
-        self._said_saturated = warn_saturated(self._rows, self._chain, said=self._said_saturated)
         record = self._record(
             reason,
             changes=changed,
@@ -309,6 +308,10 @@ class DropScheduler:
         )
         self._history.append(record)
         self._forecast_seconds = self._ledger.expect(self._prefix)
+        cache = self._rows.cache
+        if not self._said_saturated and cache is not None and cache.saturated:
+            self._said_saturated = True
+            warn_saturated(self._chain.names[self._rows.cut - 1])
         return record
 
     @torch.inference_mode(False)

@@ -449,10 +449,10 @@ class RowSet:
         return True
 
     def _is_full(self, reason: str) -> bool:
-        if not self._full:
+        was, self._full = self._full, True
+        if not was:
             warn(
                 "drop.loader: the budgets or the disk do not hold the rows of all samples that are drawn; those that do not "
                 f"fit are read and run through the dropped layers each time ({reason})"
             )
-        self._full = True
         return False

@@ -220,11 +220,11 @@ class RunStore:
             and not self.is_random
             and not self._agree(cache, found, at, found.place[taken], epoch, *first)
         ):
+            stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
             warn(
                 f"drop.loader: the rows in the store {self._config.store} are computed again: they are not what the dropped "
                 "layers make of the images of this run"
             )
-            stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
             return
         self._digests.note(found.sample[found.has_image], found.image[found.has_image])
         self._load(cache, at, found.place[taken], None if first is None else first[1])
@@ -235,10 +235,10 @@ class RunStore:
         try:
             cache.load(at, places, like)
         except DamagedRowError as error:
-            warn(f"drop.loader: rows are computed again: {error}")
             good = ~cache.disk.stored.damaged(places)
             cache.disk.forget(at[~good], in_store=True)
             cache.load(at[good], places[good], like)
+            warn(f"drop.loader: rows are computed again: {error}")
 
     def _places_of(self, found: FoundRows, views: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The places [n] of rows found in the store, and which [n] of those found they are. views: see `_take`."""
@@ -345,9 +345,10 @@ class RunStore:
         try:
             return do(*args, **kwargs)
         except (OSError, StoreError) as error:
-            if what not in self._said:
-                warn(f"drop.loader: the run goes on without what the store has: {error}")
+            said = what in self._said
             self._said.add(what)
+            if not said:
+                warn(f"drop.loader: the run goes on without what the store has: {error}")
             return None
 
 

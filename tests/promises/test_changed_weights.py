@@ -35,6 +35,20 @@ def test_the_best_checkpoint_restored_after_a_drop() -> None:
     assert accuracy(run.model) > 0.95
 
 
+def test_a_warning_that_is_an_error_comes_after_the_rows_are_gone() -> None:
+    run = Run(cache="fp32").epochs(4)
+    with torch.no_grad():
+        run.model[0].weight.neg_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match=MADE_ANEW):
+            next(iter(run.drop.loader))
+        run.epochs(2)
+    x, _ = next(iter(run.drop.loader))
+    wanted = run.drop.chain.prefix(2).eval()(x.read()).detach()
+    torch.testing.assert_close(rows_of(x), wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_the_best_checkpoint_restored_in_mid_epoch_is_refused_by_name() -> None:
     run = Run().epochs(1)
     best = copy.deepcopy(run.model.state_dict())
