@@ -83,6 +83,8 @@ class CacheConfig:
             raise ValueError(f"CacheConfig: mirror must be True or False, got {self.mirror!r}")
         if self.store is not None and not isinstance(self.store, str | os.PathLike):
             raise ValueError(f"CacheConfig: store must be the path of a folder or None, got {self.store!r}")
+        if self.store is not None:  # the program may change its folder
+            object.__setattr__(self, "store", os.path.abspath(os.path.expanduser(self.store)))
         if self.key is not None and not callable(self.key):
             raise ValueError(f"CacheConfig: key must be a function of an index or None, got {self.key!r}")
         if not _is_whole(self.seed):

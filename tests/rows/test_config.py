@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from learndrop_ext import DropScheduler, Fixed
 from learndrop_ext.rows.config import CacheConfig, cache_config
+from small_training import epoch, parts
 
 
 def test_cache_config_defaults() -> None:
@@ -24,8 +26,8 @@ def test_cache_config_defaults() -> None:
         {"views": 8},
         {"budget_bytes": 0},
         {"budget_bytes": 1 << 40},
-        {"host_bytes": "auto", "store_bytes": 5, "store": "rows"},
-        {"store": Path("rows"), "key": str, "targets": [0, 1]},
+        {"host_bytes": "auto", "store_bytes": 5, "store": "/rows"},
+        {"store": "/rows", "key": str, "targets": [0, 1]},
         {"mirror": True, "views": 1},
         {"partition": "all"},
     ],
@@ -82,3 +84,21 @@ def test_cache_config_of_another_argument_is_refused() -> None:
         cache_config(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"CacheConfig: codec must be one of .*, got 'png'"):
         cache_config("png")
+
+
+def test_a_store_stays_where_it_is_if_the_program_changes_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert CacheConfig(store="rows").store == str(tmp_path / "rows")
+    assert CacheConfig(store=Path("~/rows")).store == str(tmp_path / "home" / "rows")
+    model, optimizer, loader = parts()
+    config = CacheConfig(store="rows", budget_bytes=0)
+    with DropScheduler(model, optimizer, loader, policy=Fixed({0: 2}), cache=config) as drop:
+        for folder in (".", "elsewhere", ".."):
+            (tmp_path / "elsewhere").mkdir(exist_ok=True)
+            monkeypatch.chdir(folder)
+            epoch(drop, optimizer)
+            assert drop.step().tier == "disk"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "rows"]
