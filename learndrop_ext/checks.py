@@ -19,6 +19,7 @@ from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.guards import held_by
 from learndrop_ext.kernels.chunks import DTYPE_CODES
+from learndrop_ext.kernels.shards import as_sharded
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.warn import warn
 
@@ -66,8 +67,8 @@ def make_folder(config: CacheConfig) -> None:
 
 def check_settings(model: nn.Module, policy: Any, epochs: Any, call: Any) -> None:
     """Raise TypeError or ValueError for a policy or a call that is not callable, a bad number of epochs, a model that takes
-    more than images where no call is given, a default device, or parameters that train and whose changes cannot be
-    measured."""
+    more than images where no call is given, a default device, sharded parameters, or ones that train and whose changes
+    cannot be measured."""
     if isinstance(policy, type) or (policy is not None and not callable(policy)):
         raise TypeError(f"DropScheduler: policy must be a function of a Situation, got {policy!r}")
     if epochs is not None and (not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1):
@@ -82,6 +83,11 @@ def check_settings(model: nn.Module, policy: Any, epochs: Any, call: Any) -> Non
             "torch.set_default_device away, and move the model; drop.loader gives batches on the model's device"
         )
     for name, parameter in model.named_parameters():
+        if as_sharded(parameter) is not None:
+            raise ValueError(
+                f"DropScheduler: model must have whole parameters, got a sharded one (FSDP, tensor parallel), {name}; give "
+                "DistributedDataParallel as wrap= instead"
+            )
         if parameter.requires_grad and parameter.dtype not in DTYPE_CODES:
             raise TypeError(
                 "DropScheduler: model must have parameters of fp32, bf16, fp16 or fp64 where they train, got "

@@ -21,7 +21,6 @@ from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.forward.images import Constant, Images, Operation, Standing, Trace, form_of
-from learndrop_ext.kernels.shards import local_part
 from learndrop_ext.ops.digests import TensorDigests
 from learndrop_ext.preserve import attributes_preserved
 from learndrop_ext.rng import fork_rng
@@ -115,7 +114,7 @@ class FrozenTensors:
 
     def _follow(self, tensors: list[torch.Tensor]) -> None:
         self._watched, self._digests = tensors, TensorDigests(tensors)
-        parts = (local_part(tensor).detach() for tensor in tensors)
+        parts = (tensor.detach() for tensor in tensors)
         self._heads = TensorDigests(t[: HEAD * len(t) // t.numel() + 1] if t.numel() > HEAD else t for t in parts)
         self._note_writes()
 

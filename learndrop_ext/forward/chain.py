@@ -168,7 +168,9 @@ def split_layers(model: nn.Module, example: torch.Tensor, *, call: Callable[[], 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"split_layers: model must be a torch.nn.Module, got {type(model).__name__}")
-    if type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
+    if type(model).__name__ in (
+        *("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"),
+    ):
         raise TypeError(
             f"split_layers: model must be the plain module, got a {type(model).__name__}; "
             "give torch.compile or DistributedDataParallel as wrap= instead"

@@ -11,7 +11,9 @@ import torch
 from processes import FORKS
 from torch import Tensor, nn
 from torch.multiprocessing import start_processes
+from torch.utils.data import DataLoader, TensorDataset
 
+from learndrop_ext import DropScheduler
 from learndrop_ext.decide.deltas import Deltas
 from learndrop_ext.kernels.shards import as_sharded, local_part
 
@@ -124,11 +126,24 @@ def worker(rank: int, folder: str) -> None:
         "two dimensions": run(on(square, [Replicate(), Shard(0)], [Replicate(), Replicate()]), shift_sharded),
         "nan": [broken.nonfinite, broken.maximum != broken.maximum],
         "fully_shard": fully_sharded(mesh),
+        "scheduler": scheduler_refusal(mesh),
         "partial": refusal([[DTensor.from_local(torch.ones(2), mesh, [Partial()])]]),
         "meshes": refusal([[nan], [distribute_tensor(torch.zeros(4), square, [Replicate(), Shard(0)])]]),
     }
     (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
+
+
+def scheduler_refusal(mesh: Any) -> str:
+    """What a DropScheduler says of a network under fully_shard."""
+    from torch.distributed.fsdp import fully_shard
+
+    net = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    fully_shard(net, mesh=mesh)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="DropScheduler") as refused:
+        DropScheduler(net, optimizer, DataLoader(TensorDataset(torch.randn(4, 5), torch.zeros(4)), 2))
+    return str(refused.value)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +173,12 @@ def test_sharded_deltas_show_one_rank_s_nan_to_all(results: list[dict[str, Any]]
 
 def test_deltas_of_a_fully_sharded_network_equal_those_of_the_whole(results: list[dict[str, Any]]) -> None:
     assert all(rank["fully_shard"] for rank in results)
+
+
+def test_a_scheduler_refuses_sharded_parameters(results: list[dict[str, Any]]) -> None:
+    for rank in results:
+        assert "DropScheduler: model must have whole parameters, got a sharded one" in rank["scheduler"]
+        assert "0.weight; give DistributedDataParallel as wrap= instead" in rank["scheduler"]
 
 
 def test_deltas_refuse_shards_that_are_summands_or_on_several_meshes(results: list[dict[str, Any]]) -> None:
