@@ -188,7 +188,8 @@ def sweep_tables(_: list[dict[str, Any]]) -> str:
 
 def aims_tables(_: list[dict[str, Any]]) -> str:
     """What the study was to show and shows, see fine_tuning_table.py."""
-    tables = (f"{fine_tuning_table.machine_of(one)}:\n\n{fine_tuning_table.aims(one)}" for one in read("fine-tuning"))
+    whole = [one for one in read("fine-tuning") if any(record["run"] == "budget-2" for record in one["records"])]
+    tables = (f"{fine_tuning_table.machine_of(one)}:\n\n{fine_tuning_table.aims(one)}" for one in whole)
     return "\n\n".join(tables) or "not measured yet"
 
 
