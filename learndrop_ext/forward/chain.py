@@ -168,9 +168,8 @@ def split_layers(model: nn.Module, example: torch.Tensor, *, call: Callable[[], 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"split_layers: model must be a torch.nn.Module, got {type(model).__name__}")
-    if type(model).__name__ in (
-        *("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"),
-    ):
+    wrappers = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+    if type(model).__name__ in wrappers:
         raise TypeError(
             f"split_layers: model must be the plain module, got a {type(model).__name__}; "
             "give torch.compile or DistributedDataParallel as wrap= instead"
