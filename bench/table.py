@@ -246,8 +246,7 @@ def compare_summary(_: list[dict[str, Any]]) -> str:
 def compare_table(kept: dict[str, Any]) -> str:
     machine, results = kept["machine"], kept["results"]
     seeds = "1 seed" if len(results) == 1 else f"means over {len(results)} seeds"
-    title = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} core{'s' * (machine['cores'] > 1)}"
-    title += f"; torch {machine['torch']}, {machine['date']}; {seeds}"
+    title = f"{fine_tuning_table.machine_of(kept)}; torch {machine['torch']}, {machine['date']}; {seeds}"
     rows = [COLUMNS, ("---",) * len(COLUMNS), *compare_rows(results)]
     lines = [title, "", *(f"| {' | '.join(row)} |" for row in rows)]
     if len(results) > 1:

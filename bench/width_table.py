@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fine_tuning_table import machine_of
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_MEASURED = "not measured"
 
@@ -102,7 +104,7 @@ def table(study: Mapping[str, Any]) -> str:
     """Means over the seeds, one line for each network, share and method."""
     machine = study["machine"]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, {machine['date']}",
+        f"{machine_of(study)}; torch {machine['torch']}, {machine['date']}",
         "",
         "| set, network | method | keep | epochs | seconds | MFLOP an image | parameters | test accuracy | seeds |",
         "|---|---|---|---|---|---|---|---|---|",

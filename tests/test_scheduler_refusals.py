@@ -437,11 +437,7 @@ def test_weights_in_other_types_are_left_out_of_the_measurement_and_refused_if_t
     loader = DataLoader(data(), 8)
     with DropScheduler(model, optimizer, loader, policy=Fixed({1: k}), cache="fp32") as drop:
         for _ in range(4):
-            for x, y in drop.loader:
-                loss = nn.functional.cross_entropy(model(x), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            epoch(drop, optimizer)
             record = drop.step()
         assert record.changes[-1].l2 > 0
         assert record.tier == "device"

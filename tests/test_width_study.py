@@ -79,7 +79,7 @@ def test_a_system_is_compared_with_the_full_network(table: ModuleType) -> None:
 
 
 def test_the_table_has_means_over_the_seeds(table: ModuleType) -> None:
-    machine = {"cpu": "a CPU", "cores": 2, "torch": "2.13.0", "date": "2026-11-29"}
+    machine = {"gpu": None, "cpu": "a CPU", "cores": 2, "torch": "2.13.0", "date": "2026-11-29"}
     records = [
         record("full", 98.0, 1000, seconds=20.0),
         record("one-cycle", 97.0, 250, 0.5, seconds=12.0, flops=500_000),

@@ -23,7 +23,7 @@ from learndrop_ext.rows.slots import filled_at
 
 
 @dataclass(frozen=True)
-class Within:
+class KeyPath:
     """The key of images that lie within an entry of a batch: the keys from the batch on."""
 
     path: tuple[int | str, ...]
@@ -33,7 +33,7 @@ class Within:
 
 
 #: Of the images in a batch; several, where each sample has several images.
-Key = int | str | Within
+Key = int | str | KeyPath
 InputKey = Key | tuple[Key, ...]
 #: As the user gives it.
 GivenKey = int | str | Sequence[int | str | tuple[int | str, ...]]
@@ -82,12 +82,12 @@ def input_keys(key: GivenKey, config: CacheConfig) -> InputKey:
     if not all(isinstance(one, int | str) for path in paths for one in path) or len(set(key)) < max(1, len(key)):
         raise ValueError(f"DropScheduler: input must be a key, or a list of different ones, got {key!r}")
     if len(key) == 1:
-        return Within(paths[0])
+        return KeyPath(paths[0])
     if config.store is not None and config.key is None:
         raise ValueError(
             f"CacheConfig: key must name the samples in a store where they have several images, input={key!r}, got None"
         )
-    return tuple(Within(one) if isinstance(one, tuple) else one for one in key)
+    return tuple(KeyPath(one) if isinstance(one, tuple) else one for one in key)
 
 
 def input_of(batch: Any, key: InputKey) -> torch.Tensor:
@@ -105,7 +105,7 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
         return batch
     found = batch
     try:
-        for one in key.path if isinstance(key, Within) else (key,):
+        for one in key.path if isinstance(key, KeyPath) else (key,):
             found = found[one]
     except (KeyError, IndexError, TypeError):
         has = (
@@ -130,7 +130,7 @@ def with_input(batch: Any, key: InputKey, model_input: Any) -> Any:
         return model_input
     keys, images = (key, each_image(model_input, len(key))) if isinstance(key, tuple) else ((key,), [model_input])
     for one, x in zip(keys, images, strict=True):
-        batch = _with_entry(batch, one.path if isinstance(one, Within) else (one,), x)
+        batch = _with_entry(batch, one.path if isinstance(one, KeyPath) else (one,), x)
     return batch
 
 

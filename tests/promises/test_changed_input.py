@@ -181,6 +181,15 @@ def test_a_normalisation_that_begins_when_rows_are_there_is_refused() -> None:
         run.epochs(1, in_place)
 
 
+def test_images_of_another_size_are_followed_where_call_says_so() -> None:
+    def cropped(x: Tensor) -> Tensor:
+        return x[..., 1:, :-1]
+
+    run = Run(cache="fp32", call=lambda model, batch: model(cropped(batch[0]))).epochs(5, cropped)
+    assert bool(run.drop._rows.cache.filled.all())
+    assert run.losses == pytest.approx(losses_without_rows(5, cropped), rel=1e-5)
+
+
 def test_a_choice_that_is_another_one_is_refused_by_its_values() -> None:
     columns = torch.arange(8)
     run = Run().epochs(4, lambda x: x[..., columns])
