@@ -30,7 +30,7 @@ NOT_MEASURED = "not measured"
 
 def title_of(study: Study) -> str:
     machine = study["machine"]
-    return f"{machine_of(study)}; torch {machine['torch']}, {machine['date']}; {study['epochs']} epochs:"
+    return f"{machine_of(study)}; torch {machine['torch']}, {machine['date']}"
 
 
 def runs_of(study: Study, *, setting: str, dataset: str, model: str) -> dict[str, list[Record]]:

@@ -35,7 +35,7 @@ def training_table(results: list[dict[str, Any]]) -> str:
     ]
     has_gpu = False
     for result in results:
-        machine = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['machine']['cores']} cores"
+        machine = result["machine"]["gpu"] or fine_tuning_table.machine_of(result)
         groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
         for record in result["records"]:
             if record["suite"] == "training":
@@ -76,7 +76,7 @@ def kernel_table(results: list[dict[str, Any]]) -> str:
     ]
     has_gpu = False
     for result in results:
-        machine = result["machine"]["gpu"] or f"{result['machine']['cpu']}, {result['machine']['cores']} cores"
+        machine = result["machine"]["gpu"] or fine_tuning_table.machine_of(result)
         for record in result["records"]:
             if record["suite"] in ("training", "overhead"):
                 continue
@@ -99,7 +99,7 @@ def kernel_table(results: list[dict[str, Any]]) -> str:
 def overhead_table(results: list[dict[str, Any]]) -> str:
     lines = ["| machine | what | time | beside it |", "|---|---|---|---|"]
     for result in results:
-        machine = f"{result['machine']['cpu']}, {result['machine']['cores']} cores"
+        machine = result["machine"]["gpu"] or fine_tuning_table.machine_of(result)
         for record in result["records"]:
             if record["suite"] != "overhead":
                 continue
@@ -287,8 +287,11 @@ def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
             accuracy = accuracy.replace(" %", f" % ± {spread:.2f}", 1)
             made = [result[run]["drops"] for result in results]
             if all(made):
-                first, last = ([of_seed[at]["prefix"] for of_seed in made] for at in (0, -1))
-                drops = f"{min(first)} to {max(first)} at first, {min(last)} to {max(last)} at last"
+                first, last = (
+                    " to ".join(map(str, sorted({min(layers), max(layers)})))
+                    for layers in ([of_seed[at]["prefix"] for of_seed in made] for at in (0, -1))
+                )
+                drops = f"{first} at first, {last} at last"
         rows.append((*cells, accuracy, drops))
     return rows
 
@@ -298,7 +301,7 @@ def of_paper(make: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, 
 
     def tables(_: list[dict[str, Any]]) -> str:
         studies = read("paper")
-        parts = [f"{paper_table.title_of(study)}\n\n{make(study)}" for study in studies]
+        parts = [f"{paper_table.title_of(study)}:\n\n{make(study)}" for study in studies]
         if studies and not any(study["machine"]["gpu"] for study in studies):
             parts.append("On a GPU: not measured.")
         return "\n\n".join(parts or [make({"records": []})])
@@ -312,7 +315,7 @@ def paper_summary(_: list[dict[str, Any]]) -> str:
     if not studies:
         return "Not measured yet: `python bench/bench_paper.py --data-root DIR` runs or continues the study."
     largest = fine_tuning_table.largest(studies)
-    return f"{paper_table.title_of(largest)}\n\n{paper_table.summary(largest)}"
+    return f"{paper_table.title_of(largest)}; {largest['epochs']} epochs:\n\n{paper_table.summary(largest)}"
 
 
 def paper_plots(_: list[dict[str, Any]]) -> str:
