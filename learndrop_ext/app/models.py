@@ -15,10 +15,8 @@ B batch, C channels, H and W pixels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from types import MappingProxyType
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,21 +26,25 @@ from learndrop_ext.rng import fork_rng
 STEMS = ("small", "imagenet")
 
 
+#: Kernels of a block's convolutions, and its output channels as a multiple of its width.
+BASIC, BOTTLENECK = ((3, 3), 1), ((1, 3, 1), 4)
+
+
 class Block(nn.Module):
     """Convolutions and a shortcut around them: [B, C, H, W] -> [B, expansion * width, H/stride, W/stride].
 
     The first 3x3 convolution has the stride, the last one the channels of the output.
     """
 
-    kernels: ClassVar[tuple[int, ...]]
-    expansion: ClassVar[int]
-
-    def __init__(self, in_channels: int, width: int, *, stride: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, width: int, kernels: Sequence[int] = (3, 3), expansion: int = 1, *, stride: int = 1
+    ) -> None:
         super().__init__()
+        self.depth = len(kernels)
         channels = in_channels
-        for i, kernel in enumerate(self.kernels):
-            out = width * self.expansion if i == len(self.kernels) - 1 else width
-            step = stride if i == self.kernels.index(3) else 1
+        for i, kernel in enumerate(kernels):
+            out = width * expansion if i == len(kernels) - 1 else width
+            step = stride if i == kernels.index(3) else 1
             conv = nn.Conv2d(channels, out, kernel, stride=step, padding=kernel // 2, bias=False)
             self.add_module(f"conv{i + 1}", conv)
             self.add_module(f"bn{i + 1}", nn.BatchNorm2d(out))
@@ -57,25 +59,13 @@ class Block(nn.Module):
         shortcut = out = x
         if self.downsample is not None:
             shortcut = self.downsample(x)
-        for i in range(1, len(self.kernels) + 1):
+        for i in range(1, self.depth + 1):
             out = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(out))
-            if i == len(self.kernels):
+            if i == self.depth:
                 out += shortcut
             out = self.relu(out)
         rectified: Tensor = out
         return rectified
-
-
-class BasicBlock(Block):
-    """Two 3x3 convolutions."""
-
-    kernels, expansion = (3, 3), 1
-
-
-class Bottleneck(Block):
-    """1x1, 3x3 and 1x1 convolutions."""
-
-    kernels, expansion = (1, 3, 1), 4
 
 
 class ResNet(nn.Module):
@@ -86,31 +76,29 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[Block],
+        block: tuple[Sequence[int], int],
         depths: Sequence[int],
         *,
         num_classes: int,
-        in_channels: int = 3,
-        stem: str = "small",
-        width: int = 64,
+        in_channels: int,
+        stem: str,
+        width: int,
     ) -> None:
         super().__init__()
-        _check_sizes("ResNet", num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
-        if len(depths) != 4 or min(depths) < 1:
-            raise ValueError(f"ResNet: depths must be four positive block counts, got {tuple(depths)}")
         kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = nn.Conv2d(in_channels, width, kernel, stride=stride, padding=kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+        kernels, expansion = block
         stages = []
         channels = width
         for stage, depth in enumerate(depths):
             blocks = []
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(channels, width * 2**stage, stride=stride))
-                channels = width * 2**stage * block.expansion
+                blocks.append(Block(channels, width * 2**stage, kernels, expansion, stride=stride))
+                channels = width * 2**stage * expansion
             stages.append(nn.Sequential(*blocks))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -132,19 +120,8 @@ class VGG(nn.Module):
     64 * width units with dropout 0.5. For the other arguments and errors see `build_model`.
     """
 
-    def __init__(
-        self,
-        depths: Sequence[int],
-        *,
-        num_classes: int,
-        in_channels: int = 3,
-        stem: str = "small",
-        width: int = 64,
-    ) -> None:
+    def __init__(self, depths: Sequence[int], *, num_classes: int, in_channels: int, stem: str, width: int) -> None:
         super().__init__()
-        _check_sizes("VGG", num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
-        if len(depths) != 5 or min(depths) < 1:
-            raise ValueError(f"VGG: depths must be five positive convolution counts, got {tuple(depths)}")
         features: list[nn.Module] = []
         channels = in_channels
         for depth, factor in zip(depths, (1, 2, 4, 8, 8), strict=True):
@@ -190,28 +167,18 @@ def _init_convolutions(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def _check_sizes(owner: str, *, num_classes: int, in_channels: int, stem: str, width: int) -> None:
-    if stem not in STEMS:
-        raise ValueError(f"{owner}: stem must be 'small' or 'imagenet', got {stem!r}")
-    for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{owner}: {name} must be a positive integer, got {value!r}")
-
-
-MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
-    {
-        "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
-        "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
-        "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
-        "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
-        "resnet10": partial(ResNet, BasicBlock, (1, 1, 1, 1)),
-        "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
-        "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
-        "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
-        "resnet101": partial(ResNet, Bottleneck, (3, 4, 23, 3)),
-        "resnet152": partial(ResNet, Bottleneck, (3, 8, 36, 3)),
-    }
-)
+MODELS: dict[str, partial[VGG] | partial[ResNet]] = {
+    "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
+    "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
+    "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+    "vgg19": partial(VGG, (2, 2, 4, 4, 4)),
+    "resnet10": partial(ResNet, BASIC, (1, 1, 1, 1)),
+    "resnet18": partial(ResNet, BASIC, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BASIC, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, BOTTLENECK, (3, 4, 6, 3)),
+    "resnet101": partial(ResNet, BOTTLENECK, (3, 4, 23, 3)),
+    "resnet152": partial(ResNet, BOTTLENECK, (3, 8, 36, 3)),
+}
 
 
 def build_model(
@@ -232,6 +199,12 @@ def build_model(
     network = MODELS.get(name.removesuffix("_bn") if name.startswith("vgg") else name)
     if network is None:
         raise ValueError(f"build_model: name must be one of {', '.join(MODELS)}, got {name!r}")
+    owner = network.func.__name__
+    if stem not in STEMS:
+        raise ValueError(f"{owner}: stem must be 'small' or 'imagenet', got {stem!r}")
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{owner}: {argument} must be a positive integer, got {value!r}")
     build = partial(network, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
     if seed is None:
         return build()

@@ -123,9 +123,9 @@ def build_network(
         found, origin = _fetched(name, lambda: dict(enum.DEFAULT.get_state_dict(progress=False))), str(enum.DEFAULT)
     else:
         found, origin = read_weights(weights), weights
-    fitted = fit_weights(found, model.state_dict(), classifier=classifier, path=origin)
-    model.load_state_dict(fitted.tensors, strict=False)
-    return Network(model, fitted.note)
+    tensors, note = fit_weights(found, model.state_dict(), classifier=classifier, path=origin)
+    model.load_state_dict(tensors, strict=False)
+    return Network(model, note)
 
 
 def _maker(name: str, weights: str | None) -> Callable[[int], nn.Module]:

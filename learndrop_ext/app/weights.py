@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,14 +11,6 @@ from torch import Tensor
 
 #: Keys under which a checkpoint may hold the state_dict, beside the epoch, the optimizer and so on.
 NESTED = ("state_dict", "model", "model_state_dict")
-
-
-@dataclass(frozen=True)
-class FittedWeights:
-    """Tensors by the keys of the network, and a line about what was matched and what was left out."""
-
-    tensors: dict[str, Tensor]
-    note: str
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -71,8 +62,10 @@ def _read_pickle(path: Path) -> object:
 
 def fit_weights(
     weights: Mapping[str, Tensor], network: Mapping[str, Tensor], *, classifier: Collection[str], path: str | Path
-) -> FittedWeights:
+) -> tuple[dict[str, Tensor], str]:
     """Match the tensors of a file to those of a network by name or, if the names differ, by order and shape.
+
+    Return them by the keys of the network, and a line about what was matched and what was left out.
 
     Matching by order needs as many tensors as the network has, each of the same shape. A classifier of another shape, or
     missing in the file, is left out: `classifier` holds the keys of `network` whose shapes depend on the number of classes.
@@ -81,34 +74,35 @@ def fit_weights(
     """
     wanted = {key: value for key, value in network.items() if not _is_counter(key)}
     given = {key: value for key, value in weights.items() if not _is_counter(key)}
-    missing = [key for key in wanted if key not in given and key not in classifier]
-    pairs = {key: given[key] for key in wanted if key in given}
-    by_order = False
-    if missing and len(given) == len(wanted):
-        in_order = dict(zip(wanted, given.values(), strict=True))
-        if all(in_order[key].shape == wanted[key].shape for key in wanted if key not in classifier):
-            pairs, missing, by_order = in_order, [], True
-    for key in wanted:
-        if key in missing:
-            raise ValueError(f"weights: {path} must be of this network, got no {key!r} {list(wanted[key].shape)}")
-        if key not in classifier and pairs[key].shape != wanted[key].shape:
+    in_order = dict(zip(wanted, given.values(), strict=False))
+    by_order = (
+        any(key not in given for key in wanted if key not in classifier)
+        and len(given) == len(wanted)
+        and all(in_order[key].shape == value.shape for key, value in wanted.items() if key not in classifier)
+    )
+    if by_order:
+        given = in_order
+    for key, value in wanted.items():
+        if key in classifier:
+            continue
+        if key not in given:
+            raise ValueError(f"weights: {path} must be of this network, got no {key!r} {list(value.shape)}")
+        if given[key].shape != value.shape:
             raise ValueError(
-                f"weights: {path} must be of this network, with {key!r} {list(wanted[key].shape)}, "
-                f"got {list(pairs[key].shape)}"
+                f"weights: {path} must be of this network, with {key!r} {list(value.shape)}, got {list(given[key].shape)}"
             )
-    if not by_order and (unknown := [key for key in given if key not in wanted]):
-        raise ValueError(
-            f"weights: {path} must be of this network, which has no {unknown[0]!r} {list(given[unknown[0]].shape)}"
-        )
-    left_out = [key for key in wanted if key not in pairs or pairs[key].shape != wanted[key].shape]
-    tensors = {key: value for key, value in pairs.items() if key not in left_out}
+    for key, value in given.items():
+        if key not in wanted:
+            raise ValueError(f"weights: {path} must be of this network, which has no {key!r} {list(value.shape)}")
+    tensors = {key: given[key] for key in wanted if key in given and given[key].shape == wanted[key].shape}
+    left_out = [key for key in wanted if key not in tensors]
     counters = {key: weights[key] for key in network if _is_counter(key) and key in weights}
     words = [f"{len(tensors)} of {len(wanted)} tensors from {path}"]
     if by_order:
         words.append("matched by order and shape, since the names differ")
     if left_out:
         words.append(f"{', '.join(left_out)} left out: the classifier is new")
-    return FittedWeights(tensors | counters, "weights: " + "; ".join(words))
+    return tensors | counters, "weights: " + "; ".join(words)
 
 
 def _is_counter(key: str) -> bool:
