@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from learndrop_ext.app import report, runs, stores
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
 from learndrop_ext.app.networks import check_network, is_external, pixel_statistics
 from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, make_parser
+from learndrop_ext.app.page import replacing
 from learndrop_ext.app.recipe import (
     STOPPED_OPTIONS,
     Recipe,
@@ -32,8 +33,6 @@ from learndrop_ext.app.recipe import (
 )
 from learndrop_ext.app.widths import parse_narrow
 from learndrop_ext.ops import free_bytes
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     run = {"compare": _compare, "train": _train, "forecast": _forecast, "store": _store, "info": _info}[args.command]
     try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        run(args)
+        return 0
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, ImportError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("LEARNDROP_TRACEBACK") == "1":
             raise
@@ -155,86 +155,74 @@ def _check_out(folder: Path) -> None:
         raise ValueError(f"--out must be a folder that can be written, got {folder}, {kind}")
 
 
-def _compare(args: argparse.Namespace) -> int:
+def _compare(args: argparse.Namespace) -> None:
     split, recipe = _recipe(args)
-    with report.Reporter(args.out) as reporter, contextlib.closing(_Bar()) as bar:
+    with _output(args) as (reporter, bar):
         result: dict[str, Any] = {}
-        try:
-            for result in runs.compare(split, recipe, rivals=args.rivals, on_epoch=reporter.add, progress=bar):
-                result["config"] |= _data_config(args)
-                reporter.write(result)
-        except KeyboardInterrupt:
-            return _interrupted(args.out, bar)
-    return _print(result, args)
+        for result in runs.compare(split, recipe, rivals=args.rivals, on_epoch=reporter.add, progress=bar):
+            result["config"] |= _data_config(args)
+            reporter.write(result)
+    _print(result, args)
 
 
-def _train(args: argparse.Namespace) -> int:
+def _train(args: argparse.Namespace) -> None:
     narrow = None if args.narrow is None else parse_narrow(args.narrow)
     split, recipe = _recipe(args)
     policy = None if args.plain else policy_of(recipe)
     name = "baseline" if args.plain else "learndrop"
-    with report.Reporter(args.out) as reporter, contextlib.closing(_Bar()) as bar:
-        try:
-            trained, model = runs.train(
-                name, split, recipe, policy=policy, narrow=narrow, on_epoch=reporter.add, progress=bar
-            )
-        except KeyboardInterrupt:
-            return _interrupted(args.out, bar)
+    with _output(args) as (reporter, bar):
+        trained, model = runs.train(
+            name, split, recipe, policy=policy, narrow=narrow, on_epoch=reporter.add, progress=bar
+        )
         config = dataclasses.asdict(recipe) | _data_config(args) | {"narrow": args.narrow}
         result = {"config": config, name: dataclasses.asdict(trained)}
-        runs.save_model(model, args.out / "model.pt")
+        with replacing(args.out / "model.pt") as path:
+            torch.save(model.state_dict(), path)
         reporter.write(result)
-    return _print(result, args)
+    _print(result, args)
+
+
+@contextlib.contextmanager
+def _output(args: argparse.Namespace) -> Iterator[tuple[report.Reporter, _Bar]]:
+    """Give the report and the progress bar of a command. Ctrl-C says where what was measured is."""
+    try:
+        with report.Reporter(args.out) as reporter, contextlib.closing(_Bar()) as bar:
+            yield reporter, bar
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; what was measured so far is in {args.out}") from None
 
 
 def _data_config(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("dataset", "limit", "image_size", "test_share")}
 
 
-def _forecast(args: argparse.Namespace) -> int:
+def _forecast(args: argparse.Namespace) -> None:
     split, recipe = _recipe(args)
     found = make_forecast(split, recipe)
     page = report.write_forecast(args.out, found)
     print(json.dumps(found.as_dict()) if args.json else f"{found.format_table()}\n\ndrawn in: {page}")
-    return 0
 
 
-def _store(args: argparse.Namespace) -> int:
-    listing = stores.keep_in_order(
-        args.folder,
-        check=args.check,
-        older_than_days=args.remove_older_than,
-        keep_bytes=args.keep_bytes,
-        compacts=args.compact,
-    )
+def _store(args: argparse.Namespace) -> None:
+    listing = stores.keep_in_order(args)
     print(json.dumps(listing) if args.json else stores.format_listing(listing))
-    return 0
 
 
-def _info(args: argparse.Namespace) -> int:
+def _info(args: argparse.Namespace) -> None:
     found = dataclasses.asdict(backend_info())
     if args.json:
         print(json.dumps(found))
-        return 0
+        return
     for name, value in found.items():
         shown = ", ".join(map(str, value)) or "none" if isinstance(value, list | tuple) else value
         print(f"{name.replace('_', ' '):<20} {'none' if shown is None else shown}")
-    return 0
 
 
-def _print(result: dict[str, Any], args: argparse.Namespace) -> int:
+def _print(result: dict[str, Any], args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(result))
     else:
-        print(report.format_table(result))
-        print(f"\nreport: {args.out / 'report.html'}")
-    return 0
-
-
-def _interrupted(out: Path, bar: _Bar) -> int:
-    bar.close()
-    print(f"interrupted; what was measured so far is in {out}", file=sys.stderr)
-    return INTERRUPTED
+        print(f"{report.format_table(result)}\n\nreport: {args.out / 'report.html'}")
 
 
 class _Bar:

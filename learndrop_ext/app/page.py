@@ -1,9 +1,11 @@
-"""HTML pages: their templates, rendering and writing."""
+"""HTML pages: their templates and rendering, and how a file is replaced."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,12 @@ def render_page(kind: str, body: str, **values: Any) -> str:
     return environment.from_string(HEAD + TABLE + body + "</body>\n</html>\n").render(kind=kind, **values)
 
 
-def write_page(path: str | Path, page: str) -> None:
-    """Write a page to a temporary file and rename it to `path`, so that `path` is never incomplete."""
-    path = Path(path)
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path and rename it to `path` at the end, so that `path` is never incomplete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(page, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

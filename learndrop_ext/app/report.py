@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from learndrop_ext.app.page import FORECAST, REPORT, check_extras, render_page, write_page
+from learndrop_ext.app.page import FORECAST, REPORT, check_extras, render_page, replacing
 from learndrop_ext.decide.forecast import Forecast, align_columns
 
 RUNS = ("baseline", "learndrop", "freeze-only", "short")
@@ -42,7 +42,9 @@ class Reporter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._metrics.close()
+        if self._stale:
+            self.write(self._result)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Write the record of one epoch as one line. Infinities and NaN become null.
@@ -62,14 +64,9 @@ class Reporter:
     def write(self, result: Mapping[str, Any]) -> None:
         """Write `report.html` of a result and the records so far."""
         self._result = result
-        write_report(self.folder / "report.html", result, self._records)
+        with replacing(self.folder / "report.html") as path:
+            path.write_text(render_report(result, self._records), encoding="utf-8")
         self._stale = False
-
-    def close(self) -> None:
-        """Close metrics.jsonl, and update the page if there are newer records."""
-        self._metrics.close()
-        if self._stale:
-            self.write(self._result)
 
 
 def _finite(value: Any) -> Any:
@@ -154,7 +151,6 @@ def _bytes(value: float) -> str:
 
 def render_report(result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     """Return the page as HTML, with inline plots and no reference to another file. records: see `Reporter.add`."""
-    check_extras("render_report")
     from learndrop_ext.app import plots
 
     records = [record for record in records if record.get("accuracy") is not None]
@@ -234,11 +230,6 @@ def _forecasts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return lines
 
 
-def write_report(path: str | Path, result: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
-    """Write the page of `render_report` to a file."""
-    write_page(path, render_report(result, records))
-
-
 def write_forecast(folder: Path, forecast: Forecast) -> Path:
     """Write `forecast.html` to a folder, which is created, and return its path."""
     check_extras("write_forecast")
@@ -248,5 +239,7 @@ def write_forecast(folder: Path, forecast: Forecast) -> Path:
     figures = [svg for svg in (plots.plot_forecast(values), plots.plot_row_bytes(values)) if svg]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "forecast.html"
-    write_page(path, render_page("forecast", FORECAST, table_text=forecast.format_table(), figures=figures))
+    with replacing(path) as temporary:
+        page = render_page("forecast", FORECAST, table_text=forecast.format_table(), figures=figures)
+        temporary.write_text(page, encoding="utf-8")
     return path

@@ -84,7 +84,6 @@ def train(
         begin = time.perf_counter()
         drop = make_scheduler(setup, recipe, policy, caches=caches)
         result.seconds = result.measure_seconds = time.perf_counter() - begin
-        _note_drop(result.drops, drop, 0)
     example = setup.train[0][0][None]
     chain = split_layers(setup.model, example) if drop is None else drop.chain
     flops = sum(layer.flops for layer in chain)
@@ -117,13 +116,7 @@ def train(
         reason = ""
         if drop is not None:
             record = drop.step()
-            if result.drops:
-                result.drops[-1].fill_seconds += record.fill_seconds
-            _note_drop(result.drops, drop, epoch)
             reason, measured = record.reason, _measured(record, drop.chain.names)
-            result.fill_seconds += record.fill_seconds
-            result.measure_seconds += record.measure_seconds
-            result.forward_flops += record.forward_flops + record.fill_flops
         else:
             result.forward_flops += flops * samples
         if width is not None and width.step().removed:
@@ -155,18 +148,25 @@ def train(
     if width is not None:
         width.close()
     if drop is not None:
+        _add_measured(result, drop)
         drop.close()
     result.peak_memory_bytes = peak_bytes(device)
     return result, setup.model
 
 
-def _note_drop(drops: list[Dropped], drop: DropScheduler, epoch: int) -> None:
-    """Append the drop made after `epoch`, if there was one."""
-    if drop.prefix == (drops[-1].prefix if drops else 0):
-        return
-    record = drop.history[-1]
-    names = list(drop.chain.names[: drop.prefix])
-    drops.append(Dropped(epoch, drop.prefix, names, record.reason, 0.0, record.row_bytes, record.tier))
+def _add_measured(result: Result, drop: DropScheduler) -> None:
+    """Add what the scheduler measured and dropped in a run."""
+    prefix = 0
+    for record in drop.history:
+        result.fill_seconds += record.fill_seconds
+        result.measure_seconds += record.measure_seconds
+        result.forward_flops += record.forward_flops + record.fill_flops
+        if result.drops:
+            result.drops[-1].fill_seconds += record.fill_seconds
+        if record.prefix != prefix:
+            prefix = record.prefix
+            names = list(drop.chain.names[:prefix])
+            result.drops.append(Dropped(record.epoch, prefix, names, record.reason, 0.0, record.row_bytes, record.tier))
 
 
 def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
@@ -185,47 +185,38 @@ def warm_up(split: Split, recipe: Recipe) -> None:
 
     One-time costs of the process (imports, kernel compilation, allocation) are then not part of any run.
     """
-    batch = 2 * recipe.batch_size
-    few = dataclasses.replace(
-        split, train=split.train.subset(range(min(batch, len(split.train)))), test=split.test.subset(range(1))
-    )
+    two_batches = range(len(split.train))[: 2 * recipe.batch_size]
+    few = dataclasses.replace(split, train=split.train.subset(two_batches), test=split.test.subset(range(1)))
     short = dataclasses.replace(recipe, epochs=1, steps=None, augment=None, views=1, mirror=False)
     train("warm-up", few, short)
+
     # One epoch without drops, one that computes rows and one that reads them.
-    train("warm-up", few, dataclasses.replace(short, epochs=3), policy=_half_after_the_first_epoch)
+    def half_after_the_first_epoch(situation: Situation) -> Decision:
+        return Decision(min(situation.epoch, 1) * (len(situation.layers) // 2), "warm-up")
+
+    train("warm-up", few, dataclasses.replace(short, epochs=3), policy=half_after_the_first_epoch)
 
 
 def shortened(split: Split, recipe: Recipe, *, seconds: float) -> Recipe:
     """Return the plain recipe with as many steps as fit into `seconds`, at least one and at most its own.
 
-    It times a fortieth of the run's steps first, see `step_seconds`: on a machine whose speed changes, a run of a while ago
-    is no clock.
+    A fortieth of the run's steps, at most an epoch of them, are timed first: on a machine whose speed changes, a run of a
+    while ago is no clock. A throwaway model is trained for two epochs of so many batches; the second, without the costs of
+    a beginning, counts.
     """
     batches = _batches(split, recipe)
     whole = recipe.epochs * batches
-    steps = max(1, min(whole, int(seconds / step_seconds(split, recipe, steps=max(4, whole // 40)))))
-    return dataclasses.replace(recipe, epochs=-(-steps // batches), steps=steps)
-
-
-def step_seconds(split: Split, recipe: Recipe, *, steps: int) -> float:
-    """Return the mean seconds of a training step without dropping, of at most `steps` and an epoch of them.
-
-    A throwaway model is trained for two epochs of so many batches; the second, without the costs of a beginning, counts.
-    """
-    some = split.train.subset(range(min(steps * recipe.batch_size, len(split.train))))
-    few = dataclasses.replace(split, train=some, test=split.test.subset(range(1)))
+    timed = range(len(split.train))[: max(4, whole // 40) * recipe.batch_size]
+    few = dataclasses.replace(split, train=split.train.subset(timed), test=split.test.subset(range(1)))
     ends: list[float] = []
     two = dataclasses.replace(recipe, epochs=2, steps=None)
     train("timing", few, two, on_epoch=lambda record: ends.append(record["seconds"]))
-    return (ends[1] - ends[0]) / _batches(few, recipe)
+    steps = max(1, min(whole, int(seconds * _batches(few, recipe) / (ends[1] - ends[0]))))
+    return dataclasses.replace(recipe, epochs=-(-steps // batches), steps=steps)
 
 
 def _batches(split: Split, recipe: Recipe) -> int:
     return -(-len(split.train) // recipe.batch_size)
-
-
-def _half_after_the_first_epoch(situation: Situation) -> Decision:
-    return Decision(min(situation.epoch, 1) * (len(situation.layers) // 2), "warm-up")
 
 
 def evaluate(model: nn.Module, images: ImageSet, *, batch_size: int, amp: str | None) -> float:
@@ -292,10 +283,3 @@ def peak_bytes(device: torch.device) -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def save_model(model: nn.Module, path: Path) -> None:
-    """Write the model's state_dict to a temporary file and rename it to `path`, so that `path` is never incomplete."""
-    temporary = path.with_name(path.name + ".part")
-    torch.save(model.state_dict(), temporary)
-    temporary.replace(path)

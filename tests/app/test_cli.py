@@ -53,6 +53,7 @@ def test_train_saves_the_whole_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "learndrop" in capsys.readouterr().out
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     assert "conv1.weight" in saved
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "metrics.jsonl", "report.html"}
     assert main(["train", *SMALL, "--plain", "--out", str(tmp_path / "plain")]) == 0
     assert "baseline" in capsys.readouterr().out
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from learndrop_ext.app import report
-from learndrop_ext.app.report import Reporter, format_table, render_report, write_report
+from learndrop_ext.app.page import replacing
+from learndrop_ext.app.report import Reporter, format_table, render_report
 
 DROP = {
     "epoch": 8,
@@ -261,20 +262,26 @@ def test_render_report_escapes() -> None:
     assert "49" not in html.split("<svg")[0]
 
 
-def test_write_report_replaces_whole_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replacing_gives_whole_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.html"
-    write_report(path, RESULT, RECORDS)
-    before = path.read_text(encoding="utf-8")
-    assert before == render_report(RESULT, RECORDS)
+    with Reporter(tmp_path) as reporter:
+        reporter.write(RESULT)
+    assert path.read_text(encoding="utf-8") == render_report(RESULT, [])
+    with replacing(path) as part:
+        part.write_text("whole", encoding="utf-8")
+    kept = [entry.name for entry in tmp_path.iterdir()]
+    assert sorted(kept) == ["metrics.jsonl", "report.html"]
 
     def fails(self: Path, target: Path) -> None:
         raise OSError("no space")
 
     monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(OSError, match="no space"):
-        write_report(path, {}, [])
-    assert path.read_text(encoding="utf-8") == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+    with pytest.raises(OSError, match="no space"), replacing(path) as part:
+        part.write_text("another", encoding="utf-8")
+    with pytest.raises(FileNotFoundError), replacing(path) as part:
+        (part / "none").write_text("another", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "whole"
+    assert [entry.name for entry in tmp_path.iterdir()] == kept
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -316,7 +323,7 @@ def test_reporter_leaves_a_page_after_an_interruption(tmp_path: Path) -> None:
 
 def test_reporter_does_not_draw_again_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(report, "write_report", lambda path, result, records: drawn.append(len(records)))
+    monkeypatch.setattr(report, "render_report", lambda result, records: drawn.append(len(records)) or "")
     with Reporter(tmp_path) as reporter:
         reporter.add(RECORDS[0])
         reporter.write({})
@@ -330,5 +337,3 @@ def test_reporter_names_the_package_it_lacks(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(ImportError, match=f"^Reporter: {message}$"):
         Reporter(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ImportError, match=f"^render_report: {message}$"):
-        render_report(RESULT, RECORDS)

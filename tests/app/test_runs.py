@@ -191,15 +191,6 @@ def test_shortened_times_real_steps(digits: Split) -> None:
     assert runs.shortened(digits, RECIPE, seconds=1e9).steps == 12
 
 
-def test_save_model_leaves_no_part(digits: Split, tmp_path: Any) -> None:
-    _, model = runs.train("baseline", digits, dataclasses.replace(RECIPE, epochs=1))
-    runs.save_model(model, tmp_path / "model.pt")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
-    for name, value in model.state_dict().items():
-        assert torch.equal(saved[name], value)
-
-
 def test_warm_up_measures_makes_rows_and_reads_them(digits: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     results: list[runs.Result] = []
     train = runs.train
