@@ -121,7 +121,7 @@ def train(
     # After as many epochs as a linear schedule has steps, what is left trains on; the others end by themselves, or slowly.
     steps = max(1, round(0.75 * epochs)) if isinstance((method.narrow or {}).get("schedule"), Linear) else epochs
     width = max(1, round(args.width * keep)) if method.narrow_from_start else args.width
-    # Contiguous: see `learndrop_ext.app.widths`.
+    # Contiguous: see `learndrop_ext.app.recipe.make_narrower`.
     model = network(model_name, split, width=width, seed=seed)
     torch.manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)

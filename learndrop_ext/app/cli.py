@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from learndrop_ext import backend_info
-from learndrop_ext.app import report, runs, stores
+from learndrop_ext.app import report, runs
 from learndrop_ext.app.datasets import Split, load_dataset, load_folder
 from learndrop_ext.app.networks import check_network, is_external, pixel_statistics
-from learndrop_ext.app.options import PRESETS, RECIPE_OPTIONS, make_parser
+from learndrop_ext.app.options import PRESETS, make_parser
 from learndrop_ext.app.page import replacing
 from learndrop_ext.app.recipe import (
     STOPPED_OPTIONS,
@@ -28,11 +28,14 @@ from learndrop_ext.app.recipe import (
     default_views,
     make_forecast,
     make_network,
+    parse_narrow,
     parse_policy,
     policy_of,
 )
-from learndrop_ext.app.widths import parse_narrow
+from learndrop_ext.decide.forecast import align_columns
 from learndrop_ext.ops import free_bytes
+from learndrop_ext.rows.store.keeping import check_rows, compact, list_rows, remove_rows
+from learndrop_ext.rows.store.store import INDEX, RowStore
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,36 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recipe(args: argparse.Namespace) -> tuple[Split, Recipe]:
     """Return the data and the recipe that the options describe. Cheap checks come before images are read."""
-    preset = PRESETS[args.dataset]
     device = _device(args.device)
     _check_out(args.out)
-    model = args.model or preset["model"]
-    check_network(model)
-    _check_options(args, model)
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    given = {name: value for name, value in vars(args).items() if name in fields and value is not None}
+    chosen = PRESETS[args.dataset] | given
+    check_network(chosen["model"])
+    _check_options(args, chosen["model"])
     split = _load(args)
-    augment = None if args.augment == "none" else args.augment or preset.get("augment")
-    given = {name: value for name in RECIPE_OPTIONS if (value := getattr(args, name)) is not None}
-    chosen = {name: value for name, value in preset.items() if name not in ("model", "augment")} | given
-    chosen["batch_size"] = min(chosen["batch_size"], len(split.train))
-    recipe = Recipe(
-        **chosen,
-        model=model,
-        weights=args.weights,
-        stem=args.stem or ("small" if split.size <= 64 else "imagenet"),
-        seed=args.seed,
-        device=device,
-        amp=args.amp,
-        augment=augment,
-        codec=args.codec,
-        views=args.views or default_views(augment, chosen["epochs"], args.policy),
-        mirror=args.mirror,
-        policy=args.policy,
-        **{name: getattr(args, name) for name in STOPPED_OPTIONS},
-    )
+    if chosen.get("augment") == "none":
+        chosen["augment"] = None
+    chosen |= {"device": device, "batch_size": min(chosen["batch_size"], len(split.train))}
+    chosen.setdefault("stem", "small" if split.size <= 64 else "imagenet")
+    chosen.setdefault("views", default_views(chosen.get("augment"), chosen["epochs"], args.policy))
+    recipe = Recipe(**chosen)
     network = make_network(split, recipe)
     if network.note:
         print(network.note, file=sys.stderr)
-    if statistics := pixel_statistics(model):
+    if statistics := pixel_statistics(recipe.model):
         split = split.map(lambda part: part.normalized(*statistics))
     return _decoded(split, torch.device(device)), recipe
 
@@ -120,7 +111,7 @@ def _check_options(args: argparse.Namespace, model: str) -> None:
 
 def _decoded(split: Split, device: torch.device) -> Split:
     """Return the split with its photos decoded if they fit into half of the free memory."""
-    wanted = split.bytes_decoded
+    wanted = sum(part.bytes_decoded for part in (split.train, split.test, split.validation) if part is not None)
     free = min(free_bytes(place) for place in {torch.device("cpu"), device})
     if wanted <= free // 2:
         return split.map(lambda part: part.decoded())
@@ -204,8 +195,39 @@ def _forecast(args: argparse.Namespace) -> None:
 
 
 def _store(args: argparse.Namespace) -> None:
-    listing = stores.keep_in_order(args)
-    print(json.dumps(listing) if args.json else stores.format_listing(listing))
+    """Check, remove and compact the rows of a store as the options ask for, and list what is left, a dict per fingerprint.
+
+    What is "in_use" exceeds a limit but a run uses it.
+    """
+    folder: Path = args.folder
+    if not (folder / INDEX).is_file():
+        kind = "a file" if folder.is_file() else "a folder without an index" if folder.is_dir() else "not there"
+        raise ValueError(f"DIR must be a store of rows, got {folder}, which is {kind}")
+    with contextlib.closing(RowStore(folder)) as store:
+        damaged = check_rows(store) if args.check else {}
+        age = None if args.remove_older_than is None else args.remove_older_than * 86400
+        removed, in_use = remove_rows(store, older_than_seconds=age, keep_bytes=args.keep_bytes)
+        saved = compact(store) if args.compact else 0
+        listed = {"removed": removed, "in_use": in_use, "rows": list_rows(store)}
+    listing = {"folder": str(folder), "damaged": damaged, "saved_bytes": saved} | {
+        name: [dataclasses.asdict(one) for one in rows] for name, rows in listed.items()
+    }
+    print(json.dumps(listing) if args.json else _format_listing(listing))
+
+
+def _format_listing(listing: dict[str, Any]) -> str:
+    """Format a listing for a terminal, one line for each fingerprint."""
+    lines = [
+        f"{file}: {count} damaged rows, which will be computed again" for file, count in listing["damaged"].items()
+    ]
+    lines += [f"removed {len(listing['removed'])} files"] if listing["removed"] else []
+    lines += [f"kept {one['file']}, which a run uses" for one in listing["in_use"]]
+    lines += [f"saved {listing['saved_bytes']:,} bytes"] if listing["saved_bytes"] else []
+    rows = listing["rows"]
+    if not rows:
+        return "\n".join([*lines, f"no rows in {listing['folder']}"])
+    cells = [[f"{v:.0f}" if isinstance(v, float) else str(v)[:60] for v in row.values()] for row in rows]
+    return "\n".join([*lines, *align_columns([list(rows[0]), *cells])])
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -44,42 +44,29 @@ class Split:
     @property
     def channels(self) -> int:
         """C."""
-        return len(self.mean)
+        return len(self.train.mean)
 
     @property
     def size(self) -> int:
         """Side of the images in pixels."""
         return self.train.size
 
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of the pixels in [0, 1], per channel."""
-        return self.train.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Their standard deviation."""
-        return self.train.std
-
     def map(self, change: Callable[[ImageSet], ImageSet]) -> Split:
         """Return the split with `change` applied to each part."""
         validation = None if self.validation is None else change(self.validation)
         return Split(change(self.train), change(self.test), self.classes, validation)
 
-    @property
-    def bytes_decoded(self) -> int:
-        """Bytes of the decoded images of all parts."""
-        return sum(part.bytes_decoded for part in (self.train, self.test, self.validation) if part is not None)
 
-
+#: The images and labels of a part, and what a reader returns: the training and the test part, and the names of the classes.
 Subset: TypeAlias = tuple[Tensor | Sequence[Path], Tensor]
+Parts: TypeAlias = tuple[Subset, Subset, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Source:
     """The reader of a dataset, and its mean and standard deviation of training pixels in [0, 1], per channel."""
 
-    read: Callable[[Path, int | None], tuple[Subset, Subset, tuple[str, ...]]]
+    read: Callable[[Path, int | None], Parts]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool = True
@@ -180,7 +167,7 @@ def _split(
     return Split(parts[0], parts[1], classes, *parts[2:])
 
 
-def _read_digits(_: Path, __: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
+def _read_digits(_: Path, __: int | None) -> Parts:
     digits = _package("sklearn.datasets", "digits", "scikit-learn").load_digits()
     # 17 grey levels, 0 to 16, scaled to 0..255
     images = (torch.from_numpy(digits.images) * (255 / 16)).to(torch.uint8).unsqueeze(1)
@@ -190,9 +177,7 @@ def _read_digits(_: Path, __: int | None) -> tuple[Subset, Subset, tuple[str, ..
     return (images[train], labels[train]), (images[test], labels[test]), DIGITS
 
 
-def _read_mnist(
-    root: Path, _: int | None, *, name: str, classes: tuple[str, ...]
-) -> tuple[Subset, Subset, tuple[str, ...]]:
+def _read_mnist(root: Path, _: int | None, *, name: str, classes: tuple[str, ...]) -> Parts:
     folder = _folder(root, f"{name}/raw", first="train-images-idx3-ubyte")
     parts = []
     for prefix in ("train", "t10k"):
@@ -209,28 +194,21 @@ def _read_mnist(
 
 
 def _read_cifar(
-    root: Path,
-    limit: int | None,
-    *,
-    folder: str,
-    parts: tuple[tuple[str, ...], ...],
-    meta: str,
-    kind: str,
-    classes: int,
-) -> tuple[Subset, Subset, tuple[str, ...]]:
-    """parts: files of the training and the test part; kind: before the keys of labels and names."""
-    found = _folder(root, folder, first=parts[0][0])
+    root: Path, limit: int | None, *, folder: str, files: Sequence[Sequence[str]], meta: str, kind: str, classes: int
+) -> Parts:
+    """files: of the training and the test part; kind: before the keys of labels and names."""
+    found = _folder(root, folder, first=files[0][0])
     subsets = []
-    for files in parts:
+    for names in files:
         batches: list[tuple[Tensor, Tensor]] = []
-        for name in files:
+        for name in names:
             if limit is None or sum(len(y) for _, y in batches) < limit:
                 batches.append(read_cifar(find_file(found, name), labels=f"{kind}labels", classes=classes))
         subsets.append((torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])))
     return subsets[0], subsets[1], read_cifar_names(found / meta, key=f"{kind}label_names", classes=classes)
 
 
-def _read_imagenette(root: Path, _: int | None) -> tuple[Subset, Subset, tuple[str, ...]]:
+def _read_imagenette(root: Path, _: int | None) -> Parts:
     _package("PIL", "imagenette", "pillow")
     found = sorted(path for path in root.glob("imagenette*") if (path / "train").is_dir())
     folder = root if (root / "train").is_dir() or not found else found[0]
@@ -270,18 +248,13 @@ DIGITS = tuple("0123456789")
 FASHION = tuple(
     ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 )
-CIFAR10: dict[str, Any] = {
-    "folder": "cifar-10-batches-py",
-    "parts": (tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)),
-    "meta": "batches.meta",
-    **{"kind": "", "classes": 10},
-}
-CIFAR100: dict[str, Any] = {
-    "folder": "cifar-100-python",
-    "parts": (("train",), ("test",)),
-    "meta": "meta",
-    **{"kind": "fine_", "classes": 100},
-}
+CIFAR10_FILES = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
+CIFAR10 = partial(
+    _read_cifar, folder="cifar-10-batches-py", files=CIFAR10_FILES, meta="batches.meta", kind="", classes=10
+)
+CIFAR100 = partial(
+    _read_cifar, folder="cifar-100-python", files=(("train",), ("test",)), meta="meta", kind="fine_", classes=100
+)
 IMAGENETTE = {
     "n01440764": "tench",
     "n02102040": "English springer",
@@ -296,13 +269,11 @@ IMAGENETTE = {
 }
 
 # Mean and standard deviation are over the whole training part; for Imagenette, those of ImageNet.
-DATASETS: Mapping[str, Source] = MappingProxyType(
-    {
-        "digits": Source(_read_digits, (0.3041,), (0.3757,), flip=False),
-        "mnist": Source(partial(_read_mnist, name="MNIST", classes=DIGITS), (0.1307,), (0.3081,), flip=False),
-        "fashion-mnist": Source(partial(_read_mnist, name="FashionMNIST", classes=FASHION), (0.2860,), (0.3530,)),
-        "cifar10": Source(partial(_read_cifar, **CIFAR10), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-        "cifar100": Source(partial(_read_cifar, **CIFAR100), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        "imagenette": Source(_read_imagenette, IMAGENET_MEAN, IMAGENET_STD),
-    }
-)
+DATASETS = {
+    "digits": Source(_read_digits, (0.3041,), (0.3757,), flip=False),
+    "mnist": Source(partial(_read_mnist, name="MNIST", classes=DIGITS), (0.1307,), (0.3081,), flip=False),
+    "fashion-mnist": Source(partial(_read_mnist, name="FashionMNIST", classes=FASHION), (0.2860,), (0.3530,)),
+    "cifar10": Source(CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Source(CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenette": Source(_read_imagenette, IMAGENET_MEAN, IMAGENET_STD),
+}

@@ -20,11 +20,7 @@ from torch import Tensor
 
 
 class IntegrityError(ValueError):
-    """A data file or folder is missing, damaged or in the wrong format."""
-
-    def __init__(self, path: Path, problem: str) -> None:
-        super().__init__(path, problem)
-        self.path = path
+    """A data file or folder is missing, damaged or in the wrong format. Its arguments: the path and the problem."""
 
     def __str__(self) -> str:
         return "{}: {}".format(*self.args)

@@ -115,10 +115,10 @@ class ImageSet(Dataset[Batch]):
         else:
             read = zip(ids.tolist(), [WHOLE] * len(ids) if windows is None else windows.tolist(), strict=True)
             x = torch.stack([read_photo(self.images[i], size=self.size, window=w) for i, w in read]).to(self.device)
-        if self.augment == "flip" or (self.augment == "crop" and self.flip):
-            x = _flip(x)
-        elif self.augment == "standard":
-            x = _standard(x, padding=min(4, self.size // 8), flip=self.flip)
+        if self.augment == "standard":
+            x = _shifted(x, padding=min(4, self.size // 8))
+        if self.augment == "flip" or (self.augment and self.flip):
+            x = _flipped(x)
         return x.to(torch.float32).sub_(self._shift).mul_(self._scale), self.labels[rows]
 
     @property
@@ -170,13 +170,12 @@ class ImageSet(Dataset[Batch]):
         return ImageSet(**{name: getattr(self, name) for name in kept} | changes)
 
 
-def _standard(images: Tensor, *, padding: int, flip: bool) -> Tensor:
-    """Shift each of `images` [B, C, H, W] by up to `padding` pixels each way; if `flip`, also call `_flip`."""
+def _shifted(images: Tensor, *, padding: int) -> Tensor:
+    """Shift each of `images` [B, C, H, W] by up to `padding` pixels each way."""
     b, _, height, width = images.shape
     windows = functional.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     dy, dx = torch.randint(0, 2 * padding + 1, (2, b), device=images.device)
-    shifted = windows[torch.arange(b, device=images.device), :, dy, dx]
-    return (_flip(shifted) if flip else shifted).contiguous()
+    return windows[torch.arange(b, device=images.device), :, dy, dx].contiguous()
 
 
 def _windows(count: int) -> Tensor:
@@ -197,7 +196,7 @@ def _cropped(images: Tensor, windows: Tensor) -> Tensor:
     return functional.grid_sample(images.to(torch.float32), grid, padding_mode="border", align_corners=False)
 
 
-def _flip(images: Tensor) -> Tensor:
+def _flipped(images: Tensor) -> Tensor:
     """Flip each of `images` [B, C, H, W] horizontally with probability 1/2."""
     mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(3), images)

@@ -9,6 +9,7 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -99,28 +100,33 @@ def build_network(
     the name or the file needs a library that is not installed.
     """
     check_network(name)
-    if is_external(name):
-        if in_channels != 3:
-            raise ValueError(f"model: {name} needs images of 3 channels, got {in_channels}")
-        create = _maker(name, weights)
+    library, _, inner = name.partition(":")
+    if is_external(name) and in_channels != 3:
+        raise ValueError(f"model: {name} needs images of 3 channels, got {in_channels}")
+    create: partial[Any]
+    if library == "torchvision":
+        create = partial(_library("torchvision.models").get_model, inner, weights=None)
+    elif library == "timm" and weights == "default":
+        create = partial(_fetched, name, _library("timm").create_model, inner, pretrained=True)
+    elif library == "timm":
+        create = partial(_library("timm").create_model, inner.partition(".")[0])
+    elif weights == "default":
+        raise ValueError(f"weights: 'default' needs a model timm:NAME or torchvision:NAME, got {name!r}")
     else:
-        if weights == "default":
-            raise ValueError(f"weights: 'default' needs a model timm:NAME or torchvision:NAME, got {name!r}")
-        check_memory(name, num_classes=num_classes, in_channels=in_channels, stem=stem, width=width)
-
-        def create(classes: int) -> nn.Module:
-            return build_model(name, num_classes=classes, in_channels=in_channels, stem=stem, width=width)
-
+        sizes: dict[str, Any] = {"in_channels": in_channels, "stem": stem, "width": width}
+        check_memory(name, num_classes=num_classes, **sizes)
+        create = partial(build_model, name, **sizes)
     with fork_rng(seed):
-        model = create(num_classes)
+        model = create(num_classes=num_classes)
         if weights is None:
             return Network(model, "")
-        if weights == "default" and name.startswith("timm:"):
-            return Network(model, f"weights: those of timm for {name.partition(':')[2]}; the classifier is new")
-        classifier = _classifier_keys(model, create(num_classes + 1))
+        if weights == "default" and library == "timm":
+            return Network(model, f"weights: those of timm for {inner}; the classifier is new")
+        other = create(num_classes=num_classes + 1).state_dict()
+    classifier = {key for key, value in model.state_dict().items() if other[key].shape != value.shape}
     if weights == "default":
-        enum = _library("torchvision.models").get_model_weights(name.partition(":")[2])
-        found, origin = _fetched(name, lambda: dict(enum.DEFAULT.get_state_dict(progress=False))), str(enum.DEFAULT)
+        default = _library("torchvision.models").get_model_weights(inner).DEFAULT
+        found, origin = _fetched(name, default.get_state_dict, progress=False), str(default)
     else:
         found, origin = read_weights(weights), weights
     tensors, note = fit_weights(found, model.state_dict(), classifier=classifier, path=origin)
@@ -128,34 +134,16 @@ def build_network(
     return Network(model, note)
 
 
-def _maker(name: str, weights: str | None) -> Callable[[int], nn.Module]:
-    """Return what makes an external network with a number of classes; timm loads default weights with it."""
-    library, _, inner = name.partition(":")
-    if library == "torchvision":
-        models = _library("torchvision.models")
-        return lambda classes: models.get_model(inner, weights=None, num_classes=classes)
-    timm = _library("timm")
-    if weights != "default":
-        return lambda classes: timm.create_model(inner.partition(".")[0], num_classes=classes)
-    return lambda classes: _fetched(name, lambda: timm.create_model(inner, pretrained=True, num_classes=classes))
-
-
-def _fetched(name: str, fetch: Callable[[], Any]) -> Any:
+def _fetched(name: str, fetch: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Return the result of a download. Any error becomes a ValueError."""
     try:
-        return fetch()
+        return fetch(*args, **options)
     except Exception as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ValueError(
             f"weights: the default weights of {name} could not be fetched ({type(error).__name__}: {reason}); "
             "give --weights FILE, or none for random weights"
         ) from error
-
-
-def _classifier_keys(model: nn.Module, other: nn.Module) -> set[str]:
-    """Return the keys whose shapes differ between two networks that differ in the number of classes."""
-    others = other.state_dict()
-    return {key for key, value in model.state_dict().items() if others[key].shape != value.shape}
 
 
 def check_memory(name: str, **sizes: Any) -> None:

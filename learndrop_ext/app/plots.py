@@ -14,7 +14,6 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -217,7 +216,6 @@ def plot_row_bytes(forecast: Mapping[str, Any]) -> str | None:
 
 def _figure(*, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8.0, height), layout="constrained")
-    FigureCanvasSVG(figure)
     return figure, figure.add_subplot()
 
 

@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 
 from learndrop_ext.app.datasets import Split
 from learndrop_ext.app.image_set import ImageSet, make_loader
-from learndrop_ext.app.networks import Network, build_network, check_network
+from learndrop_ext.app.networks import Network, build_network
 from learndrop_ext.data.source import views_within
 from learndrop_ext.decide.forecast import Forecast
 from learndrop_ext.decide.policy import Budget, Fixed, Policy, StoppedLearning
 from learndrop_ext.decide.rules import AutoFreeze, FreezeOut, LinearFreeze, PipeTransformer
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.scheduler import DropScheduler
+from learndrop_ext.width import CRITERIA, WidthScheduler
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "constant")
@@ -69,7 +70,6 @@ class Recipe:
     steps: int | None = None  # optimizer steps, if the run ends within its last epoch; not with dropping
 
     def __post_init__(self) -> None:
-        check_network(self.model)
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"Recipe: {name} must be one of {', '.join(known)}, got {value!r}")
@@ -114,6 +114,27 @@ def parse_policy(text: str, **stopped: Any) -> Policy:
         raise ValueError(f"policy must be {POLICY_FORMS}, got {text!r}")
     policy: Policy = (Fixed if kind == "fixed" else POLICIES[kind])(**values)
     return policy
+
+
+@dataclass(frozen=True)
+class NarrowSpec:
+    """The criterion, a key of `CRITERIA`, and the share of the channels that is left in the end."""
+
+    criterion: str
+    keep: float
+
+
+def parse_narrow(text: str) -> NarrowSpec:
+    """Parse "CRITERION:KEEP". Raises ValueError for another form, an unknown criterion, or a share not within 0..1."""
+    criterion, _, share = text.partition(":")
+    try:
+        keep = float(share)
+    except ValueError:
+        keep = 0.0
+    if criterion not in CRITERIA or not 0 < keep <= 1:
+        forms = f"CRITERION:KEEP with one of {', '.join(CRITERIA)} and a share above 0 and at most 1"
+        raise ValueError(f"--narrow must be {forms}, got {text!r}")
+    return NarrowSpec(criterion, keep)
 
 
 def default_views(augment: str | None, epochs: int, policy: str) -> int:
@@ -187,6 +208,16 @@ def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool
         cache=cache_of(recipe) if caches else None,
         call=call,
     )
+
+
+def make_narrower(setup: Setup, recipe: Recipe, narrow: NarrowSpec, example: torch.Tensor) -> WidthScheduler:
+    """Build the WidthScheduler of a run: one threshold over all layers, from the first epoch to the last."""
+    if example.device.type == "cpu":
+        # The backward pass of torch 2.13 corrupts memory on a CPU for a 1x1 convolution with stride 2 over fewer than 8
+        # channels in the channels-last format, and a narrow ResNet has some.
+        setup.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    options: dict[str, Any] = {"epochs": recipe.epochs, "seed": recipe.seed, "scope": "global"} | vars(narrow)
+    return WidthScheduler(setup.model, setup.optimizer, example, **options)
 
 
 def make_forecast(split: Split, recipe: Recipe) -> Forecast:

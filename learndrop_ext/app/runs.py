@@ -17,9 +17,8 @@ from torch import nn
 
 from learndrop_ext.app.datasets import Split
 from learndrop_ext.app.image_set import ImageSet, make_loader
-from learndrop_ext.app.recipe import Recipe, make_scheduler, policy_of, set_up
+from learndrop_ext.app.recipe import NarrowSpec, Recipe, make_narrower, make_scheduler, policy_of, set_up
 from learndrop_ext.app.report import MEASURED
-from learndrop_ext.app.widths import NarrowSpec
 from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation
 from learndrop_ext.forward.chain import split_layers
 from learndrop_ext.history import Record
@@ -90,7 +89,7 @@ def train(
     begin = time.perf_counter()
     width = None
     if narrow is not None:
-        width = narrow.build(setup.model, setup.optimizer, example, epochs=recipe.epochs, seed=recipe.seed)
+        width = make_narrower(setup, recipe, narrow, example)
     result.seconds += time.perf_counter() - begin
     full_widths = {} if width is None else width.widths
     for epoch in range(1, recipe.epochs + 1):

@@ -114,7 +114,7 @@ def test_a_network_gets_the_pixels_that_its_weights_were_trained_on(
     options = ["--dataset", "folder", "--data-root", str(photos), "--image-size", "32"]
     for model in ("timm:tf_efficientnet_lite0", "resnet10"):
         assert main(["train", *options, "--model", model]) == 2
-    assert [split.mean for split, _ in seen] == [(0.5,) * 3, (0.485, 0.456, 0.406)]
+    assert [split.train.mean for split, _ in seen] == [(0.5,) * 3, (0.485, 0.456, 0.406)]
     assert isinstance(seen[0][0].train.images, torch.Tensor)
     monkeypatch.setattr(cli, "free_bytes", lambda device: 40 * 3 * 32 * 32)
     assert main(["train", *options, "--model", "resnet10"]) == 2

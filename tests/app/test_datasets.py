@@ -67,8 +67,8 @@ def test_load_dataset_digits() -> None:
     assert (split.train.augment, split.test.augment) == (None, None)
     assert not split.train.flip
     pixels = split.train.images.double() / 255
-    assert split.mean == (pytest.approx(pixels.mean().item(), abs=5e-5),)
-    assert split.std == (pytest.approx(pixels.std(correction=0).item(), abs=5e-5),)
+    assert split.train.mean == (pytest.approx(pixels.mean().item(), abs=5e-5),)
+    assert split.train.std == (pytest.approx(pixels.std(correction=0).item(), abs=5e-5),)
     again = load_dataset("digits", limit=100)
     assert (len(again.train), len(again.test)) == (100, 100)
     assert torch.equal(again.train.images, split.train.images[:100])
@@ -257,8 +257,8 @@ def test_load_dataset_real(name: str, folder: str, count: int, first: list[int],
     assert (split.classes[0], split.classes[-1]) == classes
     assert split.train.labels.bincount().sum() == count
     pixels = split.train.images.transpose(0, 1).reshape(split.channels, -1).float() / 255
-    assert split.mean == pytest.approx(pixels.mean(1).tolist(), abs=1e-4)
-    assert split.std == pytest.approx(pixels.std(1, correction=0).tolist(), abs=1e-4)
+    assert split.train.mean == pytest.approx(pixels.mean(1).tolist(), abs=1e-4)
+    assert split.train.std == pytest.approx(pixels.std(1, correction=0).tolist(), abs=1e-4)
 
 
 def test_load_dataset_real_imagenette() -> None:

@@ -29,10 +29,10 @@ def test_load_folder_of_two_parts(tmp_path: Path, part: str) -> None:
     split = load_folder(tmp_path, size=16)
     assert split.classes == ("a", "b")
     assert (split.channels, split.size, split.validation) == (3, 16, None)
-    assert (split.mean, split.std) == (IMAGENET_MEAN, IMAGENET_STD)
+    assert (split.train.mean, split.train.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert split.train.labels.tolist() == [0, 1, 0, 0]
     assert split.test.labels.tolist() == [0, 1, 1]
-    assert split.bytes_decoded == 7 * 3 * 16 * 16
+    assert (split.train.bytes_decoded, split.test.bytes_decoded) == (4 * 3 * 16 * 16, 3 * 3 * 16 * 16)
     decoded = split.map(lambda images: images.decoded())
     assert decoded.train.images[:, 0, 8, 8].tolist() == [0, 50, 10, 20]
     assert decoded.test.images[:, 0, 8, 8].tolist() == [0, 50, 60]
@@ -49,7 +49,8 @@ def test_load_folder_of_three_parts(tmp_path: Path, validation: str) -> None:
     assert (len(split.train), len(split.test), len(split.validation)) == (3, 3, 2)
     smaller = split.map(lambda images: images.decoded().resized(8).normalized((0.5,) * 3, (0.25,) * 3))
     assert smaller.validation is not None
-    assert (smaller.size, smaller.validation.size, smaller.mean, smaller.std) == (8, 8, (0.5,) * 3, (0.25,) * 3)
+    assert (smaller.size, smaller.validation.size) == (8, 8)
+    assert (smaller.train.mean, smaller.validation.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
 @pytest.mark.parametrize("below", ["", "train"])

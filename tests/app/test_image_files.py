@@ -102,7 +102,7 @@ def test_find_file(tmp_path: Path) -> None:
 
 def test_integrity_error_survives_a_worker(tmp_path: Path) -> None:
     error = pickle.loads(pickle.dumps(IntegrityError(tmp_path, "gone")))
-    assert (type(error), str(error), error.path) == (IntegrityError, f"{tmp_path}: gone", tmp_path)
+    assert (type(error), str(error), error.args) == (IntegrityError, f"{tmp_path}: gone", (tmp_path, "gone"))
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

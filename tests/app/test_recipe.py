@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from learndrop_ext.app.datasets import load_dataset
-from learndrop_ext.app.recipe import Recipe, default_views, parse_policy, set_up
+from learndrop_ext.app.recipe import NarrowSpec, Recipe, default_views, parse_narrow, parse_policy, set_up
 from learndrop_ext.decide.policy import Budget, Fixed, StoppedLearning
 from learndrop_ext.decide.rules import AutoFreeze, FreezeOut, LinearFreeze, PipeTransformer
 
@@ -53,6 +53,17 @@ def test_parse_policy_refuses(text: str) -> None:
 def test_parse_policy_leaves_the_range_to_the_policy() -> None:
     with pytest.raises(ValueError, match=r"^FreezeOut: t0 must be within 0\.0\.\.1\.0, got 2\.0$"):
         parse_policy("freezeout:2")
+
+
+def test_parse_narrow() -> None:
+    assert parse_narrow("l1:0.5") == NarrowSpec("l1", 0.5)
+    assert parse_narrow("coreset:1") == NarrowSpec("coreset", 1.0)
+
+
+@pytest.mark.parametrize("text", ["l1", "l1:", "l1:0", "l1:1.5", "l1:nan", "l3:0.5", ":0.5", "l1:half", ""])
+def test_parse_narrow_refuses_other_forms(text: str) -> None:
+    with pytest.raises(ValueError, match=r"--narrow must be CRITERION:KEEP with one of l1, l2, .* at most 1, got"):
+        parse_narrow(text)
 
 
 def test_views_are_those_of_the_time_that_a_policy_leaves() -> None:

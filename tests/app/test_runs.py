@@ -8,8 +8,7 @@ import torch
 
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset
-from learndrop_ext.app.recipe import Recipe, make_scheduler, set_up
-from learndrop_ext.app.widths import NarrowSpec
+from learndrop_ext.app.recipe import NarrowSpec, Recipe, make_scheduler, set_up
 from learndrop_ext.decide.policy import Fixed
 from learndrop_ext.forward.chain import split_layers
 
