@@ -34,7 +34,7 @@ class ImageSet(Dataset[Batch]):
 
     Args:
         images: [N, C, H, W] uint8, or N image files, which are decoded at each read, see `read_photo`.
-        labels: [N] int64.
+        labels: [N] int64. Images given as a tensor are moved to their device.
         mean, std: mean and standard deviation of pixels in [0, 1], per channel.
         size: side in pixels of images from files.
         augment: "standard" shifts each image by up to an eighth of its side, at most 4 pixels, fills with zeros, and, if
@@ -42,7 +42,6 @@ class ImageSet(Dataset[Batch]):
             size, see `_windows`, and, if `flip`, flips; None does nothing. Drawn at each read from torch's global random
             state.
         flip: whether "standard" and "crop" flip.
-        device: device of the labels, and of images given as a tensor. Default: device of the labels
 
     Raises:
         ValueError: If an argument has the wrong dtype, shape or value.
@@ -58,7 +57,6 @@ class ImageSet(Dataset[Batch]):
         size: int = 128,
         augment: str | None = None,
         flip: bool = True,
-        device: torch.device | str | None = None,
     ) -> None:
         if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4):
             raise ValueError(f"ImageSet: images must be uint8 [N, C, H, W], got {images.dtype} {list(images.shape)}")
@@ -71,11 +69,16 @@ class ImageSet(Dataset[Batch]):
             )
         if augment not in AUGMENTATIONS:
             raise ValueError(f"ImageSet: augment must be None, 'standard', 'flip' or 'crop', got {augment!r}")
-        self.labels = labels.to(device)
-        self.device = self.labels.device
-        self.images = images.to(self.device) if isinstance(images, Tensor) else tuple(images)
+        self.labels, self.device = labels, labels.device
+        self.images: Tensor | tuple[Path, ...]
+        # What names the images in a store of rows is `data` if they are in memory, `samples` if they are files.
+        if isinstance(images, Tensor):
+            self.images = self.data = images.to(self.device)
+            self.size = images.shape[-1]
+        else:
+            self.images, self.size = tuple(images), size
+            self.samples = list(zip(self.images, labels.tolist(), strict=True))
         self.mean, self.std = tuple(mean), tuple(std)
-        self.size = images.shape[-1] if isinstance(images, Tensor) else size
         self.augment, self.flip = augment, flip
         self._shift = (255 * torch.tensor(self.mean, device=self.device)).view(-1, 1, 1)
         self._scale = (1 / (255 * torch.tensor(self.std, device=self.device))).view(-1, 1, 1)
@@ -89,15 +92,6 @@ class ImageSet(Dataset[Batch]):
             f"ImageSet({len(self)} of {len(self.mean)}x{self.size}x{self.size}, mean={self.mean}, "
             f"std={self.std}, augment={self.augment}{flip})"
         )
-
-    def __getattr__(self, name: str) -> Any:
-        """What names the images in a store of rows: `data` if they are in memory, `samples` if they are files."""
-        images = self.__dict__.get("images")
-        if name == "data" and isinstance(images, Tensor):
-            return images
-        if name == "samples" and isinstance(images, tuple):
-            return list(zip(images, self.labels.tolist(), strict=True))
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getitem__(self, index: int) -> Batch:
         x, y = self.__getitems__([operator.index(index)])
@@ -128,7 +122,7 @@ class ImageSet(Dataset[Batch]):
 
     def to(self, device: torch.device | str) -> ImageSet:
         """Return the set on a device. Files are decoded on the CPU."""
-        return self._replaced(device=device)
+        return self._replaced(labels=self.labels.to(device))
 
     def subset(self, indices: Sequence[int]) -> ImageSet:
         """Return the set of the images at `indices`, in this order."""
@@ -166,7 +160,7 @@ class ImageSet(Dataset[Batch]):
 
     def _replaced(self, **changes: Any) -> ImageSet:
         """Return the set with some constructor arguments replaced."""
-        kept = ("images", "labels", "mean", "std", "size", "augment", "flip", "device")
+        kept = ("images", "labels", "mean", "std", "size", "augment", "flip")
         return ImageSet(**{name: getattr(self, name) for name in kept} | changes)
 
 

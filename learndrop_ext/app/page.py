@@ -22,7 +22,7 @@ def render_page(kind: str, body: str, **values: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(HEAD + TABLE + body + "</body>\n</html>\n").render(kind=kind, **values)
+    return environment.from_string(HEAD + body + "</body>\n</html>\n").render(kind=kind, **values)
 
 
 @contextlib.contextmanager
@@ -61,9 +61,6 @@ td, tbody th { white-space: nowrap; } td.words { white-space: normal; min-width:
 </head>
 <body>
 <h1>Learn &amp; drop: {{ kind }}</h1>
-"""
-
-TABLE = """\
 {% macro table(head, rows, caption="", words=-1) %}
 <div class="wide"><table>
 {% if caption %}

@@ -44,15 +44,14 @@ MAX_CELLS = 4000
 
 @matplotlib.rc_context(SETTINGS)
 def plot_scores(records: Records) -> str | None:
-    """Draw a map of the score of each layer after each epoch, for the run that dropped layers; None without scores.
+    """Draw a map of the score of each layer after each epoch, for the first run that has scores; None without one.
 
     Cells of layers dropped before the epoch are hatched.
     """
-    scored = [record for record in records if record.get("scores")]
-    run = next((name for name in ("learndrop", "freeze-only") if any(r["run"] == name for r in scored)), None)
-    scored = [record for record in scored if record["run"] == run]
-    if not scored:
+    runs = list(_runs([record for record in records if record.get("scores")]).values())
+    if not runs:
         return None
+    scored = runs[0]
     layers = list(dict.fromkeys(name for record in scored for name in record["scores"]))
     epochs = [int(record["epoch"]) for record in scored]
     # A layer dropped after an epoch was still measured in that epoch: it is hatched from the next record on.

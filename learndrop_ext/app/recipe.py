@@ -116,16 +116,11 @@ def parse_policy(text: str, **stopped: Any) -> Policy:
     return policy
 
 
-@dataclass(frozen=True)
-class NarrowSpec:
-    """The criterion, a key of `CRITERIA`, and the share of the channels that is left in the end."""
+def parse_narrow(text: str) -> tuple[str, float]:
+    """Return the criterion, a key of `CRITERIA`, and the share of channels left in the end, from "CRITERION:KEEP".
 
-    criterion: str
-    keep: float
-
-
-def parse_narrow(text: str) -> NarrowSpec:
-    """Parse "CRITERION:KEEP". Raises ValueError for another form, an unknown criterion, or a share not within 0..1."""
+    Raises ValueError for another form, an unknown criterion, or a share not within 0..1.
+    """
     criterion, _, share = text.partition(":")
     try:
         keep = float(share)
@@ -134,7 +129,7 @@ def parse_narrow(text: str) -> NarrowSpec:
     if criterion not in CRITERIA or not 0 < keep <= 1:
         forms = f"CRITERION:KEEP with one of {', '.join(CRITERIA)} and a share above 0 and at most 1"
         raise ValueError(f"--narrow must be {forms}, got {text!r}")
-    return NarrowSpec(criterion, keep)
+    return criterion, keep
 
 
 def default_views(augment: str | None, epochs: int, policy: str) -> int:
@@ -210,14 +205,18 @@ def make_scheduler(setup: Setup, recipe: Recipe, policy: Policy, *, caches: bool
     )
 
 
-def make_narrower(setup: Setup, recipe: Recipe, narrow: NarrowSpec, example: torch.Tensor) -> WidthScheduler:
-    """Build the WidthScheduler of a run: one threshold over all layers, from the first epoch to the last."""
+def make_narrower(setup: Setup, recipe: Recipe, narrow: tuple[str, float], example: torch.Tensor) -> WidthScheduler:
+    """Build the WidthScheduler of a run: one threshold over all layers, from the first epoch to the last.
+
+    narrow: see `parse_narrow`.
+    """
     if example.device.type == "cpu":
         # The backward pass of torch 2.13 corrupts memory on a CPU for a 1x1 convolution with stride 2 over fewer than 8
         # channels in the channels-last format, and a narrow ResNet has some.
         setup.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    options: dict[str, Any] = {"epochs": recipe.epochs, "seed": recipe.seed, "scope": "global"} | vars(narrow)
-    return WidthScheduler(setup.model, setup.optimizer, example, **options)
+    criterion, keep = narrow
+    options: dict[str, Any] = {"scope": "global", "epochs": recipe.epochs, "seed": recipe.seed}
+    return WidthScheduler(setup.model, setup.optimizer, example, criterion=criterion, keep=keep, **options)
 
 
 def make_forecast(split: Split, recipe: Recipe) -> Forecast:

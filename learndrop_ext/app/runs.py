@@ -17,7 +17,7 @@ from torch import nn
 
 from learndrop_ext.app.datasets import Split
 from learndrop_ext.app.image_set import ImageSet, make_loader
-from learndrop_ext.app.recipe import NarrowSpec, Recipe, make_narrower, make_scheduler, policy_of, set_up
+from learndrop_ext.app.recipe import Recipe, make_narrower, make_scheduler, policy_of, set_up
 from learndrop_ext.app.report import MEASURED
 from learndrop_ext.decide.policy import Decision, Fixed, Policy, Situation
 from learndrop_ext.forward.chain import split_layers
@@ -62,7 +62,7 @@ def train(
     *,
     policy: Policy | None = None,
     caches: bool = True,
-    narrow: NarrowSpec | None = None,
+    narrow: tuple[str, float] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda record: None,
     progress: Progress = lambda name, done, total, text: None,
 ) -> tuple[Result, nn.Module]:
@@ -70,7 +70,7 @@ def train(
 
     policy: decides on drops, not that of the recipe; None for a plain loop without a DropScheduler. caches: whether to cache
     the outputs of dropped layers; otherwise these layers run at each step. narrow: takes channels out of the model after
-    each epoch. on_epoch: called with the record of each epoch, see `Reporter.add`.
+    each epoch, see `parse_narrow`. on_epoch: called with the record of each epoch, see `Reporter.add`.
     """
     device = torch.device(recipe.device)
     reset_peak(device)
@@ -87,9 +87,7 @@ def train(
     chain = split_layers(setup.model, example) if drop is None else drop.chain
     flops = sum(layer.flops for layer in chain)
     begin = time.perf_counter()
-    width = None
-    if narrow is not None:
-        width = make_narrower(setup, recipe, narrow, example)
+    width = None if narrow is None else make_narrower(setup, recipe, narrow, example)
     result.seconds += time.perf_counter() - begin
     full_widths = {} if width is None else width.widths
     for epoch in range(1, recipe.epochs + 1):
@@ -111,17 +109,16 @@ def train(
             progress(name, done, steps, f"epoch {epoch}/{recipe.epochs}")
             if done == steps:
                 break
-        measured: dict[str, Any] = {"scores": None, "relative": None, "cosine": None}
-        reason = ""
+        measured: dict[str, Any] = {"reason": "", "scores": None, "relative": None, "cosine": None}
         if drop is not None:
-            record = drop.step()
-            reason, measured = record.reason, _measured(record, drop.chain.names)
+            measured = _measured(drop.step(), drop.chain.names)
         else:
             result.forward_flops += flops * samples
         if width is not None and width.step().removed:
             if drop is not None:
                 drop.follow_widths()
-            flops = sum(layer.flops for layer in split_layers(setup.model, example)) if drop is None else flops
+            else:
+                flops = sum(layer.flops for layer in split_layers(setup.model, example))
         train_loss = float(total_loss) / (done - begun)
         result.seconds += time.perf_counter() - begin
         begin = time.perf_counter()
@@ -137,7 +134,6 @@ def train(
                 "prefix": 0 if drop is None else drop.prefix,
                 "layers": len(chain),
                 "lr": lr,
-                "reason": reason,
                 "widths": None if width is None else width.widths,
                 "full_widths": full_widths,
                 **measured,
@@ -173,6 +169,7 @@ def _measured(record: Record, names: tuple[str, ...]) -> dict[str, Any]:
     changes = [c if c is None else {key: getattr(c, key) for key in MEASURED} for c in record.changes]
     by_layer = {key: getattr(record, key) for key in ("scores", "relative", "cosine")} | {"changes": changes}
     return {
+        "reason": record.reason,
         **{key: dict(zip(names, values, strict=True)) for key, values in by_layer.items()},
         "epoch_seconds": record.epoch_seconds,
         "forecast_seconds": record.forecast_seconds,

@@ -8,7 +8,7 @@ import torch
 
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset
-from learndrop_ext.app.recipe import NarrowSpec, Recipe, make_scheduler, set_up
+from learndrop_ext.app.recipe import Recipe, make_scheduler, set_up
 from learndrop_ext.decide.policy import Fixed
 from learndrop_ext.forward.chain import split_layers
 
@@ -64,9 +64,7 @@ def test_train_with_a_policy_says_what_it_dropped(digits: Split) -> None:
 @pytest.mark.parametrize("policy", [None, Fixed({1: 2})])
 def test_train_narrows_after_each_epoch(digits: Split, policy: Fixed | None) -> None:
     records: list[dict[str, Any]] = []
-    result, model = runs.train(
-        "run", digits, RECIPE, policy=policy, narrow=NarrowSpec("l1", 0.5), on_epoch=records.append
-    )
+    result, model = runs.train("run", digits, RECIPE, policy=policy, narrow=("l1", 0.5), on_epoch=records.append)
     plain, wide = runs.train("run", digits, RECIPE, policy=policy)
     full = records[0]["full_widths"]
     assert next(iter(full)) == "conv1"
