@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from learndrop_ext.rng import fork_rng
 
 STEMS = ("small", "imagenet")
-
-
 #: Kernels of a block's convolutions, and its output channels as a multiple of its width.
 BASIC, BOTTLENECK = ((3, 3), 1), ((1, 3, 1), 4)
 
@@ -36,9 +34,7 @@ class Block(nn.Module):
     The first 3x3 convolution has the stride, the last one the channels of the output.
     """
 
-    def __init__(
-        self, in_channels: int, width: int, kernels: Sequence[int] = (3, 3), expansion: int = 1, *, stride: int = 1
-    ) -> None:
+    def __init__(self, in_channels: int, width: int, kernels: Sequence[int], expansion: int, *, stride: int) -> None:
         super().__init__()
         self.depth = len(kernels)
         channels = in_channels

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from learndrop_ext.app import models
-from learndrop_ext.app.models import MODELS, VGG, Block, ResNet, build_model
+from learndrop_ext.app.models import BASIC, MODELS, VGG, Block, ResNet, build_model
 
 # name, torchvision's name, parameters (imagenet form, 1000 classes), convolutions and linears (small form)
 NETWORKS = [
@@ -158,7 +158,7 @@ def test_build_model_accepts_torchvision_spelling_of_vgg() -> None:
 
 
 def test_block_keeps_its_input() -> None:
-    block = Block(8, 8).eval()
+    block = Block(8, 8, *BASIC, stride=1).eval()
     x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     kept = x.clone()
     block(x)
