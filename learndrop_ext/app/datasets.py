@@ -17,14 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from learndrop_ext.app.image_files import (
-    IntegrityError,
-    check_labels,
-    find_file,
-    read_cifar,
-    read_cifar_names,
-    read_idx,
-)
+from learndrop_ext.app.image_files import IntegrityError, check_labels, find_file, read_cifar, read_idx
 from learndrop_ext.app.image_set import ImageSet
 from learndrop_ext.app.photos import list_class_folders
 
@@ -38,7 +31,7 @@ class Split:
 
     train: ImageSet
     test: ImageSet
-    classes: tuple[str, ...]  # names, indexed by label
+    classes: tuple[str, ...]  # folders, or the labels themselves, indexed by label
     validation: ImageSet | None = None  # a part for choosing a recipe
 
     @property
@@ -57,7 +50,7 @@ class Split:
         return Split(change(self.train), change(self.test), self.classes, validation)
 
 
-#: The images and labels of a part, and what a reader returns: the training and the test part, and the names of the classes.
+#: The images and labels of a part, and what a reader returns: the training and the test part, and the classes.
 Subset: TypeAlias = tuple[Tensor | Sequence[Path], Tensor]
 Parts: TypeAlias = tuple[Subset, Subset, tuple[str, ...]]
 
@@ -177,7 +170,7 @@ def _read_digits(_: Path, __: int | None) -> Parts:
     return (images[train], labels[train]), (images[test], labels[test]), DIGITS
 
 
-def _read_mnist(root: Path, _: int | None, *, name: str, classes: tuple[str, ...]) -> Parts:
+def _read_mnist(root: Path, _: int | None, *, name: str) -> Parts:
     folder = _folder(root, f"{name}/raw", first="train-images-idx3-ubyte")
     parts = []
     for prefix in ("train", "t10k"):
@@ -190,22 +183,22 @@ def _read_mnist(root: Path, _: int | None, *, name: str, classes: tuple[str, ...
             raise IntegrityError(labels_path, f"must hold {len(images)} labels, one an image, got {len(labels)}")
         check_labels(labels_path, int(labels.min()), int(labels.max()), classes=10)
         parts.append((images.unsqueeze(1), labels))
-    return parts[0], parts[1], classes
+    return parts[0], parts[1], DIGITS
 
 
 def _read_cifar(
-    root: Path, limit: int | None, *, folder: str, files: Sequence[Sequence[str]], meta: str, kind: str, classes: int
+    root: Path, limit: int | None, *, folder: str, files: Sequence[Sequence[str]], labels: str, classes: int
 ) -> Parts:
-    """files: of the training and the test part; kind: before the keys of labels and names."""
+    """files: of the training and the test part; labels: their key."""
     found = _folder(root, folder, first=files[0][0])
     subsets = []
     for names in files:
         batches: list[tuple[Tensor, Tensor]] = []
         for name in names:
             if limit is None or sum(len(y) for _, y in batches) < limit:
-                batches.append(read_cifar(find_file(found, name), labels=f"{kind}labels", classes=classes))
+                batches.append(read_cifar(find_file(found, name), labels=labels, classes=classes))
         subsets.append((torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])))
-    return subsets[0], subsets[1], read_cifar_names(found / meta, key=f"{kind}label_names", classes=classes)
+    return subsets[0], subsets[1], tuple(str(label) for label in range(classes))
 
 
 def _read_imagenette(root: Path, _: int | None) -> Parts:
@@ -214,8 +207,7 @@ def _read_imagenette(root: Path, _: int | None) -> Parts:
     folder = root if (root / "train").is_dir() or not found else found[0]
     train = list_class_folders(folder / "train")
     test = list_class_folders(folder / "val", classes=tuple(train))
-    classes = tuple(IMAGENETTE.get(name, name) for name in train)
-    return _in_turn(train), _in_turn(test), classes
+    return _in_turn(train), _in_turn(test), tuple(train)
 
 
 def _in_turn(folders: Mapping[str, Sequence[Path]]) -> Subset:
@@ -245,34 +237,17 @@ def _folder(root: Path, usual: str, *, first: str) -> Path:
 
 
 DIGITS = tuple("0123456789")
-FASHION = tuple(
-    ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-)
 CIFAR10_FILES = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
-CIFAR10 = partial(
-    _read_cifar, folder="cifar-10-batches-py", files=CIFAR10_FILES, meta="batches.meta", kind="", classes=10
-)
+CIFAR10 = partial(_read_cifar, folder="cifar-10-batches-py", files=CIFAR10_FILES, labels="labels", classes=10)
 CIFAR100 = partial(
-    _read_cifar, folder="cifar-100-python", files=(("train",), ("test",)), meta="meta", kind="fine_", classes=100
+    _read_cifar, folder="cifar-100-python", files=(("train",), ("test",)), labels="fine_labels", classes=100
 )
-IMAGENETTE = {
-    "n01440764": "tench",
-    "n02102040": "English springer",
-    "n02979186": "cassette player",
-    "n03000684": "chain saw",
-    "n03028079": "church",
-    "n03394916": "French horn",
-    "n03417042": "garbage truck",
-    "n03425413": "gas pump",
-    "n03445777": "golf ball",
-    "n03888257": "parachute",
-}
 
 # Mean and standard deviation are over the whole training part; for Imagenette, those of ImageNet.
 DATASETS = {
     "digits": Source(_read_digits, (0.3041,), (0.3757,), flip=False),
-    "mnist": Source(partial(_read_mnist, name="MNIST", classes=DIGITS), (0.1307,), (0.3081,), flip=False),
-    "fashion-mnist": Source(partial(_read_mnist, name="FashionMNIST", classes=FASHION), (0.2860,), (0.3530,)),
+    "mnist": Source(partial(_read_mnist, name="MNIST"), (0.1307,), (0.3081,), flip=False),
+    "fashion-mnist": Source(partial(_read_mnist, name="FashionMNIST"), (0.2860,), (0.3530,)),
     "cifar10": Source(CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Source(CIFAR100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenette": Source(_read_imagenette, IMAGENET_MEAN, IMAGENET_STD),

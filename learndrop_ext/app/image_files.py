@@ -129,16 +129,6 @@ def read_cifar(path: Path, *, labels: str, classes: int) -> tuple[Tensor, Tensor
     return torch.tensor(images).view(-1, 3, 32, 32), torch.tensor(values, dtype=torch.int64)
 
 
-def read_cifar_names(path: Path, *, key: str, classes: int) -> tuple[str, ...]:
-    """Return the class names in a CIFAR meta file, or the labels as names if there is no such file."""
-    if not path.is_file():
-        return tuple(str(label) for label in range(classes))
-    names = _unpickle(path).get(key)
-    if not isinstance(names, list) or len(names) != classes:
-        raise IntegrityError(path, f"{key!r} must be a list of {classes} names")
-    return tuple(name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names)
-
-
 def check_labels(path: Path, lowest: int, highest: int, *, classes: int) -> None:
     """Raise IntegrityError unless the lowest and highest labels are in [0, classes)."""
     if lowest < 0 or highest >= classes:

@@ -78,15 +78,14 @@ def test_load_dataset_digits() -> None:
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize(
-    ("name", "folder", "first"),
-    [("mnist", "MNIST/raw", "0"), ("fashion-mnist", "FashionMNIST/raw", "T-shirt/top"), ("mnist", ".", "0")],
+    ("name", "folder"),
+    [("mnist", "MNIST/raw"), ("fashion-mnist", "FashionMNIST/raw"), ("mnist", ".")],
 )
-def test_load_dataset_mnist(tmp_path: Path, name: str, folder: str, first: str, suffix: str) -> None:
+def test_load_dataset_mnist(tmp_path: Path, name: str, folder: str, suffix: str) -> None:
     write_mnist(tmp_path / folder, suffix=suffix)
     split = load_dataset(name, tmp_path)
     assert (len(split.train), len(split.test), split.channels, split.size) == (5, 3, 1, 28)
-    assert split.classes[0] == first
-    assert len(split.classes) == 10
+    assert split.classes == tuple("0123456789")
     assert split.train.images.shape == (5, 1, 28, 28)
     assert split.train.images[:, 0, 27, 27].tolist() == [0, 1, 2, 3, 4]
     assert split.train.labels.tolist() == [0, 1, 2, 3, 4]
@@ -120,9 +119,6 @@ def test_load_dataset_cifar10(tmp_path: Path, folder: str) -> None:
     assert split.train.images[:, 2, 31, 31].tolist() == list(range(20))
     assert split.train.labels.tolist() == list(range(10)) * 2
     assert split.classes == tuple("0123456789")
-    meta = {b"label_names": [b"plane", *(f"c{i}".encode() for i in range(1, 10))]}
-    (tmp_path / folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
-    assert load_dataset("cifar10", tmp_path).classes[:2] == ("plane", "c1")
 
 
 def test_load_dataset_limit_leaves_later_batches_alone(tmp_path: Path) -> None:
@@ -149,7 +145,7 @@ def test_load_dataset_cifar100(tmp_path: Path) -> None:
 def test_load_dataset_imagenette(tmp_path: Path, folder: str) -> None:
     write_photos(tmp_path / folder, {"n01440764": 3, "n09999999": 1, "n03888257": 2})
     split = load_dataset("imagenette", tmp_path, size=16)
-    assert split.classes == ("tench", "parachute", "n09999999")
+    assert split.classes == ("n01440764", "n03888257", "n09999999")
     assert (split.channels, split.size, len(split.train), len(split.test)) == (3, 16, 6, 6)
     # in turn from each class; greys are 50 a class (in the order of writing) and 10 a file
     assert split.train.labels.tolist() == [0, 1, 2, 0, 1, 0]
@@ -244,17 +240,17 @@ def real(*folders: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "folder", "count", "first", "classes"),
+    ("name", "folder", "count", "first"),
     [
-        ("mnist", "MNIST/raw", 60_000, [5, 0, 4, 1, 9], ("0", "9")),
-        ("cifar10", "cifar-10-batches-py", 50_000, [6, 9, 9, 4, 1], ("airplane", "truck")),
+        ("mnist", "MNIST/raw", 60_000, [5, 0, 4, 1, 9]),
+        ("cifar10", "cifar-10-batches-py", 50_000, [6, 9, 9, 4, 1]),
     ],
 )
-def test_load_dataset_real(name: str, folder: str, count: int, first: list[int], classes: tuple[str, str]) -> None:
+def test_load_dataset_real(name: str, folder: str, count: int, first: list[int]) -> None:
     split = load_dataset(name, real(folder))
     assert (len(split.train), len(split.test)) == (count, 10_000)
     assert split.train.labels[:5].tolist() == first
-    assert (split.classes[0], split.classes[-1]) == classes
+    assert split.classes == tuple("0123456789")
     assert split.train.labels.bincount().sum() == count
     pixels = split.train.images.transpose(0, 1).reshape(split.channels, -1).float() / 255
     assert split.train.mean == pytest.approx(pixels.mean(1).tolist(), abs=1e-4)
@@ -263,7 +259,7 @@ def test_load_dataset_real(name: str, folder: str, count: int, first: list[int],
 
 def test_load_dataset_real_imagenette() -> None:
     split = load_dataset("imagenette", real("imagenette-128"), limit=30)
-    assert split.classes[:3] == ("tench", "English springer", "cassette player")
+    assert split.classes[:3] == ("n01440764", "n02102040", "n02979186")
     assert split.train.labels.tolist() == list(range(10)) * 3
     x, y = split.train.decoded().__getitems__(range(30))
     assert x.shape == (30, 3, 128, 128)

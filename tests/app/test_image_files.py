@@ -17,7 +17,6 @@ from learndrop_ext.app.image_files import (
     check_labels,
     find_file,
     read_cifar,
-    read_cifar_names,
     read_idx,
 )
 
@@ -210,15 +209,6 @@ def test_read_cifar_refuses_a_broken_pickle(tmp_path: Path, kept: int) -> None:
 def test_read_cifar_refuses_a_list(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="must hold a dictionary, got list"):
         read_cifar(write_pickle(tmp_path / "batch", [1]), labels="labels", classes=10)
-
-
-def test_read_cifar_names(tmp_path: Path) -> None:
-    path = tmp_path / "batches.meta"
-    assert read_cifar_names(path, key="label_names", classes=2) == ("0", "1")
-    write_pickle(path, {b"label_names": [b"cat", b"dog"]})
-    assert read_cifar_names(path, key="label_names", classes=2) == ("cat", "dog")
-    with pytest.raises(IntegrityError, match=re.escape(f"{path}: 'label_names' must be a list of 3 names")):
-        read_cifar_names(path, key="label_names", classes=3)
 
 
 def test_check_labels(tmp_path: Path) -> None:
