@@ -205,7 +205,7 @@ def _store(args: argparse.Namespace) -> None:
         raise ValueError(f"DIR must be a store of rows, got {folder}, which is {kind}")
     with contextlib.closing(RowStore(folder)) as store:
         damaged = check_rows(store) if args.check else {}
-        age = None if args.remove_older_than is None else args.remove_older_than * 86400
+        age = None if args.remove_older_than is None else 24 * 3600 * args.remove_older_than
         removed, in_use = remove_rows(store, older_than_seconds=age, keep_bytes=args.keep_bytes)
         saved = compact(store) if args.compact else 0
         listed = {"removed": removed, "in_use": in_use, "rows": list_rows(store)}
