@@ -1,4 +1,4 @@
-"""The costs of the run, measured and expected."""
+"""The costs of the run: measured once, then corrected by the time that epochs take, and what is expected from them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from learndrop_ext.data.extras import BatchExtras
 from learndrop_ext.data.loader import DropLoader
 from learndrop_ext.data.source import Source
 from learndrop_ext.decide import costs
-from learndrop_ext.decide.costbook import CostBook
 from learndrop_ext.decide.forecast import RunCosts
+from learndrop_ext.decide.probes import tier_speeds
 from learndrop_ext.decide.timing import time_step, untimed
 from learndrop_ext.distributed import smallest_of_ranks
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.history import Record
-from learndrop_ext.rows.plan import budgets_of
+from learndrop_ext.rows.plan import Budgets, budgets_of
 from learndrop_ext.rows.rowset import RowSet
+
+#: Weight of the newest epoch in the correction of the cost model.
+NEWEST = 0.5
+#: Largest factor by which one epoch may change the correction.
+LARGEST_STEP = 4.0
 
 
 class Ledger:
     """The costs of a run.
 
-    Args:
-        chain: the model's layers.
-        rows: the run's rows.
-        loader: the run's loader.
-        source: the samples.
-        extras: what is kept beside the rows.
-        keeps_rows: whether rows are kept.
-        wraps: whether the live layers are wrapped after each drop, which may take time at the first step.
+    keeps_rows: whether rows are kept. wraps: whether the live layers are wrapped after each drop, which may take time at
+    the first step.
     """
 
     def __init__(
@@ -48,25 +47,19 @@ class Ledger:
         wraps: bool,
     ) -> None:
         self._chain, self._rows, self._loader, self._source, self._extras = chain, rows, loader, source, extras
-        self._setup_seconds = 0.0  # time spent constructing the scheduler
+        self._config = rows.config if keeps_rows else None
+        self.measured = False  # whether training steps were timed since costs have changed
+        self.scale = 1.0  # measured over modelled seconds so far
+        self.setup_seconds = 0.0  # time spent constructing the scheduler
+        self._layers = self._of_samples(untimed(chain))
+        self._image_seconds = self._other_seconds = self._optimizer_seconds = 0.0
+        self._fixed_seconds = 0.0  # that an epoch with dropped layers takes before its first batch
+        self._wrap_seconds = 0.0  # that the first step after a drop takes longer, with `wrap=`
+        self._budgets = Budgets(device=0)  # those of the next decision
+        self._speeds: tuple[float, float, float] | None = None  # of the tiers
+        self._observed = False  # whether an epoch has corrected the scale
         self._prefix_before = 0  # layers that were dropped before the last drop
         self._wraps = self._just_wrapped = wraps
-        self._config = rows.config if keeps_rows else None
-        self._costs = CostBook(self._of_samples(untimed(chain)), self._config, rows.device, samples=source.expected())
-
-    @property
-    def measured(self) -> bool:
-        """Whether training steps were timed."""
-        return self._costs.measured
-
-    @property
-    def scale(self) -> float:
-        """Measured over modelled seconds so far."""
-        return self._costs.scale
-
-    def note_setup(self, seconds: float) -> None:
-        """Note the time that it took to construct the scheduler."""
-        self._setup_seconds = seconds
 
     def note_drop(self, before: int) -> None:
         """Note a drop from `before` layers."""
@@ -77,14 +70,6 @@ class Ledger:
         """Note that the live layers have been wrapped anew."""
         self._just_wrapped = self._wraps
 
-    def resume(self, scale: float) -> None:
-        """Go on with the scale of another process."""
-        self._costs.scale = scale
-
-    def forget_times(self) -> None:
-        """Time training steps again when costs are next asked for."""
-        self._costs.measured = False
-
     def read_budgets(self) -> None:
         """Read the bytes that rows may take, once for each decision: in each tier the fewest of all ranks."""
         if self._config is None:
@@ -92,12 +77,12 @@ class Ledger:
         mine = budgets_of(self._config, self._rows.device, beside=self.extras_bytes, there=self._extras.nbytes)
         assert mine.device is not None
         device, host, disk = smallest_of_ranks((mine.device, mine.host, mine.disk))
-        self._costs.budgets = dataclasses.replace(mine, device=device, host=host, disk=disk)
+        self._budgets = dataclasses.replace(mine, device=device, host=host, disk=disk)
 
     @property
     def extras_device(self) -> torch.device:
         """Where the next drop keeps what is beside the rows."""
-        return torch.device("cpu") if self._costs.budgets.beside_on_host else self._rows.device
+        return torch.device("cpu") if self._budgets.beside_on_host else self._rows.device
 
     @property
     def extras_bytes(self) -> int:
@@ -106,21 +91,25 @@ class Ledger:
 
     def follow_widths(self) -> None:
         """Take the layers' new FLOPs and shapes, and time training steps again when costs are next asked for."""
-        self._costs.layers = self._of_samples(untimed(self._chain))
-        self.forget_times()
+        self._layers = self._of_samples(untimed(self._chain))
+        self.measured = False
         self.note_wrapped()
 
     def measure(self, run: Callable[[], Any], optimizer: torch.optim.Optimizer, *, batch: int) -> None:
         """Time training steps: `run` calls the model on a batch of `batch` images."""
         samples = batch / self._rows.images
         step = time_step(self._chain, run, optimizer, batch=samples, device=self._rows.device)
-        step = dataclasses.replace(step, layers=self._of_samples(step.layers))
         read_seconds, workers = self._source.reading()
-        self._costs.note_step(step, read_seconds=read_seconds, workers=workers, batch=samples)
+        if workers:
+            # Workers read during the step, so training waits only for what reading takes longer.
+            read_seconds = max(0.0, read_seconds / workers - step.step_seconds / samples)
+        self.measured = True
+        self._layers, self._image_seconds = self._of_samples(step.layers), read_seconds
+        self._other_seconds, self._optimizer_seconds = step.other_seconds, step.optimizer_seconds
 
     def row_shape(self, k: int) -> tuple[int, ...]:
         """Return the shape of a row behind the first k layers."""
-        shape = self._costs.layers[k - 1].shape
+        shape = self._layers[k - 1].shape
         assert shape is not None
         return shape
 
@@ -134,49 +123,78 @@ class Ledger:
 
     def run_costs(self) -> tuple[RunCosts, list[costs.CutChoice]]:
         """Return the costs that policies see, and for each prefix length where its rows would be kept."""
-        count = self._loader.batches.expected_rows()
-        self._costs.samples = self._source.expected()
-        choices = self._costs.choices(self._rows.cut, count)
-        return self._costs.run_costs(choices, views=self._rows.views), choices
+        rows = self._loader.batches.expected_rows()
+        choices = [self._choice(k, rows) for k in range(len(self._layers))]
+        seconds = tuple(map(self._row_seconds, choices))
+        run = RunCosts(
+            layers=self._layers,
+            cuts=tuple(choice.cut for choice in choices),
+            row_seconds=seconds,
+            write_seconds=seconds,  # storing a row moves the same bytes as gathering it
+            image_seconds=self._image_seconds,
+            other_seconds=self._other_seconds,
+            samples=self._source.expected(),
+            views=self._rows.views,
+            scale=self.scale,
+            optimizer_seconds=self._optimizer_seconds,
+            fixed_seconds=self._fixed_seconds,
+            wrap_seconds=self._wrap_seconds,
+        )
+        return run, choices
+
+    def _choice(self, prefix: int, rows: int) -> costs.CutChoice:
+        """Where `rows` rows of a prefix would be kept."""
+        if self._config is None:
+            return costs.CutChoice(0, 0, "frozen, no rows kept")
+        codec, kept = self._config.codec, self._rows.cut
+        return costs.choose_cut(self._layers, prefix, kept=kept, rows=rows, codec=codec, budgets=self._budgets)
+
+    def _row_seconds(self, choice: costs.CutChoice) -> float:
+        """Seconds to gather a row; 0 until layers are timed. The speeds of the tiers are measured then, once."""
+        if self._config is None or choice.plan is None or not self.measured:
+            return 0.0
+        if self._speeds is None:
+            self._speeds = tier_speeds(self._budgets, self._config, self._rows.device)
+        return costs.row_seconds(self.row_shape(choice.cut), self._config.codec, choice.plan, self._speeds)
 
     def elapsed(self, history: Sequence[Record]) -> float:
         """Return the seconds of the run so far, the construction of the scheduler included."""
-        return self._setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
+        return self.setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
 
     def wrapping(self) -> float:
         """Return the seconds that wrapping took in the epoch that has ended, 0 if the live layers were wrapped before."""
         if not self._just_wrapped or not self._loader.counts[0]:
             return 0.0
         self._just_wrapped = False
-        self._costs.wrap_seconds = self._loader.first_step_excess
-        return self._costs.wrap_seconds
+        self._wrap_seconds = self._loader.first_step_excess
+        return self._wrap_seconds
 
     def observe(self, prefix: int, *, samples: int, made: int, read: int, seconds: float) -> None:
-        """Calibrate the cost model with one measured epoch, without the time of wrapping.
+        """Correct the cost model by the time of an epoch with `prefix` dropped layers, without the time of wrapping.
 
-        Args:
-            prefix: number of layers that were dropped in it.
-            samples: number of samples trained.
-            made: number of rows computed in it.
-            read: number of samples read in it whose rows were there.
-            seconds: its time.
+        Of its `samples`, the rows of `made` were computed in it, and `read` were read although their rows were there.
         """
         if not self.measured:
             return
         if prefix and not made:
-            self._costs.fixed_seconds = self._loader.counts[2]
-        fixed = self._costs.fixed_seconds if prefix else 0.0
+            self._fixed_seconds = self._loader.counts[2]
+        fixed = self._fixed_seconds if prefix else 0.0
         run = dataclasses.replace(self.run_costs()[0], scale=1.0, fixed_seconds=0.0)
         filling = run.fill_seconds(self._prefix_before, prefix) if made else 0.0
-        modelled = run.epoch_seconds(prefix) * samples + filling * made + run.image_seconds * self._costs.samples * read
-        self._costs.observe(modelled / max(1, self._costs.samples), seconds - fixed)
+        whole = run.epoch_seconds(prefix) * samples + filling * made + run.image_seconds * run.samples * read
+        modelled, measured = whole / max(1, run.samples), seconds - fixed
+        if modelled > 0 and measured > 0:
+            # Limited, since something else may have disturbed this epoch.
+            newest = min(max(measured / modelled, self.scale / LARGEST_STEP), self.scale * LARGEST_STEP)
+            self.scale = NEWEST * newest + (1 - NEWEST) * self.scale if self._observed else newest
+            self._observed = True
 
     def flops(self, samples: int, images: int, older: int) -> tuple[int, int]:
         """Return the FLOPs of training `samples` (forward), and of computing rows from `images` and from `older` rows.
 
         Frozen layers behind the rows run in each step, and all of them if no rows are kept.
         """
-        layers, cut = self._costs.layers, self._rows.cut
+        layers, cut = self._layers, self._rows.cut
         before = self._rows.path[-2] if len(self._rows.path) > 1 else 0
         fill = images * costs.forward_flops(layers[:cut]) + older * costs.forward_flops(layers[before:cut])
         return samples * costs.forward_flops(layers[cut:]), fill
@@ -184,9 +202,7 @@ class Ledger:
     def full_epoch_seconds(self, history: Sequence[Record], newest: float | None) -> float:
         """Return the seconds of an epoch without drops: the median of those in the run, or an estimate.
 
-        Args:
-            history: the run's records.
-            newest: seconds of the epoch that has just ended, without wrapping, if nothing was dropped in it.
+        newest: seconds of the epoch that has just ended, without wrapping, if nothing was dropped in it.
         """
         before = [0, *(record.prefix for record in history)]
         whole = (r for r, prefix in zip(history, before, strict=False) if r.epoch and prefix == 0)

@@ -144,7 +144,7 @@ class DropScheduler:
             speedup = policy.speedup if isinstance(policy, PlanningPolicy) else Budget.speedup
             row = per_sample * costs.smallest_row(chain, config) + beside
             config = settle_views(config, source, epochs=epochs, speedup=speedup, row_bytes=row, device=device)
-        self._optimizer, self._wrap_of = optimizer, wrap
+        self._optimizer = optimizer
         self._policy: Policy = StoppedLearning() if policy is None else policy
         self._epochs, self._device = epochs, device
         self._head, self._first = head, first
@@ -185,9 +185,9 @@ class DropScheduler:
         if isinstance(self._policy, PlanningPolicy):
             self._measure_costs()
             self._policy.check(self._ledger.run_costs()[0], epochs)
-        self._ledger.note_setup(time.perf_counter() - begin)
+        self._ledger.setup_seconds = time.perf_counter() - begin
         self._decide_before_training()
-        self._ledger.note_setup(time.perf_counter() - begin)
+        self._ledger.setup_seconds = time.perf_counter() - begin
 
     def _try_call(self, batch: Any) -> Any:
         """Call the model for the first time. RuntimeError if it cannot be called so."""
@@ -253,7 +253,7 @@ class DropScheduler:
         check_optimizer(optimizer, self._base)
         self._optimizer = optimizer
         self._guards.follow_optimizer(optimizer)
-        self._ledger.forget_times()
+        self._ledger.measured = False
 
     @torch.inference_mode(False)
     def step(self) -> Record:
