@@ -13,7 +13,7 @@ from decide.four_layers import four_layers
 from torch import nn
 
 from learndrop_ext import Decision, DropScheduler, Fixed, Situation
-from learndrop_ext.decide.forecast import RunCosts, one_drops, plan_seconds
+from learndrop_ext.decide.forecast import RunCosts, one_drop, plan_seconds
 from learndrop_ext.decide.schedules import best_prefixes
 from small_training import Net, epoch, parts
 
@@ -75,7 +75,7 @@ def test_a_plan_counts_wrapping_once_a_drop() -> None:
     assert extra == pytest.approx([0, 10, 0, 10, 0])
     # Nothing is wrapped anew where the prefix stays that of an epoch before.
     assert plan_seconds(wrapped, (2, 2), past=(2,)) == pytest.approx(plan_seconds(plain, (2, 2), past=(2,)))
-    (before,), (after,) = (one_drops(costs, 5, prefix=2, starts=[1]) for costs in (plain, wrapped))
+    before, after = (one_drop(costs, 5, prefix=2, start=1) for costs in (plain, wrapped))
     assert after.seconds - before.seconds == pytest.approx(10)
     assert wrapped.drop_estimates(1)[0][2:] == pytest.approx([10 + s for s in plain.drop_estimates(1)[0][2:]])
 

@@ -9,11 +9,11 @@ would not be read again before the run ends are not stored.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 from learndrop_ext.decide.costs import CutChoice, LayerCost, format_bytes, live_seconds
@@ -107,7 +107,7 @@ class RunCosts:
     @cached_property
     def _frozen_before(self) -> list[float]:
         """Seconds of the first k layers on one sample while they are frozen, k from 0 to L."""
-        return list(accumulate((layer.seconds for layer in self.layers), initial=0.0))
+        return list(itertools.accumulate((layer.seconds for layer in self.layers), initial=0.0))
 
     @cached_property
     def _live_behind(self) -> list[float]:
@@ -163,29 +163,25 @@ class DropForecast:
     read_seconds: float  # the part of `seconds` spent gathering rows
 
 
-def one_drops(costs: RunCosts, epochs: int, *, prefix: int, starts: Iterable[int]) -> tuple[DropForecast, ...]:
-    """Forecast a whole run that drops `prefix` >= 1 layers once, for each of `starts`, the epochs done before."""
-    full, steady, read = costs.epoch_seconds(0), costs.epoch_seconds(prefix), costs.read_seconds(prefix)
+def one_drop(costs: RunCosts, epochs: int, *, prefix: int, start: int) -> DropForecast:
+    """Forecast a whole run that drops `prefix` >= 1 layers once, after `start` epochs."""
+    full, steady = costs.epoch_seconds(0), costs.epoch_seconds(prefix)
     storing, passing = (costs.filling_seconds(0, prefix, stored=stored) for stored in (True, False))
-    found = []
-    for start in starts:
-        left = epochs - start
-        images = min(costs.views, left)
-        # Rows stored in an epoch are read V epochs later.
-        stores = min(images, max(0, left - costs.views))
-        making = stores * storing + (images - stores) * passing
-        seconds = start * full + costs.wrap_seconds + making + (left - images) * steady
-        speedup = epochs * full / seconds if seconds > 0 else math.inf
-        fill = stores * max(0.0, storing - steady) + (images - stores) * max(0.0, passing - steady)
-        found.append(DropForecast(prefix, start, seconds, speedup, fill, (left - images) * read))
-    return tuple(found)
+    left = epochs - start
+    images = min(costs.views, left)
+    # Rows stored in an epoch are read V epochs later.
+    stores = min(images, max(0, left - costs.views))
+    making = stores * storing + (images - stores) * passing
+    seconds = start * full + costs.wrap_seconds + making + (left - images) * steady
+    speedup = epochs * full / seconds if seconds > 0 else math.inf
+    fill = stores * max(0.0, storing - steady) + (images - stores) * max(0.0, passing - steady)
+    return DropForecast(prefix, start, seconds, speedup, fill, (left - images) * costs.read_seconds(prefix))
 
 
 def largest_speedup(costs: RunCosts, epochs: int, *, start: int = 0) -> float:
     """Return the largest speedup of a whole run by one drop, after `start` epochs or later; at least 1.0."""
-    starts, prefixes = range(start, epochs), range(1, len(costs.layers))
-    drops = (drop for k in prefixes for drop in one_drops(costs, epochs, prefix=k, starts=starts))
-    return max([1.0, *(drop.speedup for drop in drops)])
+    drops = itertools.product(range(1, len(costs.layers)), range(start, epochs))
+    return max([1.0, *(one_drop(costs, epochs, prefix=k, start=begin).speedup for k, begin in drops)])
 
 
 @dataclass(frozen=True)
@@ -226,7 +222,8 @@ class Forecast:
 
     def format_table(self, *, starts: int = 6) -> str:
         """Format a table: a line per prefix length, up to `starts` columns of starts, with seconds and speedup."""
-        shown = _spread(self.epochs, starts)
+        # Evenly spaced from the first to the last.
+        shown = sorted({round(i * (self.epochs - 1) / max(1, starts - 1)) for i in range(starts)})
         head = ["layers", *(f"from epoch {start}" for start in shown), "rows"]
         lines = [head]
         for runs, rows in zip(self.runs, self.rows, strict=True):
@@ -247,8 +244,10 @@ def forecast(costs: RunCosts, epochs: int, choices: Sequence[CutChoice], *, extr
     if not isinstance(epochs, int) or epochs < 1:
         raise ValueError(f"forecast: epochs must be a whole number >= 1, got {epochs!r}")
     full = costs.epoch_seconds(0) * epochs
-    prefixes = range(1, len(costs.layers))
-    runs = tuple(one_drops(costs, epochs, prefix=k, starts=range(epochs)) for k in prefixes)
+    runs = tuple(
+        tuple(one_drop(costs, epochs, prefix=k, start=start) for start in range(epochs))
+        for k in range(1, len(costs.layers))
+    )
     rows = []
     for choice in choices[1:]:
         size, plan = choice.row_bytes, choice.plan or TierPlan(0)
@@ -262,13 +261,6 @@ def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return one line per row, with each column padded to its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _spread(count: int, shown: int) -> list[int]:
-    """Up to `shown` of 0..count-1, evenly spaced from the first to the last."""
-    if count <= shown:
-        return list(range(count))
-    return sorted({round(i * (count - 1) / (shown - 1)) for i in range(shown)}) if shown > 1 else [0]
 
 
 def _rows_text(rows: RowsForecast) -> str:

@@ -9,7 +9,8 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +48,11 @@ class StepCosts:
 
 def untimed(chain: Chain) -> tuple[LayerCost, ...]:
     """Return the layers' FLOPs and shapes, without times."""
-    return tuple(
-        LayerCost(layer.name, layer.flops, 0.0, 0.0, layer.shape, parameters=_elements(chain, i))
-        for i, layer in enumerate(chain)
-    )
+    layers = []
+    for i, layer in enumerate(chain):
+        elements = sum(p.numel() for p in chain.parameters(i, i + 1) if p.requires_grad)
+        layers.append(LayerCost(layer.name, layer.flops, 0.0, 0.0, layer.shape, parameters=elements))
+    return tuple(layers)
 
 
 def time_step(
@@ -70,20 +72,11 @@ def time_step(
         best = min(steps, key=lambda laps: laps.total)
         seconds = _optimizer_seconds(optimizer, chain.model, device)
     layers = []
-    for i, layer in enumerate(chain):
+    for i, (layer, cost) in enumerate(zip(chain, untimed(chain), strict=True)):
         forward, backward = best.forward[i] / batch, best.backward[i] / batch
-        first = layer.first_flops / layer.flops if layer.flops and best.has_input_gradient[i] else 0.0
-        layers.append(
-            LayerCost(
-                layer.name,
-                layer.flops,
-                forward,
-                forward + backward,
-                layer.shape,
-                first_seconds=forward + backward * (1 - INPUT_GRADIENT * first),
-                parameters=_elements(chain, i),
-            )
-        )
+        share = layer.first_flops / layer.flops if layer.flops and best.has_input_gradient[i] else 0.0
+        first = forward + backward * (1 - INPUT_GRADIENT * share)
+        layers.append(replace(cost, seconds=forward, train_seconds=forward + backward, first_seconds=first))
     other = max(0.0, best.total / batch - sum(layer.train_seconds for layer in layers))
     return StepCosts(tuple(layers), other, seconds / batch, best.total + seconds)
 
@@ -141,14 +134,10 @@ def _laps(chain: Chain, run: Callable[[], Any], device: torch.device) -> _Laps:
             is_again = i in left
             left.setdefault(i, now())
             if isinstance(row, torch.Tensor) and row.requires_grad:
-                row.register_hook(enter_again if is_again else enter)
+                row.register_hook(partial(enter, is_again))
 
-        def enter(_: torch.Tensor) -> None:
-            entered.setdefault(i, now())
-            again.clear()
-
-        def enter_again(_: torch.Tensor) -> None:
-            entered.setdefault(i, again[0] if again else now())
+        def enter(is_again: bool, _: torch.Tensor) -> None:
+            entered.setdefault(i, again[0] if is_again and again else now())
             again.clear()
 
         return cut.watch(leave), cut.module.register_forward_pre_hook(begin, prepend=True)
@@ -204,7 +193,3 @@ def _optimizer_seconds(optimizer: torch.optim.Optimizer, model: nn.Module, devic
             "the first epochs correct that"
         )
         return seconds
-
-
-def _elements(chain: Chain, i: int) -> int:
-    return sum(p.numel() for p in chain.parameters(i, i + 1) if p.requires_grad)

@@ -14,7 +14,7 @@ from learndrop_ext.decide.forecast import (
     RunCosts,
     forecast,
     largest_speedup,
-    one_drops,
+    one_drop,
     plan_seconds,
 )
 from learndrop_ext.rows.plan import TierPlan
@@ -199,13 +199,14 @@ def test_largest_speedup_is_at_least_that_of_no_drop() -> None:
 # Rows of 9 s take longer to read than to make.
 @pytest.mark.parametrize("row", [0.25, 9.0])
 @pytest.mark.parametrize("fixed", [0.0, 2.0])
-def test_one_drops_are_plans_of_a_whole_run(views: int, prefix: int, row: float, fixed: float) -> None:
+def test_one_drop_is_a_plan_of_a_whole_run(views: int, prefix: int, row: float, fixed: float) -> None:
     costs = four_layers(views=views, row_seconds=(0.0, row, row, row), fixed_seconds=fixed)
-    for drop in one_drops(costs, 6, prefix=prefix, starts=range(6)):
-        left = 6 - drop.start
-        seconds = plan_seconds(costs, [0] * drop.start + [prefix] * left)
+    for start in range(6):
+        drop = one_drop(costs, 6, prefix=prefix, start=start)
+        left = 6 - start
+        seconds = plan_seconds(costs, [0] * start + [prefix] * left)
         assert drop.seconds == pytest.approx(sum(seconds))
-        fills = [max(0.0, one - costs.epoch_seconds(prefix)) for one in seconds[drop.start :]]
+        fills = [max(0.0, one - costs.epoch_seconds(prefix)) for one in seconds[start:]]
         assert drop.fill_seconds == pytest.approx(sum(fills))
         # Rows are read behind the epochs that make them, one for each view.
         assert drop.read_seconds == pytest.approx(max(0, left - views) * 2 * row)
