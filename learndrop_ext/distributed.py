@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -30,14 +29,7 @@ def from_rank_zero(value: T) -> T:
     Raises:
         RuntimeError: another process has ended, or did not get here within the process group's timeout.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    box = [value]
-    with _together():
-        # In a broadcast alone, rank 0 would not wait for the others.
-        distributed.barrier()
-        distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return _of_ranks(value)[0]
 
 
 def smallest_of_ranks(values: Sequence[int]) -> tuple[int, ...]:
@@ -46,25 +38,23 @@ def smallest_of_ranks(values: Sequence[int]) -> tuple[int, ...]:
     Raises:
         RuntimeError: as `from_rank_zero`.
     """
+    return tuple(map(min, zip(*_of_ranks(tuple(values)), strict=True)))
+
+
+def _of_ranks(value: T) -> list[T]:
+    """The values of all ranks, each of which waits for all others."""
     if not several_processes():
-        return tuple(values)
-    of_ranks: list[Sequence[int]] = [()] * distributed.get_world_size()
-    with _together():
-        distributed.all_gather_object(of_ranks, tuple(values))
-    return tuple(map(min, zip(*of_ranks, strict=True)))
-
-
-@contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Name what a collective waited for in vain."""
+        return [value]
+    values = [value] * distributed.get_world_size()
     try:
-        yield
+        distributed.all_gather_object(values, value)
     except RuntimeError as error:
         raise RuntimeError(
             f"drop.step: all {distributed.get_world_size()} processes must decide together, and rank "
             f"{distributed.get_rank()} waited in vain: another process has ended, or did not call drop.step() within the "
             f"timeout of init_process_group ({error})"
         ) from error
+    return values
 
 
 def share_buffers(buffers: Iterable[torch.Tensor]) -> None:
@@ -73,6 +63,6 @@ def share_buffers(buffers: Iterable[torch.Tensor]) -> None:
     DistributedDataParallel broadcasts buffers before each forward pass, so after the last one of an epoch each rank's
     running statistics include a batch of its own. Frozen like that, they would give different rows on each rank.
     """
-    if distributed.is_available() and distributed.is_initialized():
+    if several_processes():
         for buffer in buffers:
             distributed.broadcast(buffer, src=0)
