@@ -111,7 +111,7 @@ class _Search:
         for stage in reversed(stages):
             table = np.full((V + 1, L, D + 1), np.inf)
             for since in range(V + 1):
-                behind = np.stack([self._behind(stage, since, k) for k in range(L)])
+                behind = np.stack([self._behind(stage, self.rest[0], since, k) for k in range(L)])
                 extra = self._conversions(stage, since)
                 for before in range(L) if since else (0,):
                     table[since, before] = (behind[before:] + extra[before, before:, None]).min(0)
@@ -124,23 +124,24 @@ class _Search:
         left = max(limit, float(rest[amount])) * (1 + 1e-12)
         found: list[int] = []
         taken = 0.0
-        for stage, behind in zip(self.stages, self.rest[1:], strict=True):
+        for stage, after in zip(self.stages, self.rest[1:], strict=True):
             extra = self._conversions(stage, since)[prefix]
-            for k in range(prefix, len(self.steady)):
-                seconds = self._stage_seconds(stage, since, k) + float(extra[k])
-                later, then = self._later(stage, since, k), amount - stage.weight * self.given_up[k]
-                if then >= 0 and taken + seconds + behind[later, k, then] <= left:
-                    break
-            else:
-                raise AssertionError("the table holds a schedule for every amount that it has seconds for")
-            taken, amount, since, prefix = taken + seconds, then, later, k
+            # The table holds a schedule for every amount that it has seconds for.
+            k = next(
+                k
+                for k in range(prefix, len(self.steady))
+                if taken + extra[k] + self._behind(stage, after, since, k)[amount] <= left
+            )
+            taken += float(extra[k]) + self._stage_seconds(stage, since, k)
+            amount -= stage.weight * self.given_up[k]
+            since, prefix = self._later(stage, since, k), k
             found += [k] * stage.length
         return tuple(found), taken
 
-    def _behind(self, stage: Stage, since: int, prefix: int) -> Table:
-        """Seconds of a stage with this prefix and of all stages after it, by loss."""
+    def _behind(self, stage: Stage, after: Table, since: int, prefix: int) -> Table:
+        """Seconds of a stage with this prefix and of all stages after it, whose table is `after`, by loss."""
         shift = stage.weight * self.given_up[prefix]
-        rest = self.rest[0][self._later(stage, since, prefix), prefix]
+        rest = after[self._later(stage, since, prefix), prefix]
         moved: Table = np.full_like(rest, np.inf)
         moved[shift:] = rest[: len(rest) - shift]
         moved += self._stage_seconds(stage, since, prefix)
