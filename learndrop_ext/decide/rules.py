@@ -7,10 +7,11 @@ norms of accumulated gradients, these use norms of the layers' changes over an e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
+
+import numpy as np
 
 from learndrop_ext.decide.policy import Decision, Situation
 
@@ -101,9 +102,7 @@ class AutoFreeze:
         if len(norms) < 2:
             return Decision(prefix, f"{len(norms)} of 2 measurements")
         changed = [abs(before - now) / before if before else 0.0 for before, now in zip(*norms[-2:], strict=True)]
-        at = self.percentile / 100 * (len(changed) - 1)
-        low, high = sorted(changed)[int(at)], sorted(changed)[math.ceil(at)]
-        limit = low + (high - low) * (at - int(at))
+        limit = float(np.percentile(changed, self.percentile))
         still = next((i for i, value in enumerate(changed) if value >= limit), len(changed))
         prefix = min(prefix + still, len(situation.layers) - 1)
         return Decision(prefix, f"{still} layers below the percentile {self.percentile:g}, {limit:.3g}")
