@@ -143,11 +143,6 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         if self.drop is not None and folder.is_dir():
             torch.save(self.drop.state_dict(), folder / STATE_FILE)
 
-    def exclude(self, seconds: float) -> None:
-        """Take the seconds of an evaluation within an epoch out of its time."""
-        if self.drop is not None:
-            self.drop.loader.exclude(seconds)
-
     def _step(self) -> None:
         if self.drop is not None:
             self.drop.loader.end()
@@ -188,8 +183,8 @@ class LearnDropMixin(_Mixed):  # type: ignore[misc]
         """Evaluate; the seconds do not count as training."""
         begin = time.perf_counter()
         metrics, callback = super().evaluate(*args, **kwargs), self._learn_drop()
-        if callback is not None:
-            callback.exclude(time.perf_counter() - begin)
+        if callback is not None and callback.drop is not None:
+            callback.drop.loader.exclude(time.perf_counter() - begin)
         return metrics
 
 

@@ -11,25 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from learndrop_ext import checkpoint
-from learndrop_ext.checks import (
-    HOLDERS,
-    check_finite,
-    check_free,
-    check_optimizer,
-    check_precision,
-    check_settings,
-    check_touched,
-    check_trained,
-    check_widths,
-    checked_decision,
-    device_of,
-    make_folder,
-    shapes_of,
-    traces_of,
-    warn_saturated,
-    warn_untrained,
-)
+from learndrop_ext import checkpoint, checks
 from learndrop_ext.data.extras import (
     BatchExtras,
     GivenKey,
@@ -47,7 +29,7 @@ from learndrop_ext.data.source import settle_views, source_of
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.deltas import Deltas, LayerChange
 from learndrop_ext.decide.forecast import Forecast, forecast
-from learndrop_ext.decide.policy import Budget, PlanningPolicy, Policy, Situation, StoppedLearning, uses_costs
+from learndrop_ext.decide.policy import Budget, PlanningPolicy, Policy, Situation, StoppedLearning
 from learndrop_ext.decide.scores import scores
 from learndrop_ext.distributed import from_rank_zero, share_buffers
 from learndrop_ext.forward.bypass import Bypass
@@ -121,11 +103,11 @@ class DropScheduler:
         keys = input_keys(input, config)
         one, per_sample = one_key(keys), len(keys) if isinstance(keys, tuple) else 1
         source = source_of(loader, ids, key=keys, seed=config.seed, config=config)
-        device = device_of(model)
-        check_optimizer(optimizer, model)
-        check_free(model)
-        check_settings(model, policy, epochs, call)
-        make_folder(config)
+        device = checks.device_of(model)
+        checks.check_optimizer(optimizer, model)
+        checks.check_free(model)
+        checks.check_settings(model, policy, epochs, call)
+        checks.make_folder(config)
         _, first = source.first()
         first = to_device(first, device)
         images = input_of(first, keys)
@@ -140,7 +122,7 @@ class DropScheduler:
         chain = split_layers(model, input_of(pair, one), call=partial(self._try_call, pair))
         self._chooses_views = config.views == "auto"
         if cache is not None:
-            check_precision(chain)
+            checks.check_precision(chain)
             speedup = policy.speedup if isinstance(policy, PlanningPolicy) else Budget.speedup
             row = per_sample * costs.smallest_row(chain, config) + beside
             config = settle_views(config, source, epochs=epochs, speedup=speedup, row_bytes=row, device=device)
@@ -180,13 +162,16 @@ class DropScheduler:
             chain, rows, self._loader, source, extras, keeps_rows=cache is not None, wraps=wrap is not None
         )
         self._deltas = self._deltas_from(0)
-        self._traces, self._shapes = traces_of(model), shapes_of(model)
+        self._traces, self._shapes = checks.traces_of(model), checks.shapes_of(model)
         self._ledger.read_budgets()
         if isinstance(self._policy, PlanningPolicy):
             self._measure_costs()
             self._policy.check(self._ledger.run_costs()[0], epochs)
         self._ledger.setup_seconds = time.perf_counter() - begin
-        self._decide_before_training()
+        reason = self._decide(0)
+        if self._prefix:
+            nothing = (None,) * len(chain)
+            self._history.append(self._record(reason, changes=nothing, scores=nothing))
         self._ledger.setup_seconds = time.perf_counter() - begin
 
     def _try_call(self, batch: Any) -> Any:
@@ -250,7 +235,7 @@ class DropScheduler:
 
     @optimizer.setter
     def optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        check_optimizer(optimizer, self._base)
+        checks.check_optimizer(optimizer, self._base)
         self._optimizer = optimizer
         self._guards.follow_optimizer(optimizer)
         self._ledger.measured = False
@@ -269,28 +254,28 @@ class DropScheduler:
         begin = time.perf_counter()
         self._check_open("step")
         samples, epoch_seconds, _ = self._loader.counts
-        check_trained(self._bypass, samples)
-        check_widths(self._base, self._shapes)
+        checks.check_trained(self._bypass, samples)
+        checks.check_widths(self._base, self._shapes)
         self._guards.look("step")
         changes = self._deltas.measure(refresh=False)
-        check_finite(self._chain.names[self._prefix :], changes)
+        checks.check_finite(self._chain.names[self._prefix :], changes)
         if not self._prefix:
-            check_touched(self._base, self._traces, changes)
+            checks.check_touched(self._base, self._traces, changes)
         gone: tuple[None, ...] = (None,) * self._prefix
         changed, measured = (*gone, *changes), (*gone, *scores(changes))
         images, older, fill_seconds = self._rows.counts
         forward_flops, fill_flops = self._ledger.flops(samples, images, older)
-        if uses_costs(self._policy):
+        if getattr(self._policy, "uses_costs", True):
             self._measure_costs()
         self._ledger.read_budgets()
         read, wrap_seconds = self._loader.relabelled, self._ledger.wrapping()
         trained = epoch_seconds - wrap_seconds
         self._ledger.observe(self._prefix, samples=samples, made=images + older, read=read, seconds=trained)
-        situation, choices = self._situation(self._epoch + 1, epoch_seconds, wrap_seconds, (changed, measured))
-        reason = self._follow(situation, choices)
+        now = changed, measured
+        reason = self._decide(self._epoch + 1, now, epoch_seconds=epoch_seconds, wrap_seconds=wrap_seconds)
         self._deltas.measure()
         self._epoch += 1
-        self._traces = traces_of(self._base)
+        self._traces = checks.traces_of(self._base)
         self._loader.forget_counts()
         self._rows.forget_counts()
         self._bypass.forget_calls()
@@ -311,7 +296,7 @@ class DropScheduler:
         cache = self._rows.cache
         if not self._said_saturated and cache is not None and cache.saturated:
             self._said_saturated = True
-            warn_saturated(self._chain.names[self._rows.cut - 1])
+            checks.warn_saturated(self._chain.names[self._rows.cut - 1])
         return record
 
     @torch.inference_mode(False)
@@ -360,7 +345,7 @@ class DropScheduler:
         self._bypass.renew(chain.recorded)
         self._ledger.follow_widths()
         self._deltas = self._deltas_from(self._prefix)
-        self._traces, self._shapes = traces_of(self._base), shapes_of(self._base)
+        self._traces, self._shapes = checks.traces_of(self._base), checks.shapes_of(self._base)
         if isinstance(self._model, WrappedModel):
             self._model.show(self._model.wrapped(self._prefix))
 
@@ -417,27 +402,23 @@ class DropScheduler:
         self._check_open("load_state_dict")
         checkpoint.load_state(self, state)
 
-    def _decide_before_training(self) -> None:
-        """Ask the policy before training, as epoch 0 without scores."""
-        situation, choices = self._situation(0, 0.0, 0.0)
-        reason = self._follow(situation, choices)
-        if self._prefix:
-            nothing = (None,) * len(self._chain)
-            self._history.append(self._record(reason, changes=nothing, scores=nothing))
-
     def _measure_costs(self) -> None:
         if not self._ledger.measured:
             run = partial(self._call, self._base, self._first)
             with self._bypass.away():  # all layers are live in a timed step
                 self._ledger.measure(run, self._optimizer, batch=len(input_of(self._first, self._input)))
 
-    def _situation(
+    def _decide(
         self,
         epoch: int,
-        epoch_seconds: float,
-        wrap_seconds: float,
         *now: tuple[tuple[LayerChange | None, ...], tuple[float | None, ...]],
-    ) -> tuple[Situation, list[costs.CutChoice]]:
+        epoch_seconds: float = 0.0,
+        wrap_seconds: float = 0.0,
+    ) -> str:
+        """Ask the policy after `epoch` epochs, carry out its decision, and return the reason.
+
+        now: the changes and scores of the epoch that has ended, whose seconds follow.
+        """
         run, choices = self._ledger.run_costs()
         known = self._ledger.measured
         fill_seconds, saved_seconds = run.drop_estimates(self._prefix) if known else ((), ())
@@ -460,15 +441,11 @@ class DropScheduler:
             full_seconds=whole * (self._epochs or 0) + run.wrap_seconds,
             undropped=self._undropped,
         )
-        return situation, choices
-
-    def _follow(self, situation: Situation, choices: list[costs.CutChoice]) -> str:
-        """Ask the policy, carry out its decision, and return the reason."""
-        decision = checked_decision(self._policy(situation), self._prefix, len(self._chain) - 1)
+        decision = checks.checked_decision(self._policy(situation), self._prefix, len(self._chain) - 1)
         decision, choices = from_rank_zero((decision, choices))
         prefix, reason = decision.prefix, decision.reason
         if prefix > self._prefix:
-            check_free(self._base, self)
+            checks.check_free(self._base, self)
         while prefix > self._prefix:
             with self._bypass.away():
                 refused = check_cut(self._chain, prefix, self._run_on, input_of(self._head, self._input))
@@ -479,25 +456,25 @@ class DropScheduler:
         if prefix == self._prefix:
             return reason
         choice = choices[prefix]
-        self._drop(prefix, choice, situation)
+        self._drop(prefix, choice, epoch)
         views = f", {self._rows.views} views of each sample" if self._rows.cut and self._rows.views > 1 else ""
         return f"{reason}; {choice.reason}{views}"
 
-    def _drop(self, prefix: int, choice: costs.CutChoice, situation: Situation) -> None:
+    def _drop(self, prefix: int, choice: costs.CutChoice, epoch: int) -> None:
         """Freeze `prefix` layers, keep their rows if they fit, and train the rest.
 
         Everything that can fail comes before the first visible change.
         """
-        if not situation.epoch:
-            warn_untrained(self._base, self._chain, prefix)
+        if not epoch:
+            checks.warn_untrained(self._base, self._chain, prefix)
         share_buffers(b for m in self._chain.recorded.before(prefix) for b in m.buffers())
         body = self._body(prefix)
-        left = None if self._epochs is None else self._epochs - situation.epoch
+        left = None if self._epochs is None else self._epochs - epoch
         # Rows that would not be read again are not kept; those of an earlier drop stay.
         if choice.cut == prefix and (left is None or left > self._rows.views):
             shape = self._ledger.row_shape(prefix)
             rows = self._loader.batches.expected_rows()
-            self._rows.advance(prefix, shape, rows=rows, private=situation.epoch > 0, budgets=choice.budgets)
+            self._rows.advance(prefix, shape, rows=rows, private=epoch > 0, budgets=choice.budgets)
             self._extras.move(self._ledger.extras_device)
         self._deltas.drop_first(prefix - self._prefix)
         self._freeze(prefix, body)
@@ -507,7 +484,7 @@ class DropScheduler:
         self._prefix = prefix
         self._bypass.put([*(cut for cut in self._rows.cuts if cut < prefix), prefix])
         self._guards.drop(prefix, self._optimizer)
-        HOLDERS[self._base] = weakref.ref(self), self._forgotten
+        checks.HOLDERS[self._base] = weakref.ref(self), self._forgotten
         if isinstance(self._model, WrappedModel) and body is not None:
             self._model.show(body)
 
@@ -522,7 +499,7 @@ class DropScheduler:
         self._rows.stop()
         self._guards.forget_extras()
         self._prefix = 0
-        HOLDERS.pop(self._base, None)
+        checks.HOLDERS.pop(self._base, None)
         if isinstance(self._model, WrappedModel) and body is not None:
             self._model.show(body)
         self._ledger.note_wrapped()
