@@ -65,6 +65,5 @@ class Record:
 
 def record_of(values: dict[str, Any]) -> Record:
     """Return the record that `dataclasses.asdict` turned into `values`."""
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    fields["changes"] = tuple(None if change is None else LayerChange(**change) for change in fields["changes"])
-    return Record(**fields)
+    changes = tuple(None if change is None else LayerChange(**change) for change in values["changes"])
+    return Record(**{**values, "changes": changes})

@@ -43,11 +43,6 @@ class _Loader:
         """The user's loader, asked for once."""
         return self._source.dataloader()
 
-    @property
-    def is_in_place(self) -> bool:
-        """Whether the Trainer still has it."""
-        return getattr(self._fit_loop._data_source, "instance", None) is self
-
     def put_back(self) -> None:
         """Give the Trainer what it had."""
         self._fit_loop._data_source = self._source
@@ -68,12 +63,13 @@ class _Loader:
 def _check(trainer: Any, pl_module: Any, loader: _Loader) -> None:
     """Raise ValueError for a fit that cannot be followed."""
     reload = trainer.reload_dataloaders_every_n_epochs
+    in_place = getattr(trainer.fit_loop._data_source, "instance", None)
     for wanted, got, holds in (
         ("run one process", trainer.world_size, trainer.world_size == 1),
         ("run the plain LightningModule", type(trainer.model).__name__, trainer.model is pl_module),
         ("have one optimizer", len(trainer.optimizers), len(trainer.optimizers) == 1),
         ("have overfit_batches=0", trainer.overfit_batches, not trainer.overfit_batches),
-        ("keep one training loader", "another one", loader.is_in_place),
+        ("keep one training loader", "another one", in_place is loader),
         ("have reload_dataloaders_every_n_epochs=0", reload, not reload),
     ):
         if not holds:

@@ -71,7 +71,7 @@ class RunCosts:
 
     def epoch_seconds(self, prefix: int) -> float:
         """Return the seconds of an epoch with `prefix` layers dropped and all of its rows stored."""
-        return self._seconds(prefix, prefix, 0.0)
+        return self.filling_seconds(prefix, prefix)
 
     def filling_seconds(self, before: int, after: int, *, stored: bool = True) -> float:
         """Return the seconds of an epoch that reads what prefix `before` reads and trains behind prefix `after`.
@@ -79,8 +79,11 @@ class RunCosts:
         The rows of `after` are computed on the way, and stored unless `stored` is False. If both prefixes keep rows at the
         same cut, none are computed.
         """
-        made = self.cuts[after] > self.cuts[before] and stored
-        return self._seconds(before, after, self.write_seconds[after] if made else 0.0)
+        read = self.row_seconds[before] if self.cuts[before] else self.image_seconds
+        frozen = self._frozen_before[after] - self._frozen_before[self.cuts[before]]
+        written = self.write_seconds[after] if stored and self.cuts[after] > self.cuts[before] else 0.0
+        per_sample = read + frozen + written + self._live_behind[after]
+        return per_sample * self.samples * self.scale + (self.fixed_seconds if after else 0.0)
 
     def fill_seconds(self, before: int, after: int) -> float:
         """Return the extra seconds of an epoch that computes the rows of `after` over one that reads them; at least 0."""
@@ -96,13 +99,10 @@ class RunCosts:
         Returns:
             Seconds to wrap the live layers and to fill all V views, and seconds saved per epoch; both [L], 0 up to `prefix`.
         """
-        later = range(prefix + 1, len(self.layers))
-        none = (0.0,) * (prefix + 1)
-        now = self.epoch_seconds(prefix)
-        return (
-            (*none, *(self.wrap_seconds + self.views * self.fill_seconds(prefix, k) for k in later)),
-            (*none, *(now - self.epoch_seconds(k) for k in later)),
-        )
+        lengths, now = range(len(self.layers)), self.epoch_seconds(prefix)
+        once = (self.wrap_seconds + self.views * self.fill_seconds(prefix, k) if k > prefix else 0.0 for k in lengths)
+        saved = (now - self.epoch_seconds(k) if k > prefix else 0.0 for k in lengths)
+        return tuple(once), tuple(saved)
 
     @cached_property
     def _frozen_before(self) -> list[float]:
@@ -120,13 +120,6 @@ class RunCosts:
             seconds.append(live_seconds(self.layers[k:]) + optimizer + self.other_seconds)
         return seconds
 
-    def _seconds(self, source: int, prefix: int, written: float) -> float:
-        """Seconds of an epoch that reads what prefix `source` reads, and takes `written` seconds a sample to store rows."""
-        read = self.row_seconds[source] if self.cuts[source] else self.image_seconds
-        frozen = self._frozen_before[prefix] - self._frozen_before[self.cuts[source]]
-        per_sample = read + frozen + written + self._live_behind[prefix]
-        return per_sample * self.samples * self.scale + (self.fixed_seconds if prefix else 0.0)
-
 
 def plan_seconds(costs: RunCosts, prefixes: Sequence[int], *, past: Sequence[int] = ()) -> tuple[float, ...]:
     """Return the seconds of each of the last epochs of a run.
@@ -143,11 +136,8 @@ def plan_seconds(costs: RunCosts, prefixes: Sequence[int], *, past: Sequence[int
         # An epoch without dropped layers stores nothing, and undrop() frees what was stored.
         source = window[0] if len(window) == costs.views and all(window) else 0
         wrapping = costs.wrap_seconds if prefix > (seen[i - 1] if i else 0) else 0.0
-        if costs.cuts[source] == costs.cuts[prefix]:
-            seconds.append(wrapping + costs.epoch_seconds(prefix))
-        else:
-            stored = len(seen) - i > costs.views  # else the run ends before they are read
-            seconds.append(wrapping + costs.filling_seconds(source, prefix, stored=stored))
+        stored = len(seen) - i > costs.views  # else the run ends before they are read
+        seconds.append(wrapping + costs.filling_seconds(source, prefix, stored=stored))
     return tuple(seconds)
 
 
