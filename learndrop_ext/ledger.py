@@ -169,35 +169,34 @@ class Ledger:
         self._wrap_seconds = self._loader.first_step_excess
         return self._wrap_seconds
 
-    def observe(self, prefix: int, *, samples: int, made: int, read: int, seconds: float) -> None:
-        """Correct the cost model by the time of an epoch with `prefix` dropped layers, without the time of wrapping.
-
-        Of its `samples`, the rows of `made` were computed in it, and `read` were read although their rows were there.
-        """
+    def observe(self, prefix: int, *, wrap_seconds: float) -> None:
+        """Correct the cost model by the time of the epoch that has ended, which had `prefix` dropped layers."""
         if not self.measured:
             return
+        (samples, seconds, beginning), (images, older, _) = self._loader.counts, self._rows.counts
+        made, read = images + older, self._loader.relabelled
         if prefix and not made:
-            self._fixed_seconds = self._loader.counts[2]
+            self._fixed_seconds = beginning
         fixed = self._fixed_seconds if prefix else 0.0
         run = dataclasses.replace(self.run_costs()[0], scale=1.0, fixed_seconds=0.0)
         filling = run.fill_seconds(self._prefix_before, prefix) if made else 0.0
         whole = run.epoch_seconds(prefix) * samples + filling * made + run.image_seconds * run.samples * read
-        modelled, measured = whole / max(1, run.samples), seconds - fixed
+        modelled, measured = whole / max(1, run.samples), seconds - wrap_seconds - fixed
         if modelled > 0 and measured > 0:
             # Limited, since something else may have disturbed this epoch.
             newest = min(max(measured / modelled, self.scale / LARGEST_STEP), self.scale * LARGEST_STEP)
             self.scale = NEWEST * newest + (1 - NEWEST) * self.scale if self._observed else newest
             self._observed = True
 
-    def flops(self, samples: int, images: int, older: int) -> tuple[int, int]:
-        """Return the FLOPs of training `samples` (forward), and of computing rows from `images` and from `older` rows.
+    def flops(self) -> tuple[int, int]:
+        """Return the FLOPs of the epoch that has ended: of training (forward), and of computing rows.
 
         Frozen layers behind the rows run in each step, and all of them if no rows are kept.
         """
-        layers, cut = self._layers, self._rows.cut
+        layers, cut, (images, older, _) = self._layers, self._rows.cut, self._rows.counts
         before = self._rows.path[-2] if len(self._rows.path) > 1 else 0
         fill = images * costs.forward_flops(layers[:cut]) + older * costs.forward_flops(layers[before:cut])
-        return samples * costs.forward_flops(layers[cut:]), fill
+        return self._loader.counts[0] * costs.forward_flops(layers[cut:]), fill
 
     def full_epoch_seconds(self, history: Sequence[Record], newest: float | None) -> float:
         """Return the seconds of an epoch without drops: the median of those in the run, or an estimate.

@@ -263,14 +263,13 @@ class DropScheduler:
             checks.check_touched(self._base, self._traces, changes)
         gone: tuple[None, ...] = (None,) * self._prefix
         changed, measured = (*gone, *changes), (*gone, *scores(changes))
-        images, older, fill_seconds = self._rows.counts
-        forward_flops, fill_flops = self._ledger.flops(samples, images, older)
+        fill_seconds = self._rows.counts[2]
+        forward_flops, fill_flops = self._ledger.flops()
         if getattr(self._policy, "uses_costs", True):
             self._measure_costs()
         self._ledger.read_budgets()
-        read, wrap_seconds = self._loader.relabelled, self._ledger.wrapping()
-        trained = epoch_seconds - wrap_seconds
-        self._ledger.observe(self._prefix, samples=samples, made=images + older, read=read, seconds=trained)
+        wrap_seconds = self._ledger.wrapping()
+        self._ledger.observe(self._prefix, wrap_seconds=wrap_seconds)
         now = changed, measured
         reason = self._decide(self._epoch + 1, now, epoch_seconds=epoch_seconds, wrap_seconds=wrap_seconds)
         self._deltas.measure()

@@ -27,8 +27,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(ledger, "untimed", lambda _: LAYERS)
         monkeypatch.setattr(ledger, "time_step", lambda *_, **__: step)
         rows = SimpleNamespace(images=1, config=config, device=torch.device("cpu"), cut=read.get("cut", 0), views=1)
+        rows.counts = (0, 0, 0.0)
         count = read.get("rows", 10)
-        loader = SimpleNamespace(batches=SimpleNamespace(expected_rows=lambda: count), counts=(0, 0.0, 7.0))
+        loader = SimpleNamespace(batches=SimpleNamespace(expected_rows=lambda: count), relabelled=0)
         source = SimpleNamespace(expected=lambda: 10, reading=lambda: read.get("reading", (0.0, 0)))
         extras = SimpleNamespace(row_bytes=0, nbytes=0)
         return Ledger(None, rows, loader, source, extras, keeps_rows=config is not None, wraps=False)  # type: ignore[arg-type]
@@ -38,6 +39,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def measure(book: Ledger) -> None:
     book.measure(lambda: None, None, batch=4)  # type: ignore[arg-type]
+
+
+def observe(book: Ledger, prefix: int, samples: int, seconds: float) -> None:
+    book._loader.counts = samples, seconds, 7.0  # type: ignore[misc]
+    book.observe(prefix, wrap_seconds=0.0)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +107,11 @@ def test_training_waits_for_what_reading_takes_longer(made: Any, read: float, wo
 )
 def test_epochs_correct_the_costs(made: Any, epochs: list[tuple[int, float]], scale: float) -> None:
     book = made()
-    book.observe(0, samples=10, made=0, read=0, seconds=999.0)  # nothing was timed
+    observe(book, 0, 10, 999.0)  # nothing was timed
     assert book.scale == 1.0
     measure(book)
     for samples, seconds in epochs:
-        book.observe(0, samples=samples, made=0, read=0, seconds=seconds)
+        observe(book, 0, samples, seconds)
     assert book.scale == pytest.approx(scale)
 
 
@@ -113,7 +119,7 @@ def test_what_an_epoch_on_rows_begins_with_is_not_scaled(made: Any) -> None:
     book = made()
     measure(book)
     # Ten samples of 12 s; of one frozen and three live layers: 1 + 9 s, and 7 s before the first batch.
-    book.observe(1, samples=10, made=0, read=0, seconds=207.0)
+    observe(book, 1, 10, 207.0)
     costs = book.run_costs()[0]
     assert (costs.scale, costs.fixed_seconds) == (2.0, 7.0)
     assert [costs.epoch_seconds(k) for k in range(2)] == [240.0, 207.0]

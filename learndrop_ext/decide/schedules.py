@@ -126,12 +126,9 @@ class _Search:
         taken = 0.0
         for stage, after in zip(self.stages, self.rest[1:], strict=True):
             extra = self._conversions(stage, since)[prefix]
-            # The table holds a schedule for every amount that it has seconds for.
-            k = next(
-                k
-                for k in range(prefix, len(self.steady))
-                if taken + extra[k] + self._behind(stage, after, since, k)[amount] <= left
-            )
+            behind = np.array([self._behind(stage, after, since, k)[amount] for k in range(len(extra))])
+            # The first one in time, which is there: the table holds a schedule for every amount that it has seconds for.
+            k = prefix + int(np.argmax(taken + (extra + behind)[prefix:] <= left))
             taken += float(extra[k]) + self._stage_seconds(stage, since, k)
             amount -= stage.weight * self.given_up[k]
             since, prefix = self._later(stage, since, k), k
