@@ -158,9 +158,8 @@ class DropScheduler:
         self._forgotten = weakref.finalize(self._loader, bypass.release)  # once nobody can train on rows any more
         self._forgotten.atexit = False
         self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)
-        self._ledger = Ledger(
-            chain, rows, self._loader, source, extras, keeps_rows=cache is not None, wraps=wrap is not None
-        )
+        self._ledger = Ledger(chain, rows, self._loader, source, extras, keeps_rows=cache is not None)
+        self._ledger.just_wrapped = wrap is not None
         self._deltas = self._deltas_from(0)
         self._traces, self._shapes = checks.traces_of(model), checks.shapes_of(model)
         self._ledger.read_budgets()
@@ -345,8 +344,7 @@ class DropScheduler:
         self._ledger.follow_widths()
         self._deltas = self._deltas_from(self._prefix)
         self._traces, self._shapes = checks.traces_of(self._base), checks.shapes_of(self._base)
-        if isinstance(self._model, WrappedModel):
-            self._model.show(self._model.wrapped(self._prefix))
+        self._show(self._body(self._prefix))
 
     @torch.inference_mode(False)
     def undrop(self) -> None:
@@ -479,16 +477,19 @@ class DropScheduler:
         self._freeze(prefix, body)
 
     def _freeze(self, prefix: int, body: nn.Module | None) -> None:
-        self._ledger.note_drop(self._prefix)
-        self._prefix = prefix
+        self._ledger.prefix_before, self._prefix = self._prefix, prefix
         self._bypass.put([*(cut for cut in self._rows.cuts if cut < prefix), prefix])
         self._guards.drop(prefix, self._optimizer)
         checks.HOLDERS[self._base] = weakref.ref(self), self._forgotten
-        if isinstance(self._model, WrappedModel) and body is not None:
-            self._model.show(body)
+        self._show(body)
 
     def _body(self, prefix: int) -> nn.Module | None:
         return self._model.wrapped(prefix) if isinstance(self._model, WrappedModel) else None
+
+    def _show(self, body: nn.Module | None) -> None:
+        if isinstance(self._model, WrappedModel) and body is not None:
+            self._model.show(body)
+            self._ledger.just_wrapped = True
 
     def _release(self) -> None:
         """Make all layers live again."""
@@ -499,9 +500,7 @@ class DropScheduler:
         self._guards.forget_extras()
         self._prefix = 0
         checks.HOLDERS.pop(self._base, None)
-        if isinstance(self._model, WrappedModel) and body is not None:
-            self._model.show(body)
-        self._ledger.note_wrapped()
+        self._show(body)
         self._deltas = self._deltas_from(0)
 
     def _close(self, *, keep: bool) -> None:

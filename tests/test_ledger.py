@@ -32,7 +32,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
         loader = SimpleNamespace(batches=SimpleNamespace(expected_rows=lambda: count), relabelled=0)
         source = SimpleNamespace(expected=lambda: 10, reading=lambda: read.get("reading", (0.0, 0)))
         extras = SimpleNamespace(row_bytes=0, nbytes=0)
-        return Ledger(None, rows, loader, source, extras, keeps_rows=config is not None, wraps=False)  # type: ignore[arg-type]
+        return Ledger(None, rows, loader, source, extras, keeps_rows=config is not None)  # type: ignore[arg-type]
 
     return make
 

@@ -73,20 +73,19 @@ def best_prefixes(
         if k == 0 or since == costs.views:
             break
         since += 1
-    limit, best, best_seconds = seconds, None, np.inf
+    limit = seconds
+    tried: dict[float, tuple[int, ...]] = {}  # schedules by their seconds
     # With one view the table's seconds are those of the plan. With more views, it assumes that layers dropped while views
     # are being filled are converted one drop after the other. The limit is then corrected by the difference.
     for _ in range(3):
         found, expected = search.schedule(prefix, since if prefix else 0, limit)
         actual = sum(plan_seconds(costs, found, past=past))
-        fits, fitted = actual <= seconds * (1 + 1e-9), best_seconds <= seconds * (1 + 1e-9)
-        if best is None or (fits and (not fitted or actual > best_seconds)) or (not fits and actual < best_seconds):
-            best, best_seconds = found, actual
+        tried.setdefault(actual, found)
         if abs(actual - expected) <= 1e-9 * expected:
             break
         limit = seconds - (actual - expected)
-    assert best is not None
-    return best
+    in_time = [taken for taken in tried if taken <= seconds * (1 + 1e-9)]
+    return tried[max(in_time, default=min(tried))]
 
 
 class _Search:
