@@ -365,14 +365,18 @@ class DropScheduler:
 
     def close(self) -> None:
         """End the run: restore the model as it was, and free the rows. Those that other runs can use stay in the store."""
-        self._close(keep=False)
+        self.__exit__(None)
 
     def __enter__(self) -> DropScheduler:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self._loader.close():
+            return
+        if self._prefix:
+            self._release()
         # After an error, keep the rows that a checkpoint names.
-        self._close(keep=kind is not None)
+        self._rows.close(keep=kind is not None)
 
     @torch.inference_mode(False)
     def state_dict(self) -> dict[str, Any]:
@@ -502,13 +506,6 @@ class DropScheduler:
         checks.HOLDERS.pop(self._base, None)
         self._show(body)
         self._deltas = self._deltas_from(0)
-
-    def _close(self, *, keep: bool) -> None:
-        if not self._loader.close():
-            return
-        if self._prefix:
-            self._release()
-        self._rows.close(keep=keep)
 
     def _record(self, reason: str, **values: Any) -> Record:
         cache = self._rows.cache
