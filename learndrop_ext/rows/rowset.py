@@ -75,9 +75,6 @@ class RowSet:
         self._made = [0, 0]  # rows computed from images and from older rows since `forget_counts`
         self._full = False  # whether the budgets are exhausted
         self._looks = False  # whether to look into the store when the first rows arrive
-        # The place [N] of each sample's row in an epoch (-1: not drawn yet), if all that are drawn have all of their rows.
-        self._places: torch.Tensor | None = None
-        self._places_epoch = -1  # the epoch for which they were looked up; -1 after rows have come or gone
 
     @property
     def cut(self) -> int:
@@ -117,38 +114,20 @@ class RowSet:
         self.older, self.cache = self.cache, new
         self.cuts = [*self.cuts[-1:], cut] if self.older is not None else [cut]
         self._path, self._looks = [*self._path, cut], self._shares
-        self.stores, self._full, self._places_epoch = True, False, -1
+        self.stores, self._full = True, False
 
     def locate(self, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
         """Return the number of layers that the samples `ids` [B] need not run in this epoch, the latest cut at which all of
         them have rows, or 0; and the places [B] of their rows."""
-        if self._places_epoch != self.epoch:
-            self._look_up_places()
-        # In most epochs every sample drawn so far has its row.
-        if self._places is not None and len(ids):
-            at = self._places.index_select(0, ids)
-            if self.slots.used == len(self.slots) or int(at.min()) >= 0:
-                return self.cuts[-1], at
         at = self.slots.places(ids, self.epoch)
-        if self.cache is None or not len(at):
-            return 0, at
-        if bool(filled_at(self.cache, at).all()):
-            return self.cuts[-1], at
-        return (self.cuts[-2] if self.older is not None and bool(filled_at(self.older, at).all()) else 0), at
-
-    def _look_up_places(self) -> None:
-        self._places, self._places_epoch = None, self.epoch
-        rows = self.slots.used * self.views
-        if self.cache is not None and rows <= len(self.cache.filled) and bool(self.cache.filled[:rows].all()):
-            self._places = self.slots.all_places(self.epoch)
+        for cut, cache in zip(reversed(self.cuts), (self.cache, self.older), strict=False):
+            if len(at) and bool(filled_at(cache, at).all()):
+                return cut, at
+        return 0, at
 
     def places(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the places [B] of the samples' rows in this epoch; samples without a slot get one."""
-        used = self.slots.used
-        at = self.slots.assign(ids, self.epoch)
-        if self.slots.used > used:
-            self._places_epoch = -1
-        return at
+        return self.slots.assign(ids, self.epoch)
 
     def first_places(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the distinct places [n] of samples `ids` [B] in this epoch, and the position [n] of the first of each."""
@@ -209,8 +188,8 @@ class RowSet:
             )
         path = self._path if is_last else self._path[:-1]
         self._outliving.open(cache, path, row, ids if is_last and self._looks else None, self.epoch)
-        if is_last and self._looks:
-            self._looks, self._places_epoch = False, -1
+        if is_last:
+            self._looks = False
         at = self.places(ids)
         new = torch.nonzero(~filled_at(cache, at)).flatten()
         if not len(new) or self._keep(cache, at[new], row[new.to(row.device)] if len(new) < len(at) else row):
@@ -245,7 +224,6 @@ class RowSet:
                 f"drop.loader: the dataset must keep its {len(self.slots)} samples, or get more, got {size}"
             )
         self.slots.extend(more)
-        self._places_epoch = -1
         return more
 
     def renumber(self, size: int, offsets: torch.Tensor, views: int | str) -> None:
@@ -255,7 +233,6 @@ class RowSet:
             self.slots = SlotTable(size, self.views, self.generator)
             self._outliving.renumber(self.config, self.slots)
         self.slots.view_offset[: len(offsets)] = offsets
-        self._places_epoch = -1
 
     def drawn(self) -> torch.Tensor:
         """Return the samples [n] that have rows for this epoch."""
@@ -281,7 +258,6 @@ class RowSet:
         if ids is not None:
             slots = self.slots.table[ids]
             places = self._all_views(slots[slots >= 0])
-            self._places_epoch = -1
             self.digests.forget(ids)
             for one in (cache, self.older):
                 if one is not None:
@@ -379,7 +355,7 @@ class RowSet:
         self._drop_older()
         if self.cache is not None:
             self.cache.close()
-        self.cache, self._full, self._looks, self._places_epoch = None, False, False, -1
+        self.cache, self._full, self._looks = None, False, False
         self.slots.clear()
         self.digests.forget()
         self._outliving.clear()
@@ -438,7 +414,6 @@ class RowSet:
                 cache.grow(-(-wanted // self.views) * self.views)
             except ValueError as error:
                 return self._is_full(str(error))
-        self._places_epoch = -1
         if len(places) < len(at):
             at, rows = places, rows[order.to(rows.device)]
         try:

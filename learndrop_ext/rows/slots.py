@@ -67,10 +67,6 @@ class SlotTable:
             return slots
         return torch.where(slots < 0, -1, slots * self.views + self.view(ids, epoch))
 
-    def all_places(self, epoch: int) -> torch.Tensor:
-        """Return the place [N] of each sample's row in an epoch, -1 for samples without a slot."""
-        return self.table if self.views == 1 else self.places(torch.arange(len(self.table)), epoch)
-
     def assign(self, ids: torch.Tensor, epoch: int) -> torch.Tensor:
         """Return `places`, after assigning slots to samples that have none."""
         at = self.places(ids, epoch)
