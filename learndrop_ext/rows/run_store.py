@@ -6,10 +6,11 @@ N samples, V views of each, n rows in a call. The row of a view is at place slot
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -27,6 +28,28 @@ from learndrop_ext.warn import warn
 CODEC_ERROR = {"fp32": 0.0, "fp16": 1e-3, "bf16": 1e-2, "uint8": 1e-2}
 #: Of the random views that a run keeps of a sample, a quarter is its own, until the store has four times as many.
 OWN_SHARE, MOST_KEPT = 4, 4
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _spared(do: Callable[Concatenate[RunStore, P], T]) -> Callable[Concatenate[RunStore, P], T | None]:
+    """A method without which the run can do: a RuntimeWarning, and None, if it fails. None without a store, and in a forked
+    process."""
+
+    @functools.wraps(do)
+    def spared(self: RunStore, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        if self._store is None or self._store.is_forked:
+            return None
+        try:
+            return do(self, *args, **kwargs)
+        except (OSError, StoreError) as error:
+            if do.__name__ not in self._said:
+                self._said.add(do.__name__)
+                warn(f"drop.loader: the run goes on without what the store has: {error}")
+            return None
+
+    return spared
 
 
 class ImageDigests:
@@ -56,15 +79,7 @@ class ImageDigests:
 
 
 class RunStore:
-    """What a run has in its store, if it has one. What fails there is a RuntimeWarning: the run can do without.
-
-    Args:
-        config: the folder, and how rows are kept.
-        slots: where the rows of a sample are.
-        digests: of the images.
-        made_of: the cuts that rows went through, and a description of a row -> everything that they depend on.
-        sample_keys: samples [n] -> what they are called, the same in all runs; None if only this run knows.
-    """
+    """What a run has in its store, if it has one; see `RowSet` for the arguments."""
 
     def __init__(
         self,
@@ -78,7 +93,7 @@ class RunStore:
         self._digests, self._made_of, self._sample_keys = digests, made_of, sample_keys
         self._store = None if config.store is None else RowStore(Path(config.store))
         self._kept: set[str] = set()  # the digests of private rows that a checkpoint names
-        self._said: set[str] = set()  # what has failed
+        self._said: set[str] = set()  # methods that have failed
         self.renumber(config, slots)
 
     @property
@@ -101,6 +116,7 @@ class RunStore:
         """Return a tier for a cache's rows. private: whether no other run can use them."""
         return None if self._store is None else DiskTier(private=private or self._sample_keys is None)
 
+    @_spared
     def open(
         self, cache: ActivationCache, path: Sequence[int], row: torch.Tensor, ids: torch.Tensor | None, epoch: int
     ) -> None:
@@ -108,24 +124,14 @@ class RunStore:
 
         ids: [B], their samples, to take the rows that other runs have left, or to delete them if they disagree.
         """
-        if cache.disk is not None and not cache.disk.is_open:
-            self._try("open", self._open, cache, cache.disk, path, row, ids, epoch)
-
-    def _open(
-        self,
-        cache: ActivationCache,
-        disk: DiskTier,
-        path: Sequence[int],
-        row: torch.Tensor,
-        ids: torch.Tensor | None,
-        epoch: int,
-    ) -> None:
+        disk = cache.disk
+        if disk is None or disk.is_open:
+            return
         assert self._store is not None
         made_of = self._made_of(path, f"{row.dtype} {list(row.shape[1:])}")
-        stored = StoredRows(self._store, made_of, private=disk.is_private)
-        disk.open(stored)
+        disk.open(StoredRows(self._store, made_of, private=disk.is_private))
         if ids is not None:
-            self._take(cache, stored, epoch, first=(ids, row))
+            self._take(cache, epoch, first=(ids, row))
 
     def name(self, cache: ActivationCache, at: torch.Tensor) -> None:
         """Tell the cache's tier in the store, if there is one, what the rows at places [n] are called."""
@@ -141,11 +147,13 @@ class RunStore:
         images = [next(values) if one and not self.is_random else None for one in known.tolist()]
         cache.disk.name(at, RowKeys(self._names(ids, cache.disk.is_private), views.tolist(), images))
 
+    @_spared
     def save(self, cache: ActivationCache | None) -> bool:
         """Add all rows of a cache; return whether they are there."""
         if cache is None or cache.disk is None or not cache.disk.is_open or not cache.fits_store:
             return False
-        return self._try("save", cache.save) is True
+        cache.save()
+        return True
 
     def keep(self, cache: ActivationCache | None) -> tuple[str, torch.Tensor | None] | None:
         """Add all rows for a run that resumes. Return what a checkpoint names them by, and their random views [N, V] if
@@ -154,32 +162,50 @@ class RunStore:
             return None
         stored = cache.disk.stored
         if stored.is_private:
-            self._try("keep", stored.keep)
+            self._keep(stored)
             self._kept.add(stored.digest)
-        self._try("remove", self._remove_kept, but=stored.digest)
+        self._remove_earlier(stored.digest)
         return stored.digest, self._views_of_samples()
 
     def has(self, digest: str) -> bool:
         """Return whether the rows that a checkpoint names are there."""
         return self._store is not None and self._store.entry(digest) is not None
 
+    @_spared
     def find(self, digest: str, path: Sequence[int], shape: Sequence[int]) -> StoredRows | None:
         """Return the rows of a shape that `keep` has left; None, with a RuntimeWarning, if this run's layers make others."""
-        found: StoredRows | None = None if self._store is None else self._try("find", self._found, digest, path, shape)
-        if found is not None and found.is_private:
+        assert self._store is not None
+        entry = self._store.entry(digest)
+        reason: str | None = "they are no longer there"
+        if entry is not None:
+            made_of = self._made_of(path, f"torch.{entry.dtype} {list(shape)}")
+            reason = made_of.difference(entry.fingerprint)
+        if entry is None or reason:
+            warn(
+                f"DropScheduler.load_state_dict: the rows are computed again: in the store {self._config.store}, {reason}"
+            )
+            return None
+        found = StoredRows(self._store, made_of, digest=digest)
+        if found.is_private:
             self._kept.add(digest)
         return found
 
+    @_spared
     def resume(self, cache: ActivationCache, stored: StoredRows, epoch: int, views: torch.Tensor | None) -> None:
         """Take the rows that `find` has returned. views: [N, V], see `keep`."""
         assert cache.disk is not None
         cache.disk.open(stored)
-        self._try("resume", self._take, cache, stored, epoch, views=views)
+        self._take(cache, epoch, views=views)
 
+    @_spared
     def forget(self, cache: ActivationCache, ids: torch.Tensor | None) -> None:
         """Delete the rows of samples [n], or of all, for other runs too."""
-        if cache.disk is not None and cache.disk.is_open:
-            self._try("forget", self._forget, cache.disk.stored, ids)
+        if cache.disk is None or not cache.disk.is_open:
+            return
+        stored, ids = cache.disk.stored, torch.arange(len(self._slots)) if ids is None else ids
+        names = dict(zip(ids.tolist(), self._names(ids, stored.is_private), strict=True))
+        found = stored.find(names)
+        stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
 
     def close(self, *, keep: bool) -> None:
         """Close the store. keep: leave private rows there that a checkpoint names."""
@@ -191,15 +217,16 @@ class RunStore:
     def _take(
         self,
         cache: ActivationCache,
-        stored: StoredRows,
         epoch: int,
         *,
         first: tuple[torch.Tensor, torch.Tensor] | None = None,
         views: torch.Tensor | None = None,
     ) -> None:
         """Take the rows of the store: if `first`, samples and their rows, agree; or the random `views` [N, V]."""
+        assert cache.disk is not None
+        stored = cache.disk.stored
         names = self._names(torch.arange(len(self._slots)), stored.is_private)
-        found = _find(stored, dict(enumerate(names)))
+        found = stored.find(dict(enumerate(names)))
         if not len(found.place):
             return
         self._slots.assign(found.sample.unique(), epoch)
@@ -211,15 +238,12 @@ class RunStore:
         free = (at < len(cache.filled)) & ~filled_at(cache, at)
         order = at[free].argsort()
         at, taken = at[free][order], taken[free][order]
+        places = found.place[taken]
         if self.is_random:
             self._names_at = lengthened(self._names_at, wanted)
             self._names_at[at] = found.view[taken]
         self.name(cache, at)
-        if (
-            first is not None
-            and not self.is_random
-            and not self._agree(cache, found, at, found.place[taken], epoch, *first)
-        ):
+        if first is not None and not self.is_random and not self._agree(cache, found, at, places, epoch, *first):
             stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
             warn(
                 f"drop.loader: the rows in the store {self._config.store} are computed again: they are not what the dropped "
@@ -227,15 +251,11 @@ class RunStore:
             )
             return
         self._digests.note(found.sample[found.has_image], found.image[found.has_image])
-        self._load(cache, at, found.place[taken], None if first is None else first[1])
-
-    def _load(self, cache: ActivationCache, at: torch.Tensor, places: torch.Tensor, like: torch.Tensor | None) -> None:
-        """Load rows at places `at` [n] that lie at `places` [n] of the store, but for those that are damaged."""
-        assert cache.disk is not None
+        like = None if first is None else first[1]
         try:
             cache.load(at, places, like)
         except DamagedRowError as error:
-            good = ~cache.disk.stored.damaged(places)
+            good = ~stored.damaged(places)
             cache.disk.forget(at[~good], in_store=True)
             cache.load(at[good], places[good], like)
             warn(f"drop.loader: rows are computed again: {error}")
@@ -306,27 +326,13 @@ class RunStore:
         every[drawn] = self._names_at[: self._slots.used * self._views].view(-1, self._views)[self._slots.table[drawn]]
         return every
 
-    def _found(self, digest: str, path: Sequence[int], shape: Sequence[int]) -> StoredRows | None:
-        """The rows of this digest in the store, if they are what this run's dropped layers make."""
-        assert self._store is not None
-        entry = self._store.entry(digest)
-        reason: str | None = "they are no longer there"
-        if entry is not None:
-            made_of = self._made_of(path, f"torch.{entry.dtype} {list(shape)}")
-            reason = made_of.difference(entry.fingerprint)
-        if entry is None or reason:
-            warn(
-                f"DropScheduler.load_state_dict: the rows are computed again: in the store {self._config.store}, {reason}"
-            )
-            return None
-        return StoredRows(self._store, made_of, digest=digest)
+    @_spared
+    def _keep(self, stored: StoredRows) -> None:
+        stored.keep()
 
-    def _forget(self, stored: StoredRows, ids: torch.Tensor | None) -> None:
-        """Delete all rows of samples [n], or of all, from the store."""
-        ids = torch.arange(len(self._slots)) if ids is None else ids
-        names = dict(zip(ids.tolist(), self._names(ids, stored.is_private), strict=True))
-        found = _find(stored, names)
-        stored.forget([names[i] for i in found.sample.tolist()], found.view.tolist())
+    @_spared
+    def _remove_earlier(self, but: str) -> None:
+        self._remove_kept(but)
 
     def _remove_kept(self, but: str = "") -> None:
         """Delete private rows that an earlier checkpoint named."""
@@ -335,31 +341,3 @@ class RunStore:
             entry = self._store.entry(digest)
             if entry is None or self._store.remove(entry):
                 self._kept.discard(digest)
-
-    def _try(self, what: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Do something with the store, which the run can do without: a RuntimeWarning, and None, if it fails. A forked
-        process does nothing."""
-        assert self._store is not None
-        if self._store.is_forked:
-            return None
-        try:
-            return do(*args, **kwargs)
-        except (OSError, StoreError) as error:
-            said = what in self._said
-            self._said.add(what)
-            if not said:
-                warn(f"drop.loader: the run goes on without what the store has: {error}")
-            return None
-
-
-def _find(stored: StoredRows, names: Mapping[int, bytes]) -> FoundRows:
-    """The rows of samples, given by number with their names. Several may have one name."""
-    numbers: dict[bytes, list[int]] = {}
-    for number, name in names.items():
-        numbers.setdefault(name, []).append(number)
-    found = stored.find({name: one[0] for name, one in numbers.items()})
-    if len(numbers) == len(names):
-        return found
-    pairs = [(k, i) for k, first in enumerate(found.sample.tolist()) for i in numbers[names[first]]]
-    row, sample = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
-    return FoundRows(sample, *(column[row] for column in found[1:]))

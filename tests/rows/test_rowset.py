@@ -594,9 +594,7 @@ def test_forget_everywhere_is_for_all_runs_and_forget_is_not(tmp_path: Path) -> 
         rows.close(keep=False)
         store = RowStore(tmp_path)
         (entry,) = store.entries()
-        found = StoredRows(store, entry.fingerprint).find(
-            dict(zip(sample_keys(torch.arange(6)), range(6), strict=True))
-        )
+        found = StoredRows(store, entry.fingerprint).find(dict(enumerate(sample_keys(torch.arange(6)))))
         assert sorted(found.sample.tolist()) == ([0, 3, 4, 5] if everywhere else list(range(6)))
 
 

@@ -45,7 +45,7 @@ def reopened(
     """A cache of another run, with the rows that were left in the store."""
     disk = disk_in(folder, private=False)
     cache = ActivationCache(slots, shape, codec=codec, device=CPU, budgets=budgets, disk=disk)
-    found = disk.stored.find({b"%d" % slot: slot for slot in range(slots)})
+    found = disk.stored.find({slot: b"%d" % slot for slot in range(slots)})
     order = found.sample.argsort()
     if len(order):
         cache.load(found.sample[order], found.place[order])

@@ -73,10 +73,9 @@ def remove_rows(
         if value is not None and not value >= 0:
             raise ValueError(f"remove_rows: {name} must be >= 0, got {value}")
     removed, in_use = [], []
-    entries = store.entries()
-    left = sum(_size(store, entry) for entry in entries)
-    for entry in reversed(entries):
-        one = _described(store, entry)
+    there = [(entry, _described(store, entry)) for entry in store.entries()]
+    left = sum(one.bytes for _, one in there)
+    for entry, one in reversed(there):
         unused = older_than_seconds is not None and one.age_seconds > older_than_seconds
         if not unused and (keep_bytes is None or left <= keep_bytes):
             continue
@@ -94,11 +93,11 @@ def check_rows(store: RowStore) -> dict[str, int]:
     for entry in store.entries():
         stored = StoredRows(store, entry.fingerprint, digest=entry.digest)
         try:
-            names = dict(enumerate((line.sample, line.view) for line in _rows(store, entry)))
-            found = stored.find({sample: i for i, (sample, _) in names.items()})
+            names = dict(enumerate({line.sample for line in _rows(store, entry)}))
+            found = stored.find(names)
             bad = torch.nonzero(stored.damaged(found.place)).flatten()
             if len(bad):
-                stored.forget([names[i][0] for i in found.sample[bad].tolist()], found.view[bad].tolist())
+                stored.forget([names[i] for i in found.sample[bad].tolist()], found.view[bad].tolist())
                 damaged[entry.file] = len(bad)
         finally:
             stored.close()
@@ -161,7 +160,9 @@ def _described(store: RowStore, entry: Entry) -> StoredSet:
         samples, rows = store.db.execute(
             "SELECT COUNT(DISTINCT sample), COUNT(*) FROM rows WHERE fingerprint = ?", (entry.id,)
         ).fetchone()
-    size = _size(store, entry)
+    path, size = store.folder / entry.file, 0
+    with contextlib.suppress(FileNotFoundError):
+        size = os.path.getsize(path)
     return StoredSet(
         file=entry.file,
         cut=made_of.cut,
@@ -172,7 +173,7 @@ def _described(store: RowStore, entry: Entry) -> StoredSet:
         bytes=size,
         unused_bytes=(entry.places - rows) * RowLayout.of(form.shape, form.codec).stride_bytes,
         age_seconds=max(0.0, time.time() - entry.used),
-        in_use=_in_use(store.folder / entry.file),
+        in_use=_in_use(path),
     )
 
 
@@ -185,13 +186,6 @@ def _in_use(path: Path) -> bool:
         return not locked(descriptor, fcntl.LOCK_EX)
     finally:
         os.close(descriptor)
-
-
-def _size(store: RowStore, entry: Entry) -> int:
-    try:
-        return os.path.getsize(store.folder / entry.file)
-    except FileNotFoundError:
-        return 0
 
 
 class _Line(NamedTuple):

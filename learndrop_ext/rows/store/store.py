@@ -114,7 +114,8 @@ class RowStore:
 
     def _set_up(self) -> None:
         with self.transaction():
-            application, version = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in PRAGMAS)
+            pragmas = ("application_id", "user_version")
+            application, version = (self.db.execute(f"PRAGMA {name}").fetchone()[0] for name in pragmas)
             if application == version == 0 and not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
                 for statement in SCHEMA.split(";"):
                     self.db.execute(statement)
@@ -200,9 +201,6 @@ class RowStore:
             ) from error
 
 
-PRAGMAS = ("application_id", "user_version")
-
-
 class Entry(NamedTuple):
     """A line of the table of fingerprints."""
 
@@ -264,15 +262,18 @@ class StoredRows:
         """Bytes of the file."""
         return 0 if self._file.descriptor < 0 else os.fstat(self._file.descriptor).st_size
 
-    def find(self, samples: Mapping[bytes, int]) -> FoundRows:
-        """Return the rows of samples, given as keys with their numbers."""
+    def find(self, names: Mapping[int, bytes]) -> FoundRows:
+        """Return the rows of samples, given by number with their keys. Several may have one key."""
+        numbers: dict[bytes, list[int]] = {}
+        for number, name in names.items():
+            numbers.setdefault(name, []).append(number)
         found = []
         if self.entry is not None:
             with self._store.errors():
                 lines = self._store.db.execute(
                     "SELECT sample, view, place, checksum, image FROM rows WHERE fingerprint = ?", (self.entry.id,)
                 )
-                found = [(samples[line[0]], *line[1:]) for line in lines if line[0] in samples]
+                found = [(number, *line[1:]) for line in lines for number in numbers.get(line[0], ())]
         sample, view, place, checksum, image = zip(*found, strict=True) if found else ((),) * 5
         places = torch.tensor(place, dtype=torch.int64)
         self.checksums = lengthened(self.checksums, max(place, default=-1) + 1)

@@ -43,7 +43,7 @@ def add(stored: StoredRows, of: range | list[int]) -> torch.Tensor:
 
 def rows_of(stored: StoredRows) -> dict[int, torch.Tensor]:
     """All rows in a store that are as they were written, by sample."""
-    found = stored.find({name: i for i, name in enumerate(names(range(20)))})
+    found = stored.find(dict(enumerate(names(range(20)))))
     into = torch.zeros(len(found.place), STRIDE, dtype=torch.uint8)
     good = ~stored.damaged(found.place)
     assert stored.read(found.place[good], into[good.nonzero().flatten()]) is None
