@@ -17,8 +17,8 @@ from measure import DEVICE, measure, waited_for
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from learndrop_ext import _C
 from learndrop_ext.ops import TensorDigests, digests
-from learndrop_ext.ops.transfer import crc32c
 
 ROUNDS, ITERATIONS = (20, 20) if DEVICE == "cuda" else (15, 1)
 
@@ -109,7 +109,7 @@ def test_hash_tensor(benchmark: BenchmarkFixture, network: tuple[str, list[Tenso
 
 @timed
 def test_crc32c(benchmark: BenchmarkFixture, network: tuple[str, list[Tensor]]) -> None:
-    call = lambda: [crc32c(contiguous_bytes(tensor)) for tensor in network[1]]  # noqa: E731
+    call = lambda: [_C.crc32c(contiguous_bytes(tensor)) for tensor in network[1]]  # noqa: E731
     time_case(benchmark, network, "crc32c", call, 5, 1)
 
 

@@ -30,8 +30,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from learndrop_ext import CacheConfig, DropScheduler, Fixed
-from learndrop_ext.ops import transfer
+from learndrop_ext import _C, CacheConfig, DropScheduler, Fixed
 from learndrop_ext.rows.disk import DiskTier
 from learndrop_ext.rows.layout import RowForm, RowLayout
 from learndrop_ext.rows.store.fingerprint import Fingerprint
@@ -119,7 +118,7 @@ def test_disk_rows(benchmark: BenchmarkFixture, file: File) -> None:
     def read_rows(positions: range, slots: list[int]) -> None:
         for i in positions:
             os.preadv(file.descriptor, [memory[i]], file.layout.begin(slots[i]))
-            transfer.crc32c(memory[i])
+            _C.crc32c(memory[i])
 
     with ThreadPoolExecutor(THREADS) as pool:
 
@@ -171,7 +170,7 @@ def test_train_from_a_store(benchmark: BenchmarkFixture, tmp_path: Path) -> None
     def read_rows(thread: int, begin: int) -> None:
         for i in range(thread, min(BATCH, len(at) - begin), THREADS):
             os.preadv(descriptor, [memory[i]], at[begin + i])
-            transfer.crc32c(memory[i])
+            _C.crc32c(memory[i])
 
     with ThreadPoolExecutor(THREADS) as pool:
 

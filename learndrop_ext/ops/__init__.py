@@ -7,7 +7,6 @@ from learndrop_ext.ops.filter_norms import filter_norms
 from learndrop_ext.ops.rows import (
     CODECS,
     DTYPES,
-    append_distinct_rows,
     append_rows,
     first_repeated,
     gather_known_rows,
@@ -21,7 +20,6 @@ __all__ = [
     "DTYPES",
     "BackendInfo",
     "TensorDigests",
-    "append_distinct_rows",
     "append_rows",
     "backend_info",
     "delta_norms",

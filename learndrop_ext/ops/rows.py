@@ -32,17 +32,12 @@ def row_bytes(values: Sequence[int], codec: str) -> int:
     return _geometry("row_bytes", tuple(values), codec)[2]
 
 
-def row_stride(values: Sequence[int], codec: str, *, align: int = 128) -> int:
-    """Return the bytes from one cache row to the next: `row_bytes` rounded up to a multiple of `align`.
-
-    Raises ValueError as `row_bytes`, and if `align` is not a multiple of 128.
-    """
-    if align < 128 or align % 128:
-        raise ValueError(f"row_stride: align must be a multiple of 128, got {align}")
-    return -(-_geometry("row_stride", tuple(values), codec)[2] // align) * align
+def row_stride(values: Sequence[int], codec: str) -> int:
+    """Return the bytes from one cache row to the next: `row_bytes` rounded up to a multiple of 128. Raises as it does."""
+    return -(-_geometry("row_stride", tuple(values), codec)[2] // 128) * 128
 
 
-def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16") -> None:
+def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16", distinct: bool = False) -> None:
     """Encode row b of `rows` into row index[b] of `cache`.
 
     On CUDA the work is enqueued on the current stream. Bytes of a cache row beyond row_bytes(shape, codec) do not change.
@@ -55,6 +50,7 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
         index: [B] int64 without repeats, on the CPU or the cache's device. On a CUDA device it is not checked by the
             host: an index outside the cache traps in the kernel, and the result of a repeated one is undefined.
         codec: "fp16", "bf16", "fp32" or "uint8".
+        distinct: whether the caller has excluded repeats, which are not looked for then.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -64,27 +60,6 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
 
     All are raised before anything is written.
     """
-    _append(cache, rows, index, codec, distinct=False)
-
-
-def append_distinct_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str) -> None:
-    """Do the same as `append_rows` without checking for repeats, which the caller has excluded."""
-    _append(cache, rows, index, codec, distinct=True)
-
-
-def travels_with_launch(index: Tensor, rows: int) -> bool:
-    """Whether an index [B] (CPU) into `rows` rows is read when a kernel is launched, and needs no copy on the device."""
-    return len(index) <= _C.HELD_ROWS and rows <= 2**31
-
-
-def first_repeated(index: Tensor) -> int | None:
-    """Return the smallest number that occurs twice in an index [B] int64 (CPU) of numbers >= 0, or None."""
-    index = index.contiguous()
-    found = _C.first_repeated(index.data_ptr(), index.shape[0])
-    return None if found < 0 else found
-
-
-def _append(cache: Tensor, rows: Tensor, index: Tensor, codec: str, *, distinct: bool) -> None:
     name = "append_rows"
     if rows.dtype not in DTYPES:
         raise TypeError(f"{name}: rows must be float32, bfloat16 or float16, got {rows.dtype}")
@@ -127,19 +102,22 @@ def _append(cache: Tensor, rows: Tensor, index: Tensor, codec: str, *, distinct:
     )
 
 
-def gather_rows(
-    cache: Tensor,
-    index: Tensor,
-    shape: Sequence[int],
-    *,
-    codec: str = "fp16",
-    dtype: torch.dtype = torch.float32,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Decode rows index[b] of `cache`.
+def travels_with_launch(index: Tensor, rows: int) -> bool:
+    """Whether an index [B] (CPU) into `rows` rows is read when a kernel is launched, and needs no copy on the device."""
+    return len(index) <= _C.HELD_ROWS and rows <= 2**31
 
-    On CUDA the work is enqueued on the current stream. With index and out on the device, the call can be captured in a CUDA
-    graph.
+
+def first_repeated(index: Tensor) -> int | None:
+    """Return the smallest number that occurs twice in an index [B] int64 (CPU) of numbers >= 0, or None."""
+    index = index.contiguous()
+    found = _C.first_repeated(index.data_ptr(), index.shape[0])
+    return None if found < 0 else found
+
+
+def gather_rows(
+    cache: Tensor, index: Tensor, shape: Sequence[int], *, codec: str = "fp16", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Decode rows index[b] of `cache`. On CUDA the work is enqueued on the current stream.
 
     Args:
         cache: [R, S] uint8, written by `append_rows` with the same shape and codec.
@@ -148,7 +126,6 @@ def gather_rows(
         shape: shape of one row.
         codec: the codec that the rows were written with.
         dtype: dtype of the result, float32, bfloat16 or float16, with any codec.
-        out: [B, *shape] of `dtype`, dense (channels last for rows [C, H, W]), to write to. Default: a new tensor
 
     Returns:
         [B, *shape] of `dtype`, channels last for rows [C, H, W].
@@ -167,19 +144,18 @@ def gather_rows(
     shape = tuple(shape)
     _check_cache(name, cache, shape, codec, _geometry(name, shape, codec)[2])
     index = _checked_index(name, cache, index)
-    B = index.shape[0]
     if _is_held(cache, index) and torch.cuda.is_current_stream_capturing():
         raise ValueError(f"{name}: index must be on {cache.device} while a CUDA graph is captured, got one on the CPU")
-    if out is None:
-        out = torch.empty((B, *shape), dtype=dtype, device=cache.device, memory_format=memory_format(shape))
-    else:
-        _check_out(name, out, (B, *shape), dtype, cache.device)
+    memory_format = torch.channels_last if len(shape) == 3 else torch.contiguous_format
+    out = torch.empty((len(index), *shape), dtype=dtype, device=cache.device, memory_format=memory_format)
     gather_known_rows(cache, index, shape, out, codec=codec)
     return out
 
 
 def gather_known_rows(cache: Tensor, index: Tensor, shape: tuple[int, ...], out: Tensor, *, codec: str) -> None:
     """Do the same as `gather_rows` with arguments that the caller knows to be right: nothing is checked.
+
+    With the index on the device, the call can be captured in a CUDA graph.
 
     Args:
         cache: [R, S] uint8.
@@ -278,24 +254,6 @@ def _checked_index(name: str, cache: Tensor, index: Tensor) -> Tensor:
     if index.is_cpu and (bad := _C.first_outside(index.data_ptr(), index.shape[0], R)) >= 0:
         raise IndexError(f"{name}: index must be in [0, {R}), got {int(index[bad])} at position {bad}")
     return index
-
-
-def _check_out(name: str, out: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if out.dtype != dtype:
-        raise TypeError(f"{name}: out must be {dtype}, got {out.dtype}")
-    if out.shape != shape:
-        raise ValueError(f"{name}: out must be {list(shape)}, got {[*out.shape]}")
-    if out.device != device:
-        raise ValueError(f"{name}: out must be on the cache's device {device}, got {out.device}")
-    if not out.is_contiguous(memory_format=memory_format(shape[1:])):
-        order = "channels last" if len(shape) == 4 else "contiguous"
-        raise ValueError(f"{name}: out must be {order}, got strides {out.stride()}")
-    if out.requires_grad:
-        raise ValueError(f"{name}: out must not require grad")
-
-
-def memory_format(shape: Sequence[int]) -> torch.memory_format:
-    return torch.channels_last if len(shape) == 3 else torch.contiguous_format
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:

@@ -15,11 +15,6 @@ from learndrop_ext.ops.rows import travels_with_launch
 PAGE_BYTES = 4096
 
 
-def crc32c(data: bytes | bytearray | memoryview, *, portable: bool = False) -> int:
-    """Return the CRC-32C (Castagnoli, as in RFC 3720) of contiguous bytes. portable: without the CPU's instruction."""
-    return _C.crc32c(data, portable)
-
-
 def read_rows(
     file: RowFile,
     slots: Tensor,  # [n] int64 (CPU)

@@ -137,7 +137,7 @@ class ActivationCache:
             self.disk.forget(slots, in_store=True)  # a row that is there stays there
         stored = form.to_store(rows)
         for part in tiers.staged(slots, load=False):
-            ops.append_distinct_rows(tiers.data, stored[part.begin : part.end], part.index, codec=self.codec)
+            ops.append_rows(tiers.data, stored[part.begin : part.end], part.index, codec=self.codec, distinct=True)
             self.dtype, self._form = rows.dtype, form
             if len(part.slow):
                 self.filled[part.slow] = False
