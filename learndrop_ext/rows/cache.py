@@ -27,21 +27,9 @@ class ActivationCache:
     order. If a tier cannot allocate its memory, the next tier takes its rows, with a RuntimeWarning. A forked process can
     read rows, except those in pinned memory. Every use after `close` raises RuntimeError.
 
-    Args:
-        slots (int): R.
-        shape (sequence of int): shape of a row, without the batch dimension.
-        codec (str): how a row is stored: "fp32", "bf16", "fp16" or "uint8".
-        device (torch.device): device of the rows stored and returned.
-        budgets (Budgets, optional): bytes of rows in each tier, see `plan_tiers`. Default: all rows on the device
-        disk (DiskTier, optional): the rows' place in a store. Default: None
-
-    Attributes:
-        filled (Tensor): [R] bool, which slots were written.
-        dtype (torch.dtype or None): dtype of the rows; None before the first.
-
-    Raises:
-        ValueError: if the budgets are too small or need a store.
-        torch.OutOfMemoryError: if a tier is out of memory and the next one may not take its rows.
+    R = slots, and `shape` is that of a row without the batch dimension. Without budgets all rows are on the device. Raises
+    ValueError if the budgets are too small, torch.OutOfMemoryError if a tier is out of memory and the next one may not take
+    its rows.
     """
 
     def __init__(
@@ -61,8 +49,8 @@ class ActivationCache:
         self.shape = tuple(shape)
         self.codec = codec
         self.device = device
-        self.filled = torch.zeros(slots, dtype=torch.bool)
-        self.dtype: torch.dtype | None = None
+        self.filled = torch.zeros(slots, dtype=torch.bool)  # [R], which slots were written
+        self.dtype: torch.dtype | None = None  # of the rows; None before the first
         self.disk = disk
         self._filled_table = self.filled  # `filled`, with room for more slots
         self._outputs = OutputPool(device)
@@ -222,16 +210,10 @@ class ActivationCache:
             self.dtype, self._saturated, self._saturation_batches = None, None, 0
 
     def load(self, slots: torch.Tensor, places: torch.Tensor, like: torch.Tensor | None = None) -> None:
-        """Take rows that are in the store.
+        """Take the rows at places [n] int64 of the store to slots [n] int64 (CPU), ascending, none of them filled. They are
+        returned with the strides of `like` [B, *shape], or those that they have in the store.
 
-        Args:
-            slots (Tensor): [n] int64 (CPU), ascending, none of them filled.
-            places (Tensor): [n] int64, their places in the store.
-            like (Tensor, optional): [B, *shape], rows whose strides are those of the rows returned. Default: those in the
-                store
-
-        Raises:
-            OSError, DamagedRowError: the store's file cannot be read, or a row has changed.
+        Raises OSError or DamagedRowError if the store's file cannot be read, or a row has changed.
         """
         tiers, disk = self._open("load"), self.disk
         assert disk is not None
@@ -245,10 +227,9 @@ class ActivationCache:
         tiers.load(slots)
         self.filled[slots] = True
 
-    def save(self) -> bool:
-        """Add all rows that are not in the store to it, and return True. Raises OSError."""
+    def save(self) -> None:
+        """Add all rows that are not in the store to it. Raises OSError."""
         self._open("save").save(torch.nonzero(self.filled).flatten())
-        return True
 
     def close(self) -> None:
         """Free the rows. Those in a store stay there."""

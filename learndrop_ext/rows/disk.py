@@ -10,7 +10,7 @@ from torch import Tensor
 
 from learndrop_ext.ops import free_bytes
 from learndrop_ext.rows.layout import RowForm
-from learndrop_ext.rows.plan import lengthened
+from learndrop_ext.rows.plan import lengthened_for
 from learndrop_ext.rows.store.store import RowKeys, StoredRows, StoreError
 
 #: Rows smaller than half of this are read together with their neighbours, which the same epoch needs too. A disk that reads
@@ -27,10 +27,7 @@ class DiskTier:
     """R rows by slot in a store, read and written by several threads without the GIL.
 
     A forked process can read them. What writes raises OSError if the disk is full or the store could not be opened, and
-    RuntimeError in a forked process.
-
-    Args:
-        private: whether the rows are of no use to other runs.
+    RuntimeError in a forked process. Private rows are of no use to other runs.
     """
 
     def __init__(self, *, private: bool) -> None:
@@ -69,16 +66,12 @@ class DiskTier:
 
     def has(self, slots: Tensor) -> Tensor:
         """Return which slots [n] have their row in the store."""
-        self.grow(int(slots.max()) + 1 if len(slots) else 0)
+        self._next = lengthened_for(self._next, slots)
         return self._next[slots] > 0
-
-    def grow(self, slots: int) -> None:
-        """Make room for R = slots rows."""
-        self._next = lengthened(self._next, slots)
 
     def take(self, slots: Tensor, places: Tensor) -> None:
         """Note that the rows of slots [n] are at places [n] of the store."""
-        self.grow(int(slots.max()) + 1 if len(slots) else 0)
+        self._next = lengthened_for(self._next, slots)
         self._next[slots] = places + 1
 
     def read(self, slots: Tensor, into: Tensor) -> None:
@@ -107,7 +100,7 @@ class DiskTier:
 
     def forget(self, slots: Tensor, *, in_store: bool = False) -> None:
         """Treat slots [n] as never written. in_store: delete their rows from the store too, also those forgotten before."""
-        self.grow(int(slots.max()) + 1 if len(slots) else 0)
+        self._next = lengthened_for(self._next, slots)
         there = slots[self._next[slots] != 0]
         if not in_store:
             self._next[there] = -self._next[there].abs()

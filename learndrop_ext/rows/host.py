@@ -76,18 +76,12 @@ class HostTier:
     def __init__(self, count: int, stride_bytes: int, device: torch.device) -> None:
         self._pinned: PinnedRows | None = None
         self._process = os.getpid()
-        self._by_copy_engine = False
         if device.type == "cuda":
             self._pinned = PinnedRows(count, stride_bytes, device)
             self.data = self._pinned.data
             self._by_copy_engine = stride_bytes >= copy_engine_from(device)
             return
-        try:
-            self.data = torch.empty((count, stride_bytes), dtype=torch.uint8)
-        except RuntimeError as error:
-            raise torch.OutOfMemoryError(
-                f"HostTier: the host must have {count * stride_bytes:,} bytes for rows, got {error}"
-            ) from error
+        self.data = allocate(count, stride_bytes, device)
 
     def read(self, index: Tensor, into: Tensor) -> None:
         """Copy rows index [n] int64 (CPU) to `into` [n, S] uint8; on a GPU, enqueue it on the current stream."""
@@ -115,13 +109,9 @@ class HostTier:
 
 
 class CopyStream:
-    """A stream that fills two areas of GPU memory, one while the training step reads the other.
-
-    Args:
-        data (Tensor): [R, S] uint8 on the GPU, with the areas at its end.
-        staging (int): T.
-        bounces (bool): whether rows of a file pass through it; they need pinned memory [2, T, S], or it raises
-            torch.OutOfMemoryError.
+    """A stream that fills two areas of T = staging rows each at the end of `data` [R, S] uint8 on a GPU, one while the
+    training step reads the other. Rows of a file bounce: they pass through pinned memory [2, T, S]; raises
+    torch.OutOfMemoryError without it.
     """
 
     def __init__(self, data: Tensor, staging: int, *, bounces: bool) -> None:
@@ -155,6 +145,18 @@ class CopyStream:
         assert self.bounce is not None
         self.filled[area].synchronize()
         return self.bounce.data[area * self.staging :][:count]
+
+
+def allocate(rows: int, stride_bytes: int, device: torch.device) -> Tensor:
+    """Return memory [rows, stride_bytes] uint8. Raises torch.OutOfMemoryError on a CPU too."""
+    try:
+        return torch.empty((rows, stride_bytes), dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 @functools.lru_cache(maxsize=16)

@@ -16,15 +16,10 @@ from learndrop_ext.ops.transfer import PAGE_BYTES, RowFile
 
 @dataclass(frozen=True)
 class RowLayout:
-    """The offsets of rows in a file. Small rows share a page and never cross its end; each large row begins a page.
+    """The offsets of rows in a file. Small rows share a page and never cross its end; each large row begins a page."""
 
-    Args:
-        row_bytes (int): bytes of a row without padding.
-        stride_bytes (int): S, in memory and within a page.
-    """
-
-    row_bytes: int
-    stride_bytes: int
+    row_bytes: int  # without padding
+    stride_bytes: int  # S, in memory and within a page
 
     @classmethod
     def of(cls, shape: Sequence[int], codec: str) -> RowLayout:
@@ -66,19 +61,13 @@ class RowForm:
     """The order of a row's values, as they are stored and as they are returned.
 
     Values are stored in the order in which they lay in memory. Only uint8 rows [C, H, W] are stored channels last, as each
-    channel has its scale.
-
-    Args:
-        shape (tuple of int): shape of a row.
-        codec (str): how a row is stored.
-        stored (tuple of int): strides of the stored values, without gaps in any order of the dimensions.
-        strides (tuple of int): strides of the rows returned, without gaps in any order of the dimensions.
+    channel has its scale. Strides are without gaps, in any order of the dimensions.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of a row
     codec: str
-    stored: tuple[int, ...]
-    strides: tuple[int, ...]
+    stored: tuple[int, ...]  # strides of the stored values
+    strides: tuple[int, ...]  # of the rows returned
 
     @classmethod
     def of(cls, rows: torch.Tensor, codec: str) -> RowForm:

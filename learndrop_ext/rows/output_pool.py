@@ -23,8 +23,7 @@ MAX_FREE = 3
 class OutputPool:
     """Lends memory for batches and takes it back when no tensor, view, array or graph refers to it.
 
-    Args:
-        device (torch.device): device of the batches. Only CPU memory is pooled; the GPU allocator has its own pool.
+    Only CPU memory is pooled; the GPU allocator has its own pool.
     """
 
     def __init__(self, device: torch.device) -> None:

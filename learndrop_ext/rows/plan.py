@@ -50,9 +50,7 @@ class TierPlan:
     device: int
     host: int = 0
     disk: int = 0
-    staging: int = (
-        0  # rows of each of two areas on the device through which rows of the slower tiers pass; 0 without any
-    )
+    staging: int = 0  # rows of each of two areas on the device, through which those of slower tiers pass; 0 without any
 
     @property
     def slots(self) -> int:
@@ -131,20 +129,17 @@ def lengthened(table: Tensor, length: int) -> Tensor:
     return longer
 
 
+def lengthened_for(table: Tensor, index: Tensor) -> Tensor:
+    """Return a table, `lengthened` so that it has the positions of an index [n] int64."""
+    return lengthened(table, int(index.max()) + 1 if len(index) else 0)
+
+
 def budgets_of(config: CacheConfig, device: torch.device, *, beside: int = 0, there: int = 0) -> Budgets:
     """Return a configuration's budgets in bytes; "auto" is half of what is free now.
 
-    A CPU model has no host tier, since its device is host memory. What is kept beside the rows lies on the device and is
-    taken off its budget, or off the host's if it is too large.
-
-    Args:
-        config: the configuration.
-        device: that of the rows.
-        beside: bytes of what will be kept beside the rows.
-        there: how many of them are there already, and so are not free.
-
-    Raises:
-        OSError: the folder of the store is not there.
+    A CPU model has no host tier, since its device is host memory. What is kept beside the rows (`beside` bytes, of which as
+    many as are `there` already are not free) lies on the device and is taken off its budget, or off the host's if it is too
+    large. Raises OSError if the folder of the store is not there.
     """
     budget = config.budget_bytes
     on_device = budget if isinstance(budget, int) else free_bytes(device) // 2
@@ -156,7 +151,8 @@ def budgets_of(config: CacheConfig, device: torch.device, *, beside: int = 0, th
         disk = limit if isinstance(limit, int) else shutil.disk_usage(Path(config.store)).free // 2
     if budget == "auto":
         beside = max(0, beside - there)
-    on_host = beside > on_device and host > 0
-    beside = min(beside, host if on_host else on_device)
-    off = (0, beside) if on_host else (beside, 0)
-    return Budgets(on_device - off[0], host - off[1], disk, beside=beside, beside_on_host=on_host)
+    if beside > on_device and host > 0:
+        beside = min(beside, host)
+        return Budgets(on_device, host - beside, disk, beside=beside, beside_on_host=True)
+    beside = min(beside, on_device)
+    return Budgets(on_device - beside, host, disk, beside=beside)

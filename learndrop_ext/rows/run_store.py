@@ -18,7 +18,7 @@ from learndrop_ext.forward.proof import rows_agree
 from learndrop_ext.rows.cache import ActivationCache, as_stored
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.disk import DamagedRowError, DiskTier
-from learndrop_ext.rows.plan import lengthened
+from learndrop_ext.rows.plan import lengthened, lengthened_for
 from learndrop_ext.rows.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.rows.store.fingerprint import Fingerprint
 from learndrop_ext.rows.store.store import FoundRows, RowKeys, RowStore, StoredRows, StoreError
@@ -60,16 +60,14 @@ class ImageDigests:
 
     def note(self, ids: torch.Tensor, digests: torch.Tensor) -> None:
         """Note the digests [n] of the images of samples `ids` [n]."""
-        if not len(ids):
-            return
-        self._known = lengthened(self._known, int(ids.max()) + 1)
+        self._known = lengthened_for(self._known, ids)
         self._digests = lengthened(self._digests.to(digests.device), len(self._known))
         self._digests[ids.to(digests.device, non_blocking=True)] = digests
         self._known[ids] = True
 
     def of(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return which of the samples `ids` [n] have a noted image, and the digests of these."""
-        self._known = lengthened(self._known, int(ids.max()) + 1 if len(ids) else 0)
+        self._known = lengthened_for(self._known, ids)
         known = self._known[ids]
         return known, self._digests[ids[known].to(self._digests.device)]
 
@@ -139,7 +137,7 @@ class RunStore:
             return
         ids, views = self._slots.ids(at // self._views), self._own[at % self._views]
         if self.is_random:
-            self._names_at = lengthened(self._names_at, int(at.max()) + 1)
+            self._names_at = lengthened_for(self._names_at, at)
             views = torch.where(self._names_at[at] > 0, self._names_at[at], views)
             self._names_at[at] = views
         known, digests = self._digests.of(ids)
@@ -266,9 +264,8 @@ class RunStore:
         if not self.is_random:
             return slots * self._views + found.view, every
         if views is not None:
-            named = torch.zeros(
-                len(self._slots), self._views, dtype=torch.int64
-            )  # the dataset may have got more samples
+            # The dataset may have got more samples.
+            named = torch.zeros(len(self._slots), self._views, dtype=torch.int64)
             named[: len(views)] = views[:, : self._views]
             is_it = named[found.sample] == found.view[:, None]
             mine = is_it.any(1)

@@ -12,12 +12,8 @@ from learndrop_ext.rows.plan import lengthened
 class SlotTable:
     """Assigns slots to samples in the order in which they are first drawn.
 
-    The row of a view is at place slot * V + view, so the rows of the samples drawn so far are contiguous.
-
-    Args:
-        size: N.
-        views: V.
-        generator: draws the first view of each sample.
+    The row of a view is at place slot * V + view, so the rows of the samples drawn so far are contiguous. The generator
+    draws the first view of each sample.
     """
 
     def __init__(self, size: int, views: int, generator: torch.Generator) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from learndrop_ext.rows.disk import DiskTier
-from learndrop_ext.rows.host import CopyStream, HostTier
+from learndrop_ext.rows.host import CopyStream, HostTier, allocate
 from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.plan import STAGING_ROWS, Budgets, TierPlan, plan_tiers, room_for
 from learndrop_ext.warn import warn
@@ -354,15 +354,3 @@ class TieredRows:
         if self._process != os.getpid():
             self._process = os.getpid()
             self._prefetch, self._resources.thread = None, None
-
-
-def allocate(rows: int, stride_bytes: int, device: torch.device) -> Tensor:
-    """Return memory [rows, stride_bytes] uint8. Raises torch.OutOfMemoryError on a CPU too."""
-    try:
-        return torch.empty((rows, stride_bytes), dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):
-            raise
-        raise torch.OutOfMemoryError(str(error)) from error
