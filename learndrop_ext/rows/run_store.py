@@ -38,7 +38,7 @@ def _spared(do: Callable[Concatenate[RunStore, P], T]) -> Callable[Concatenate[R
     process."""
 
     @functools.wraps(do)
-    def spared(self: RunStore, *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def spared(self: RunStore, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
         if self._store is None or self._store.is_forked:
             return None
         try:

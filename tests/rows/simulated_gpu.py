@@ -184,7 +184,6 @@ class Gpu:
         monkeypatch.setattr(torch, "empty", empty)
         monkeypatch.setattr(transfer, "pin", lambda rows, device: self.pinned.update({rows.data_ptr(): rows.nbytes}))
         monkeypatch.setattr(transfer, "unpin", lambda rows: self.pinned.pop(rows.data_ptr(), None))
-        monkeypatch.setattr(host, "copy_engine_from", lambda device: 4096)
         monkeypatch.setattr(host.HostTier, "read", read)
         monkeypatch.setattr(tiers, "allocate", allocate)
         monkeypatch.setattr(tiers, "ThreadPoolExecutor", Executor)

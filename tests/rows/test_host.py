@@ -3,7 +3,6 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from tiered_cache import disk_in
 from torch import Tensor
 
 from learndrop_ext.ops import transfer
-from learndrop_ext.rows import host as host_rows
 from learndrop_ext.rows.cache import ActivationCache
-from learndrop_ext.rows.host import SWITCH_SIZES, HostTier, PinnedRows, copy_engine_from
+from learndrop_ext.rows.host import HostTier, PinnedRows
 from learndrop_ext.rows.plan import Budgets, TierPlan
 
 CPU = torch.device("cpu")
@@ -54,77 +52,16 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     return memory
 
 
-def no_pinning(rows: Tensor, device: torch.device) -> None:
-    raise RuntimeError("out of memory")
-
-
-# The copies cost 30 us and run at 50 GB/s, the kernel costs nothing and runs at `speed` bytes a second.
-@pytest.mark.parametrize(
-    ("speed", "wanted"),
-    [(1e8, 4096), (20e9, 8192), (45e9, 128 << 10), (60e9, 2 * SWITCH_SIZES[-1])],
-)
-def test_copy_engine_from_is_where_copies_win_for_good(
-    monkeypatch: pytest.MonkeyPatch, pinned: dict[int, int], speed: float, wanted: int
-) -> None:
-    clock = 0.0
-    most = 0
-
-    def check(source: Tensor, index: Tensor, into: Tensor) -> None:
-        nonlocal most
-        assert pinned == {source.data_ptr(): source.nbytes}
-        assert into.shape == (len(index), source.shape[1])
-        assert len(index) == min(128, len(source)) == len(index.unique())
-        assert int(index.max()) < len(source)
-        most = max(most, sum(pinned.values()))
-
-    def copies(source: Tensor, index: Tensor, into: Tensor) -> None:
-        nonlocal clock
-        check(source, index, into)
-        clock += 30e-6 + into.nbytes / 50e9
-
-    def kernel(source: Tensor, index: Tensor, into: Tensor) -> None:
-        nonlocal clock
-        check(source, index, into)
-        clock += into.nbytes / speed
-
-    monkeypatch.setattr(transfer, "copy_rows_to_device", copies)
-    monkeypatch.setattr(transfer, "gather_rows_to_device", kernel)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    monkeypatch.setattr(host_rows, "time", SimpleNamespace(perf_counter=lambda: clock))
-    assert copy_engine_from.__wrapped__(CPU) == wanted
-    assert 0 < most <= 16 << 20
-    assert pinned == {}
-
-
-def test_copy_engine_from_says_why_it_cannot_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transfer, "pin", no_pinning)
-    said = (
-        r"the copy engines could not be measured, so rows of 32,768 bytes and more are copied by them "
-        r"\(PinnedRows: the host must have 16,777,216 bytes of memory to pin, got out of memory\)"
-    )
-    with pytest.warns(RuntimeWarning, match=said):
-        assert copy_engine_from.__wrapped__(CPU) == 32768
-
-
-@pytest.mark.parametrize(("stride", "way"), [(4096, "gather_rows_to_device"), (8192, "copy_rows_to_device")])
-def test_the_way_to_a_gpu_is_measured_when_rows_are_placed_and_not_when_they_are_read(
+@pytest.mark.parametrize(("stride", "way"), [(32 << 10, "gather_rows_to_device"), (64 << 10, "copy_rows_to_device")])
+def test_rows_come_to_a_gpu_in_the_way_that_is_faster_for_their_size(
     monkeypatch: pytest.MonkeyPatch, pinned: dict[int, int], stride: int, way: str
 ) -> None:
-    measured: list[torch.device] = []
     used: list[str] = []
-
-    def measure(device: torch.device) -> int:
-        measured.append(device)
-        return 8192
-
-    monkeypatch.setattr(host_rows, "copy_engine_from", measure)
     for name in ("gather_rows_to_device", "copy_rows_to_device"):
         monkeypatch.setattr(transfer, name, lambda *_, name=name: used.append(name))
-    store = HostTier(10, stride, CUDA)
-    assert measured == [CUDA]
     into = torch.empty(3, stride, dtype=torch.uint8, device="meta")
-    store.read(torch.tensor([1, 2, 3]), into)
-    assert (used, measured) == ([way], [CUDA])
+    HostTier(10, stride, CUDA).read(torch.tensor([1, 2, 3]), into)
+    assert used == [way]
 
 
 def lines_of_memory(address: int) -> dict[str, str]:
@@ -143,7 +80,6 @@ def lines_of_memory(address: int) -> dict[str, str]:
 
 
 def test_a_fork_does_not_get_pinned_pages(monkeypatch: pytest.MonkeyPatch, pinned: dict[int, int]) -> None:
-    monkeypatch.setattr(host_rows, "copy_engine_from", lambda device: 1)
     store = HostTier(10, 8192, CUDA)
     first, last = store.data.data_ptr(), store.data.data_ptr() + store.data.nbytes - 1
     assert pinned == {first: 81920}
@@ -176,13 +112,6 @@ def test_a_fork_does_not_get_pinned_pages(monkeypatch: pytest.MonkeyPatch, pinne
 def test_memory_of_no_rows_is_not_pinned(pinned: dict[int, int]) -> None:
     assert PinnedRows(0, 128, CUDA).data.shape == (0, 128)
     assert pinned == {}
-
-
-@pytest.mark.cuda
-def test_copy_engine_from_is_measured_once() -> None:
-    first = copy_engine_from(CUDA)
-    assert first in (*SWITCH_SIZES, 2 * SWITCH_SIZES[-1])
-    assert copy_engine_from(CUDA) == first
 
 
 @pytest.mark.cuda
