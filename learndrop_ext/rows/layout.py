@@ -90,6 +90,11 @@ class RowForm:
         order = (1 + d for d in _outermost_first(self.stored))
         return rows.permute(0, *order).reshape(len(rows), self.values)
 
+    @cached_property
+    def layout(self) -> RowLayout:
+        """The offsets of such rows."""
+        return RowLayout.of(self.shape, self.codec)
+
     @property
     def has_channels(self) -> bool:
         """Whether each channel is stored with a scale of its own."""

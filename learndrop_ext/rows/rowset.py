@@ -99,17 +99,12 @@ class RowSet:
     ) -> None:
         """Keep rows of a shape after `cut` layers from now on.
 
-        Args:
-            cut: a later cut than the current one.
-            shape: shape of a row.
-            rows: number of rows to make room for.
-            private: whether this run has trained the layers before them, so that no other can use them.
-            budgets: the bytes that the cut was chosen by. Default: those of now
-
-        Raises:
-            ValueError, OSError, torch.OutOfMemoryError: what ActivationCache raises. Nothing is changed then.
+        Makes room for a number of rows. They are private if this run has trained the layers before them, so that no other
+        can use them. budgets: those that the cut was chosen by; if not given, those of now. Raises ValueError, OSError or
+        torch.OutOfMemoryError as ActivationCache does; nothing is changed then.
         """
-        new = self._new_cache(shape, max(rows, self.slots.used * self.views), budgets, private=private)
+        rows = max(rows, self.slots.used * self.views)
+        new = self._new_cache(shape, rows, budgets or self._budgets(rows), private=private)
         self._drop_older()
         self.older, self.cache = self.cache, new
         self.cuts = [*self.cuts[-1:], cut] if self.older is not None else [cut]
@@ -213,11 +208,7 @@ class RowSet:
         return self.slots.view(ids, self.epoch)
 
     def follow_size(self, size: int) -> int:
-        """Make room for the new ones of `size` samples, and return their number.
-
-        Raises:
-            RuntimeError: the dataset has become smaller.
-        """
+        """Make room for the new ones of `size` samples, and return their number. Raises RuntimeError if some have gone."""
         more = size - len(self.slots)
         if more < 0:
             raise RuntimeError(
@@ -252,16 +243,15 @@ class RowSet:
         cache = self.cache
         if cache is None:
             return
-        for one in (cache, self.older):
-            if everywhere and one is not None:
-                self._outliving.forget(one, ids)
+        caches = [one for one in (cache, self.older) if one is not None]
+        for one in caches if everywhere else ():
+            self._outliving.forget(one, ids)
         if ids is not None:
             slots = self.slots.table[ids]
-            places = self._all_views(slots[slots >= 0])
+            places = (slots[slots >= 0, None] * self.views + torch.arange(self.views)).flatten()
             self.digests.forget(ids)
-            for one in (cache, self.older):
-                if one is not None:
-                    one.forget(places[places < len(one.filled)])
+            for one in caches:
+                one.forget(places[places < len(one.filled)])
             return
         count, path, shape, shares = len(cache.filled), [self.cut], cache.shape, self._shares
         self._reset()
@@ -372,10 +362,6 @@ class RowSet:
         disk = None if self.cache is None else self.cache.disk
         return disk is not None and not disk.is_private
 
-    def _all_views(self, slots: torch.Tensor) -> torch.Tensor:
-        """The places [n * V] of all views at slots [n]."""
-        return (slots[:, None] * self.views + torch.arange(self.views)).flatten()
-
     def _cache_for(self, shape: Sequence[int], rows: int, *, private: bool, stored_bytes: int = 0) -> ActivationCache:
         """A cache with room for `rows`, or without any if the budgets of now do not hold them. stored_bytes: those that the
         store has already."""
@@ -390,23 +376,15 @@ class RowSet:
         """The bytes of now for a number of rows."""
         return budgets_of(self.config, self.device, beside=rows * self._beside)
 
-    def _new_cache(
-        self, shape: Sequence[int], rows: int, budgets: Budgets | None = None, *, private: bool
-    ) -> ActivationCache:
-        return ActivationCache(
-            rows,
-            shape,
-            codec=self.config.codec,
-            device=self.device,
-            budgets=budgets or self._budgets(rows),
-            disk=self._outliving.tier(private=private),
-        )
+    def _new_cache(self, shape: Sequence[int], rows: int, budgets: Budgets, *, private: bool) -> ActivationCache:
+        tier = self._outliving.tier(private=private)
+        return ActivationCache(rows, shape, codec=self.config.codec, device=self.device, budgets=budgets, disk=tier)
 
     def _keep(self, cache: ActivationCache, at: torch.Tensor, rows: torch.Tensor) -> bool:
-        """Store rows [B, ...] at places [B], of several at one place the first; return False if the budgets do not hold
-        them, or the disk is full."""
+        """Store rows [B, ...] at places [B], B > 0, of several at one place the first; return False if the budgets do not
+        hold them, or the disk is full."""
         places, order = first_of_each(at)
-        wanted = int(places[-1]) + 1 if len(places) else 0
+        wanted = int(places[-1]) + 1
         if wanted > len(cache.filled):
             if self._full or cache is self.older:
                 return False

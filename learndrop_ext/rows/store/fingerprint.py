@@ -55,17 +55,16 @@ def weights_digest(modules: Iterable[nn.Module], parameters: Iterable[torch.Tens
 
 
 def code_digest(modules: Iterable[nn.Module], around: Iterable[nn.Module] = ()) -> str:
-    """Return the SHA-256 over the source and the settings of the dropped layers' modules.
-
-    Args:
-        modules: the dropped layers' modules.
-        around: modules that run both dropped layers and others. Any of their methods may be a part of their forward.
-    """
+    """Return the SHA-256 over the source and the settings of the dropped layers' modules, and of those `around` that run
+    other layers too: any of their methods may be a part of their forward."""
     digest = hashlib.sha256()
-    inside: list[tuple[nn.Module, list[Any]]] = [
+    parts_of: list[tuple[nn.Module, list[Any]]] = [
         (inner, [type(inner).forward]) for outer in modules for inner in outer.modules()
     ]
-    for module, parts in [*inside, *((outer, _own_classes(outer)) for outer in around)]:
+    for outer in around:
+        own = [kind for kind in type(outer).__mro__ if kind is not object and not kind.__module__.startswith("torch.")]
+        parts_of.append((outer, own))
+    for module, parts in parts_of:
         try:
             code = "".join(inspect.getsource(part) for part in parts)
         except (OSError, TypeError):
@@ -75,8 +74,3 @@ def code_digest(modules: Iterable[nn.Module], around: Iterable[nn.Module] = ()) 
         plain = [(name, value) for name, value in settings if not name.startswith("_") and name != "training"]
         digest.update(f"{kind}{code}{plain}".encode())
     return digest.hexdigest()
-
-
-def _own_classes(module: nn.Module) -> list[type]:
-    """The classes of a module that are not torch's."""
-    return [kind for kind in type(module).__mro__ if kind is not object and not kind.__module__.startswith("torch.")]

@@ -14,37 +14,23 @@ from typing import NamedTuple
 import torch
 
 from learndrop_ext.ops import transfer
-from learndrop_ext.rows.layout import RowLayout
 from learndrop_ext.rows.store.store import CHECKED, THREADS, Entry, RowStore, StoredRows, locked
 
 
 @dataclass(frozen=True)
 class StoredSet:
-    """The rows of one fingerprint in a store.
+    """The rows of one fingerprint in a store."""
 
-    Args:
-        file (str): name of their file.
-        cut (int): number of layers before them.
-        layers (str): the network, and names of these.
-        codec (str): how they are stored.
-        samples (int): number of samples.
-        rows (int): number of rows.
-        bytes (int): size of the file.
-        unused_bytes (int): of these, the bytes of rows that were deleted.
-        age_seconds (float): time since a run last used them.
-        in_use (bool): whether a run uses them now.
-    """
-
-    file: str
-    cut: int
-    layers: str
+    file: str  # its name
+    cut: int  # number of layers before the rows
+    layers: str  # the network, and names of these
     codec: str
-    samples: int
-    rows: int
-    bytes: int
-    unused_bytes: int
-    age_seconds: float
-    in_use: bool
+    samples: int  # number of samples
+    rows: int  # number of rows
+    bytes: int  # size of the file
+    unused_bytes: int  # of these, the bytes of rows that were deleted
+    age_seconds: float  # time since a run last used them
+    in_use: bool  # whether a run uses them now
 
 
 def list_rows(store: RowStore) -> list[StoredSet]:
@@ -55,19 +41,11 @@ def list_rows(store: RowStore) -> list[StoredSet]:
 def remove_rows(
     store: RowStore, *, older_than_seconds: float | None = None, keep_bytes: int | None = None
 ) -> tuple[list[StoredSet], list[StoredSet]]:
-    """Delete rows that meet a condition and that no run uses.
+    """Delete rows that no run uses: those that were not used for longer than `older_than_seconds`, and the least recently
+    used until the rest, with what is in use, takes no more than `keep_bytes`.
 
-    Args:
-        store (RowStore): the open store.
-        older_than_seconds (float, optional): delete what was not used for longer than this. Default: None
-        keep_bytes (int, optional): delete the least recently used until the rest, with what is in use, takes no more than
-            this. Default: None
-
-    Returns:
-        What was deleted, and what was not because a run uses it.
-
-    Raises:
-        ValueError: a condition is negative; nothing is deleted then.
+    Return what was deleted, and what was not because a run uses it. Raises ValueError if a condition is negative; nothing is
+    deleted then.
     """
     for name, value in (("older_than_seconds", older_than_seconds), ("keep_bytes", keep_bytes)):
         if value is not None and not value >= 0:
@@ -124,7 +102,7 @@ def compact(store: RowStore) -> int:
 
 def _rewrite(store: RowStore, entry: Entry) -> None:
     """Copy the rows of a file that are in the index to a new file, unless a run uses it or a row is damaged."""
-    layout = RowLayout.of(entry.row_form.shape, entry.row_form.codec)
+    layout = entry.row_form.layout
     unused = name = f"rows-{uuid.uuid4().hex[:12]}.bin"
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, old := os.open(store.folder / entry.file, os.O_RDWR | os.O_CLOEXEC))
@@ -155,7 +133,7 @@ def _rewrite(store: RowStore, entry: Entry) -> None:
 
 
 def _described(store: RowStore, entry: Entry) -> StoredSet:
-    made_of, form = entry.fingerprint, entry.row_form
+    made_of = entry.fingerprint
     with store.errors():
         samples, rows = store.db.execute(
             "SELECT COUNT(DISTINCT sample), COUNT(*) FROM rows WHERE fingerprint = ?", (entry.id,)
@@ -171,7 +149,7 @@ def _described(store: RowStore, entry: Entry) -> StoredSet:
         samples=samples,
         rows=rows,
         bytes=size,
-        unused_bytes=(entry.places - rows) * RowLayout.of(form.shape, form.codec).stride_bytes,
+        unused_bytes=(entry.places - rows) * entry.row_form.layout.stride_bytes,
         age_seconds=max(0.0, time.time() - entry.used),
         in_use=_in_use(path),
     )

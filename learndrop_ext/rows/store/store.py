@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from learndrop_ext.ops import transfer
-from learndrop_ext.rows.layout import RowForm, RowLayout
+from learndrop_ext.rows.layout import RowForm
 from learndrop_ext.rows.plan import lengthened
 from learndrop_ext.rows.store.fingerprint import Fingerprint
 
@@ -89,14 +89,10 @@ class FoundRows(NamedTuple):
 
 
 class RowStore:
-    """An open store. Any number of processes may use one folder at once.
+    """An open store: a folder that is there, in which an index is made. Any number of processes may use one at once.
 
-    Args:
-        folder (Path): the folder, which is there; an index is made in it.
-
-    Raises:
-        OSError: the folder cannot be read, written or locked.
-        StoreError: the index is damaged, or not one of this version.
+    Raises OSError if the folder cannot be read, written or locked, StoreError if the index is damaged, or not one of this
+    version.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -229,11 +225,8 @@ class Entry(NamedTuple):
 class StoredRows:
     """The rows of one fingerprint. They are looked up by their keys once, and from then on read by place.
 
-    Args:
-        store: the open store.
-        made_of: what the rows depend on.
-        private: whether they are of this run alone: they are deleted with it, unless `keep` was called.
-        digest: that of private rows which a run has kept. Default: a new one, or the fingerprint's if not private
+    Private ones are of this run alone: they are deleted with it, unless `keep` was called. digest: that of private rows
+    which a run has kept; if not given, a new one, or the fingerprint's if not private.
     """
 
     def __init__(
@@ -245,7 +238,6 @@ class StoredRows:
         self.checksums = torch.zeros(0, dtype=torch.int32)  # by place
         self.entry: Entry | None = None
         self.form: RowForm | None = None  # how the rows lie; None if there are none
-        self._layout: RowLayout | None = None
         self._file = _File(-1)
         self._finalizer = weakref.finalize(self, self._file.close)
         #: Whether the rows are of this run alone.
@@ -298,7 +290,6 @@ class StoredRows:
             self._create(form, dtype)
         assert self.entry is not None
         assert self.form is not None
-        assert self._layout is not None
         if (self.form.stored, self.dtype) != (form.stored, dtype):
             raise StoreError(f"store {self._store.folder}: another run is adding the same rows in another form")
         with self._store.transaction():
@@ -323,9 +314,8 @@ class StoredRows:
             added = list(new.values())
             self.checksums = lengthened(self.checksums, end + len(new))
             rows = rows if len(added) == len(rows) else rows[added]
-            transfer.write_rows(
-                self._layout.file(self._file.descriptor), places[added], rows, self.checksums, threads=THREADS
-            )
+            file = self.form.layout.file(self._file.descriptor)
+            transfer.write_rows(file, places[added], rows, self.checksums, threads=THREADS)
             self._store.db.executemany(
                 "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?)",
                 [
@@ -339,15 +329,15 @@ class StoredRows:
     def read(self, places: Tensor, into: Tensor, *, block_bytes: int = 1) -> int | None:
         """Read the rows at places [n] to `into` [n, S] uint8 (CPU). Return the first position whose row does not match its
         checksum, or None. Raises OSError."""
-        assert self._layout is not None
-        file = self._layout.file(self._file.descriptor)
+        assert self.form is not None
+        file = self.form.layout.file(self._file.descriptor)
         return transfer.read_rows(file, places, into, self.checksums, threads=THREADS, block_bytes=block_bytes)
 
     def damaged(self, places: Tensor) -> Tensor:
         """Return which of the rows at places [n] do not match their checksums: [n] bool. Raises OSError."""
-        assert self._layout is not None
+        assert self.form is not None
         bad, begin = torch.zeros(len(places), dtype=torch.bool), 0
-        into = torch.empty(CHECKED, self._layout.stride_bytes, dtype=torch.uint8)
+        into = torch.empty(CHECKED, self.form.layout.stride_bytes, dtype=torch.uint8)
         while begin < len(places):
             part = places[begin : begin + CHECKED]
             at = self.read(part, into[: len(part)])
@@ -395,7 +385,6 @@ class StoredRows:
             shared = locked(self._file.descriptor, fcntl.LOCK_SH)
             if shared and self._store.entry(self.digest, file=entry.file) is not None:
                 self.entry, self.form = entry, entry.row_form
-                self._layout = RowLayout.of(self.form.shape, self.form.codec)
                 with self._store.transaction():
                     self._store.db.execute("UPDATE fingerprints SET used = ? WHERE id = ?", (time.time(), entry.id))
                 return
@@ -410,16 +399,8 @@ class StoredRows:
         """Make the entry and its file, unless another run has made them since."""
         name = f"rows-{uuid.uuid4().hex[:12]}.bin"
         described, lies = (json.dumps(dataclasses.asdict(one), sort_keys=True) for one in (self._made_of, form))
-        values = (
-            self.digest,
-            described,
-            lies,
-            str(dtype).removeprefix("torch."),
-            name,
-            0,
-            time.time(),
-            self.is_private,
-        )
+        kind = str(dtype).removeprefix("torch.")
+        values = (self.digest, described, lies, kind, name, 0, time.time(), self.is_private)
         with contextlib.ExitStack() as stack:
             with self._store.transaction():
                 if self._store.entry(self.digest) is None:
