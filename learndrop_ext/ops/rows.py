@@ -37,7 +37,7 @@ def row_stride(values: Sequence[int], codec: str) -> int:
     return -(-_geometry("row_stride", tuple(values), codec)[2] // 128) * 128
 
 
-def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16", distinct: bool = False) -> None:
+def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp16") -> None:
     """Encode row b of `rows` into row index[b] of `cache`.
 
     On CUDA the work is enqueued on the current stream. Bytes of a cache row beyond row_bytes(shape, codec) do not change.
@@ -50,7 +50,6 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
         index: [B] int64 without repeats, on the CPU or the cache's device. On a CUDA device it is not checked by the
             host: an index outside the cache traps in the kernel, and the result of a repeated one is undefined.
         codec: "fp16", "bf16", "fp32" or "uint8".
-        distinct: whether the caller has excluded repeats, which are not looked for then.
 
     Raises:
         TypeError: if an argument has the wrong dtype.
@@ -74,7 +73,7 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
     B = rows.shape[0]
     if index.shape[0] != B:
         raise ValueError(f"{name}: index must be [{B}], one for each row, got {[*index.shape]}")
-    if index.is_cpu and not distinct and (repeated := first_repeated(index)) is not None:
+    if index.is_cpu and (repeated := _C.first_repeated(index.data_ptr(), B)) >= 0:
         raise ValueError(f"{name}: index must name no row twice, got {repeated} twice")
     rows = rows.detach().resolve_neg()
     if rows.ndim > 2 and rows.ndim != 4:
@@ -105,13 +104,6 @@ def append_rows(cache: Tensor, rows: Tensor, index: Tensor, *, codec: str = "fp1
 def travels_with_launch(index: Tensor, rows: int) -> bool:
     """Whether an index [B] (CPU) into `rows` rows is read when a kernel is launched, and needs no copy on the device."""
     return len(index) <= _C.HELD_ROWS and rows <= 2**31
-
-
-def first_repeated(index: Tensor) -> int | None:
-    """Return the smallest number that occurs twice in an index [B] int64 (CPU) of numbers >= 0, or None."""
-    index = index.contiguous()
-    found = _C.first_repeated(index.data_ptr(), index.shape[0])
-    return None if found < 0 else found
 
 
 def gather_rows(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +19,7 @@ SATURATION_BATCHES = 16
 
 
 class ActivationCache:
-    """R rows of one shape by slot. It never returns a row that was not written, or not as it was written.
+    """R rows of one shape by slot. A row that was written is returned as it was written.
 
     Rows are returned in the dtype and with the strides of the first rows stored, as the layers behind them may call `view`:
     contiguous, channels-last or any other order of a row's dimensions. Rows that are not dense come back dense, in the same
@@ -42,10 +41,6 @@ class ActivationCache:
         budgets: Budgets | None = None,
         disk: DiskTier | None = None,
     ) -> None:
-        if slots < 0:
-            raise ValueError(f"ActivationCache: slots must be >= 0, got {slots}")
-        if budgets is not None and budgets.disk and disk is None:
-            raise ValueError("ActivationCache: disk must be given with a disk budget, got None")
         self.shape = tuple(shape)
         self.codec = codec
         self.device = device
@@ -88,33 +83,17 @@ class ActivationCache:
         return self._saturated is not None and bool(self._saturated)
 
     def append(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
-        """Store rows.
-
-        Args:
-            slots (Tensor): [B] int64 (CPU), the slots to write, none twice.
-            rows (Tensor): [B, *shape] on the cache's device, of the dtype of the first rows.
+        """Store rows [B, *shape] in slots [B] int64 (CPU), none twice.
 
         Raises:
             RuntimeError: in a forked process if rows are on disk.
-            TypeError, ValueError, IndexError: if rows or slots are not as above; nothing is written then.
+            TypeError, ValueError: if rows are not on the cache's device or of the dtype of the first rows; nothing is
+                written then.
             OSError: if the disk is full; the rows being written are lost.
         """
         tiers = self._open("append")
-        if tuple(rows.shape[1:]) != self.shape:
-            raise ValueError(
-                f"ActivationCache.append: rows must be [B, {', '.join(map(str, self.shape))}], got {list(rows.shape)}"
-            )
-        if rows.device != tiers.data.device:
-            raise ValueError(
-                f"ActivationCache.append: rows must be on the cache's device, {tiers.data.device}, got {rows.device}"
-            )
         if self.dtype not in (None, rows.dtype):
             raise ValueError(f"ActivationCache.append: rows must be {self.dtype} as the first were, got {rows.dtype}")
-        _check_slots("append", slots, len(self.filled))
-        if len(rows) != len(slots):
-            raise ValueError(f"ActivationCache.append: slots must be [{len(rows)}], got [{len(slots)}]")
-        if (repeated := ops.first_repeated(slots)) is not None:
-            raise ValueError(f"ActivationCache.append: slots must name no row twice, got {repeated} twice")
         tiers.discard_prefetch()
         form = self._form
         if self.dtype is None:
@@ -125,7 +104,7 @@ class ActivationCache:
             self.disk.forget(slots, in_store=True)  # a row that is there stays there
         stored = form.to_store(rows)
         for part in tiers.staged(slots, load=False):
-            ops.append_rows(tiers.data, stored[part.begin : part.end], part.index, codec=self.codec, distinct=True)
+            ops.append_rows(tiers.data, stored[part.begin : part.end], part.index, codec=self.codec)
             self.dtype, self._form = rows.dtype, form
             if len(part.slow):
                 self.filled[part.slow] = False
@@ -134,25 +113,11 @@ class ActivationCache:
         self._note_saturation(rows)
 
     def gather(self, slots: torch.Tensor) -> torch.Tensor:
-        """Return a batch of rows from all tiers, in the order of the slots.
+        """Return rows [B, *shape] from all tiers, in the order of slots [B] int64 (CPU), which are filled.
 
-        On a CPU the memory of a large batch is reused once nothing refers to it.
-
-        Args:
-            slots (Tensor): [B] int64 (CPU).
-
-        Returns:
-            Tensor: [B, *shape].
-
-        Raises:
-            TypeError, ValueError, IndexError: if slots are not as above, outside the cache, or were never written.
-            DamagedRowError: if a row in the store has changed.
+        On a CPU the memory of a large batch is reused once nothing refers to it. Raises DamagedRowError if a row in the
+        store has changed.
         """
-        self._check_filled("gather", slots)
-        return self.gather_known(slots)
-
-    def gather_known(self, slots: torch.Tensor) -> torch.Tensor:
-        """Do the same as `gather` with slots that the caller knows to be filled: they are not checked."""
         tiers, form, dtype = self._open("gather"), self._form, self.dtype or torch.float32
         shape = (len(slots), *form.shape)
         out = stored = self._outputs.take(shape, (form.values, *form.strides), dtype)
@@ -167,12 +132,11 @@ class ActivationCache:
         return out if stored is out else out.copy_(stored)
 
     def prefetch(self, slots: torch.Tensor) -> None:
-        """Start reading slots [B] int64 (CPU) of the slower tiers for the next `gather`, in the background.
+        """Start reading slots [B] int64 (CPU) of the slower tiers for the next `gather`, in the background. All are filled.
 
         If a row cannot be read, the next `gather` raises the error, or gives a RuntimeWarning if it asks for other rows.
         """
         tiers = self._open("prefetch")
-        self._check_filled("prefetch", slots)
         if tiers.plan.staging:
             tiers.prefetch(slots)
 
@@ -180,32 +144,21 @@ class ActivationCache:
         """Make room for R = slots rows. Memory grows by at least a quarter, so calls can be frequent.
 
         Raises:
-            ValueError, OSError, torch.OutOfMemoryError: as the constructor, or if R would shrink; nothing is changed then.
+            ValueError, OSError, torch.OutOfMemoryError: as the constructor; nothing is changed then.
         """
         tiers = self._open("grow")
-        if slots < len(self.filled):
-            raise ValueError(f"ActivationCache.grow: slots must be at least {len(self.filled)}, got {slots}")
-        if slots == len(self.filled):
-            return
         tiers.grow(slots, self.filled)
         self._filled_table = lengthened(self._filled_table, slots)
         self.filled = self._filled_table[:slots]
 
     def forget(self, slots: torch.Tensor | None = None) -> None:
-        """Treat slots [n] int64 (CPU), or all, as never written. Once no row is left, the next may be of another dtype.
-
-        Raises:
-            TypeError, ValueError, IndexError: if a slot is outside the cache; nothing is changed then.
-        """
+        """Treat slots [n] int64 (CPU), or all, as never written. Once no row is left, the next may be of another dtype."""
         tiers = self._open("forget")
-        if slots is None:
-            self.filled.zero_()
-        else:
-            _check_slots("forget", slots, len(self.filled))
-            self.filled[slots] = False
+        slots = torch.arange(len(self.filled)) if slots is None else slots
+        self.filled[slots] = False
         if self.disk is not None:
             tiers.discard_prefetch()
-            self.disk.forget(torch.arange(len(self.filled)) if slots is None else slots)
+            self.disk.forget(slots)
         if not bool(self.filled.any()):
             self.dtype, self._saturated, self._saturation_batches = None, None, 0
 
@@ -246,38 +199,14 @@ class ActivationCache:
         clamped = ((size > LARGEST_FP16) & size.isfinite()).any()
         self._saturated = clamped if self._saturated is None else self._saturated | clamped
 
-    def _check_filled(self, name: str, slots: torch.Tensor) -> None:
-        if slots.dtype == torch.int64 and slots.ndim == 1 and slots.device.type == "cpu":
-            # The usual case takes one pass over the slots.
-            with contextlib.suppress(IndexError, RuntimeError):
-                if bool(self.filled.index_select(0, slots).all()):
-                    return
-        _check_slots(name, slots, len(self.filled))
-        missing = int(slots[~self.filled[slots]][0])
-        raise IndexError(f"ActivationCache.{name}: slots must have been written, got {missing}, which was not")
-
     def _open(self, name: str) -> TieredRows:
         if self._rows is None:
             raise RuntimeError(f"ActivationCache.{name}: the cache must be open, and it was closed")
         return self._rows
 
 
-def _check_slots(name: str, slots: torch.Tensor, count: int) -> None:
-    """Raise TypeError, ValueError or IndexError unless slots are [B] int64 on the CPU, within 0..count-1."""
-    if slots.dtype != torch.int64:
-        raise TypeError(f"ActivationCache.{name}: slots must be int64, got {slots.dtype}")
-    if slots.ndim != 1 or slots.device.type != "cpu":
-        raise ValueError(
-            f"ActivationCache.{name}: slots must be [B] on the CPU, got {list(slots.shape)} on {slots.device}"
-        )
-    if len(slots) and (int(slots.min()) < 0 or int(slots.max()) >= count):
-        raise IndexError(
-            f"ActivationCache.{name}: slots must be within 0..{count - 1}, got {int(slots.min())}..{int(slots.max())}"
-        )
-
-
 def as_stored(rows: torch.Tensor, codec: str) -> torch.Tensor:
     """Return rows [B, ...] as a cache gives them back."""
     cache, every = ActivationCache(len(rows), rows.shape[1:], codec=codec, device=rows.device), torch.arange(len(rows))
     cache.append(every, rows)
-    return cache.gather_known(every)
+    return cache.gather(every)

@@ -25,7 +25,7 @@ GROWTH_SHARE = 4
 
 @dataclass(frozen=True)
 class Budgets:
-    """Limits on the bytes of rows in each tier, read once for each decision. Raises ValueError if one is negative."""
+    """Limits on the bytes of rows in each tier, read once for each decision."""
 
     device: int | None = None  # including the staging areas; None for no limit
     host: int = 0
@@ -33,14 +33,6 @@ class Budgets:
     staging_rows: int = STAGING_ROWS  # rows of the slower tiers that are read ahead at once
     beside: int = 0  # bytes that were taken off for what is kept beside the rows
     beside_on_host: bool = False  # off the host's, the device having no room for it
-
-    def __post_init__(self) -> None:
-        for name in ("device", "host", "disk"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"Budgets: {name} must be bytes >= 0, got {value}")
-        if self.staging_rows < 1:
-            raise ValueError(f"Budgets: staging_rows must be >= 1, got {self.staging_rows}")
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ class RowSet:
         """Return the rows [B, ...] at the places [B] and the cut that `locate` gave."""
         cache = self.cache if level == self.cuts[-1] else self.older
         assert cache is not None
-        return cache.gather_known(at)
+        return cache.gather(at)
 
     def dtype(self, level: int) -> torch.dtype | None:
         """Return the dtype of the rows at a cut that `locate` gave; None if they have gone since."""
@@ -188,7 +188,7 @@ class RowSet:
         at = self.places(ids)
         new = torch.nonzero(~filled_at(cache, at)).flatten()
         if not len(new) or self._keep(cache, at[new], row[new.to(row.device)] if len(new) < len(at) else row):
-            row = cache.gather_known(at)
+            row = cache.gather(at)
         if is_last and self._begun is not None:
             self._watch.add(self._begun)
             self._begun = None

