@@ -34,11 +34,10 @@ def test_host_rows(benchmark: BenchmarkFixture, size: int, way: str) -> None:
         into = torch.empty(batch, size, dtype=torch.uint8, device=device)
         index = torch.randperm(len(host))[:batch]
         stream = torch.cuda.Stream()
-        move = transfer.gather_rows_to_device if way == "kernel" else transfer.copy_rows_to_device
 
         def rows() -> None:
             with torch.cuda.stream(stream):
-                move(host, index, into)
+                transfer.rows_to_device(host, index, into, kernel=way == "kernel")
 
         def one_copy() -> None:
             with torch.cuda.stream(stream):

@@ -17,29 +17,18 @@ OWN_GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """This build and this machine.
+    """This build and this machine."""
 
-    Args:
-        version: version of learndrop_ext.
-        cuda_compiled: whether it was built with CUDA.
-        cuda_architectures: architectures it was built for.
-        cuda_runtime, driver: their CUDA versions, or None.
-        gpus: names of the GPUs.
-        triton, torch: their versions; None without Triton.
-        cpu_simd: "avx512", "avx2" or "portable".
-        threads: torch's number of CPU threads.
-    """
-
-    version: str
-    cuda_compiled: bool
-    cuda_architectures: tuple[str, ...]
-    cuda_runtime: str | None
-    driver: str | None
-    gpus: tuple[str, ...]
-    triton: str | None
-    torch: str
-    cpu_simd: str
-    threads: int
+    version: str  # of learndrop_ext
+    cuda_compiled: bool  # whether it was built with CUDA
+    cuda_architectures: tuple[str, ...]  # that it was built for
+    cuda_runtime: str | None  # its CUDA version
+    driver: str | None  # its CUDA version
+    gpus: tuple[str, ...]  # their names
+    triton: str | None  # its version
+    torch: str  # its version
+    cpu_simd: str  # "avx512", "avx2" or "portable"
+    threads: int  # torch's number of CPU threads
 
 
 def backend_info() -> BackendInfo:

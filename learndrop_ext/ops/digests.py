@@ -14,16 +14,12 @@ from learndrop_ext.kernels.digest_table import DigestTable
 class TensorDigests:
     """Digests of the same tensors again and again.
 
-    Keeps the tensors and the table of their memory. The table is built again if a tensor's memory, shape, strides or dtype
-    has changed, as `tensor.data = ...` does.
+    Keeps n tensors of any dtype and size, on one CPU or CUDA device, and the table of their memory. The table is built again
+    if a tensor's memory, shape, strides or dtype has changed, as `tensor.data = ...` does. Of a DTensor this rank's shard is
+    digested. A tensor whose memory has gaps or overlap takes a copy, which is kept.
 
-    Args:
-        tensors (iterable of Tensor): n tensors of any dtype and size, on one CPU or CUDA device. Of a DTensor this rank's
-            shard is digested. One whose memory has gaps or overlap takes a copy, which is kept.
-
-    Raises:
-        TypeError: if `tensors` or one of them is something else, or quantized.
-        ValueError: if a tensor is sparse, has no memory, or lies on another device than the first one, here or later.
+    Raises TypeError if `tensors` or one of them is something else, or quantized; ValueError if a tensor is sparse, has no
+    memory, or lies on another device than the first one, here or later.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -36,12 +32,9 @@ class TensorDigests:
     def measure(self) -> Tensor:
         """Compute the same as `kernels.reference.digests`, where a digest and what it can miss are defined.
 
-        On CUDA this is a copy of n numbers and one launch of the Triton kernel on the current stream, without
-        synchronisation. On a CPU it is one pass over memory in C++ with torch's number of threads. The result depends on
-        neither, nor on the device.
-
-        Returns:
-            [n] int64, a new tensor on the tensors' device.
+        Return a new tensor [n] int64 on the tensors' device. On CUDA this is a copy of n numbers and one launch of the
+        Triton kernel on the current stream, without synchronisation. On a CPU it is one pass over memory in C++ with torch's
+        number of threads. The result depends on neither, nor on the device.
         """
         table = self._table
         table.refresh()

@@ -13,15 +13,9 @@ from learndrop_ext.kernels.filter_table import build_filter_table
 def filter_norms(weights: Sequence[Tensor], *, share: float) -> Tensor:
     """Return the sums of each filter of some weights, [F, 4] float64, on their device.
 
-    Columns: l1(w), l2(w)^2, max |w|, and how many |w| are at most `share` times the largest of their weight tensor.
-
-    Args:
-        weights: [F_l, ...] each, on one device in fp32, bf16, fp16 or fp64. F is the sum of all F_l.
-        share: within 0..1.
-
-    Raises:
-        TypeError, ValueError: as `kernels.filter_table.build_filter_table`.
-        ValueError: `share` is not within 0..1.
+    Columns: l1(w), l2(w)^2, max |w|, and how many |w| are at most `share` times the largest of their weight tensor. Weights
+    are [F_l, ...] each, on one device in fp32, bf16, fp16 or fp64; F is the sum of all F_l. Raises TypeError or ValueError
+    as `kernels.filter_table.build_filter_table`, and ValueError if `share` is not within 0..1.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"filter_norms: share must be within 0..1, got {share!r}")

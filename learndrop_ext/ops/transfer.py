@@ -77,21 +77,15 @@ def unpin(rows: Tensor) -> None:
         _C.unpin(rows.data_ptr())
 
 
-def copy_rows_to_device(
+def rows_to_device(
     source: Tensor,  # [R, S] uint8, pinned; S a multiple of 16
     index: Tensor,  # [n] int64 (CPU)
     into: Tensor,  # [n, S] uint8 on the GPU
+    *,
+    kernel: bool,
 ) -> None:
-    """Copy rows to a GPU with its copy engines, on the current stream. Raise RuntimeError if it refuses a copy."""
-    _host_rows(source, index, into, kernel=False)
-
-
-def gather_rows_to_device(source: Tensor, index: Tensor, into: Tensor) -> None:
-    """Do the same as `copy_rows_to_device` with a kernel that reads host memory, which is faster for small rows."""
-    _host_rows(source, index, into, kernel=True)
-
-
-def _host_rows(source: Tensor, index: Tensor, into: Tensor, *, kernel: bool) -> None:
+    """Copy rows to a GPU on the current stream, with its copy engines or a kernel that reads host memory, faster for
+    small rows. Raise RuntimeError if it refuses a copy."""
     stream = torch.cuda.current_stream(into.device)
     index = index.contiguous()
     held = not kernel or travels_with_launch(index, len(source))

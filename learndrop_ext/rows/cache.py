@@ -97,7 +97,7 @@ class ActivationCache:
         tiers.discard_prefetch()
         form = self._form
         if self.dtype is None:
-            there = None if self.disk is None else self.disk.form
+            there = self.disk.stored.form if self.disk is not None and self.disk.is_open else None
             form = RowForm.of(rows, self.codec) if there is None else there.returned_as(rows)
         if self.disk is not None:
             self.disk.note_form(form, rows.dtype)

@@ -98,12 +98,7 @@ def _is_whole(value: object) -> TypeGuard[int]:
 
 
 def cache_config(cache: CacheConfig | str | None) -> CacheConfig:
-    """Return the configuration given as an argument of DropScheduler.
-
-    Raises:
-        TypeError: if `cache` is neither a CacheConfig, the name of a codec nor None.
-        ValueError: if the codec is unknown.
-    """
+    """Return the configuration given as an argument of DropScheduler. Raises TypeError or ValueError for a wrong one."""
     if isinstance(cache, str):
         cache = CacheConfig(codec=cache)
     if cache is not None and not isinstance(cache, CacheConfig):

@@ -44,11 +44,6 @@ class DiskTier:
         self._stored = stored
 
     @property
-    def form(self) -> RowForm | None:
-        """How the rows lie that the store has already; None without any."""
-        return None if self._stored is None else self._stored.form
-
-    @property
     def is_open(self) -> bool:
         """Whether `open` was called."""
         return self._stored is not None

@@ -80,10 +80,8 @@ class HostTier:
         if into.device.type == "cpu":
             # index_select would take threads from the training step.
             np.take(self.data.numpy(), index.numpy(), axis=0, out=into.numpy(), mode="clip")
-        elif self.data.shape[1] >= COPY_ENGINE_BYTES:
-            transfer.copy_rows_to_device(self.data, index, into)
         else:
-            transfer.gather_rows_to_device(self.data, index, into)
+            transfer.rows_to_device(self.data, index, into, kernel=self.data.shape[1] < COPY_ENGINE_BYTES)
 
     def write(self, index: Tensor, rows: Tensor) -> None:
         """Store `rows` [n, S] uint8 of any device as rows index [n] int64 (CPU)."""

@@ -28,7 +28,7 @@ HOST = 1
 
 @dataclass(frozen=True)
 class TierStorage:
-    """The memory and the file of a plan. data: [plan.device + 2 * T, S] uint8, the device's rows, then the areas."""
+    """The memory of a plan, and the store. data: [plan.device + 2 * T, S] uint8, the device's rows, then the areas."""
 
     plan: TierPlan
     data: Tensor
@@ -65,7 +65,7 @@ class TierStorage:
 
     def take(self, other: TierStorage, filled: Tensor) -> None:
         """Copy the rows in `filled` [R] that are elsewhere in another storage. Both have the same store, if any."""
-        if self.data is other.data and self.host is other.host and self.disk is other.disk:
+        if self.data is other.data and self.host is other.host:
             return
         if self.data is not other.data:
             both = min(self.plan.device, other.plan.device)
@@ -98,7 +98,6 @@ class Resources:
     """What must be released when the rows are closed or garbage-collected."""
 
     storage: TierStorage
-    disk: DiskTier | None
     copy_stream: CopyStream | None = None
     thread: ThreadPoolExecutor | None = None
     process: int = field(default_factory=os.getpid)
@@ -108,8 +107,8 @@ class Resources:
         if self.process != os.getpid():
             return
         with contextlib.ExitStack() as stack:  # calls the last one first
-            if self.disk is not None:
-                stack.callback(self.disk.close)
+            if self.storage.disk is not None:
+                stack.callback(self.storage.disk.close)
             if self.copy_stream is not None:
                 stack.callback(self.copy_stream.stream.synchronize)
             if self.thread is not None:
@@ -151,7 +150,7 @@ class TieredRows:
         self._prefetch: tuple[Tensor, int, Future[None]] | None = None
         self._area = 0
         nothing = torch.empty(0, layout.stride_bytes, dtype=torch.uint8, device=device)
-        self._resources = Resources(TierStorage(TierPlan(0), nothing, None, None), disk)
+        self._resources = Resources(TierStorage(TierPlan(0), nothing, None, disk))
         self._finalizer = weakref.finalize(self, self._resources.end)
         self._process = os.getpid()
         self.arrange(slots, budgets, torch.zeros(slots, dtype=torch.bool))
@@ -185,8 +184,6 @@ class TieredRows:
         if old_stream is not None:
             old_stream.stream.synchronize()
         new, budgets = self._allocate(slots, budgets, kept)
-        if new.plan.disk:
-            new = replace(new, disk=self._resources.disk)
         copy_stream = self._copy_stream_for(new)
         new.take(old, filled)
         self.budgets = budgets
@@ -242,15 +239,15 @@ class TieredRows:
     def load(self, slots: Tensor) -> None:
         """Copy rows [n] int64 (CPU), ascending, that are in the store to the faster tiers, where that is their place. Raises
         OSError or DamagedRowError."""
-        assert self._resources.disk is not None
+        assert self.storage.disk is not None
         for part in slots[slots < self.plan.device + self.plan.host].split(STAGING_ROWS):
             rows = torch.empty((len(part), self.layout.stride_bytes), dtype=torch.uint8)
-            self._resources.disk.read(part, rows)
+            self.storage.disk.read(part, rows)
             self.storage.write(part, rows)
 
     def save(self, slots: Tensor) -> None:
         """Add those of the rows [n] int64 (CPU), ascending, to the store that are not in it. Raises OSError."""
-        disk = self._resources.disk
+        disk = self.storage.disk
         assert disk is not None
         missing = slots[~disk.has(slots)]
         for part in missing.split(STAGING_ROWS) if len(missing) else ():
@@ -276,7 +273,7 @@ class TieredRows:
                 tier = "host"
                 if plan.host and (plan.device, plan.host) != (old.plan.device, old.plan.host):
                     host = HostTier(plan.host, self.layout.stride_bytes, self.device)
-                return TierStorage(plan, data, host, None), budgets
+                return TierStorage(plan, data, host, old.disk), budgets
             except torch.OutOfMemoryError as error:
                 if plan.slots == slots:
                     budgets, kept = self._without(tier, slots, budgets, error), None

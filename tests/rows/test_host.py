@@ -52,16 +52,15 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     return memory
 
 
-@pytest.mark.parametrize(("stride", "way"), [(32 << 10, "gather_rows_to_device"), (64 << 10, "copy_rows_to_device")])
+@pytest.mark.parametrize(("stride", "kernel"), [(32 << 10, True), (64 << 10, False)])
 def test_rows_come_to_a_gpu_in_the_way_that_is_faster_for_their_size(
-    monkeypatch: pytest.MonkeyPatch, pinned: dict[int, int], stride: int, way: str
+    monkeypatch: pytest.MonkeyPatch, pinned: dict[int, int], stride: int, kernel: bool
 ) -> None:
-    used: list[str] = []
-    for name in ("gather_rows_to_device", "copy_rows_to_device"):
-        monkeypatch.setattr(transfer, name, lambda *_, name=name: used.append(name))
+    used: list[bool] = []
+    monkeypatch.setattr(transfer, "rows_to_device", lambda *_, kernel: used.append(kernel))
     into = torch.empty(3, stride, dtype=torch.uint8, device="meta")
     HostTier(10, stride, CUDA).read(torch.tensor([1, 2, 3]), into)
-    assert used == [way]
+    assert used == [kernel]
 
 
 def lines_of_memory(address: int) -> dict[str, str]:
@@ -116,9 +115,9 @@ def test_memory_of_no_rows_is_not_pinned(pinned: dict[int, int]) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("row", [128, 4096, 100_352])
-@pytest.mark.parametrize("move", [transfer.copy_rows_to_device, transfer.gather_rows_to_device])
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("side", [False, True])
-def test_rows_come_to_a_gpu_as_they_are(move: object, row: int, side: bool) -> None:
+def test_rows_come_to_a_gpu_as_they_are(kernel: bool, row: int, side: bool) -> None:
     store = HostTier(300, row, CUDA)
     store.data.copy_(host_bytes(300, row))
     index = torch.randperm(300)[:129]
@@ -126,7 +125,7 @@ def test_rows_come_to_a_gpu_as_they_are(move: object, row: int, side: bool) -> N
     stream = torch.cuda.Stream() if side else torch.cuda.current_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        move(store.data, index, into)  # type: ignore[operator]
+        transfer.rows_to_device(store.data, index, into, kernel=kernel)
     stream.synchronize()
     assert torch.equal(into.cpu(), store.data[index])
 

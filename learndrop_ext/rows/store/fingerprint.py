@@ -15,25 +15,15 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Everything that the row of an image depends on beside the image. Rows are used only if every field is equal.
+    """Everything that the row of an image depends on beside the image. Rows are used only if every field is equal."""
 
-    Args:
-        weights (str): SHA-256 of the dropped layers' parameters and buffers, see `weights_digest`.
-        cut (int): number of layers before the rows.
-        codec (str): how rows are stored.
-        layers (str): names of the dropped layers, and SHA-256 of their code, see `code_digest`.
-        loop (str): what the loop did to images, and the autocast dtype.
-        row (str): dtype and shape of a row.
-        views (str): "one" row of a sample, an image and its "mirror" image, or "random" ones.
-    """
-
-    weights: str
-    cut: int
-    codec: str
-    layers: str
-    loop: str
-    row: str
-    views: str
+    weights: str  # SHA-256 of the dropped layers' parameters and buffers, see `weights_digest`
+    cut: int  # number of layers before the rows
+    codec: str  # how rows are stored
+    layers: str  # names of the dropped layers, and SHA-256 of their code, see `code_digest`
+    loop: str  # what the loop did to images, and the autocast dtype
+    row: str  # dtype and shape of a row
+    views: str  # "one" row of a sample, an image and its "mirror" image, or "random" ones
 
     def difference(self, other: Fingerprint) -> str | None:
         """Return the first field in which another one differs, in words, or None."""

@@ -9,7 +9,6 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -71,7 +70,7 @@ def check_rows(store: RowStore) -> dict[str, int]:
     for entry in store.entries():
         stored = StoredRows(store, entry.fingerprint, digest=entry.digest)
         try:
-            names = dict(enumerate({line.sample for line in _rows(store, entry)}))
+            names = dict(enumerate({sample for sample, *_ in _rows(store, entry)}))
             found = stored.find(names)
             bad = torch.nonzero(stored.damaged(found.place)).flatten()
             if len(bad):
@@ -114,9 +113,9 @@ def _rewrite(store: RowStore, entry: Entry) -> None:
             stack.callback(os.close, new)
             locked(new, fcntl.LOCK_EX)
         lines = _rows(store, entry)
-        places = torch.tensor([line.place for line in lines], dtype=torch.int64)
+        places = torch.tensor([place for _, _, place, _ in lines], dtype=torch.int64)
         before = torch.zeros(int(places.max()) + 1 if lines else 0, dtype=torch.int32)
-        before[places] = torch.tensor([line.checksum for line in lines], dtype=torch.int32)
+        before[places] = torch.tensor([checksum for *_, checksum in lines], dtype=torch.int32)
         after = torch.zeros(len(lines), dtype=torch.int32)
         for part in torch.arange(len(lines)).split(CHECKED) if lines else ():
             rows = torch.empty(len(part), layout.stride_bytes, dtype=torch.uint8)
@@ -126,7 +125,7 @@ def _rewrite(store: RowStore, entry: Entry) -> None:
         with store.transaction():
             store.db.executemany(
                 "UPDATE rows SET place = ? WHERE fingerprint = ? AND sample = ? AND view = ?",
-                [(place, entry.id, line.sample, line.view) for place, line in enumerate(lines)],
+                [(place, entry.id, sample, view) for place, (sample, view, _, _) in enumerate(lines)],
             )
             store.db.execute("UPDATE fingerprints SET file = ?, places = ? WHERE id = ?", (name, len(lines), entry.id))
         unused = entry.file
@@ -166,18 +165,9 @@ def _in_use(path: Path) -> bool:
         os.close(descriptor)
 
 
-class _Line(NamedTuple):
-    """A row in the index."""
-
-    sample: bytes
-    view: int
-    place: int
-    checksum: int
-
-
-def _rows(store: RowStore, entry: Entry) -> list[_Line]:
+def _rows(store: RowStore, entry: Entry) -> list[tuple[bytes, int, int, int]]:
+    """Sample, view, place and checksum of each row in the index."""
     with store.errors():
-        found = store.db.execute(
-            f"SELECT {', '.join(_Line._fields)} FROM rows WHERE fingerprint = ? ORDER BY place", (entry.id,)
+        return store.db.execute(
+            "SELECT sample, view, place, checksum FROM rows WHERE fingerprint = ? ORDER BY place", (entry.id,)
         ).fetchall()
-    return [_Line(*values) for values in found]
