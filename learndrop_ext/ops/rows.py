@@ -147,14 +147,8 @@ def gather_rows(
 def gather_known_rows(cache: Tensor, index: Tensor, shape: tuple[int, ...], out: Tensor, *, codec: str) -> None:
     """Do the same as `gather_rows` with arguments that the caller knows to be right: nothing is checked.
 
-    With the index on the device, the call can be captured in a CUDA graph.
-
-    Args:
-        cache: [R, S] uint8.
-        index: [B] int64, rows that are there, on the CPU or the cache's device.
-        shape: shape of one row as it is stored.
-        out: B rows without gaps, whose values lie in the order in which they are stored; written.
-        codec: the codec that the rows were written with.
+    Writes to `out`, B rows without gaps, whose values lie in the order in which they are stored; `shape` is that of a stored
+    row. With the index on the device, the call can be captured in a CUDA graph.
     """
     code, image, _ = _geometry("gather_rows", shape, codec)
     index = index.contiguous()

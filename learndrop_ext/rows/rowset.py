@@ -55,7 +55,7 @@ class RowSet:
         made_of: Callable[[Sequence[int], str], Fingerprint],
         sample_keys: Callable[[torch.Tensor], Sequence[bytes]] | None = None,
     ) -> None:
-        self._path: list[int] = []  # all cuts that the rows went through
+        self.path: tuple[int, ...] = ()  # all cuts that the rows went through, oldest first
         self.images, self._beside = images, beside
         # By cut and sample, the rows of its images that have arrived while others have not.
         self._arrived: dict[int, dict[int, dict[int, torch.Tensor]]] = {}
@@ -108,7 +108,7 @@ class RowSet:
         self._drop_older()
         self.older, self.cache = self.cache, new
         self.cuts = [*self.cuts[-1:], cut] if self.older is not None else [cut]
-        self._path, self._looks = [*self._path, cut], self._shares
+        self.path, self._looks = (*self.path, cut), self._shares
         self.stores, self._full = True, False
 
     def locate(self, ids: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -165,13 +165,13 @@ class RowSet:
             parts = [arrived.pop(sample) for sample in whole]
             rows = torch.stack([torch.cat([of[j] for j in range(self.images)]) for of in parts])
             self._keep_whole(cut, torch.tensor(whole), rows.contiguous(memory_format=format_of(row)))
-        return as_stored(row, self.config.codec) if self.cache is not None and cut in self._path else row
+        return as_stored(row, self.config.codec) if self.cache is not None and cut in self.path else row
 
     def _keep_whole(self, cut: int, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """`keep`, of rows of whole samples."""
         is_last = cut == self.cuts[-1]
         if not is_last and (self.older is None or cut != self.cuts[0]):
-            return as_stored(row, self.config.codec) if cut in self._path else row
+            return as_stored(row, self.config.codec) if cut in self.path else row
         cache = self.cache if is_last else self.older
         if cache is None:
             return row
@@ -181,7 +181,7 @@ class RowSet:
                 f"layers are {list(row.shape[1:])} in the loop, and {list(cache.shape)} so; give DropScheduler "
                 "call=lambda model, batch: model(...) with what the loop does to images before"
             )
-        path = self._path if is_last else self._path[:-1]
+        path = self.path if is_last else self.path[:-1]
         self._outliving.open(cache, path, row, ids if is_last and self._looks else None, self.epoch)
         if is_last:
             self._looks = False
@@ -253,10 +253,10 @@ class RowSet:
             for one in caches:
                 one.forget(places[places < len(one.filled)])
             return
-        count, path, shape, shares = len(cache.filled), [self.cut], cache.shape, self._shares
+        count, cut, shape, shares = len(cache.filled), self.cut, cache.shape, self._shares
         self._reset()
         # What has changed need not be part of what rows depend on, and random ones cannot be compared.
-        self.cuts, self._path, self._looks = list(path), path, shares and not self._outliving.is_random
+        self.cuts, self.path, self._looks = [cut], (cut,), shares and not self._outliving.is_random
         self.cache = self._cache_for(shape, count, private=not shares)
 
     def stop(self) -> None:
@@ -264,7 +264,7 @@ class RowSet:
         if self._shares:
             self._outliving.save(self.cache)
         self._reset()
-        self.cuts, self._path, self.stores = [], [], False
+        self.cuts, self.path, self.stores = [], (), False
 
     def close(self, *, keep: bool) -> None:
         """Close the store. keep: leave private rows there that a checkpoint names."""
@@ -296,9 +296,9 @@ class RowSet:
         self._reset()
         if order is not None:
             self.slots.assign(order, self.epoch)
-        self.cuts, self._path, self.stores = list(path[-1:]), list(path), True
+        self.cuts, self.path, self.stores = list(path[-1:]), tuple(path), True
         count = len(self.slots) * self.views
-        found = None if saved is None else self._outliving.find(saved[0], self._path, shape)
+        found = None if saved is None else self._outliving.find(saved[0], self.path, shape)
         if found is None or saved is None:
             self.cache = self._cache_for(shape, count, private=True)
             return
@@ -306,17 +306,12 @@ class RowSet:
         self._outliving.resume(self.cache, found, self.epoch, saved[1])
 
     @property
-    def path(self) -> tuple[int, ...]:
-        """All cuts that the rows went through, oldest first."""
-        return tuple(self._path)
-
-    @property
     def stops(self) -> tuple[int, ...]:
         """The cuts at which the rows of images are encoded on their way: the whole path, so that they equal rows computed
         from older rows; or, once every sample has its rows, the last one alone."""
         cache = self.cache
         done = cache is not None and self.slots.used == len(self.slots) and bool(cache.filled.all())
-        return tuple(self._path[-1:] if done else self._path)
+        return self.path[-1:] if done else self.path
 
     def end_epoch(self) -> None:
         """Free the rows of the drop before once none of them is needed; leave rows to other runs."""

@@ -160,9 +160,8 @@ class RunStore:
             return None
         stored = cache.disk.stored
         if stored.is_private:
-            self._keep(stored)
             self._kept.add(stored.digest)
-        self._remove_earlier(stored.digest)
+        self._keep_only(stored)
         return stored.digest, self._views_of_samples()
 
     def has(self, digest: str) -> bool:
@@ -324,12 +323,10 @@ class RunStore:
         return every
 
     @_spared
-    def _keep(self, stored: StoredRows) -> None:
+    def _keep_only(self, stored: StoredRows) -> None:
+        """Leave private rows to the run that resumes, in the place of those that an earlier checkpoint named."""
         stored.keep()
-
-    @_spared
-    def _remove_earlier(self, but: str) -> None:
-        self._remove_kept(but)
+        self._remove_kept(but=stored.digest)
 
     def _remove_kept(self, but: str = "") -> None:
         """Delete private rows that an earlier checkpoint named."""

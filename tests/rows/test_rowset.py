@@ -29,7 +29,7 @@ def rowset(size: int = 6, **options: Any) -> RowSet:
     config = CacheConfig(**({"codec": "fp32", "views": 1} | options))
 
     def made_of(path: list[int], row: str) -> Fingerprint:
-        return Fingerprint(str(path), path[-1], config.codec, "numbers", "", row, str(config.rows_per_sample))
+        return Fingerprint(str(list(path)), path[-1], config.codec, "numbers", "", row, str(config.rows_per_sample))
 
     return RowSet(size, config=config, device=CPU, made_of=made_of, sample_keys=sample_keys)
 
