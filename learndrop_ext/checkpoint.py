@@ -68,7 +68,7 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
         drop._freeze(state["prefix"], body)
     drop._deltas, drop._history = deltas, history
     drop._epoch, drop._undropped = state["epoch"], state["undropped"]
-    drop._ledger.scale = state["scale"]
+    drop._ledger.resume(state["scale"])
 
 
 def _check(drop: DropScheduler, state: dict[str, Any]) -> None:

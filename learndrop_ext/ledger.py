@@ -38,9 +38,9 @@ class Ledger:
         self._config = rows.config if keeps_rows else None
         self.measured = False  # whether training steps were timed since costs have changed
         self.scale = 1.0  # measured over modelled seconds so far
-        self.setup_seconds = 0.0  # time spent constructing the scheduler
-        self.prefix_before = 0  # layers that were dropped before the last drop
-        self.just_wrapped = False  # whether the live layers were wrapped anew: their first step may take longer
+        self._setup_seconds = 0.0  # time spent constructing the scheduler
+        self._prefix_before = 0  # layers that were dropped before the last drop
+        self._just_wrapped = False  # whether the live layers were wrapped anew: their first step may take longer
         self._layers = self._of_samples(untimed(chain))
         self._image_seconds = self._other_seconds = self._optimizer_seconds = 0.0
         self._fixed_seconds = 0.0  # that an epoch with dropped layers takes before its first batch
@@ -48,6 +48,26 @@ class Ledger:
         self._budgets = Budgets(device=0)  # those of the next decision
         self._speeds: tuple[float, float, float] | None = None  # of the tiers
         self._observed = False  # whether an epoch has corrected the scale
+
+    def note_setup(self, seconds: float) -> None:
+        """Note the time that it took to construct the scheduler."""
+        self._setup_seconds = seconds
+
+    def note_drop(self, before: int) -> None:
+        """Note a drop from `before` layers."""
+        self._prefix_before = before
+
+    def note_wrapped(self) -> None:
+        """Note that the live layers were wrapped anew."""
+        self._just_wrapped = True
+
+    def resume(self, scale: float) -> None:
+        """Go on with the scale of another process."""
+        self.scale = scale
+
+    def forget_times(self) -> None:
+        """Time training steps again when costs are next asked for."""
+        self.measured = False
 
     def read_budgets(self) -> None:
         """Read the bytes that rows may take, once for each decision: in each tier the fewest of all ranks."""
@@ -71,7 +91,7 @@ class Ledger:
     def follow_widths(self) -> None:
         """Take the layers' new FLOPs and shapes, and time training steps again when costs are next asked for."""
         self._layers = self._of_samples(untimed(self._chain))
-        self.measured = False
+        self.forget_times()
 
     def measure(self, run: Callable[[], Any], optimizer: torch.optim.Optimizer, *, batch: int) -> None:
         """Time training steps: `run` calls the model on a batch of `batch` images."""
@@ -137,13 +157,13 @@ class Ledger:
 
     def elapsed(self, history: Sequence[Record]) -> float:
         """Return the seconds of the run so far, the construction of the scheduler included."""
-        return self.setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
+        return self._setup_seconds + sum(r.epoch_seconds + r.measure_seconds for r in history)
 
     def wrapping(self) -> float:
         """Return the seconds that wrapping took in the epoch that has ended, 0 if the live layers were wrapped before."""
-        if not self.just_wrapped or not self._loader.counts[0]:
+        if not self._just_wrapped or not self._loader.counts[0]:
             return 0.0
-        self.just_wrapped = False
+        self._just_wrapped = False
         self._wrap_seconds = self._loader.first_step_excess
         return self._wrap_seconds
 
@@ -157,7 +177,7 @@ class Ledger:
             self._fixed_seconds = beginning
         fixed = self._fixed_seconds if prefix else 0.0
         run = dataclasses.replace(self.run_costs()[0], scale=1.0, fixed_seconds=0.0)
-        filling = run.fill_seconds(self.prefix_before, prefix) if made else 0.0
+        filling = run.fill_seconds(self._prefix_before, prefix) if made else 0.0
         whole = run.epoch_seconds(prefix) * samples + filling * made + run.image_seconds * run.samples * read
         modelled, measured = whole / max(1, run.samples), seconds - wrap_seconds - fixed
         if modelled > 0 and measured > 0:
@@ -200,7 +220,7 @@ class Ledger:
         if not self.measured:
             return None
         run = self.run_costs()[0]
-        rows, wrapping = self._rows, run.wrap_seconds if self.just_wrapped else 0.0
+        rows, wrapping = self._rows, run.wrap_seconds if self._just_wrapped else 0.0
         if prefix and rows.cache is not None and not bool(rows.cache.filled.all()):
-            return wrapping + run.filling_seconds(self.prefix_before, prefix)
+            return wrapping + run.filling_seconds(self._prefix_before, prefix)
         return wrapping + run.epoch_seconds(prefix)

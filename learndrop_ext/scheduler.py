@@ -29,7 +29,7 @@ from learndrop_ext.data.source import settle_views, source_of
 from learndrop_ext.decide import costs
 from learndrop_ext.decide.deltas import Deltas, LayerChange
 from learndrop_ext.decide.forecast import Forecast, forecast
-from learndrop_ext.decide.policy import Budget, PlanningPolicy, Policy, Situation, StoppedLearning
+from learndrop_ext.decide.policy import Budget, PlanningPolicy, Policy, Situation, StoppedLearning, uses_costs
 from learndrop_ext.decide.scores import scores
 from learndrop_ext.distributed import from_rank_zero, share_buffers
 from learndrop_ext.forward.bypass import Bypass
@@ -159,19 +159,20 @@ class DropScheduler:
         self._forgotten.atexit = False
         self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)
         self._ledger = Ledger(chain, rows, self._loader, source, extras, keeps_rows=cache is not None)
-        self._ledger.just_wrapped = wrap is not None
+        if wrap is not None:
+            self._ledger.note_wrapped()
         self._deltas = self._deltas_from(0)
         self._traces, self._shapes = checks.traces_of(model), checks.shapes_of(model)
         self._ledger.read_budgets()
         if isinstance(self._policy, PlanningPolicy):
             self._measure_costs()
             self._policy.check(self._ledger.run_costs()[0], epochs)
-        self._ledger.setup_seconds = time.perf_counter() - begin
+        self._ledger.note_setup(time.perf_counter() - begin)
         reason = self._decide(0)
         if self._prefix:
             nothing = (None,) * len(chain)
             self._history.append(self._record(reason, changes=nothing, scores=nothing))
-        self._ledger.setup_seconds = time.perf_counter() - begin
+        self._ledger.note_setup(time.perf_counter() - begin)
 
     def _try_call(self, batch: Any) -> Any:
         """Call the model for the first time. RuntimeError if it cannot be called so."""
@@ -237,7 +238,7 @@ class DropScheduler:
         checks.check_optimizer(optimizer, self._base)
         self._optimizer = optimizer
         self._guards.follow_optimizer(optimizer)
-        self._ledger.measured = False
+        self._ledger.forget_times()
 
     @torch.inference_mode(False)
     def step(self) -> Record:
@@ -264,7 +265,7 @@ class DropScheduler:
         changed, measured = (*gone, *changes), (*gone, *scores(changes))
         fill_seconds = self._rows.counts[2]
         forward_flops, fill_flops = self._ledger.flops()
-        if getattr(self._policy, "uses_costs", True):
+        if uses_costs(self._policy):
             self._measure_costs()
         self._ledger.read_budgets()
         wrap_seconds = self._ledger.wrapping()
@@ -481,7 +482,8 @@ class DropScheduler:
         self._freeze(prefix, body)
 
     def _freeze(self, prefix: int, body: nn.Module | None) -> None:
-        self._ledger.prefix_before, self._prefix = self._prefix, prefix
+        self._ledger.note_drop(self._prefix)
+        self._prefix = prefix
         self._bypass.put([*(cut for cut in self._rows.cuts if cut < prefix), prefix])
         self._guards.drop(prefix, self._optimizer)
         checks.HOLDERS[self._base] = weakref.ref(self), self._forgotten
@@ -493,7 +495,7 @@ class DropScheduler:
     def _show(self, body: nn.Module | None) -> None:
         if isinstance(self._model, WrappedModel) and body is not None:
             self._model.show(body)
-            self._ledger.just_wrapped = True
+            self._ledger.note_wrapped()
 
     def _release(self) -> None:
         """Make all layers live again."""

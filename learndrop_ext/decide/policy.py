@@ -84,6 +84,11 @@ class PlanningPolicy(Protocol):
         """Decide."""
 
 
+def uses_costs(policy: Policy) -> bool:
+    """Return whether a policy reads the costs of a situation; one that does not says so by `uses_costs = False`."""
+    return bool(getattr(policy, "uses_costs", True))
+
+
 #: A plan that uses less than this share of the time asked for is made again with equal weights, which allow more sums.
 USED = 0.96
 #: A plan made before the first step, and a run at its end, give a warning if they take more than this times the time asked

@@ -12,6 +12,7 @@ from learndrop_ext.decide.policy import (
     PlanningPolicy,
     Situation,
     StoppedLearning,
+    uses_costs,
 )
 
 LAYERS = ("stem", "block1", "block2", "fc")
@@ -355,5 +356,5 @@ class Plans:
     ],
 )
 def test_policies_say_whether_they_use_costs_and_plan(policy: Any, uses: bool, plans: bool) -> None:
-    assert getattr(policy, "uses_costs", True) is uses
+    assert uses_costs(policy) is uses
     assert isinstance(policy, PlanningPolicy) is plans
