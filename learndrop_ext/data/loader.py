@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -59,14 +60,18 @@ class DropLoader:
         # Nothing refers to this loader: without a reference cycle its workers end with the scheduler.
         self._images = source.loader if isinstance(source, IdSource) else rebuilt(source.loader, self.batches)
         self._reader = partial(_read_images, source, rows, key) if source.readable else None
-        self._epochs = 0  # begun
-        self._closed = False
+        self.epochs = 0  # begun
+        self.closed = False
         self._iteration = object()  # identifies the latest iteration
-        self._given, self._seconds = 0, 0.0  # samples and seconds since `forget_counts`
-        self._steps, self._first_step, self._in_steps = 0, 0.0, 0.0  # of the loop since then, and their seconds
         self._open: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the epoch that is iterated over
-        self._relabelled = 0  # samples read in that time whose rows were there
         self._beginning = 0.0  # seconds that the last epoch took to begin
+        self.forget_counts()
+
+    def forget_counts(self) -> None:
+        """Reset the counters."""
+        self._given, self._seconds = 0, 0.0  # samples and seconds
+        self._steps, self._first_step, self._in_steps = 0, 0.0, 0.0  # steps of the loop, and their seconds
+        self.relabelled = 0  # samples read although their rows were there, for the rest of their batches
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -75,11 +80,6 @@ class DropLoader:
         if name in FORWARDED:
             return getattr(self._source.loader, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    @property
-    def epochs(self) -> int:
-        """The number of epochs begun."""
-        return self._epochs
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self._epoch()
@@ -93,12 +93,13 @@ class DropLoader:
             epoch.close()
 
     def _epoch(self) -> Generator[Any, None, None]:
-        if self._closed:
+        if self.closed:
             raise RuntimeError("drop.loader: the DropScheduler must be open, and it was closed")
         begin = time.perf_counter()
         with normal_tensors():
             self._begin_epoch()
-            batches = self._from_images() if self.batches.reads_images() else self._from_rows()
+            reads = self.batches.reads_images()
+            batches = starmap(self._batch, self.batches.images(self._images)) if reads else self._from_rows()
         self._beginning = time.perf_counter() - begin
         this = self._iteration = object()
         try:
@@ -109,7 +110,10 @@ class DropLoader:
                     return
                 given = time.perf_counter()
                 yield batch
-                self._note_step(time.perf_counter() - given)
+                in_step = time.perf_counter() - given
+                self._first_step = self._first_step if self._steps else in_step
+                self._in_steps += in_step
+                self._steps += 1
                 if self._iteration is not this:
                     raise RuntimeError(
                         "drop.loader: wanted one iteration at a time, got a second one before this one ended"
@@ -131,27 +135,12 @@ class DropLoader:
         """Samples given and seconds spent in the loop since `forget_counts`, and those the last epoch took to begin."""
         return self._given, self._seconds, self._beginning
 
-    def _note_step(self, seconds: float) -> None:
-        self._first_step = self._first_step if self._steps else seconds
-        self._in_steps += seconds
-        self._steps += 1
-
     @property
     def first_step_excess(self) -> float:
         """Seconds that the loop's first step since `forget_counts` took longer than the mean of those after it."""
         if self._steps < 2:
             return 0.0
         return max(0.0, self._first_step - (self._in_steps - self._first_step) / (self._steps - 1))
-
-    @property
-    def relabelled(self) -> int:
-        """Samples read since `forget_counts` although their rows were there, for the rest of their batches."""
-        return self._relabelled
-
-    def forget_counts(self) -> None:
-        """Reset the counters."""
-        self._given, self._seconds, self._relabelled = 0, 0.0, 0
-        self._steps, self._first_step, self._in_steps = 0, 0.0, 0.0
 
     def exclude(self, seconds: float) -> None:
         """Take seconds that were not spent on training out of the time of the epoch, if one is under way."""
@@ -161,34 +150,25 @@ class DropLoader:
 
     def resume(self, epochs: int, seen: torch.Tensor) -> None:
         """Go on after `epochs` epochs of another process, which has drawn the samples `seen` [N] bool."""
-        self._epochs = epochs
+        self.epochs = epochs
         self.batches.load(seen)
 
     def close(self) -> bool:
         """Give no batches any more; return whether the loader was open."""
-        was, self._closed = self._closed, True
+        was, self.closed = self.closed, True
         return not was
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._closed
 
     def _begin_epoch(self) -> None:
         self._rows.end_epoch()  # the epoch before may have been broken off
-        self._rows.epoch = self._epochs
-        self.batches.begin(self._epochs)
+        self._rows.epoch = self.epochs
+        self.batches.begin(self.epochs)
         self._places.relabel()
-        self._guards.begin_epoch(self._epochs)
+        self._guards.begin_epoch(self.epochs)
         *_, last = self._bypass.cuts or (0,)
         cuts = (*(cut for cut in self._rows.stops if cut < last), last)
         if last:
             self._bypass.put(cuts)
-        self._epochs += 1
-
-    def _from_images(self) -> Iterator[Any]:
-        for plan, read in self.batches.images(self._images):
-            yield self._batch(plan, read)
+        self.epochs += 1
 
     def _from_rows(self) -> Iterator[Any]:
         """Batches of stored rows. Rows of slower tiers are read while the batch before them trains."""
@@ -197,8 +177,7 @@ class DropLoader:
         while plan is not None:
             plan = self._places.current(plan)
             if len(plan.reads) and isinstance(self.batches, PassingBatches):
-                for other, read in self.batches.rest(self._images, given):
-                    yield self._batch(other, read)
+                yield from starmap(self._batch, self.batches.rest(self._images, given))
                 return
             batch = self._batch(plan)
             given += 1
@@ -211,15 +190,12 @@ class DropLoader:
 
     def _batch(self, planned: Plan, read: Any = None) -> Any:
         """The batch of a plan, with what was read of it, if anything was."""
-        if self._rows.cache is None and read is not None and len(planned.reads) == len(planned.ids):
-            read = to_device(read, self._rows.device)
-            self._given += len(input_of(read, self._key))
-            return self._mirrored(read, planned.ids)
         plan, row = self._located(planned)
         if read is None and not len(plan.reads):
             self._given += len(plan.ids)
             return self._extras.get(plan.at, self._stand_in(plan, row, self._form), plan.where)
-        if read is None or bool(torch.isin(plan.reads, planned.reads, invert=True).any()):
+        is_whole = len(planned.reads) == len(planned.ids)
+        if read is None or not (is_whole or bool(torch.isin(plan.reads, planned.reads).all())):
             # undrop(), refresh() or a guard has freed rows during this epoch, or rows cannot be read any more
             planned, read = plan, self._source.read(plan.ids[plan.reads].tolist(), self._rows.epoch)
         return self._with_read(plan, row, planned.reads, to_device(read, self._rows.device))
@@ -241,17 +217,18 @@ class DropLoader:
 
     def _with_read(self, plan: Plan, row: torch.Tensor | None, reads: torch.Tensor, read: Any) -> Any:
         """The batch of a plan of which the samples at positions `reads` [m] were read. row: the rows of the others."""
-        rows, ids = self._rows, plan.ids[reads]
-        rows.begin_batch()
+        rows = self._rows
         if rows.cache is None:
             self._given += len(input_of(read, self._key))
-            return self._mirrored(read, ids)
+            return self._mirrored(read, plan.ids)
+        rows.begin_batch()
+        ids = plan.ids[reads]
         self._guards.check_batch(read, ids)
         makes = torch.full((len(reads),), not plan.level) if plan.some is None else plan.some[reads]
         if self._source.readable and not bool(makes.all()) and not self._guards.are_same(read, ids):
             return self._batch(Plan.whole(plan.ids))
         self._given += len(plan.ids)
-        self._relabelled += int((~makes).sum())
+        self.relabelled += int((~makes).sum())
         places, order = rows.first_places(ids)
         self._extras.put(read, places, order)
         self._guards.note(read, ids, makes)

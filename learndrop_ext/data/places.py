@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -17,41 +16,23 @@ NOWHERE = torch.empty(0, dtype=torch.int64)
 
 @dataclass(slots=True)
 class Plan:
-    """A batch of samples, and where their rows are.
+    """A batch of samples, and where their rows are."""
 
-    Args:
-        ids: [B] int64 (CPU).
-        reads: [m] positions in the batch, ascending, of the samples that have to be read: for their images, or for what is
-            kept beside the rows.
-        level: number of layers that samples with a row need not run; 0 if none has one.
-        some: [B] bool, which samples have no row at `level`, if others have one.
-        at: [B] places of their rows; empty if nothing was looked up.
-        where: the same on the device.
-        slow: whether there are rows in slower tiers.
-        filled: the table of rows in which the places were found.
-        version: that of the table at that time.
-    """
-
-    ids: torch.Tensor
+    ids: torch.Tensor  # [B] int64 (CPU)
+    #: [m] positions in the batch, ascending, of the samples to read: for their images, or for what is kept beside the rows
     reads: torch.Tensor
-    level: int = 0
-    some: torch.Tensor | None = None
-    at: torch.Tensor = NOWHERE
-    where: torch.Tensor = NOWHERE
-    slow: bool = False
-    filled: torch.Tensor | None = None
-    version: int = 0
+    level: int = 0  # number of layers that samples with a row need not run; 0 if none has one
+    some: torch.Tensor | None = None  # [B] bool, which samples have no row at `level`, if others have one
+    at: torch.Tensor = NOWHERE  # [B] places of their rows; empty if nothing was looked up
+    where: torch.Tensor = NOWHERE  # the same on the device
+    slow: bool = False  # whether there are rows in slower tiers
+    filled: torch.Tensor | None = None  # the table of rows in which the places were found
+    version: int = 0  # that of the table at that time
 
     @staticmethod
     def whole(ids: torch.Tensor) -> Plan:
         """Return the plan of a batch [B] that is read."""
-        return Plan(ids, positions(len(ids)))
-
-
-@lru_cache(maxsize=8)
-def positions(count: int) -> torch.Tensor:
-    """Return the positions of `count` samples in their batch."""
-    return torch.arange(count)
+        return Plan(ids, torch.arange(len(ids)))
 
 
 class Places:
@@ -111,17 +92,13 @@ class Places:
         assert labels is not None
         self._extras.put_labels(at, labels)
 
-    def plan(self, ids: torch.Tensor) -> Plan:
-        """Return the plan of one batch [B]."""
-        (plan,) = self.plans(ids, [len(ids)])
-        return plan
-
     def current(self, plan: Plan) -> Plan:
         """Return the plan, made again if rows have come or gone since."""
-        cache = self._rows.cache
-        if cache is not None and plan.filled is cache.filled and plan.version == plan.filled._version:
+        filled = None if self._rows.cache is None else self._rows.cache.filled
+        if plan.filled is filled and (filled is None or plan.version == filled._version):
             return plan
-        return self.plan(plan.ids)
+        (plan,) = self.plans(plan.ids, [len(plan.ids)])
+        return plan
 
     def _nearest(self, level: int, at: torch.Tensor) -> tuple[int, torch.Tensor]:
         """The cut at which the fewest samples at places [B] have no row, the latest of such, or 0 if none has one; and which
