@@ -135,14 +135,11 @@ def is_function_of_id(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]
     Some samples of `batch`, which was read with `seed`, are read again, with another random seed and in two smaller
     batches, because a `collate_fn` may make a sample depend on the others in its batch. All must be equal to the bit.
     """
-    extras = BatchExtras(key=key, device=torch.device("cpu"))
-    images = input_of(batch, key).clone()
-    extras.put(batch, torch.arange(len(images)))
-    parts = [part for part in torch.arange(min(PROBED, len(ids))).chunk(2) if len(part)]
-    again = read_batches(loader, [[ids[i] for i in part] for part in parts], seed + 1)
-    probed = sum(map(len, parts))
-    count = probed if len(images) == len(ids) else None  # a collate_fn may have left samples out
-    return _are_first(key, images, extras, [other for other, _ in again], count)
+    kept = Kept(batch, key)
+    parts = _halves(ids[:PROBED])
+    again = read_batches(loader, parts, seed + 1)
+    count = sum(map(len, parts)) if len(kept) == len(ids) else None  # a collate_fn may have left samples out
+    return kept.begins_with([other for other, _ in again], count)
 
 
 def is_random_by_sample(loader: DataLoader[Any], key: InputKey, ids: Sequence[int]) -> bool:
@@ -155,54 +152,57 @@ def is_random_by_sample(loader: DataLoader[Any], key: InputKey, ids: Sequence[in
         return False
     like = copy.copy(loader)
     like.collate_fn = list
-    ids = list(ids)[:PROBED]
-    (samples, _), *_ = read_batches(like, [ids], 0)
+    ((samples, _),) = read_batches(like, [ids[:PROBED]], 0)
 
     def collated(part: Sequence[int], seed: int) -> Any:
         with fork_rng(seed):  # a collate_fn may change what it is given
             return loader.collate_fn([copy.deepcopy(samples[i]) for i in part])
 
-    extras = BatchExtras(key=key, device=torch.device("cpu"))
-    first = collated(range(len(samples)), 0)
-    images = input_of(first, key).clone()
-    extras.put(first, torch.arange(len(images)))
-    half = len(samples) // 2
-    halves = [part for part in (range(half), range(half, len(samples))) if len(part)]
-    whole, parts = [collated(range(len(samples)), 1)], [collated(part, 0) for part in halves]
-    return all(_are_first(key, images, extras, batches, len(images)) for batches in (whole, parts))
+    every = range(len(samples))
+    kept = Kept(collated(every, 0), key)
+    other, halves = [collated(every, 1)], [collated(part, 0) for part in _halves(every)]
+    return kept.begins_with(other, len(kept)) and kept.begins_with(halves, len(kept))
+
+
+def _halves(ids: Sequence[int]) -> list[Sequence[int]]:
+    """Samples in two batches, or one if there is one sample."""
+    half = -(-len(ids) // 2)
+    return [part for part in (ids[:half], ids[half:]) if part]
 
 
 def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
     """Return a loader like the user's, with another batch sampler."""
-    options: dict[str, Any] = {}
-    if loader.num_workers > 0:
-        options = {
-            "num_workers": loader.num_workers,
-            "prefetch_factor": loader.prefetch_factor,
-            "persistent_workers": loader.persistent_workers,
-            "multiprocessing_context": loader.multiprocessing_context,
-            "timeout": loader.timeout,
-        }
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=batch_sampler,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        generator=loader.generator,
-        **options,
-    )
+    like = copy.copy(loader)
+    # Not by assignment, which a DataLoader refuses. `_iterator` holds the user's persistent workers.
+    vars(like).update(batch_sampler=batch_sampler, _iterator=None)
+    return like
 
 
-def _are_first(
-    key: InputKey, images: torch.Tensor, extras: BatchExtras, batches: Sequence[Any], count: int | None
-) -> bool:
-    """Whether batches hold, one behind the other, the first `count` of `images` [B, ...] and `extras`; any with None."""
-    begin = 0
-    for batch in batches:
-        x = input_of(batch, key)
-        part = torch.arange(begin, begin + len(x))
-        begin += len(x)
-        if begin > len(images) or not equal(x, images[part]) or extras.first_difference(batch, part) is not None:
-            return False
-    return count is None or begin == count
+class Kept:
+    """A batch as it was, with which other readings of its samples are compared, to the bit. key: position of the images."""
+
+    def __init__(self, batch: Any, key: InputKey) -> None:
+        self._key, self._images = key, input_of(batch, key).clone()
+        self._extras = BatchExtras(key=key, device=self._images.device, like=batch)
+        self._extras.put(batch, torch.arange(len(self)))
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def holds(self, batch: Any, at: torch.Tensor) -> bool:
+        """Return whether the samples of a batch are those at positions `at` [n]."""
+        return equal(input_of(batch, self._key), self._images[at]) and self.other_entry(batch, at) is None
+
+    def begins_with(self, batches: Sequence[Any], count: int | None) -> bool:
+        """Return whether batches hold, one behind the other, the first `count` samples; any number with None."""
+        begin = 0
+        for batch in batches:
+            end = begin + len(input_of(batch, self._key))
+            if end > len(self) or not self.holds(batch, torch.arange(begin, end)):
+                return False
+            begin = end
+        return count is None or begin == count
+
+    def other_entry(self, batch: Any, at: torch.Tensor) -> str | None:
+        """Return the name of an entry beside the images that differs from the samples at positions `at` [n], or None."""
+        return self._extras.first_difference(batch, at)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, is_ambiguous, register
+from learndrop_ext.data.extras import BatchExtras, InputKey, is_ambiguous, register
 from learndrop_ext.data.id_source import IdSource
 from learndrop_ext.data.ids import IdKey
 from learndrop_ext.data.keys import Labels, check_described, sample_keys
 from learndrop_ext.data.reading import (
+    Kept,
     check_loader,
     first_batch_ids,
     is_function_of_id,
@@ -84,10 +85,8 @@ class DatasetSource:
 
     def check_rest(self) -> None:
         """Raise ValueError if anything in a batch but the model's input is random, and may not fit another run's image."""
-        at = torch.arange(len(input_of(self._first, self._key)))
-        rest = BatchExtras(key=self._key, device=torch.device("cpu"))
-        rest.put(self._first, at)
-        if name := rest.first_difference(self.read(self._first_ids, 1), at):
+        kept = Kept(self._first, self._key)
+        if name := kept.other_entry(self.read(self._first_ids, 1), torch.arange(len(kept))):
             raise ValueError(
                 "DropScheduler: loader must give the same labels for the same id each time where random views are kept in "
                 f"a store, got a different one at {name}, which may not fit the view of another run; use "
