@@ -108,8 +108,7 @@ class DropScheduler:
         checks.check_free(model)
         checks.check_settings(model, policy, epochs, call)
         checks.make_folder(config)
-        _, first = source.first()
-        first = to_device(first, device)
+        first = to_device(source.first(), device)
         images = input_of(first, keys)
         extras, beside = BatchExtras(key=keys, device=device, like=first), 0
         if cache is not None:

@@ -23,16 +23,13 @@ from learndrop_ext.data.id_source import IdSource, length_of
 from learndrop_ext.data.places import Places, Plan
 from learndrop_ext.data.reading import id_of
 from learndrop_ext.data.share import Share
-from learndrop_ext.data.source import DatasetSource, Source
+from learndrop_ext.data.source import DatasetSource
 from learndrop_ext.distributed import process_rank, several_processes
-from learndrop_ext.rows.plan import lengthened
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.warn import warn
 
 #: Batches whose rows are looked up at once, where the order of an epoch is known when it begins.
 BLOCK = 64
-#: batch of images, ids [B], positions of ids that came before in the epoch -> whether any of them has a row
-Compare = Callable[[Any, torch.Tensor, "torch.Tensor | None"], bool]
 
 
 def draws_at_once(batch_sampler: Any) -> bool:
@@ -63,8 +60,6 @@ class PlannedBatches:
         self._share = Share(seed=rows.config.seed, rank=process_rank()) if shares else None
         self._plans: deque[Plan] = deque()
         self._drawn: Iterator[Plan] = iter(())  # the plans of the epoch from which `_plans` are taken
-        self._epoch = 0
-        self._dropped = False  # whether rows are kept, as the epoch begins
         self._grown = False  # whether the dataset has, since the epoch before
         self._seeded = False  # whether persistent workers have been given their seed
 
@@ -82,14 +77,13 @@ class PlannedBatches:
             elif since == BLOCK and self._is_endless():
                 return
 
-    def begin(self, epoch: int) -> None:
+    def begin(self) -> None:
         """Begin an epoch; the dataset may have grown, and the epoch before may have been broken off."""
         more = self._rows.follow_size(len(self._source))
         self._grown = more > 0
         if more:
             self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
-        self._epoch, self._dropped = epoch, self._rows.cache is not None
-        if self._share is not None and (more or not self._dropped):
+        if self._share is not None and (more or self._rows.cache is None):
             self._share.forget()
         self._plans.clear()
 
@@ -160,10 +154,10 @@ class PlannedBatches:
         they are drawn."""
         share, sampler = self._share, self._sampler
         count = len(sampler) if draws_at_once(sampler) else 0
-        if share is None or not self._dropped:
+        if share is None or self._rows.cache is None:
             return iter(sampler), count
         if share.ids is not None:
-            return share.batches(self._epoch), len(share)
+            return share.batches(self._rows.epoch), len(share)
         return share.note(sampler, len(sampler) if hasattr(sampler, "__len__") else None), count
 
     def _checked(self, drawn: list[Any]) -> torch.Tensor:
@@ -194,15 +188,20 @@ class PassingBatches:
     comes twice in one epoch.
     """
 
-    def __init__(self, source: IdSource, rows: RowSet, places: Places, compare: Compare) -> None:
+    def __init__(
+        self,
+        source: IdSource,
+        rows: RowSet,
+        places: Places,
+        # batch of images, ids [B], positions of ids that came before in the epoch -> whether any of them has a row
+        compare: Callable[[Any, torch.Tensor, torch.Tensor | None], bool],
+    ) -> None:
         self._source, self._rows, self._places, self._compare = source, rows, places, compare
-        self._seen = torch.zeros(0, dtype=torch.bool)  # grows in steps
-        self._follow_size()
         self._said_repeats = False
 
     def __len__(self) -> int:
         if self._source.whole and self._has_rows():
-            return self._source.batches(int(self.seen.sum()))
+            return self._source.batches
         length = length_of(self._source.loader)
         if length is None:
             raise TypeError(f"object of type {type(self._source.loader).__name__!r} has no len()")
@@ -210,19 +209,17 @@ class PassingBatches:
 
     @property
     def seen(self) -> torch.Tensor:
-        """The samples read so far: [N] bool."""
-        return self._seen[: len(self._rows.slots)]
+        """All samples, since only those that were read are known: [N] bool."""
+        return torch.ones(len(self._source), dtype=torch.bool)
 
-    def begin(self, epoch: int) -> None:
+    def begin(self) -> None:
         """Begin an epoch."""
-        self._source.follow_length()
-        first = self._source.first_numbers()
-        self._follow_size()
-        unchecked, self._source.unchecked = self._source.unchecked, False
-        if unchecked and self._rows.stores:
-            batch = to_device(self._source.first_batch, self._rows.device)
-            if not self._compare(batch, first, None):
-                self._source.whole = False
+        source, rows = self._source, self._rows
+        first = source.begin()
+        rows.follow_size(len(source))
+        unchecked, source.unchecked = source.unchecked, False
+        if unchecked and rows.stores and not self._compare(to_device(source.first_batch, rows.device), first, None):
+            source.whole = False
 
     def reads_images(self) -> bool:
         """Return whether the loader is iterated over: until every id is known and has its row."""
@@ -238,19 +235,17 @@ class PassingBatches:
 
     def images(self, loader: Any) -> Iterator[tuple[Plan, Any]]:
         """Yield the batches of `loader`."""
-        for i, (ids, read) in enumerate(self._source.iterate(loader)):
-            self._follow_size()
-            self._seen[ids] = True
+        for i, (ids, read, again) in enumerate(self._source.iterate(loader)):
+            self._rows.follow_size(len(self._source))
             batch = to_device(read, self._rows.device)
-            again = self._source.again
             if self._rows.stores and (i & (i + 1) == 0 or len(again)):  # 0, 1, 3, 7, ...
                 self._compare(batch, ids, again)
             yield Plan.whole(ids), batch
 
     def rows(self) -> Iterator[Plan]:
         """Yield the plans of an epoch of all known samples, shuffled."""
-        size, known = self._source.batch_size, torch.nonzero(self.seen).flatten()
-        for ids in self._source.order(known, self._rows.epoch).split(BLOCK * size):
+        size = self._source.batch_size
+        for ids in self._source.order(self._rows.epoch).split(BLOCK * size):
             yield from self._places.plans(ids, size)
 
     def rest(self, loader: Any, given: int) -> Iterator[tuple[Plan, Any]]:
@@ -259,28 +254,15 @@ class PassingBatches:
             "drop.loader: the rest of the epoch comes from loader, in its order: rows have been freed, and "
             "samples of a loader with ids= cannot be read by id"
         )
-        return islice(self.images(loader), self._source.batches(int(self.seen.sum())) - given)
+        return islice(self.images(loader), self._source.batches - given)
 
     def expected_rows(self) -> int:
         """Return the number of rows a drop will keep: of all samples that are known or expected."""
         return max(len(self._rows.slots), self._source.expected()) * self._rows.views
 
     def load(self, seen: torch.Tensor) -> None:
-        """Mark the samples that an earlier process has seen, by the numbers it gave them."""
-        self._seen = seen.clone()
-        self._follow_size()
+        """Do nothing: the source has the samples that an earlier process has seen."""
 
     def _has_rows(self) -> bool:
         """Whether every known sample has its row for the epoch."""
-        return bool(self.seen.any()) and not self._places.needs_images(torch.nonzero(self.seen).flatten())
-
-    def _follow_size(self) -> None:
-        self._rows.follow_size(len(self._source))
-        self._seen = lengthened(self._seen, len(self._rows.slots))
-
-
-def batches_of(source: Source, rows: RowSet, places: Places, compare: Compare) -> PlannedBatches | PassingBatches:
-    """Return the batches of a source."""
-    if isinstance(source, IdSource):
-        return PassingBatches(source, rows, places, compare)
-    return PlannedBatches(source, rows, places)
+        return not self._places.needs_images(torch.arange(len(self._source)))

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from learndrop_ext.data.extras import BatchExtras, InputKey, equal, input_of, register, some_of
-from learndrop_ext.data.ids import IdKey, IdTable, check_key, ids_of
-from learndrop_ext.data.reading import left_alone
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, register, some_of
+from learndrop_ext.data.ids import IdKey, check_key, ids_of
+from learndrop_ext.data.reading import Kept, left_alone
 from learndrop_ext.rows.plan import lengthened
 
 #: The time to read a batch is the median over this many.
@@ -45,15 +46,13 @@ class IdSource:
         self.whole = False  # whether the last iteration had every id of the first batch, and no id twice
         self.repeats = False  # whether the last iteration had an id twice
         self.unchecked = False  # whether the rows of a checkpoint are still to be compared with the first batch
-        # Positions in the current batch of ids that its iteration has had before.
-        self.again = torch.empty(0, dtype=torch.int64)
         self.batch_size = 0  # samples in the first batch
         self.first_batch: Any = None  # as the loader gave it
         self._place, self._key, self._seed = ids, key, seed
-        self._table = IdTable()
+        self._numbers: dict[int | str, int] = {}  # of all ids, from 0 in the order in which they were first seen
         self._first_ids: Sequence[int | str] = []
-        self._begun: Any = None  # the first batch of a loader that is its own iterator, until its first iteration
-        self._kept: BatchExtras | None = None  # the first batch, with which later ones are compared
+        self._begun: list[Any] = []  # the first batch of a loader that is its own iterator, until its first iteration
+        self._kept: Kept | None = None  # the first batch, with which later ones are compared
         self._unmatched: dict[int | str, int] = {}  # id -> position of its samples that were not compared yet
         self._waits: deque[float] = deque(maxlen=TIMED_BATCHES)
         self._first_wait = 0.0
@@ -62,11 +61,18 @@ class IdSource:
         self._length: int | None = None  # len(loader) at that time
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._numbers)
 
     def expected(self) -> int:
         """Return the number of samples of a whole iteration; before the first one, as many as `len(loader)` implies."""
         return self._samples if self.whole else max(len(self), (length_of(self.loader) or 0) * self.batch_size)
+
+    def numbers(self, ids: Sequence[int | str]) -> torch.Tensor:
+        """Return the numbers [B] int64 of ids; new ids get the next ones. Raises TypeError if they change their type."""
+        kinds = [type(next(iter(some))).__name__ for some in (ids, self._numbers) if some]
+        if len(set(kinds)) > 1:
+            raise TypeError(f"DropScheduler: ids must be all int or all str, got {' after '.join(kinds)}")
+        return torch.tensor([self._numbers.setdefault(one, len(self._numbers)) for one in ids], dtype=torch.int64)
 
     #: Samples have no names that other runs know.
     keys = None
@@ -74,7 +80,7 @@ class IdSource:
     def labels(self, extras: BatchExtras) -> None:
         """Return None: labels come with the batches."""
 
-    def first(self) -> tuple[list[int], Any]:
+    def first(self) -> Any:
         """Draw the first batch. Raises ValueError if there is none, or no input or no ids where `input` and `ids` say."""
         with left_alone(self.loader, self._seed):
             begin = time.perf_counter()
@@ -88,24 +94,25 @@ class IdSource:
             raise ValueError("DropScheduler: loader must give batches of one sample or more, got an empty one")
         self._first_ids = ids_of(batch, self._place, count)
         if iterator is self.loader:
-            self._begun = batch
+            self._begun = [batch]
         register(batch)
         # A loader may write its next batch to the same memory.
         copied = pytree.tree_map_only(torch.Tensor, torch.clone, batch)
         self.first_batch = pytree.tree_map_only(np.ndarray, np.copy, copied)
         self.batch_size = count
-        return self.first_numbers().tolist(), self.first_batch
+        self.numbers(self._first_ids)
+        return self.first_batch
 
-    def first_numbers(self) -> torch.Tensor:
-        """Return the numbers of the first batch's samples."""
-        return self._table.numbers(self._first_ids)
+    def begin(self) -> torch.Tensor:
+        """Begin an epoch: iterate over the loader again if its length has changed. Return the numbers of the first batch's
+        samples."""
+        self.whole = self.whole and length_of(self.loader) == self._length
+        return self.numbers(self._first_ids)
 
     def check_repeats(self, *, accept_random: bool = False) -> bool:
         """Have the first batch compared with later readings of its samples, and within itself: ValueError where one differs.
         `accept_random` is ignored, since it is not known yet whether samples are random."""
-        x = input_of(self.first_batch, self._key)
-        self._kept = BatchExtras(key=self._key, device=x.device, like=self.first_batch)
-        self._kept.put(self.first_batch, torch.arange(len(x)))
+        self._kept = Kept(self.first_batch, self._key)
         self._unmatched = {value: i for i, value in enumerate(self._first_ids)}
         again = [i for i, value in enumerate(self._first_ids) if self._unmatched[value] != i]
         self._check_same(self.first_batch, self._first_ids, again)
@@ -117,40 +124,36 @@ class IdSource:
             f"drop.loader: samples of a loader with ids= can be read only as they come by, got {len(ids)} asked for by id"
         )
 
-    def iterate(self, loader: Any) -> Iterator[tuple[torch.Tensor, Any]]:
-        """Yield the batches of one iteration over `loader`, each with the numbers [B] of its samples."""
-        batch, self._begun = self._begun, None
-        drawn = batch is not None  # whether the batch was drawn by `first`, and waits to be given
+    def iterate(self, loader: Any) -> Iterator[tuple[torch.Tensor, Any, torch.Tensor]]:
+        """Yield the batches of one iteration over `loader`, each after the numbers [B] of its samples, and before the
+        positions [n] of those that the iteration has had before."""
         # Ids of the first batch that did not come; None for the iteration that this batch belongs to.
-        unmet: set[int | str] | None = None if drawn else set(self._first_ids)
+        unmet = None if self._begun else set(self._first_ids)
+        batches, length = chain(self._begun, iter(loader)), length_of(loader)
+        self._begun = []
         samples = given = last = 0
         met = torch.empty(0, dtype=torch.bool)
         repeats = False
-        iterator, length = iter(loader), length_of(loader)
-        while True:
-            if not drawn:
-                begin = time.perf_counter()
-                batch = next(iterator, _END)
-                if batch is _END:
-                    break
-                if given:  # the first batch also waits for the workers to start
-                    self._waits.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        for batch in batches:
+            if given:  # the first batch also waits for the workers to start
+                self._waits.append(time.perf_counter() - begin)
             last = len(input_of(batch, self._key))
             ids = ids_of(batch, self._place, last)
-            numbers = self._table.numbers(ids)
-            if not drawn and not self._unmatched.keys().isdisjoint(ids):
+            numbers = self.numbers(ids)
+            if not self._unmatched.keys().isdisjoint(ids):
                 self._check_same(batch, ids, [i for i, value in enumerate(ids) if value in self._unmatched])
-            drawn = False
             met = lengthened(met, len(self))
-            self.again = torch.nonzero(met[numbers]).flatten()
-            repeats = repeats or len(self.again) > 0 or len(set(ids)) < len(ids)
+            again = torch.nonzero(met[numbers]).flatten()
+            repeats = repeats or len(again) > 0 or len(set(ids)) < len(ids)
             met[numbers] = True
             if unmet is not None:
                 unmet.difference_update(ids)
             given, samples = given + 1, samples + last
             if given == length:  # the caller may stop here
                 self._end(length, samples, last, unmet, repeats=repeats)
-            yield numbers, batch
+            yield numbers, batch, again
+            begin = time.perf_counter()
         if not given:
             raise RuntimeError(
                 f"drop.loader: loader must give batches each time it is iterated over, got none from a "
@@ -158,20 +161,15 @@ class IdSource:
             )
         self._end(length, samples, last, unmet, repeats=repeats)
 
-    def follow_length(self) -> None:
-        """Iterate over the loader again if its length has changed."""
-        if self.whole and length_of(self.loader) != self._length:
-            self.whole = False
+    @property
+    def batches(self) -> int:
+        """How many batches all samples make."""
+        return -(-len(self) // self.batch_size) if self._keeps_last else len(self) // self.batch_size
 
-    def batches(self, count: int) -> int:
-        """Return how many batches `count` samples make."""
-        return -(-count // self.batch_size) if self._keeps_last else count // self.batch_size
-
-    def order(self, numbers: torch.Tensor, epoch: int) -> torch.Tensor:
-        """Return all samples `numbers` [n] of an epoch's batches, shuffled by seed and epoch."""
+    def order(self, epoch: int) -> torch.Tensor:
+        """Return all samples [n] of an epoch's batches, shuffled by seed and epoch."""
         generator = torch.Generator().manual_seed(self._seed + epoch)
-        shuffled = numbers[torch.randperm(len(numbers), generator=generator)]
-        return shuffled[: self.batches(len(numbers)) * self.batch_size]
+        return torch.randperm(len(self), generator=generator)[: self.batches * self.batch_size]
 
     def reading(self) -> tuple[float, int]:
         """Return the seconds that training waits for a sample, and 0; before the first epoch, those that the first batch
@@ -184,7 +182,7 @@ class IdSource:
     def state(self) -> dict[str, Any] | None:
         """Return the ids in the order of their numbers, and what the last iteration has shown."""
         shown = {"whole": self.whole, "repeats": self.repeats, "keeps_last": self._keeps_last}
-        return {"values": list(self._table.ids), **shown, "samples": self._samples, "length": self._length}
+        return {"values": list(self._numbers), **shown, "samples": self._samples, "length": self._length}
 
     def check_state(self, state: dict[str, Any] | None) -> None:
         """Raise ValueError for the state of a run without ids, or with ids of another type."""
@@ -197,9 +195,10 @@ class IdSource:
             )
 
     def load(self, state: dict[str, Any] | None) -> None:
-        """Number samples as another run did; `first_numbers` then adds new ids of the first batch."""
+        """Number samples as another run did; `begin` then adds new ids of the first batch."""
         assert state is not None
-        self._table = IdTable(state["values"])
+        self._numbers = {}
+        self.numbers(state["values"])
         self.whole, self.repeats, self._keeps_last = state["whole"], state["repeats"], state["keeps_last"]
         self._samples, self._length = state["samples"], state["length"]
         self.unchecked = True
@@ -211,15 +210,14 @@ class IdSource:
         self._samples, self._length = samples, length
         if unmet is not None:
             self._unmatched = {value: i for value, i in self._unmatched.items() if value in unmet}
+            self._kept = self._kept if self._unmatched else None
 
     def _check_same(self, batch: Any, ids: Sequence[int | str], take: list[int]) -> None:
         """Raise ValueError unless the samples at positions `take` of a batch equal those of the first batch."""
         if self._kept is None or not take:
             return
         part = some_of(batch, torch.tensor(take), key=self._key, like=self.first_batch)
-        at = torch.tensor([self._unmatched[ids[i]] for i in take])
-        x, before = input_of(part, self._key), input_of(self.first_batch, self._key)
-        if not equal(x, before[at]) or self._kept.first_difference(part, at) is not None:
+        if not self._kept.holds(part, torch.tensor([self._unmatched[ids[i]] for i in take])):
             raise ValueError(
                 "DropScheduler: loader with ids must give the same sample for the same id each time, got a different one "
                 f"for one of {', '.join(repr(ids[i]) for i in take[:4])}, and a cached row would freeze it; give each "

@@ -1,9 +1,9 @@
-"""The ids that batches carry, and the sample numbers that stand for them. B samples in a batch, N ids."""
+"""The ids that batches carry. B samples in a batch."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,32 +50,6 @@ def ids_of(batch: Any, place: IdKey, count: int) -> list[int] | list[str]:
     if len(kinds) > 1:
         raise TypeError(f"DropScheduler: ids must be all int or all str, got both at {place!r}")
     return plain  # type: ignore[return-value]
-
-
-class IdTable:
-    """Numbers ids from 0 in the order in which they are first seen."""
-
-    def __init__(self, ids: Sequence[int | str] = ()) -> None:
-        self.ids: list[int | str] = list(ids)
-        self._numbers = {value: number for number, value in enumerate(self.ids)}
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def numbers(self, ids: Sequence[int | str]) -> torch.Tensor:
-        """Return the numbers [B] int64 of ids; new ids get the next numbers. Raises TypeError if they change their type."""
-        if ids and self.ids and type(ids[0]) is not type(self.ids[0]):
-            raise TypeError(
-                f"DropScheduler: ids must be all int or all str, got {type(ids[0]).__name__} after "
-                f"{type(self.ids[0]).__name__}"
-            )
-        found = []
-        for value in ids:
-            number = self._numbers.setdefault(value, len(self.ids))
-            if number == len(self.ids):
-                self.ids.append(value)
-            found.append(number)
-        return torch.tensor(found, dtype=torch.int64)
 
 
 def _plain(value: Any) -> int | str:

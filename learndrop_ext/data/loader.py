@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from learndrop_ext.data.batches import PassingBatches, batches_of
+from learndrop_ext.data.batches import PassingBatches, PlannedBatches
 from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, to_device, with_input
 from learndrop_ext.data.id_source import IdSource, length_of
 from learndrop_ext.data.places import Places, Plan
@@ -56,9 +56,13 @@ class DropLoader:
         self._bypass, self._guards = bypass, guards
         self._form = form_of(input_of(like, key))
         self._places = places = Places(rows, extras, source.labels(extras), by_sample=source.readable)
-        self.batches = batches_of(source, rows, places, guards.compare)
-        # Nothing refers to this loader: without a reference cycle its workers end with the scheduler.
-        self._images = source.loader if isinstance(source, IdSource) else rebuilt(source.loader, self.batches)
+        self.batches: PassingBatches | PlannedBatches
+        if isinstance(source, IdSource):
+            self.batches, self._images = PassingBatches(source, rows, places, guards.compare), source.loader
+        else:
+            self.batches = PlannedBatches(source, rows, places)
+            # Nothing refers to this loader: without a reference cycle its workers end with the scheduler.
+            self._images = rebuilt(source.loader, self.batches)
         self._reader = partial(_read_images, source, rows, key) if source.readable else None
         self.epochs = 0  # begun
         self.closed = False
@@ -161,7 +165,7 @@ class DropLoader:
     def _begin_epoch(self) -> None:
         self._rows.end_epoch()  # the epoch before may have been broken off
         self._rows.epoch = self.epochs
-        self.batches.begin(self.epochs)
+        self.batches.begin()
         self._places.relabel()
         self._guards.begin_epoch(self.epochs)
         *_, last = self._bypass.cuts or (0,)

@@ -59,8 +59,8 @@ class DatasetSource:
             )
         return labels if offered else None
 
-    def first(self) -> tuple[list[int], Any]:
-        """Return the samples of the first batch that the sampler draws, and their batch."""
+    def first(self) -> Any:
+        """Return the first batch that the sampler draws."""
         self._first_ids = first_batch_ids(self.loader)
         ((self._first, self._seconds),) = read_batches(self.loader, [self._first_ids], self._seed)
         register(self._first)
@@ -68,7 +68,7 @@ class DatasetSource:
         if is_ambiguous(self._first, self._key) and (other := next(others, None)) is not None:
             self._first_ids.append(other)
             self._first = self.read(self._first_ids, 0)
-        return self._first_ids, self._first
+        return self._first
 
     def check_repeats(self, *, accept_random: bool = False) -> bool:
         """Return whether samples are the same each time they are read, with another seed and in other batches. ValueError if

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from learndrop_ext import CacheConfig
 from learndrop_ext.data import id_source, source
-from learndrop_ext.data.ids import IdTable
 from small_training import Net
 
 
@@ -114,12 +113,16 @@ def test_a_loader_without_ids_is_told_of_them() -> None:
 # The parts
 
 
-def test_the_table_numbers_ids_in_the_order_of_the_first_meeting() -> None:
-    table = IdTable()
-    assert table.numbers(["b", "a", "b"]).tolist() == [0, 1, 0]
-    assert table.numbers(["c", "a"]).tolist() == [2, 1]
-    assert table.ids == ["b", "a", "c"]
-    assert IdTable(table.ids).numbers(["c"]).tolist() == [2]
+def test_ids_are_numbered_in_the_order_of_the_first_meeting() -> None:
+    source = id_source.IdSource([], "index", key=0, seed=0)
+    assert source.numbers(["b", "a", "b"]).tolist() == [0, 1, 0]
+    assert source.numbers(["c", "a"]).tolist() == [2, 1]
+    state = source.state()
+    assert state is not None
+    assert state["values"] == ["b", "a", "c"]
+    other = id_source.IdSource([], "index", key=0, seed=0)
+    other.load(state)
+    assert other.numbers(["c", "d"]).tolist() == [2, 3]
 
 
 def test_the_length_of_a_loader_that_does_not_say() -> None:
