@@ -112,8 +112,7 @@ class DropScheduler:
         images = input_of(first, keys)
         extras, beside = BatchExtras(key=keys, device=device, like=first), 0
         if cache is not None:
-            extras.check(first)
-            beside = extras.row_bytes
+            beside = extras.row_bytes  # raises ValueError for a batch that cannot be stored
         self._base, self._input = model, one
         self._call = call or (lambda model, batch: model(input_of(batch, one)))
         head = some_of(first, torch.arange(max(2, min(len(images), TRIED))) % len(images), key=one, like=first)

@@ -166,15 +166,8 @@ def is_ambiguous(batch: Any, key: InputKey) -> bool:
     sample. A batch of another size tells."""
     count = len(input_of(batch, key))
     marked = with_input(batch, key, _Input())
-    found: list[Any] = []
-
-    def is_leaf(value: Any) -> bool:
-        if value is not marked and _is_square(value, count):
-            found.append(value)
-        return False
-
-    pytree.tree_flatten(marked, is_leaf=is_leaf)
-    return count > 1 and len(found) > 0
+    leaves = pytree.tree_leaves(marked, is_leaf=lambda value: value is not marked and _is_square(value, count))
+    return count > 1 and any(_is_square(leaf, count) for leaf in leaves)
 
 
 def some_of(batch: Any, take: torch.Tensor, *, key: InputKey, like: Any) -> Any:
@@ -224,22 +217,6 @@ class _Column:
         """Whether it differs between samples, and is stored."""
         return self.kind in ("tensor", "array", "list")
 
-    def check(self, leaf: Any, count: int) -> None:
-        """Raise ValueError for an entry unlike that of the first batch."""
-        if self.kind == "input":
-            return
-        kind, form = _kind(self.name, leaf, count)
-        if form != self.form:
-            raise ValueError(
-                f"DropScheduler: entries of all batches must be alike, wanted {self.form} as in the first, got {form} at "
-                f"{self.name}"
-            )
-        if kind == "constant" and not equal(leaf, self.stored):
-            raise ValueError(
-                "DropScheduler: every entry of a batch must be per sample or the same in all batches, got "
-                f"{leaf!r} after {self.stored!r} at {self.name}"
-            )
-
     def put(self, leaf: Any, at: torch.Tensor, take: torch.Tensor | None) -> None:
         """Store the samples `take` [n] of a batch's entry at places [n]; all with None."""
         if self.has_rows:
@@ -248,7 +225,7 @@ class _Column:
             places = at.tolist()
             self.stored.extend([None] * (max(places, default=-1) + 1 - len(self.stored)))
             for place, i in zip(places, range(len(leaf)) if take is None else take.tolist(), strict=True):
-                self.stored[place] = _own(leaf[i])
+                self.stored[place] = copy.deepcopy(leaf[i])  # the loop may change its own, as it may scale boxes
 
     def get(self, at: torch.Tensor, where: torch.Tensor) -> Any:
         """Return the entry of a batch at places [B]. where: the same on the device."""
@@ -259,7 +236,7 @@ class _Column:
         if self.kind == "array":
             return self.stored[at.numpy()]
         if self.kind == "list":
-            values = [_own(self.stored[place]) for place in at.tolist()]
+            values = [copy.deepcopy(self.stored[place]) for place in at.tolist()]
             return tuple(values) if self.form.startswith("a tuple") else values
         return self.stored
 
@@ -296,7 +273,7 @@ class BatchExtras:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one sample's entries, without those in lists."""
+        """Bytes of one sample's entries, without those in lists. Raises ValueError, as `put`, if `like` cannot be stored."""
         columns = [column for column in self._columns_of(self._like)[1] if column.has_rows]
         return sum(column.stored.itemsize * math.prod(column.stored.shape[1:]) for column in columns)
 
@@ -306,10 +283,6 @@ class BatchExtras:
         for column in self._columns:
             if column.kind == "tensor":
                 column.stored = column.stored.to(device)
-
-    def check(self, batch: Any) -> None:
-        """Raise ValueError for a batch that cannot be stored, naming the entry."""
-        self._columns_of(batch) if self._spec is None else self._leaves(batch)
 
     def put(self, batch: Any, at: torch.Tensor, take: torch.Tensor | None = None) -> None:
         """Store the samples of a batch, or of `take` [n] only, at places [B] or [n] int64 (CPU).
@@ -340,13 +313,12 @@ class BatchExtras:
         if labels is None:
             return False
         spec, columns = self._columns_of(batch)
-        varying = [
-            (column, leaf) for column, leaf in zip(columns, spec.flatten_up_to(batch), strict=True) if column.varies
-        ]
-        if len(varying) != 1 or varying[0][0].kind != "tensor":
+        leaves = zip(columns, spec.flatten_up_to(batch), strict=True)
+        varying = [(column.kind, leaf) for column, leaf in leaves if column.varies]
+        if len(varying) != 1:
             return False
-        leaf = varying[0][1]
-        return leaf.shape == labels.shape and bool((leaf.to(labels.device) == labels).all())
+        ((kind, leaf),) = varying
+        return kind == "tensor" and leaf.shape == labels.shape and bool((leaf.to(labels.device) == labels).all())
 
     def put_labels(self, at: torch.Tensor, labels: torch.Tensor) -> None:
         """Store the labels [n] of samples at places [n], where they are all that varies, see `is_labels`."""
@@ -419,7 +391,19 @@ class BatchExtras:
                 f"DropScheduler: all batches must have the same structure, got another one than {self._spec}: {error}"
             ) from None
         for column, leaf in zip(self._columns, leaves, strict=True):
-            column.check(leaf, count)
+            if column.kind == "input":
+                continue
+            _, form = _kind(column.name, leaf, count)
+            if form != column.form:
+                raise ValueError(
+                    f"DropScheduler: entries of all batches must be alike, wanted {column.form} as in the first, got {form} "
+                    f"at {column.name}"
+                )
+            if column.kind == "constant" and not equal(leaf, column.stored):
+                raise ValueError(
+                    "DropScheduler: every entry of a batch must be per sample or the same in all batches, got "
+                    f"{leaf!r} after {column.stored!r} at {column.name}"
+                )
         return leaves
 
 
@@ -469,7 +453,3 @@ def _written(stack: Any, at: torch.Tensor, rows: Any) -> Any:
     stack[at.numpy()] = rows.to(stack.device) if isinstance(stack, torch.Tensor) else rows
     return stack
 
-
-def _own(value: Any) -> Any:
-    """A copy that the training loop may change in place, as it may scale boxes."""
-    return value if isinstance(value, str | bytes | int | float | None) else copy.deepcopy(value)
