@@ -23,7 +23,7 @@ from learndrop_ext.data.extras import (
     to_device,
     with_input,
 )
-from learndrop_ext.data.ids import IdKey
+from learndrop_ext.data.id_source import IdKey
 from learndrop_ext.data.loader import DropLoader
 from learndrop_ext.data.source import settle_views, source_of
 from learndrop_ext.decide import costs

@@ -74,8 +74,8 @@ class PlannedBatches:
             if reads := len(plan.reads):
                 since = 0
                 yield (plan.ids if reads == len(plan.ids) else plan.ids[plan.reads]).tolist()
-            elif since == BLOCK and self._is_endless():
-                return
+            elif since == BLOCK and ((length := length_of(self)) is None or length > len(self.seen)):
+                return  # so many batches are drawn that one of which something is read may never come
 
     def begin(self) -> None:
         """Begin an epoch; the dataset may have grown, and the epoch before may have been broken off."""
@@ -128,10 +128,6 @@ class PlannedBatches:
             kept = min(size, len(self) * (batch_size if isinstance(batch_size, int) else 32))
         return kept * self._rows.views
 
-    def load(self, seen: torch.Tensor) -> None:
-        """Mark the samples that an earlier process has seen."""
-        self.seen[: len(seen)] = seen
-
     def _draw(self, block: int) -> Iterator[Plan]:
         """Yield the plans of an epoch, drawing up to `block` batches at once where nobody can see that.
 
@@ -170,11 +166,6 @@ class PlannedBatches:
                 f"drop.loader: the sampler must name samples of the dataset, within 0..{size - 1}, got {outside}"
             )
         return torch.from_numpy(np.array(ids, dtype=np.int64))  # in a third of the time of torch.tensor
-
-    def _is_endless(self) -> bool:
-        """Whether the sampler draws more batches than there are samples, and one that is read may never come."""
-        length = length_of(self)
-        return length is None or length > len(self.seen)
 
     def _has_persistent_workers(self) -> bool:
         loader = self._source.loader
@@ -259,9 +250,6 @@ class PassingBatches:
     def expected_rows(self) -> int:
         """Return the number of rows a drop will keep: of all samples that are known or expected."""
         return max(len(self._rows.slots), self._source.expected()) * self._rows.views
-
-    def load(self, seen: torch.Tensor) -> None:
-        """Do nothing: the source has the samples that an earlier process has seen."""
 
     def _has_rows(self) -> bool:
         """Whether every known sample has its row for the epoch."""

@@ -452,4 +452,3 @@ def _written(stack: Any, at: torch.Tensor, rows: Any) -> Any:
             stack = np.concatenate([stack, np.zeros(shape, dtype=stack.dtype)])
     stack[at.numpy()] = rows.to(stack.device) if isinstance(stack, torch.Tensor) else rows
     return stack
-

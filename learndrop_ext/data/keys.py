@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +16,11 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 ADDRESS = r" at 0x[0-9a-fA-F]+"
 
 
-class Part(NamedTuple):
-    """Samples [n] of one base dataset: their indices in it, and their positions among those asked for."""
-
-    base: Any
-    at: torch.Tensor
-    position: torch.Tensor
-
-
-def parts(dataset: Any, ids: torch.Tensor, position: torch.Tensor | None = None) -> Iterator[Part]:
-    """Yield the samples `ids` [n] by the base dataset that they come from, through any depth of Subset and ConcatDataset."""
+def parts(
+    dataset: Any, ids: torch.Tensor, position: torch.Tensor | None = None
+) -> Iterator[tuple[Any, torch.Tensor, torch.Tensor]]:
+    """Yield the base datasets that samples `ids` [n] come from, through any depth of Subset and ConcatDataset, each with its
+    samples' indices [m] in it and their positions [m] in `ids`."""
     position = torch.arange(len(ids)) if position is None else position
     if isinstance(dataset, Subset):
         inside = [int(dataset.indices[i]) for i in ids.tolist()]
@@ -38,7 +33,7 @@ def parts(dataset: Any, ids: torch.Tensor, position: torch.Tensor | None = None)
             if bool(mine.any()):
                 yield from parts(inner, ids[mine] - (int(ends[i - 1]) if i else 0), position[mine])
     else:
-        yield Part(dataset, ids, position)
+        yield dataset, ids, position
 
 
 def sample_keys(loader: Any, ids: torch.Tensor, *, key: Callable[[int], str | int] | None, input: Any) -> list[bytes]:
@@ -70,8 +65,7 @@ def sample_keys(loader: Any, ids: torch.Tensor, *, key: Callable[[int], str | in
 
 def check_described(dataset: Any) -> None:
     """Raise ValueError for a dataset whose samples have no name that is the same in every run."""
-    every = torch.arange(len(dataset))
-    for base, *_ in parts(dataset, every):
+    for base, *_ in parts(dataset, torch.arange(len(dataset))):
         if _files(base) is None and _in_memory(base, 0) is None and not tells_apart(base):
             raise ValueError(
                 "DropScheduler: loader must be over a dataset of files, in memory, or one that its repr tells from others, "
@@ -155,16 +149,8 @@ def _digest(*values: Any) -> bytes:
 
 
 class Labels:
-    """The labels of a dataset's samples where it offers them without reading: `targets`, `labels`, or the second entries of
-    `samples`.
-
-    Args:
-        dataset: the dataset.
-        given: the labels [N], in place of these.
-
-    Raises:
-        ValueError: `given` is not one label for each sample.
-    """
+    """The labels of a dataset's samples: those `given`, or where it offers them without reading: `targets`, `labels`, or the
+    second entries of `samples`. Raises ValueError if `given` is not one label for each sample."""
 
     def __init__(self, dataset: Dataset[Any], given: Any = None) -> None:
         if given is not None and len(given) != len(dataset):  # type: ignore[arg-type]

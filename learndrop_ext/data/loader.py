@@ -155,7 +155,8 @@ class DropLoader:
     def resume(self, epochs: int, seen: torch.Tensor) -> None:
         """Go on after `epochs` epochs of another process, which has drawn the samples `seen` [N] bool."""
         self.epochs = epochs
-        self.batches.load(seen)
+        if isinstance(self.batches, PlannedBatches):  # a source with ids numbers those that were seen
+            self.batches.seen[: len(seen)] = seen
 
     def close(self) -> bool:
         """Give no batches any more; return whether the loader was open."""
@@ -168,10 +169,9 @@ class DropLoader:
         self.batches.begin()
         self._places.relabel()
         self._guards.begin_epoch(self.epochs)
-        *_, last = self._bypass.cuts or (0,)
-        cuts = (*(cut for cut in self._rows.stops if cut < last), last)
-        if last:
-            self._bypass.put(cuts)
+        if self._bypass.cuts:
+            last = self._bypass.cuts[-1]
+            self._bypass.put([*(cut for cut in self._rows.stops if cut < last), last])
         self.epochs += 1
 
     def _from_rows(self) -> Iterator[Any]:

@@ -183,15 +183,15 @@ class Kept:
 
     def __init__(self, batch: Any, key: InputKey) -> None:
         self._key, self._images = key, input_of(batch, key).clone()
-        self._extras = BatchExtras(key=key, device=self._images.device, like=batch)
-        self._extras.put(batch, torch.arange(len(self)))
+        self.extras = BatchExtras(key=key, device=self._images.device, like=batch)
+        self.extras.put(batch, torch.arange(len(self)))
 
     def __len__(self) -> int:
         return len(self._images)
 
     def holds(self, batch: Any, at: torch.Tensor) -> bool:
         """Return whether the samples of a batch are those at positions `at` [n]."""
-        return equal(input_of(batch, self._key), self._images[at]) and self.other_entry(batch, at) is None
+        return equal(input_of(batch, self._key), self._images[at]) and self.extras.first_difference(batch, at) is None
 
     def begins_with(self, batches: Sequence[Any], count: int | None) -> bool:
         """Return whether batches hold, one behind the other, the first `count` samples; any number with None."""
@@ -202,7 +202,3 @@ class Kept:
                 return False
             begin = end
         return count is None or begin == count
-
-    def other_entry(self, batch: Any, at: torch.Tensor) -> str | None:
-        """Return the name of an entry beside the images that differs from the samples at positions `at` [n], or None."""
-        return self._extras.first_difference(batch, at)

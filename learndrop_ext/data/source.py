@@ -10,8 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from learndrop_ext.data.extras import BatchExtras, InputKey, is_ambiguous, register
-from learndrop_ext.data.id_source import IdSource
-from learndrop_ext.data.ids import IdKey
+from learndrop_ext.data.id_source import IdKey, IdSource
 from learndrop_ext.data.keys import Labels, check_described, sample_keys
 from learndrop_ext.data.reading import (
     Kept,
@@ -86,7 +85,7 @@ class DatasetSource:
     def check_rest(self) -> None:
         """Raise ValueError if anything in a batch but the model's input is random, and may not fit another run's image."""
         kept = Kept(self._first, self._key)
-        if name := kept.other_entry(self.read(self._first_ids, 1), torch.arange(len(kept))):
+        if name := kept.extras.first_difference(self.read(self._first_ids, 1), torch.arange(len(kept))):
             raise ValueError(
                 "DropScheduler: loader must give the same labels for the same id each time where random views are kept in "
                 f"a store, got a different one at {name}, which may not fit the view of another run; use "

@@ -21,7 +21,7 @@ from ids_streams import (
 from torch import nn
 
 from learndrop_ext import CacheConfig
-from learndrop_ext.data.ids import ids_of
+from learndrop_ext.data.id_source import ids_of
 from small_training import called, data, prefix_rows
 
 
