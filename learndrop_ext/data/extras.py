@@ -248,11 +248,8 @@ class BatchExtras:
     of B values are stored value by value, whatever the values are: strings, None, different numbers of boxes. A value that
     is the same in every batch (None, a number, a name) is stored once.
 
-    Args:
-        key: position of the model's input in a batch.
-        device: device of the stored tensors.
-        like: a batch with the structure of all batches. Default: the first one stored. In a batch of two samples, a list
-            of two values could also be part of the structure.
+    like: a batch with the structure of all batches. Default: the first one stored. In a batch of two samples, a list of two
+    values could also be part of the structure.
     """
 
     def __init__(self, *, key: InputKey, device: torch.device, like: Any = None) -> None:

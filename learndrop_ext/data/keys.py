@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
+#: samples [n] -> their labels [n]
+LabelsOf = Callable[[torch.Tensor], "torch.Tensor | None"]
 #: In the repr of an object that is described by its type alone.
 ADDRESS = r" at 0x[0-9a-fA-F]+"
 
@@ -148,30 +150,19 @@ def _digest(*values: Any) -> bytes:
     return hashlib.blake2b(repr(values).encode(), digest_size=16).digest()
 
 
-class Labels:
-    """The labels of a dataset's samples: those `given`, or where it offers them without reading: `targets`, `labels`, or the
-    second entries of `samples`. Raises ValueError if `given` is not one label for each sample."""
-
-    def __init__(self, dataset: Dataset[Any], given: Any = None) -> None:
-        if given is not None and len(given) != len(dataset):  # type: ignore[arg-type]
-            raise ValueError(
-                f"CacheConfig: targets must be one label for each of the {len(dataset)} samples, "  # type: ignore[arg-type]
-                f"got {len(given)}"
-            )
-        self._dataset, self._given = dataset, given
-
-    def of(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """Return the labels [n] of samples `ids` [n] as they are now, or None."""
-        if self._given is not None:
-            return torch.as_tensor(self._given)[ids]
-        out: torch.Tensor | None = None
-        for base, index, position in parts(self._dataset, ids):
-            labels = _labels(base)
-            if labels is None:
-                return None
-            out = labels.new_empty(len(ids)) if out is None else out
-            out[position] = labels[index.to(labels.device)].to(out)
-        return out
+def labels_of(dataset: Any, given: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """Return the labels [n] of samples `ids` [n] as they are now: those `given`, or what the dataset offers without reading,
+    in `targets`, `labels`, or the second entries of `samples`; or None."""
+    if given is not None:
+        return torch.as_tensor(given)[ids]
+    out: torch.Tensor | None = None
+    for base, index, position in parts(dataset, ids):
+        labels = _labels(base)
+        if labels is None:
+            return None
+        out = labels.new_empty(len(ids)) if out is None else out
+        out[position] = labels[index.to(labels.device)].to(out)
+    return out
 
 
 def _labels(base: Any) -> torch.Tensor | None:

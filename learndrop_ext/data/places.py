@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from learndrop_ext.data.extras import BatchExtras
-from learndrop_ext.data.keys import Labels
+from learndrop_ext.data.keys import LabelsOf
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.rows.slots import filled_at
 
@@ -41,7 +41,7 @@ class Places:
     by_sample: whether samples can be read one by one. If not, a batch of which some have no row runs whole.
     """
 
-    def __init__(self, rows: RowSet, extras: BatchExtras, labels: Labels | None, *, by_sample: bool) -> None:
+    def __init__(self, rows: RowSet, extras: BatchExtras, labels: LabelsOf | None, *, by_sample: bool) -> None:
         self._rows, self._extras, self._labels, self._by_sample = rows, extras, labels, by_sample
 
     def relabel(self) -> None:
@@ -88,7 +88,7 @@ class Places:
 
     def _label(self, ids: torch.Tensor, at: torch.Tensor) -> None:
         assert self._labels is not None
-        labels = self._labels.of(ids)
+        labels = self._labels(ids)
         assert labels is not None
         self._extras.put_labels(at, labels)
 

@@ -121,11 +121,10 @@ def first_batch_ids(loader: DataLoader[Any]) -> list[int]:
         # Do not copy a dataset that the sampler holds.
         sampler: Any = copy.deepcopy(loader.batch_sampler, {id(loader.dataset): loader.dataset})
         with fork_rng(0):
-            found = [i for i in map(id_of, next(iter(sampler), [])) if 0 <= i < size]
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
-        if "whole numbers" in str(error):
-            raise
-        found = []
+            drawn = list(next(iter(sampler), []))
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+        drawn = []
+    found = [i for i in map(id_of, drawn) if 0 <= i < size]
     return found or list(range(min(loader.batch_size or 32, size)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from learndrop_ext.data.extras import BatchExtras, InputKey, is_ambiguous, register
 from learndrop_ext.data.id_source import IdKey, IdSource
-from learndrop_ext.data.keys import Labels, check_described, sample_keys
+from learndrop_ext.data.keys import LabelsOf, check_described, labels_of, sample_keys
 from learndrop_ext.data.reading import (
     Kept,
     check_loader,
@@ -47,11 +48,17 @@ class DatasetSource:
         """Return what samples `ids` [n] are called in every run; see `sample_keys`."""
         return sample_keys(self.loader, ids, key=self._key_of, input=self._key)
 
-    def labels(self, extras: BatchExtras) -> Labels | None:
-        """Return the labels that the dataset offers without reading images, if the first batch holds them and no more."""
-        labels = Labels(self.loader.dataset, self._targets)
-        offered = extras.is_labels(self._first, labels.of(torch.tensor(self._first_ids)))
-        if self._targets is not None and not offered:
+    def labels(self, extras: BatchExtras) -> LabelsOf | None:
+        """Return what gives the labels that the dataset offers without reading images, see `labels_of`, if the first batch
+        holds them and no more."""
+        given = self._targets
+        if given is not None and len(given) != len(self):
+            raise ValueError(
+                f"CacheConfig: targets must be one label for each of the {len(self)} samples, got {len(given)}"
+            )
+        labels = partial(labels_of, self.loader.dataset, given)
+        offered = extras.is_labels(self._first, labels(torch.tensor(self._first_ids)))
+        if given is not None and not offered:
             raise ValueError(
                 "CacheConfig: targets must be the labels of the samples, and all that a batch holds beside its images, and "
                 "the first batch holds others"
