@@ -139,8 +139,7 @@ class PlannedBatches:
             left -= len(batches)
             ids = self._checked(list(chain.from_iterable(batches)))
             new = not all_seen and not bool(self.seen[ids].all())
-            whole = self._rows.cache is None and len(batches) == 1
-            for plan in [Plan.whole(ids)] if whole else self._places.plans(ids, [len(batch) for batch in batches]):
+            for plan in self._places.plans(ids, [len(batch) for batch in batches]):
                 if new:
                     self.seen[plan.ids] = True
                 yield plan

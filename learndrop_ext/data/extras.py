@@ -365,7 +365,11 @@ class BatchExtras:
         marked = with_input(batch, self.key, _Input())
 
         def is_leaf(value: Any) -> bool:
-            return value is not marked and _is_list_of_samples(value, count)
+            """Whether a container holds one value per sample and is not part of the batch's structure."""
+            if value is marked or not isinstance(value, list | tuple) or hasattr(value, "_fields"):
+                return False
+            holds_input = any(isinstance(one, _Input) for one in value)
+            return len(value) == count > 0 and not holds_input and not _is_square(value, count)
 
         pairs, spec = pytree.tree_flatten_with_path(marked, is_leaf=is_leaf)
         columns = []
@@ -420,13 +424,6 @@ def _kind(name: str, leaf: Any, count: int) -> tuple[str, str]:
         f"DropScheduler: every entry of a batch must be a tensor of {count} rows or a list of {count} values, one per "
         f"sample, or a value that is the same in all batches, got {got} at {name}"
     )
-
-
-def _is_list_of_samples(value: Any, count: int) -> bool:
-    """Whether a container holds one value per sample and is not part of the batch's structure."""
-    if not isinstance(value, list | tuple) or hasattr(value, "_fields") or len(value) != count or count == 0:
-        return False
-    return not _is_square(value, count) and not any(isinstance(one, _Input) for one in value)
 
 
 def _is_square(value: Any, count: int) -> bool:

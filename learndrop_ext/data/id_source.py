@@ -24,8 +24,8 @@ from learndrop_ext.rows.plan import lengthened
 TIMED_BATCHES = 32
 _END = object()
 
-Step = int | str
-IdKey = Step | tuple[Step, ...]
+#: Where ids are in a batch.
+IdKey = int | str | tuple[int | str, ...]
 
 
 class IdSource:
