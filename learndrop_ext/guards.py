@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from learndrop_ext.cudnn import without_benchmark
-from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, one_key, some_of, to_device
+from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, equal, input_of, one_key, some_of, to_device
 from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain
-from learndrop_ext.forward.images import Constant, Images, Operation, Standing, Trace, form_of
+from learndrop_ext.forward.images import Constant, Images, Operation, Standing, form_of
 from learndrop_ext.ops.digests import TensorDigests
 from learndrop_ext.preserve import attributes_preserved
 from learndrop_ext.rng import fork_rng
@@ -155,38 +155,35 @@ class ForwardProbe:
 
     def accept(self) -> None:
         """Accept what the layers compute now."""
-        self._trace: Trace | None = None
         self._row, self._trace = self._computed(), self._traced()
 
     def reason(self) -> str | None:
         """Say that the layers compute something else, or return None."""
         trace = self._traced()
-        if trace is not None and self._trace is not None and trace.operations == self._trace.operations:
+        if trace is not None and trace == self._trace:
             return None
         row, self._row, self._trace = self._row, self._computed(), trace
-        if row.shape == self._row.shape and bool(
-            ((self._row == row) | ((self._row != self._row) & (row != row))).all()
-        ):
+        if equal(row, self._row):
             return None
         return (
             f"the first {self._bypass.cuts[-1]} layers compute something else than when their rows were: what their forward "
             "reads beside its input has changed (an attribute, a hook, a global variable)"
         )
 
-    def _traced(self) -> Trace | None:
+    def _traced(self) -> list[Any] | None:
         """The operations of the layers, or None."""
         if not self._traces:
             return None
-        trace = Trace(self._trace)
+        trace: list[Any] = []
         standing = Standing(self._bypass, torch.zeros(1, dtype=torch.int64), None, 0, None, checked=True, trace=trace)
         try:
             self._run(Images(form_of(self._image), self._image.device, standing), opened=True)
         except Exception:  # whatever an operation that needs values raises
             self._traces = False
             return None
-        for constant in trace.constants():
-            if id(constant.tensor) not in self._guarded:
-                constant.keep()
+        for operand in (operand for _, operands, _ in trace for operand in operands):
+            if isinstance(operand, Constant) and id(operand.tensor) not in self._guarded:
+                operand.keep()
         return trace
 
     def _computed(self) -> torch.Tensor:

@@ -249,7 +249,7 @@ class DropLoader:
         form = like if like.shape[0] == count else Form((count, *like.shape[1:]), like.stride, like.dtype)
         standing = Standing(self._bypass, plan.ids, row, plan.level, self._reader, plan.some)
         device = self._rows.device if row is None else row.device
-        return Images(form, device, standing, pixels)  # type: ignore[no-any-return]
+        return Images(form, device, standing, pixels)
 
     def _mirrored(self, batch: Any, ids: torch.Tensor) -> Any:
         """A batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""

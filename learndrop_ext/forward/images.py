@@ -47,29 +47,17 @@ SLICES = frozenset({ATEN.slice, ATEN.split, ATEN.split_with_sizes})
 
 @dataclass(slots=True, eq=False)
 class Standing:
-    """What stands for some images: the ids of the samples and the rows of those that were not read.
+    """What stands for some images: the ids of the samples and the rows of those that were not read."""
 
-    Args:
-        owner: the object whose `inside` says what stands for the images on which the model's forward runs, if it does.
-        ids: [B] int64 (CPU).
-        rows: [B - m, ...], or None where all images were read.
-        at: number of layers behind which the rows enter.
-        read: ids -> images [B, ...].
-        some: [B] bool (CPU), which of the images were read, if some were and others not.
-        checked: whether a training call on them was noted.
-        trace: if given, notes the operations on them within the forward.
-        count: B.
-    """
-
-    owner: Any
-    ids: torch.Tensor
-    rows: torch.Tensor | None
-    at: int
-    read: Callable[[torch.Tensor], torch.Tensor] | None
-    some: torch.Tensor | None = None
-    checked: bool = False
-    trace: Trace | None = None
-    count: int = field(init=False)
+    owner: Any  # its `inside` is what stands for the images on which the model's forward runs, if it does
+    ids: torch.Tensor  # [B] int64 (CPU)
+    rows: torch.Tensor | None  # [B - m, ...], or None where all images were read
+    at: int  # number of layers behind which the rows enter
+    read: Callable[[torch.Tensor], torch.Tensor] | None  # ids -> images [B, ...]
+    some: torch.Tensor | None = None  # [B] bool (CPU), which of the images were read, if some were and others not
+    checked: bool = False  # whether a training call on them was noted
+    trace: list[Any] | None = None  # the operations on them within the forward are noted here
+    count: int = field(init=False)  # B
 
     def __post_init__(self) -> None:
         self.count = len(self.ids)
@@ -106,51 +94,6 @@ class Constant:
         return f"{some}" if self.values.numel() <= 8 else f"{some} of {list(self.values.shape)}"
 
 
-class Trace:
-    """The operations of a forward on images that were not read, in their order: each with its operands, and what its results
-    look like. before: another trace, of which equal operations are not analysed again."""
-
-    def __init__(self, before: Trace | None = None) -> None:
-        self.operations: list[tuple[tuple[Any, ...], Results]] = []
-        self._before = [] if before is None else before.operations
-
-    def note(self, func: Any, args: Any, kwargs: Any, operands: Sequence[Any]) -> tuple[Results, int]:
-        """Note an operation, and return its results' forms and its number."""
-        number = len(self.operations)
-        if number < len(self._before):
-            operation = self._before[number]
-            words = operation[0]
-            if words[0] is func and len(words) == 1 + len(operands) and all(map(_is_same, operands, words[1:])):
-                self.operations.append(operation)
-                return operation[1], number
-        self.operations.append(((func, *map(self._word, operands)), _forms(func, args, kwargs)))
-        return self.operations[-1][1], number
-
-    def constants(self) -> list[Constant]:
-        """Return the operands that are tensors with values."""
-        return [word for words, _ in self.operations for word in words if isinstance(word, Constant)]
-
-    @staticmethod
-    def _word(operand: Any) -> Any:
-        if not isinstance(operand, torch.Tensor):
-            return operand
-        if isinstance(operand, Unread):
-            return operand.number
-        return Constant(operand)
-
-
-def _is_same(operand: Any, word: Any) -> bool:
-    """Whether an operand is what a trace has noted of one."""
-    if not isinstance(operand, torch.Tensor):
-        return type(operand) is type(word) and bool(operand == word)
-    if isinstance(operand, Unread):
-        return bool(operand.number == word)
-    if type(word) is not Constant:
-        return False
-    is_unwritten = word.tensor is operand and word.version is not None and word.version == operand._version
-    return is_unwritten or word == Constant(operand)
-
-
 #: The forms of an operation's results, and the type in which it returns them; no forms if they are no tensors.
 Results = tuple[list["Form"], type]
 #: One operation of the loop on its images: its name and its other operands.
@@ -185,8 +128,7 @@ class Unread(torch.Tensor):
     number = -1, 0  # of the operation in `Standing.trace` that it came from, and among its results
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @staticmethod
-    def _make(cls: Any, form: Form, device: torch.device, standing: Standing) -> Any:
+    def __new__(cls, form: Form, device: torch.device, standing: Standing, *_: Any) -> Any:
         made = torch.Tensor._make_wrapper_subclass(
             cls, form.shape, strides=form.stride, dtype=form.dtype, device=device
         )
@@ -215,26 +157,18 @@ class Images(Unread):
     view shares with its batch, `seen` those that `operations` has.
     """
 
-    pixels: torch.Tensor | None
-    operations: tuple[Operation, ...]
-    memory: list[int]
-    seen: int
-
-    @staticmethod
-    def __new__(
-        cls,
+    def __init__(
+        self,
         form: Form,
         device: torch.device,
         standing: Standing,
         pixels: torch.Tensor | None = None,
         operations: tuple[Operation, ...] = (),
         memory: list[int] | None = None,
-    ) -> Any:
-        made = Unread._make(cls, form, device, standing)
-        made.pixels, made.operations = pixels, operations
-        made.memory = [0] if memory is None else memory
-        made.seen = made.memory[0]
-        return made
+    ) -> None:
+        self.pixels, self.operations = pixels, operations
+        self.memory = [0] if memory is None else memory
+        self.seen = self.memory[0]
 
     def __repr__(self) -> str:  # type: ignore[override]
         read = "not read" if self.pixels is None else "read, for the model alone"
@@ -348,13 +282,8 @@ class Images(Unread):
 class Feature(Unread):
     """A tensor of a dropped layer, `of`, or one computed from it before the row enters. It has no values."""
 
-    of: str
-
-    @staticmethod
-    def __new__(cls, form: Form, device: torch.device, standing: Standing, of: str) -> Any:
-        made = Unread._make(cls, form, device, standing)
-        made.of = of
-        return made
+    def __init__(self, form: Form, device: torch.device, standing: Standing, of: str) -> None:
+        self.of = of
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Feature({list(self.shape)}, of the dropped layer {self.of}, not computed)"
@@ -377,11 +306,9 @@ class Feature(Unread):
                 f"drop.loader: {packet.__name__} would write a dropped layer's output, which is not computed any more, into "
                 "a tensor of the model; drop fewer layers"
             )
-        number = -1
-        if trace is None:
-            forms, kind = _forms(func, args, kwargs)
-        else:
-            (forms, kind), number = trace.note(func, args, kwargs, operands)
+        forms, kind = _forms(func, args, kwargs)
+        if trace is not None:
+            trace.append((func, _noted(operands), forms))
         if not forms:
             raise _absent(packet, of)
         if writes:
@@ -390,7 +317,7 @@ class Feature(Unread):
         made = [Feature(form, device, x.standing, of) for form in forms]
         if trace is not None:
             for i, feature in enumerate(made):
-                feature.number = number, i
+                feature.number = len(trace) - 1, i
         return made[0] if kind is torch.Tensor else kind(made)
 
 
@@ -443,9 +370,11 @@ def _forms(func: Any, args: Any, kwargs: Any) -> Results:
 
 
 def _noted(operand: Any) -> Any:
-    """An operand beside the images, as `Images.operations` has it."""
+    """An operand, as `Images.operations` and `Standing.trace` have it."""
     if isinstance(operand, list | tuple):
         return tuple(map(_noted, operand))
+    if isinstance(operand, Unread):
+        return operand.number
     return Constant(operand) if isinstance(operand, torch.Tensor) else operand
 
 
@@ -517,10 +446,14 @@ def _joined(images: Sequence[Images]) -> Images:
             for x in images
         ]
     )
+    joined = None
+    if rows:  # with the strides of each: torch.cat by itself keeps those of channels-last rows only
+        joined = rows[0].new_empty_strided((sum(map(len, rows)), *rows[0].shape[1:]), rows[0].stride())
+        torch.cat(rows, out=joined)
     standing = replace(
         first.standing,
         ids=torch.cat([x.standing.ids for x in images]),
-        rows=_joined_rows(rows) if rows else None,
+        rows=joined,
         at=max(cuts, default=0),
         some=some if rows and pixels else None,
     )
@@ -530,7 +463,7 @@ def _joined(images: Sequence[Images]) -> Images:
 def _batch(like: Images, standing: Standing, pixels: torch.Tensor | None, memory: list[int] | None = None) -> Images:
     """Other samples that went through the same operations."""
     form = Form((standing.count, *like.shape[1:]), like.stride(), like.dtype)
-    return Images(form, like.device, standing, pixels, like.operations, memory)  # type: ignore[no-any-return]
+    return Images(form, like.device, standing, pixels, like.operations, memory)
 
 
 def format_of(rows: torch.Tensor) -> torch.memory_format:
@@ -542,13 +475,6 @@ def format_of(rows: torch.Tensor) -> torch.memory_format:
 def samples_at(stack: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Return the samples at positions `at` [n] (CPU) of a stack [B, ...], n <= B, with its strides."""
     return torch.index_select(stack, 0, at.to(stack.device), out=torch.empty_like(stack[: len(at)]))
-
-
-def _joined_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows one behind the other, with the strides of each: torch.cat keeps those of channels-last rows only."""
-    first = rows[0]
-    out = first.new_empty_strided((sum(map(len, rows)), *first.shape[1:]), first.stride())
-    return torch.cat(list(rows), out=out)
 
 
 def _absent(packet: Any, of: str) -> RuntimeError:
