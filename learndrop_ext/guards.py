@@ -121,12 +121,7 @@ class ForwardProbe:
     have changed where no weight has.
 
     Their operations are compared first, on one image that was not read, which computes nothing. Where they differ or cannot
-    run without values, the row of an image is compared.
-
-    Args:
-        bypass: runs the model.
-        call: calls it on images, in the loop's way.
-        image: [1, ...].
+    run without values, the row of `image` [1, ...] is compared.
     """
 
     def __init__(self, bypass: Bypass, call: Callable[[torch.Tensor], Any], image: torch.Tensor) -> None:
@@ -234,15 +229,10 @@ class LoopGuard:
         images.check_memory()
         if self.operations is not None and images.operations != self.operations:
             raise RuntimeError(
-                self._other(describe_operations(self.operations), describe_operations(images.operations))
+                "drop.loader: the loop must do the same to the images of every batch while layers are dropped, because "
+                f"cached rows stand for them: wanted {describe_operations(self.operations)}, got "
+                f"{describe_operations(images.operations)}; move what changes into the dataset or the model"
             )
-
-    @staticmethod
-    def _other(wanted: str, got: str) -> str:
-        return (
-            "drop.loader: the loop must do the same to the images of every batch while layers are dropped, because cached "
-            f"rows stand for them: wanted {wanted}, got {got}; move what changes into the dataset or the model"
-        )
 
 
 def _autocast(images: torch.Tensor) -> torch.dtype | None:
@@ -255,67 +245,8 @@ def describe_operations(operations: Sequence[Operation]) -> str:
     return ", then ".join(f"{name}({', '.join(map(str, rest))})" for name, *rest in operations) or "nothing"
 
 
-class DataGuard:
-    """The images of samples, by digests noted when their rows were kept, and the rest of their batches."""
-
-    def __init__(self, rows: RowSet, *, key: InputKey, like: Any, extras: BatchExtras) -> None:
-        self._rows, self._key, self._like, self._extras = rows, key, like, extras
-
-    def note(self, batch: Any, ids: torch.Tensor, makes: torch.Tensor) -> None:
-        """Note the images of samples `ids` [B]: of those whose rows are about to be kept (`makes` [B] bool), and of others
-        that were not noted yet."""
-        images = input_of(batch, self._key)
-        new = torch.nonzero(makes | ~self._rows.digests.of(ids)[0]).flatten()
-        if len(new) < len(ids):
-            ids, images = ids[new], images[new.to(images.device)]
-        if len(ids):
-            self._rows.digests.note(ids, image_digests(images))
-
-    def check_shape(self, batch: Any) -> None:
-        """Raise RuntimeError if the images have another shape."""
-        shape, wanted = (list(input_of(one, self._key).shape[1:]) for one in (batch, self._like))
-        if shape != wanted:
-            raise RuntimeError(
-                f"drop.loader: images must keep their shape {wanted} while layers are dropped, got {shape}; call "
-                "drop.undrop() and make a new DropScheduler for images of another size"
-            )
-
-    def reason(
-        self, batch: Any, ids: torch.Tensor, places: torch.Tensor | None, others: Sequence[Any] = (), *, random: bool
-    ) -> str | None:
-        """Say what has changed of samples `ids` [B], whose extras lie at `places` [B] if they are known, or return None.
-
-        Args:
-            batch: the samples as they are read now.
-            others: further readings of random samples.
-            random: whether images differ each time they are read; then only the rest is compared.
-        """
-        changed = None
-        known, before = self._rows.digests.of(ids)
-        if not random and len(before):
-            images = input_of(batch, self._key)
-            now = image_digests(images[torch.nonzero(known).flatten().to(images.device)])
-            changed = None if torch.equal(now, before.to(now.device)) else "the images"
-        if changed is None and places is not None:
-            changed = self._extras.first_difference(batch, places, others)
-        return (
-            changed and f"{changed} of some samples are no longer what the dataset gave when their rows were computed"
-        )
-
-
 class Guards:
-    """All guards of a run, and the one reaction to them.
-
-    Args:
-        chain: the model's layers.
-        source: the samples.
-        rows: the rows.
-        extras: what is kept of the batches beside their rows.
-        key: position of the model's input in a batch.
-        like: a batch with the structure of all.
-        run: calls the model on images [n, ...], in the loop's way.
-        bypass: runs the model without its dropped layers.
-    """
+    """All guards of a run, and the one reaction to them. Images are compared by digests, noted when their rows were kept."""
 
     def __init__(
         self,
@@ -325,14 +256,13 @@ class Guards:
         extras: BatchExtras,
         *,
         key: InputKey,
-        like: Any,
-        run: Callable[[torch.Tensor], Any],
+        like: Any,  # a batch with the structure of all
+        run: Callable[[torch.Tensor], Any],  # calls the model on images [n, ...], in the loop's way
         bypass: Bypass,
     ) -> None:
         self.loop = LoopGuard()
         self._chain, self._source, self._rows, self._extras = chain, source, rows, extras
         self._key, self._like, self._run, self._bypass = key, like, run, bypass
-        self._data = DataGuard(rows, key=key, like=like, extras=extras)
         self._tensors: FrozenTensors | None = None
         self._probe: ForwardProbe | None = None
         self._optimizer: torch.optim.Optimizer | None = None
@@ -383,16 +313,15 @@ class Guards:
         generator = torch.Generator()
         generator.seed()  # other samples in each run
         ids = kept[torch.randint(len(kept), (PROBES,), generator=generator)].unique()
-        random = self._has_random_views()
         batch, *others = [
             to_device(self._source.read(ids.tolist(), epoch + i), self._rows.device)
-            for i in range(READINGS if random else 1)
+            for i in range(READINGS if self._has_random_views() else 1)
         ]
         self.check_batch(batch, ids)
         places = self._rows.places(ids)
         # What another run has left, or this one before it was resumed, has no labels yet.
         rest = places if bool(filled_at(self._extras, places).all()) else None
-        if changed := self._data.reason(batch, ids, rest, others, random=random):
+        if changed := self._changed_data(batch, ids, rest, others):
             self._discard("loader", changed, data=True)
 
     def check_step(self, images: Images, trains: bool) -> None:
@@ -404,55 +333,52 @@ class Guards:
             self._tensors.check_step()
         if reason := self.loop.check(images):
             self._discard("loader", reason)
-        if self.loop.autocast is None:
-            self._cast_old(images.standing)
-        read, count = images.count_read, images.standing.count
+        standing, read = images.standing, images.count_read
+        row, at = standing.rows, standing.at
+        if self.loop.autocast is None and row is not None and row.dtype != self._rows.dtype(at):
+            # A batch that was given before its rows were discarded trains on them for the last time, whatever they are: in
+            # the dtype of the weights behind them.
+            standing.rows = row.to(next(self._chain.parameters(at, at + 1)).dtype)
         if read:
             self._rows.begin_making(False, read)
-        if count > read and images.standing.at < self._rows.cut:
-            self._rows.begin_making(True, count - read)
-
-    def _cast_old(self, standing: Standing) -> None:
-        """A batch that was given before its rows were discarded trains on them for the last time, whatever they are: without
-        autocast, in the dtype of the weights behind them."""
-        row, at = standing.rows, standing.at
-        if row is not None and row.dtype != self._rows.dtype(at):
-            standing.rows = row.to(next(self._chain.parameters(at, at + 1)).dtype)
+        if standing.count > read and at < self._rows.cut:
+            self._rows.begin_making(True, standing.count - read)
 
     def check_batch(self, batch: Any, ids: torch.Tensor) -> None:
         """Raise ValueError or RuntimeError unless a batch has all of its samples `ids` [B], in the shape of all."""
         check_count(batch, len(ids), self._key)
-        self._data.check_shape(batch)
+        self._check_shape(batch)
 
     def are_same(self, batch: Any, ids: torch.Tensor) -> bool:
         """Return whether the images of samples `ids` [B], which are read for the rest of their batch, are those of their
         rows. If not, the rows are discarded."""
-        changed = None if self._has_random_views() else self._data.reason(batch, ids, None, random=False)
+        changed = self._changed_data(batch, ids, None)
         if changed:
             self._discard("loader", changed, data=True)
         return not changed
 
     def note(self, batch: Any, ids: torch.Tensor, makes: torch.Tensor) -> None:
-        """Note the images of samples `ids` [B], see `DataGuard.note`."""
-        if not self._has_random_views():
-            self._data.note(batch, ids, makes)
+        """Note the images of samples `ids` [B]: of those whose rows are about to be kept (`makes` [B] bool), and of others
+        that were not noted yet."""
+        if self._has_random_views():
+            return
+        images = input_of(batch, self._key)
+        new = torch.nonzero(makes | ~self._rows.digests.of(ids)[0]).flatten()
+        if len(new) < len(ids):
+            ids, images = ids[new], images[new.to(images.device)]
+        if len(ids):
+            self._rows.digests.note(ids, image_digests(images))
 
     def compare(self, batch: Any, ids: torch.Tensor, again: torch.Tensor | None) -> bool:
-        """Compare a few samples of a batch of images with what they were when their rows were kept.
-
-        Args:
-            batch: the images of samples `ids`, on the device.
-            ids: [B].
-            again: [n] positions in the batch of ids that came before in this epoch; these are compared first.
-
-        Returns:
-            Whether any sample of the batch has a row, so that a change could be seen.
+        """Compare a few samples of a batch of images with what they were when their rows were kept, first those of ids that
+        came before in this epoch (`again` [n] are their positions). Return whether any sample of the batch has a row, so
+        that a change could be seen.
 
         Raises:
             RuntimeError: the shape of the images has changed.
             ValueError: an id stands for two samples in one epoch.
         """
-        self._data.check_shape(batch)
+        self._check_shape(batch)
         there = torch.nonzero(self._rows.filled(ids) & filled_at(self._extras, self._rows.places(ids))).flatten()
         if not len(there):
             return False
@@ -463,7 +389,7 @@ class Guards:
         generator = torch.Generator().manual_seed(self._rows.config.seed + self._rows.epoch)
         take = among[torch.randperm(len(among), generator=generator)[:PROBES]]
         part = some_of(batch, take, key=self._key, like=self._like)
-        if changed := self._data.reason(part, ids[take], self._rows.places(ids[take]), random=False):
+        if changed := self._changed_data(part, ids[take], self._rows.places(ids[take])):
             if again is not None and len(repeated):
                 raise ValueError(
                     "drop.loader: an id must stand for one sample, got two samples with the same id in one iteration over "
@@ -485,6 +411,31 @@ class Guards:
     def checksum(self, k: int) -> str:
         """Return a digest of the weights and buffers of the first k layers, the same in every process."""
         return weights_digest(self._chain.recorded.before(k), self._chain.parameters(0, k)) if k else ""
+
+    def _check_shape(self, batch: Any) -> None:
+        shape, wanted = (list(input_of(one, self._key).shape[1:]) for one in (batch, self._like))
+        if shape != wanted:
+            raise RuntimeError(
+                f"drop.loader: images must keep their shape {wanted} while layers are dropped, got {shape}; call "
+                "drop.undrop() and make a new DropScheduler for images of another size"
+            )
+
+    def _changed_data(
+        self, batch: Any, ids: torch.Tensor, places: torch.Tensor | None, others: Sequence[Any] = ()
+    ) -> str | None:
+        """Say what has changed of samples `ids` [B] as they are read now, or return None. Their extras lie at `places` [B],
+        if they are known. Of random views only the rest of the batch is compared; `others` are further readings of it."""
+        changed = None
+        known, before = self._rows.digests.of(ids)
+        if len(before) and not self._has_random_views():
+            images = input_of(batch, self._key)
+            now = image_digests(images[torch.nonzero(known).flatten().to(images.device)])
+            changed = None if torch.equal(now, before.to(now.device)) else "the images"
+        if changed is None and places is not None:
+            changed = self._extras.first_difference(batch, places, others)
+        return (
+            changed and f"{changed} of some samples are no longer what the dataset gave when their rows were computed"
+        )
 
     def _has_random_views(self) -> bool:
         return self._rows.views > 1 and not self._rows.config.mirror
