@@ -15,8 +15,6 @@ from learndrop_ext.rng import fork_rng
 
 #: Attributes that every module has.
 TABLES = frozenset(vars(nn.Module()))
-#: Values without contents.
-PLAIN = frozenset({bool, int, float, str, bytes, tuple, type(None), FunctionType, torch.Tensor})
 
 
 def normal_tensors() -> contextlib.AbstractContextManager[Any]:
@@ -67,8 +65,6 @@ def attributes_preserved(model: nn.Module, *, tables: bool = True) -> Iterator[N
 
 def _contents(value: Any) -> list[Any] | dict[Any, Any] | set[Any] | None:
     """What can be emptied and filled again of an attribute's value."""
-    if type(value) in PLAIN:
-        return None
     if isinstance(value, list | dict | set):
         return value
     if isinstance(value, nn.Module | torch.Tensor | type | ModuleType | FunctionType):
