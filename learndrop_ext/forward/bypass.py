@@ -27,11 +27,7 @@ Keep = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ReachedError(Exception):
-    """The forward has reached a cut, with a row [B, ...]."""
-
-    def __init__(self, row: torch.Tensor) -> None:
-        super().__init__()
-        self.row = row
+    """The forward has reached a cut, with the row [B, ...] that is its argument."""
 
 
 class Bypass:
@@ -43,19 +39,14 @@ class Bypass:
     row that arrives at the cut goes through `keep`. Given a batch of which some images were read, the model's forward runs
     on these alone up to the cut, and then on the rows of all. A copy of the model, by `copy` or `pickle`, is an ordinary
     model.
-
-    Args:
-        recorded: the model and its layers.
-        keep: is given the rows of images of `drop.loader` in training; what it returns goes on.
-        watch: is called with the images of each call, and whether it trains, before the forward.
     """
 
     def __init__(
         self,
         recorded: Recorded,
         *,
-        keep: Keep = lambda cut, ids, row: row,
-        watch: Callable[[Images, bool], None] = lambda images, trains: None,
+        keep: Keep = lambda cut, ids, row: row,  # is given the rows of training; what it returns goes on
+        watch: Callable[[Images, bool], None] = lambda images, trains: None,  # is called before each forward on images
     ) -> None:
         self.model, self.recorded = recorded.model, recorded
         self.inside: Standing | None = None  # what stands for the images on which the model's forward runs
@@ -64,10 +55,8 @@ class Bypass:
         self.calls = 0  # training calls on batches of drop.loader since `forget_calls`
         self._keep, self._watch = keep, watch
         self._current: Images | None = None  # the images whose rows are kept
-        self._end, self._opened = (
-            0,
-            False,
-        )  # the cut at which the forward ends, and whether it runs all modules before it
+        self._end = 0  # the cut at which the forward ends
+        self._opened = False  # whether it runs all modules before it
         self._traced: torch.Tensor | None = None
         self._around: list[nn.Module] = []
         self._live_again: list[nn.Module] = []  # modules around the cut that were in train mode
@@ -129,25 +118,21 @@ class Bypass:
             self._modes = modes
             self.put(cuts)
 
-    def check(self, images: Images) -> None:
-        """Note a training call on images, before its forward."""
-        self.calls += 1
-        self._watch(images, True)
+    def check(self, images: Images, trains: bool) -> None:
+        """Note a call on images, before its forward."""
+        self.calls += trains
+        self._watch(images, trains)
 
     def row(self, call: Callable[[], Any], *, at: int = 0, opened: bool = False) -> torch.Tensor:
-        """Return what arrives at a cut when `call()` calls the model, kept on the way. The forward ends there.
-
-        Args:
-            call: calls the model.
-            at: the cut. Default: the last one
-            opened: run the forwards of all modules before it, on images that were not read too.
-        """
+        """Return what arrives at cut `at`, by default the last one, when `call()` calls the model, kept on the way. The
+        forward ends there. opened: run the forwards of all modules before it, on images that were not read too."""
         before, end = (self._end, self._opened), at or self.cuts[-1]
         self._end, self._opened = end, opened
         try:
             call()
         except ReachedError as reached:
-            return reached.row
+            row: torch.Tensor = reached.args[0]
+            return row
         finally:
             self._end, self._opened = before
         raise RuntimeError(f"drop.model: the forward must pass {self.recorded.cut(end).path}, and did not")
@@ -186,10 +171,7 @@ class Bypass:
             self._begin(images, keeps=False)
             return None
         if not images.standing.checked:
-            if trains:
-                self.check(images)
-            else:
-                self._watch(images, False)
+            self.check(images, trains)
         ready = images
         if images.standing.some is not None:
             ready = self._completed(images, args, kwargs, keeps=trains)
@@ -298,9 +280,6 @@ class _Skipped:
                 )
             if self.runs or self.bypass._opened:
                 return self._run(*args, **kwargs)
-            form = self._known.get(x.standing.count)
-            if type(form) is Form:
-                return Feature(form, x.device, x.standing, self.call.path)
             return self._filled(x.standing.count, lambda form: Feature(form, x.device, x.standing, self.call.path))
         try:
             with torch.no_grad():
@@ -320,28 +299,23 @@ class _Skipped:
 
     def _filled(self, B: int, made_of: Callable[[Form], Any]) -> Any:
         """What the module would return for B samples, without values."""
-        output = self._known.get(B)
-        if output is None:
+        if B not in self._known:
             recorded = self.bypass.recorded.samples
-            output = self._known[B] = pytree.tree_map_only(Form, lambda form: form.of(B, recorded), self.call.output)
-        return pytree.tree_map_only(Form, made_of, output)
+            self._known[B] = pytree.tree_map_only(Form, lambda form: form.of(B, recorded), self.call.output)
+        output = self._known[B]
+        return made_of(output) if type(output) is Form else pytree.tree_map_only(Form, made_of, output)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return copy.deepcopy(self._run, memo)
 
     def __reduce__(self) -> Any:
-        return _its_own, (self.module,)
+        return getattr, (self.module, "forward")  # that of its class: attributes are unpickled later
 
 
 def _nan(row: torch.Tensor, form: Form) -> torch.Tensor:
     """A tensor of this form that takes no memory, on the device of the row."""
     value = float("nan") if form.dtype.is_floating_point else 0
     return row.new_full((), value, dtype=form.dtype).expand(form.shape)
-
-
-def _its_own(module: nn.Module) -> Any:
-    """The forward of a module's class, for an unpickled module."""
-    return type(module).forward.__get__(module)
 
 
 def bypass_of(model: nn.Module) -> Bypass | None:

@@ -101,10 +101,7 @@ class Prefix(_Part):
 
 
 class Suffix(_Part):
-    """The layers of a model behind its first k. See `Chain.suffix`.
-
-    bypass: runs the model on rows. If it has no cut in place, it gets one for each call.
-    """
+    """The layers of a model behind its first k. See `Chain.suffix`. A bypass without a cut gets one for each call."""
 
     def __init__(self, chain: Chain, k: int, bypass: Bypass) -> None:
         super().__init__(chain, chain.recorded.behind(k), k, len(chain))
@@ -142,7 +139,7 @@ def row_at(chain: Chain, k: int, call: Callable[[], Any]) -> torch.Tensor:
     try:
         call()
     except ReachedError as reached:
-        row: torch.Tensor = reached.row
+        row: torch.Tensor = reached.args[0]
         return row
     finally:
         hook.remove()

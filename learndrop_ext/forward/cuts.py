@@ -39,41 +39,25 @@ class Hook:
         """Asked for by torch.jit.script, which would compile the hook: AttributeError."""
         raise AttributeError("torch.jit.script must get a model without dropped layers: call drop.close() first")
 
-    def __deepcopy__(self, memo: Any) -> Any:
-        return _nothing
-
     def __reduce__(self) -> Any:
-        return _no_hook, ()
+        return Hook, (_nothing,)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The end of a layer: where a tensor leaves `module` or, at its entry, enters it.
+    """The end of a layer: where a tensor leaves `module` or, at its entry, enters it."""
 
-    Args:
-        path: name of the module.
-        module: the module.
-        is_entry: whether the tensor enters the module.
-        at: number of operations before it in the recorded forward.
-        shape: shape of the tensor without the batch dimension.
-        dtype: its dtype.
-        written: whether a later operation of the forward writes into it.
-    """
-
-    path: str
+    path: str  # name of the module
     module: nn.Module = field(repr=False)
-    is_entry: bool
-    at: int = field(repr=False)
-    shape: tuple[int, ...]
+    is_entry: bool  # whether the tensor enters the module
+    at: int = field(repr=False)  # number of operations before it in the recorded forward
+    shape: tuple[int, ...]  # without the batch dimension
     dtype: torch.dtype
-    written: bool = field(repr=False)
+    written: bool = field(repr=False)  # whether a later operation of the forward writes into the tensor
 
     def watch(self, function: Callable[[Any], Any]) -> Any:
         """Call `function` on each tensor that passes, before all other hooks; what it returns goes on, unless it is None.
-
-        Returns:
-            A handle with a method `remove`.
-        """
+        Return a handle with a method `remove`."""
         if not self.is_entry:
             return self.module.register_forward_hook(Hook(lambda _, args, output: function(output)), prepend=True)
 
@@ -110,23 +94,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What two recorded forwards of a model say. Cuts are numbered by the layers before them.
-
-    Args:
-        model: the model.
-        layers: its layers.
-        calls: the module calls in eval mode, in the order in which they began.
-        samples: number of samples that were recorded.
-        storing: modules with an attribute in which forward has stored a tensor of the images.
-        reentrant: whether a reentrant checkpoint ran, whose part learns only if its input has a gradient.
-    """
+    """What two recorded forwards of a model say. Cuts are numbered by the layers before them."""
 
     model: nn.Module = field(repr=False)
     layers: tuple[Layer, ...]
-    calls: tuple[ModuleCall, ...] = field(repr=False)
-    samples: int
-    storing: frozenset[nn.Module] = field(repr=False)
-    reentrant: bool
+    calls: tuple[ModuleCall, ...] = field(repr=False)  # those in eval mode, in the order in which they began
+    samples: int  # number of samples that were recorded
+    storing: frozenset[nn.Module] = field(repr=False)  # modules in an attribute of which forward stored a tensor
+    reentrant: bool  # whether a reentrant checkpoint ran, whose part learns only if its input has a gradient
 
     def cut(self, k: int) -> Cut:
         """Return the cut behind the first k layers."""
@@ -171,12 +146,8 @@ class Recorded:
 def record_layers(model: nn.Module, call: Callable[[], Any], image: torch.Tensor) -> Recorded:
     """Find a model's layers by recording two forwards of a few samples, in eval and in train mode.
 
-    The model is left as it was: modes, buffers, attributes and gradients, and the random state.
-
-    Args:
-        model: the model.
-        call: calls it on `image`; for models that take more, with the rest.
-        image: [B, ...], B >= 2 samples, because batch statistics need two values.
+    The model is left as it was: modes, buffers, attributes and gradients, and the random state. `call` calls it on `image`
+    [B, ...], B >= 2 samples, because batch statistics need two values; for models that take more, with the rest.
 
     Raises:
         ValueError: the model has no cut.
@@ -325,7 +296,3 @@ def _is_weight(model: nn.Module, name: str) -> bool:
 
 def _nothing(*_: Any) -> None:
     """What a copy of the model has in place of a hook."""
-
-
-def _no_hook() -> Callable[..., None]:
-    return _nothing

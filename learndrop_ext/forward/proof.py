@@ -23,12 +23,7 @@ def check_cut(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch
 
     Rows must be a function of the sample: the first half of the images runs together with the other half and with itself,
     with two random seeds. And with all layers before the cut absent, the model's outputs must be equal to the bit.
-
-    Args:
-        chain: the layers.
-        k: number of layers to drop.
-        run: calls the model on images like x, in the loop's way.
-        x: [B, ...] images, B >= 2.
+    `run` calls the model on images like x [B, ...], B >= 2, in the loop's way.
 
     Raises:
         ValueError: rows depend on the other samples of a batch or on the random state. Names the innermost module whose

@@ -63,26 +63,19 @@ class Recording(TorchDispatchMode):
 
     Each tensor that enters or leaves a module is copied on the way, so that its storage is needed later only if the
     forward goes on from what the module was given or has returned, and not from another reference to the same values.
-
-    Attributes:
-        calls: all module calls, in the order in which they began.
-        now: number of operations.
-        escape: the last operation before a value of the images was given to Python; `now` if there is none.
-        made, last: operation that made a storage of the images, and the last one that used it.
-        uses: operations that used a parameter together with a value of the images, by the parameter's name.
-        flops: FLOPs of each operation that has some.
-        storing: modules with an attribute that holds a tensor of the images.
     """
 
     def __init__(self, model: nn.Module, image: torch.Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[ModuleCall] = []
-        self.now, self.escape = 0, -1
-        self.made = {_storage(image): 0}
-        self.last: dict[int, int] = {}
+        self.calls: list[ModuleCall] = []  # of all modules, in the order in which they began
+        self.now = 0  # number of operations
+        self.escape = -1  # the last one before a value of the images was given to Python; `now` if there is none
+        self.made = {_storage(image): 0}  # storage of the images -> operation that made it
+        self.last: dict[int, int] = {}  # and the last one that used it
+        # By the name of a parameter: operations that used it together with a value of the images.
         self.uses: dict[str, list[int]] = defaultdict(list)
-        self.flops: dict[int, int] = {}
-        self.storing: frozenset[nn.Module] = frozenset()
+        self.flops: dict[int, int] = {}  # of each operation that has some
+        self.storing: frozenset[nn.Module] = frozenset()  # with an attribute that holds a tensor of the images
         self._written: dict[int, int] = {}  # last operation that wrote into a storage, or into a copy of it
         self._copy_of: dict[int, int] = {}
         self._model, self._names = model, {module: name for name, module in model.named_modules()}
