@@ -9,11 +9,12 @@ follow. Dropout belongs to the next layer, so that its noise stays fresh.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from learndrop_ext.cudnn import without_benchmark
-from learndrop_ext.forward.record import GIVEN, RANDOM, ModuleCall, Passing, Recording
+from learndrop_ext.forward.record import GIVEN, RANDOM, ModuleCall, Recording
 from learndrop_ext.preserve import preserved
 
 
@@ -190,48 +191,30 @@ def _reentrant_checkpoints() -> Iterator[list[None]]:
         CheckpointFunction.forward = staticmethod(forward)  # type: ignore[method-assign]
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A tensor that the forward goes on from alone. is_quiet: no random numbers since the last operation with weights."""
-
-    call: ModuleCall
-    passing: Passing
-    is_entry: bool
-    gap: int
-    is_quiet: bool
-
-    @property
-    def size(self) -> int:
-        return torch.Size(self.passing.form.shape).numel()
-
-
 def _cuts(model: nn.Module, evaluated: Recording, trained: Recording, samples: int) -> list[Cut]:
     """One cut in each gap between two operations with weights, before any dropout there.
 
     It is the last output of a module, or, where that makes the rows smaller, an input: that of the module behind a
     functional pool.
     """
-    seen = {(c.call.path, c.is_entry): c for c in _candidates(trained, model, samples)}
+    twins = {(cut.path, cut.is_entry): (cut, is_quiet) for cut, _, is_quiet in _candidates(trained, model, samples)}
     missing = {call.path for call in evaluated.calls} - {call.path for call in trained.calls}
-    gaps: dict[int, list[tuple[_Candidate, _Candidate | None]]] = {}
-    for c in _candidates(evaluated, model, samples):
-        twin = seen.get((c.call.path, c.is_entry))
-        if twin is not None or c.call.path in missing:
-            gaps.setdefault(c.gap, []).append((c, twin))
+    gaps: dict[int, list[tuple[Cut, bool]]] = {}
+    for cut, gap, _ in _candidates(evaluated, model, samples):
+        twin, is_quiet = twins.get((cut.path, cut.is_entry), (cut, True))
+        if twin is not cut or cut.path in missing:
+            gaps.setdefault(gap, []).append((replace(cut, written=cut.written or twin.written), is_quiet))
     cuts = []
-    for _, pairs in sorted(gaps.items()):
-        quiet = [(c, twin) for c, twin in pairs if twin is None or twin.is_quiet] or pairs
-        outputs = [pair for pair in quiet if not pair[0].is_entry] or quiet[:1]
-        last = max(outputs, key=lambda pair: pair[0].passing.at)
-        c, twin = min((last, *(pair for pair in quiet if pair[0].is_entry)), key=lambda pair: pair[0].size)
-        written = evaluated.is_written(c.passing) or (twin is not None and trained.is_written(twin.passing))
-        form = c.passing.form
-        cuts.append(Cut(c.call.path, c.call.module, c.is_entry, c.passing.at, form.shape[1:], form.dtype, written))
+    for _, found in sorted(gaps.items()):
+        quiet = [cut for cut, is_quiet in found if is_quiet] or [cut for cut, _ in found]
+        last = max([cut for cut in quiet if not cut.is_entry] or quiet[:1], key=lambda cut: cut.at)
+        cuts.append(min((last, *(cut for cut in quiet if cut.is_entry)), key=lambda cut: math.prod(cut.shape)))
     return cuts
 
 
-def _candidates(recording: Recording, model: nn.Module, samples: int) -> Iterator[_Candidate]:
-    """The tensors that enter or leave modules called once, and from which alone the forward goes on."""
+def _candidates(recording: Recording, model: nn.Module, samples: int) -> Iterator[tuple[Cut, int, bool]]:
+    """The tensors that enter or leave modules called once, and from which alone the forward goes on. Of each, the operations
+    with weights before it are counted, and whether no random numbers were drawn since the last of these."""
     learning = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     alive, shared = recording.alive(), recording.shared(learning)
     weighted = sorted(when for name, uses in recording.uses.items() if _is_weight(model, name) for when in uses)
@@ -246,12 +229,13 @@ def _candidates(recording: Recording, model: nn.Module, samples: int) -> Iterato
                 continue
             if alive[passing.at] != 1 or shared[passing.at]:
                 continue
-            form, at = passing.form, passing.at
+            form, at, is_entry = passing.form, passing.at, passing is call.entry
             gap = bisect_right(weighted, at)
             is_row = len(form.shape) > 1 and form.shape[0] == samples and form.dtype.is_floating_point
             if is_row and 0 < gap < len(weighted) and recording.last.get(passing.storage, 0) > at:
                 is_quiet = not any(weighted[gap - 1] < when <= at for when in noise)
-                yield _Candidate(call, passing, passing is call.entry, gap, is_quiet)
+                written = recording.is_written(passing)
+                yield Cut(call.path, call.module, is_entry, at, form.shape[1:], form.dtype, written), gap, is_quiet
 
 
 def _layers(model: nn.Module, recording: Recording, cuts: Sequence[Cut], samples: int) -> tuple[Layer, ...]:
