@@ -65,11 +65,10 @@ class Bypass:
 
     def put(self, cuts: Sequence[int]) -> None:
         """Drop all layers before the last of `cuts`. Rows may enter at each of them, and are kept at each."""
-        modes = self._modes
         self.leave()
         for one in self._placed:
             one.remove()
-        self.cuts, self._placed, self._around, self.frozen, self._modes = tuple(cuts), [], [], (), {}
+        self.cuts, self._placed, self._around, self.frozen = tuple(cuts), [], [], ()
         if not cuts:
             return
         self._around = self.recorded.around(cuts[-1])
@@ -86,7 +85,7 @@ class Bypass:
 
         calls = {call.module: call for call in self.recorded.calls_before(cuts[-1], cuts[:-1], runs)}
         self.frozen = tuple(dict.fromkeys(m for module in calls for m in module.modules()))
-        self._modes = {m: modes.get(m, (m.training, self.model.training)) for m in self.frozen}
+        self._modes = {m: self._modes.get(m, (m.training, self.model.training)) for m in self.frozen}
         self._placed = [
             *(_Skipped(self, call, runs=runs(call)) for call in calls.values()),
             *(self.recorded.cut(k).watch(partial(self._cross, k)) for k in cuts),
@@ -102,20 +101,20 @@ class Bypass:
 
     def release(self) -> None:
         """Make all layers live again: modules get back the mode that they had, or the model's if that has changed."""
-        modes, training = self._modes, self.model.training
+        training = self.model.training
         self.put(())
-        for module, (own, whole) in modes.items():
+        for module, (own, whole) in self._modes.items():
             module.training = own if training == whole else training
+        self._modes = {}
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
         """Take everything out of the model inside."""
-        cuts, modes = self.cuts, self._modes
+        cuts = self.cuts
         self.put(())
         try:
             yield
         finally:
-            self._modes = modes
             self.put(cuts)
 
     def check(self, images: Images, trains: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from learndrop_ext.forward.bypass import IMAGES, Bypass, ReachedError, with_images
 from learndrop_ext.forward.cuts import Cut, Layer, Recorded, record_layers
@@ -175,10 +176,7 @@ def split_layers(model: nn.Module, example: torch.Tensor, *, call: Callable[[], 
         raise TypeError(f"split_layers: example must be a tensor [B, ...], got {type(example).__name__}")
     if example.dim() < 2 or example.shape[0] < 1:
         raise ValueError(f"split_layers: example must be [B, ...] with B >= 1, got {list(example.shape)}")
-    if any(
-        isinstance(p, nn.UninitializedParameter | nn.UninitializedBuffer)
-        for p in (*model.parameters(), *model.buffers())
-    ):
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
         raise ValueError("split_layers: model must have its parameters, got lazy ones; call it once on a batch before")
     image = example
     if call is None:
