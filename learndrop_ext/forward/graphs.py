@@ -24,6 +24,7 @@ from learndrop_ext.warn import warn
 
 #: Where graphs can be captured. Tests record operations on "cpu".
 KIND = "cuda"
+_TENSOR = object()  # stands for a tensor among the arguments of a call
 SIMPLE = (bool, int, float, str, type(None))
 #: Memory of a model's graphs. Of one model, only the latest graphs are replayed.
 _POOLS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -62,7 +63,8 @@ class GraphedModule(nn.Module):
         self._eager = False  # for good
         self._form: Any = None  # of the calls that are replayed
         self._part: _Part | None = None
-        self._fixed: _Fixed | None = None
+        self._fixed: list[tuple[str, dict[str, Any], str, Any]] = []  # attributes that were captured, see `_change`
+        self._parameters_at: list[tuple[nn.Parameter, int, bool]] = []  # where they lie, and whether they train
         self._gradients: list[tuple[nn.Parameter, int]] = []  # and the address to which a replay writes each
         self._waiting: Any = lambda: None  # the node of the latest forward, until its backward begins
 
@@ -76,8 +78,7 @@ class GraphedModule(nn.Module):
             refused = self._captured(_Part(self.module, leaves, spec), tensors)
             self._form = form
         else:
-            assert self._fixed is not None
-            refused = self._fixed.change()
+            refused = self._change()
         if refused is not None:
             self._eager, self._part = True, None
             warn(f"cuda_graphs: training goes on eagerly until the next drop: {refused}")
@@ -119,7 +120,26 @@ class GraphedModule(nn.Module):
             except Exception as error:  # a driver's, an allocator's, or the forward's own
                 return f"the step cannot be captured: {type(error).__name__}: {error} ({_where(error)})"
         self._gradients = [(p, g.data_ptr()) for p, g in zip(trained, written, strict=True) if g is not None]
-        self._part, self._fixed = part, _Fixed(self.module)
+        # Of torch's own layers only floats and flags are looked at: a step takes about 0.1 us for each value.
+        self._fixed = [
+            (f"{name}.{key}".lstrip("."), vars(one), key, value)
+            for name, one in _live(self.module)
+            for key, value in vars(one).items()
+            if (key not in TABLES or key == "training")
+            and (type(value) in (bool, float) or not type(one).__module__.startswith("torch.nn."))
+        ]
+        self._parameters_at = [(p, p.data_ptr(), p.requires_grad) for p in self.module.parameters()]
+        self._part = part
+        return None
+
+    def _change(self) -> str | None:
+        """Return what is not as it was when the graphs were captured, or None."""
+        for name, table, key, value in self._fixed:
+            now = table.get(key)
+            if now is not value and not (type(now) in SIMPLE and now == value):
+                return f"{name} has changed since the step was captured"
+        if any(p.data_ptr() != at or p.requires_grad != trains for p, at, trains in self._parameters_at):
+            return "a parameter lies elsewhere, or has begun or ceased to train, since the step was captured"
         return None
 
 
@@ -129,47 +149,14 @@ class _Part(nn.Module):
     def __init__(self, module: nn.Module, leaves: Sequence[Any], spec: Any) -> None:
         super().__init__()
         self.module = module
-        self._leaves = [None if isinstance(a, torch.Tensor) else a for a in leaves]
-        self._at = [i for i, a in enumerate(leaves) if isinstance(a, torch.Tensor)]
+        self._leaves = [_TENSOR if isinstance(a, torch.Tensor) else a for a in leaves]
         self._spec = spec
 
     def forward(self, *tensors: torch.Tensor) -> Any:
-        leaves = list(self._leaves)
-        for i, tensor in zip(self._at, tensors, strict=True):
-            leaves[i] = tensor
+        rest = iter(tensors)
+        leaves = [next(rest) if a is _TENSOR else a for a in self._leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return self.module(*args, **kwargs)
-
-
-class _Fixed:
-    """What is as it was when a graph was captured: numbers and flags of live modules, and where parameters lie.
-
-    Of torch's own layers only floats and flags are looked at: a step takes about 0.1 us for each value.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._values = [
-            (f"{name}.{key}".lstrip("."), vars(one), key, value)
-            for name, one in _live(module)
-            for key, value in vars(one).items()
-            if (key not in TABLES or key == "training")
-            and (type(value) in (bool, float) or not type(one).__module__.startswith("torch.nn."))
-        ]
-        self._parameters = list(module.named_parameters())
-        self._held = self._state()
-
-    def change(self) -> str | None:
-        """Return what is not as it was, or None."""
-        for name, table, key, value in self._values:
-            now = table.get(key)
-            if now is not value and not (type(now) in SIMPLE and now == value):
-                return f"{name} has changed since the step was captured"
-        if self._state() != self._held:
-            return "a parameter lies elsewhere, or has begun or ceased to train, since the step was captured"
-        return None
-
-    def _state(self) -> list[tuple[int, bool]]:
-        return [(p.data_ptr(), p.requires_grad) for _, p in self._parameters]
 
 
 def _base(module: nn.Module) -> nn.Module:
