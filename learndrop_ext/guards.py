@@ -402,11 +402,7 @@ class Guards:
         """Discard the rows and extras of samples [n], or of all, without a warning."""
         self._rows.forget(ids, everywhere=True)
         if ids is None:
-            self.forget_extras()
-
-    def forget_extras(self) -> None:
-        """Discard what is kept beside the rows."""
-        self._extras.clear()
+            self._extras.clear()
 
     def checksum(self, k: int) -> str:
         """Return a digest of the weights and buffers of the first k layers, the same in every process."""
@@ -450,7 +446,7 @@ class Guards:
             self._tensors.accept()
             self._probe.accept()
         self.loop.forget()
-        self.forget_extras()
+        self._extras.clear()
         if had:  # at last: the user may have made warnings errors
             warn(f"drop.{where}: the rows are computed again: {reason}")
 

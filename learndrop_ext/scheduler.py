@@ -501,7 +501,7 @@ class DropScheduler:
         self._bypass.release()
         self._guards.release()
         self._rows.stop()
-        self._guards.forget_extras()
+        self._extras.clear()
         self._prefix = 0
         checks.HOLDERS.pop(self._base, None)
         self._show(body)

@@ -16,15 +16,11 @@ from learndrop_ext.forward.images import Images, Standing, form_of
 
 
 class Chain(Sequence[Layer]):
-    """The layers of a model, in the order in which its forward runs them. It holds the model, and no copy of it.
-
-    Args:
-        recorded: the model and its layers.
-        image: the form of the images that were recorded, for a batch of any size.
-    """
+    """The layers of a model, in the order in which its forward runs them. It holds the model, and no copy of it."""
 
     def __init__(self, recorded: Recorded, image: torch.Tensor) -> None:
-        self.model, self.recorded, self.image = recorded.model, recorded, form_of(image)
+        self.model, self.recorded = recorded.model, recorded
+        self.image = form_of(image)  # of the images that were recorded; batches may have any size
 
     def renew(self, recorded: Recorded) -> None:
         """Take another record of the same layers, after their widths have changed."""

@@ -87,15 +87,11 @@ class Constant:
         same = self.tensor is other.tensor and self.version == other.version is not None
         return same or (self.values.dtype == other.values.dtype and torch.equal(self.values, other.values))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         some = self.values.flatten()[:8].tolist()
         return f"{some}" if self.values.numel() <= 8 else f"{some} of {list(self.values.shape)}"
 
 
-#: The forms of an operation's results, and the type in which it returns them; no forms if they are no tensors.
-Results = tuple[list["Form"], type]
 #: One operation of the loop on its images: its name and its other operands.
 Operation = tuple[Any, ...]
 
@@ -338,11 +334,11 @@ def _operands(args: Any, kwargs: Any) -> list[Any]:
 
 #: Forms of the results of operations, by the forms of their arguments: torch computes them on the meta device, which takes
 #: about 0.3 ms for a sum.
-_KNOWN: dict[Any, Results] = {}
+_KNOWN: dict[Any, tuple[list[Form], type]] = {}
 
 
-def _forms(func: Any, args: Any, kwargs: Any) -> Results:
-    """What an operation's results look like."""
+def _forms(func: Any, args: Any, kwargs: Any) -> tuple[list[Form], type]:
+    """The forms of an operation's results, and the type in which it returns them; no forms if they are no tensors."""
 
     def key_of(a: Any) -> Any:
         if isinstance(a, list | tuple):
