@@ -293,10 +293,9 @@ class Guards:
             return
         self._tensors.check_asleep(self._optimizer)
         changed = self._tensors.changed_layer()
+        reason = None if changed else self._probe.reason()
         if changed:
-            reason: str | None = f"the weights or buffers of the dropped layer {changed} have changed"
-        else:
-            reason = self._probe.reason()
+            reason = f"the weights or buffers of the dropped layer {changed} have changed"
         if reason:
             self._discard(where, reason, accepts=bool(changed))
 
