@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 if not torch.cuda.is_available():
     # Read by Triton when it is imported: its kernels then run on the CPU.
@@ -32,6 +34,18 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests go first: one at the end would keep a single worker busy."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made stays to the end: looking for garbage among it takes a third of a second each time."""
+    importlib.import_module("torch._dynamo")  # torch imports it with the first step of an optimizer
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Triton's bindings tell what is left at the end."""
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -114,7 +128,23 @@ LIBRARIES: list[torch.library.Library] = []
 
 
 @pytest.fixture(scope="session")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Makes a file or folder of a name, and returns it: workers of pytest-xdist share what the first of them makes."""
+    base = tmp_path_factory.getbasetemp()
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        path = (base.parent if workers else base) / name
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                make(path)
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def data_root(made_once: MadeOnce) -> Path:
     """A folder with real MNIST and CIFAR-10 in their original form.
 
     LEARNDROP_DATA, or unpacked from shared/data beside the checkout; skips where there is neither.
@@ -124,11 +154,9 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unpack = ROOT.parent / "shared" / "data" / "unpack.py"
     if not unpack.exists():
         pytest.skip("no real data: LEARNDROP_DATA is not set")
-    # The workers of pytest-xdist share what the first of them unpacks.
-    base = tmp_path_factory.getbasetemp()
-    root = (base.parent if workers else base) / "data"
-    with open(f"{root}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.exists():
-            subprocess.run([sys.executable, unpack, root, "mnist", "cifar10"], check=True, capture_output=True)
-    return root
+    return made_once(
+        "data",
+        lambda root: subprocess.run(
+            [sys.executable, unpack, root, "mnist", "cifar10"], check=True, capture_output=True
+        ),
+    )

@@ -128,6 +128,10 @@ class PlannedBatches:
             kept = min(size, len(self) * (batch_size if isinstance(batch_size, int) else 32))
         return kept * self._rows.views
 
+    def load(self, seen: torch.Tensor) -> None:
+        """Mark the samples that an earlier process has seen."""
+        self.seen[: len(seen)] = seen
+
     def _draw(self, block: int) -> Iterator[Plan]:
         """Yield the plans of an epoch, drawing up to `block` batches at once where nobody can see that.
 
@@ -249,6 +253,9 @@ class PassingBatches:
     def expected_rows(self) -> int:
         """Return the number of rows a drop will keep: of all samples that are known or expected."""
         return max(len(self._rows.slots), self._source.expected()) * self._rows.views
+
+    def load(self, seen: torch.Tensor) -> None:
+        """Do nothing: the source numbers the samples that were seen."""
 
     def _has_rows(self) -> bool:
         """Whether every known sample has its row for the epoch."""

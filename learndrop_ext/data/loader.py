@@ -64,8 +64,8 @@ class DropLoader:
             # Nothing refers to this loader: without a reference cycle its workers end with the scheduler.
             self._images = rebuilt(source.loader, self.batches)
         self._reader = partial(_read_images, source, rows, key) if source.readable else None
-        self.epochs = 0  # begun
-        self.closed = False
+        self._epochs = 0
+        self._closed = False
         self._iteration = object()  # identifies the latest iteration
         self._open: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the epoch that is iterated over
         self._beginning = 0.0  # seconds that the last epoch took to begin
@@ -75,7 +75,22 @@ class DropLoader:
         """Reset the counters."""
         self._given, self._seconds = 0, 0.0  # samples and seconds
         self._steps, self._first_step, self._in_steps = 0, 0.0, 0.0  # steps of the loop, and their seconds
-        self.relabelled = 0  # samples read although their rows were there, for the rest of their batches
+        self._relabelled = 0
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs begun."""
+        return self._epochs
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    @property
+    def relabelled(self) -> int:
+        """Samples read since `forget_counts` although their rows were there, for the rest of their batches."""
+        return self._relabelled
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -97,7 +112,7 @@ class DropLoader:
             epoch.close()
 
     def _epoch(self) -> Generator[Any, None, None]:
-        if self.closed:
+        if self._closed:
             raise RuntimeError("drop.loader: the DropScheduler must be open, and it was closed")
         begin = time.perf_counter()
         with normal_tensors():
@@ -154,25 +169,24 @@ class DropLoader:
 
     def resume(self, epochs: int, seen: torch.Tensor) -> None:
         """Go on after `epochs` epochs of another process, which has drawn the samples `seen` [N] bool."""
-        self.epochs = epochs
-        if isinstance(self.batches, PlannedBatches):  # a source with ids numbers those that were seen
-            self.batches.seen[: len(seen)] = seen
+        self._epochs = epochs
+        self.batches.load(seen)
 
     def close(self) -> bool:
         """Give no batches any more; return whether the loader was open."""
-        was, self.closed = self.closed, True
+        was, self._closed = self._closed, True
         return not was
 
     def _begin_epoch(self) -> None:
         self._rows.end_epoch()  # the epoch before may have been broken off
-        self._rows.epoch = self.epochs
+        self._rows.epoch = self._epochs
         self.batches.begin()
         self._places.relabel()
-        self._guards.begin_epoch(self.epochs)
+        self._guards.begin_epoch(self._epochs)
         if self._bypass.cuts:
             last = self._bypass.cuts[-1]
             self._bypass.put([*(cut for cut in self._rows.stops if cut < last), last])
-        self.epochs += 1
+        self._epochs += 1
 
     def _from_rows(self) -> Iterator[Any]:
         """Batches of stored rows. Rows of slower tiers are read while the batch before them trains."""
@@ -232,7 +246,7 @@ class DropLoader:
         if self._source.readable and not bool(makes.all()) and not self._guards.are_same(read, ids):
             return self._batch(Plan.whole(plan.ids))
         self._given += len(plan.ids)
-        self.relabelled += int((~makes).sum())
+        self._relabelled += int((~makes).sum())
         places, order = rows.first_places(ids)
         self._extras.put(read, places, order)
         self._guards.note(read, ids, makes)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 import torch
+from compiled_kernels import printed_by
 
 from learndrop_ext import ops
 from learndrop_ext.kernels import reference
@@ -37,23 +36,9 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def forms(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[bool, bool, str, int]]:
-    """(refresh, persistence, PTX, bytes of shared memory) of the kernel for sm_90; the last is not to fuse by default.
-
-    Compiled in a process of its own: in this one Triton may be its interpreter. A warning there is an error.
-    """
-    pytest.importorskip("triton")
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", COMPILE],
-        env=inherited | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    return [tuple(form) for form in json.loads(done.stdout)]
+def forms(made_once: Any) -> list[tuple[bool, bool, str, int]]:
+    """(refresh, persistence, PTX, bytes of shared memory) of the kernel for sm_90; the last is not to fuse by default."""
+    return [tuple(form) for form in json.loads(printed_by(made_once, "delta_norms", COMPILE))]
 
 
 @pytest.fixture(params=[0, 1, 2], ids=["norms", "refresh", "persistence"])

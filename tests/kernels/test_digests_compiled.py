@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from compiled_kernels import printed_by
 
 from learndrop_ext import ops
 from learndrop_ext.ops import TensorDigests
@@ -31,24 +29,9 @@ print(json.dumps({"ptx": compiled.asm["ptx"], "shared": compiled.metadata.shared
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
-    """PTX and bytes of shared memory of the kernel for sm_90.
-
-    Compiled in a process of its own: in this one Triton may be its interpreter. A warning there is an error.
-    """
-    pytest.importorskip("triton")
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    cache: Path = tmp_path_factory.mktemp("triton")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", COMPILE],
-        env=inherited | {"TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    found = json.loads(done.stdout)
+def compiled(made_once: Any) -> tuple[str, int]:
+    """PTX and bytes of shared memory of the kernel for sm_90."""
+    found = json.loads(printed_by(made_once, "digests", COMPILE))
     return found["ptx"], found["shared"]
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from compiled_kernels import printed_by
 
 from learndrop_ext.kernels.filter_table import build_filter_table
 
@@ -27,20 +25,8 @@ print(compile(source, target=GPUTarget("cuda", 90, 32), options=filter_norms.OPT
 
 
 @pytest.fixture(scope="module")
-def ptx(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Compiled in a process of its own: in this one Triton may be its interpreter. A warning there is an error."""
-    pytest.importorskip("triton")
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    cache: Path = tmp_path_factory.mktemp("triton")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", COMPILE],
-        env=inherited | {"TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def ptx(made_once: Any) -> str:
+    return printed_by(made_once, "filter_norms", COMPILE)
 
 
 def test_filter_norms_kernel_uses_no_local_memory_and_keeps_subnormals(ptx: str) -> None:
