@@ -146,6 +146,7 @@ class ForwardProbe:
         self._bypass, self._call, self._image = bypass, call, image
         self._autocast = _autocast(image)  # whatever the loop is in when an epoch begins
         self._traces = True  # whether the layers can run without values
+        self._trace: list[Any] | None = None
         self._guarded = {id(tensor) for tensor in (*bypass.model.parameters(), *bypass.model.buffers())}
         self.accept()
 
@@ -171,7 +172,8 @@ class ForwardProbe:
         if not self._traces:
             return None
         trace: list[Any] = []
-        standing = Standing(self._bypass, torch.zeros(1, dtype=torch.int64), None, 0, None, checked=True, trace=trace)
+        only = torch.zeros(1, dtype=torch.int64)
+        standing = Standing(self._bypass, only, None, 0, None, checked=True, trace=trace, before=self._trace or ())
         try:
             self._run(Images(form_of(self._image), self._image.device, standing), opened=True)
         except Exception:  # whatever an operation that needs values raises

@@ -57,6 +57,7 @@ class Standing:
     some: torch.Tensor | None = None  # [B] bool (CPU), which of the images were read, if some were and others not
     checked: bool = False  # whether a training call on them was noted
     trace: list[Any] | None = None  # the operations on them within the forward are noted here
+    before: Sequence[Any] = ()  # an earlier trace: equal operations are not analysed again
     count: int = field(init=False)  # B
 
     def __post_init__(self) -> None:
@@ -302,9 +303,7 @@ class Feature(Unread):
                 f"drop.loader: {packet.__name__} would write a dropped layer's output, which is not computed any more, into "
                 "a tensor of the model; drop fewer layers"
             )
-        forms, kind = _forms(func, args, kwargs)
-        if trace is not None:
-            trace.append((func, _noted(operands), forms))
+        forms, kind = _forms(func, args, kwargs) if trace is None else _traced(x.standing, func, args, kwargs, operands)
         if not forms:
             raise _absent(packet, of)
         if writes:
@@ -363,6 +362,26 @@ def _forms(func: Any, args: Any, kwargs: Any) -> tuple[list[Form], type]:
     with contextlib.suppress(TypeError):
         _KNOWN[key] = found
     return found
+
+
+def _traced(standing: Standing, func: Any, args: Any, kwargs: Any, operands: Sequence[Any]) -> tuple[list[Form], type]:
+    """Note an operation with its operands and `_forms` in the trace, and return these."""
+    trace, number = standing.trace, len(standing.trace or ())
+    assert trace is not None
+    earlier = standing.before[number] if number < len(standing.before) else (None, (), None)
+    is_same = earlier[0] is func and len(earlier[1]) == len(operands) and all(map(_is_noted, operands, earlier[1]))
+    trace.append(earlier if is_same else (func, _noted(operands), _forms(func, args, kwargs)))
+    found: tuple[list[Form], type] = trace[-1][2]
+    return found
+
+
+def _is_noted(operand: Any, word: Any) -> bool:
+    """Whether an operand is what `_noted` has made of one."""
+    if isinstance(operand, Unread):
+        return bool(operand.number == word)
+    if isinstance(operand, torch.Tensor):
+        return bool(Constant(operand) == word)
+    return type(operand) is type(word) and bool(operand == word)
 
 
 def _noted(operand: Any) -> Any:
