@@ -15,8 +15,9 @@ Prints one JSON record per line, suite "overhead":
 - "step on rows": a training step of a deep network of which only the last layer is live, compared with the same step of
   that layer alone, fed by index_select from a tensor, epochs of both in turn, in wall-clock time: what dropping costs the
   host at each step, whatever the layers cost; and the time to begin an epoch. `same_optimizer_us_per_step` is that of the
-  layer alone with the loop's own optimizer, which walks over the dropped parameters too. `--step-on-rows` measures this
-  and the next one alone, also on a GPU.
+  layer alone with the loop's own optimizer, which walks over the dropped parameters too. `parts_us` and `head_parts_us`,
+  of that layer with that optimizer, say where the host's time goes. `--step-on-rows` measures this and the next one alone,
+  also on a GPU.
 - "constructor": the time to make a scheduler, in training steps of the same batch, for `Budget` and for a policy that asks
   for no costs.
 
@@ -27,12 +28,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +48,18 @@ from learndrop_ext.decide.policy import Decision
 
 BATCH = 32
 BATCHES = 50
+#: Of a step on the host: after its begin, the batch is there, then the loss, the gradients, and the new weights.
+PARTS = ("loader", "forward", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """The steps of an epoch behind the first. Seconds of the clock but for `cpu`."""
+
+    beginning: float  # to the first batch
+    whole: list[float]  # of each step, the device awaited at its end
+    parts: list[list[float]]  # of each step on the host, see PARTS
+    cpu: float  # of this process, a step
 
 
 def images(count: int, size: int = 32) -> TensorDataset:
@@ -201,23 +216,27 @@ def step_on_rows(name: str, batch: int, epochs: int, device: str, steps: int = 4
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def steps_of(
-        batches: Iterable[Any], net: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[float, float, list[float]]:
-        """Seconds of the clock to the first batch, of each step that follows, and of this process's CPU."""
+    def steps_of(batches: Iterable[Any], net: nn.Module, optimizer: torch.optim.Optimizer) -> _Steps:
         begin = time.perf_counter()
         left = iter(batches)
         first = next(left)
         beginning = time.perf_counter() - begin
         train([first], net, optimizer)
-        taken = []
+        whole, parts = [], []
         middle, cpu = synchronized(), time.process_time()
-        for one in left:
-            train([one], net, optimizer)
-            now = synchronized()
-            taken.append(now - middle)
-            middle = now
-        return beginning, (time.process_time() - cpu) / len(taken), taken
+        for x, y in left:
+            at = [middle, time.perf_counter()]
+            loss = nn.functional.cross_entropy(net(x), y)
+            at.append(time.perf_counter())
+            optimizer.zero_grad()
+            loss.backward()
+            at.append(time.perf_counter())
+            optimizer.step()
+            at.append(time.perf_counter())
+            middle = synchronized()
+            whole.append(middle - at[0])
+            parts.append([end - start for start, end in itertools.pairwise(at)])
+        return _Steps(beginning, whole, parts, (time.process_time() - cpu) / len(whole))
 
     ours, alone, walking = [], [], []
     for i in range(epochs + 1):
@@ -230,8 +249,12 @@ def step_on_rows(name: str, batch: int, epochs: int, device: str, steps: int = 4
             for side, one in zip((ours, alone, walking), times, strict=True):
                 side.append(one)
 
-    def middle_step(times: list[tuple[float, float, list[float]]]) -> float:
-        return statistics.median(seconds for _, _, taken in times for seconds in taken)
+    def middle_step(sides: list[_Steps]) -> float:
+        return statistics.median(seconds for one in sides for seconds in one.whole)
+
+    def middle_parts(sides: list[_Steps]) -> dict[str, float]:
+        found = zip(*(parts for one in sides for parts in one.parts), strict=True)
+        return {name: statistics.median(seconds) * 1e6 for name, seconds in zip(PARTS, found, strict=True)}
 
     def four_samples() -> float:
         begin = time.perf_counter()
@@ -248,9 +271,11 @@ def step_on_rows(name: str, batch: int, epochs: int, device: str, steps: int = 4
         "head_us_per_step": middle_step(alone) * 1e6,
         "same_optimizer_us_per_step": middle_step(walking) * 1e6,
         "ratio": middle_step(ours) / middle_step(alone),
-        "cpu_us_per_step": statistics.median(cpu for _, cpu, _ in ours) * 1e6,
-        "head_cpu_us_per_step": statistics.median(cpu for _, cpu, _ in alone) * 1e6,
-        "epoch_begin_ms": statistics.median(begin for begin, _, _ in ours) * 1e3,
+        "parts_us": middle_parts(ours),
+        "head_parts_us": middle_parts(walking),
+        "cpu_us_per_step": statistics.median(one.cpu for one in ours) * 1e6,
+        "head_cpu_us_per_step": statistics.median(one.cpu for one in alone) * 1e6,
+        "epoch_begin_ms": statistics.median(one.beginning for one in ours) * 1e3,
         "four_samples_ms": four_samples() * 1e3,
     }
 

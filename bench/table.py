@@ -132,6 +132,7 @@ def host_time_table(_: list[dict[str, Any]]) -> str:
         "optimizer | to begin an epoch | before |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    parts = ["| network, batch | part of a step on the host | on rows | the live layer alone |", "|---|---|---|---|"]
     makes = []
     for key, now in sides[0].items():
         before = sides[1][key]
@@ -147,7 +148,10 @@ def host_time_table(_: list[dict[str, Any]]) -> str:
         begins = f"{now['epoch_begin_ms']:.1f} ms | {before['epoch_begin_ms']:.1f} ms"
         model = now["model"].replace(" layers dropped", "")
         lines.append(f"| {model} | {now['batch']} | {step} | {old} | {head} | {walking} | {begins} |")
-    return "\n".join([*lines, "", "Making a scheduler takes, in training steps: " + "; ".join(makes) + "."])
+        for name, taken in now["parts_us"].items():
+            alone = now["head_parts_us"][name]
+            parts.append(f"| {key[1]}, {now['batch']} | {name} | {taken:.0f} us | {alone:.0f} us |")
+    return "\n".join([*lines, "", *parts, "", "Making a scheduler takes, in training steps: " + "; ".join(makes) + "."])
 
 
 def read(folder: str) -> list[dict[str, Any]]:

@@ -172,8 +172,8 @@ def _halves(ids: Sequence[int]) -> list[Sequence[int]]:
 def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
     """Return a loader like the user's, with another batch sampler."""
     like = copy.copy(loader)
-    # Not by assignment, which a DataLoader refuses. `_iterator` holds the user's persistent workers.
-    vars(like).update(batch_sampler=batch_sampler, _iterator=None)
+    # Not by assignment, which a DataLoader refuses. `_iterator` holds the user's persistent workers. Plans wait in order.
+    vars(like).update(batch_sampler=batch_sampler, _iterator=None, in_order=True)
     return like
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,25 @@ def test_random_samples_are_read_once_more_to_see_whether_each_is_random_by_itse
     drop = DropScheduler(model, optimizer, DataLoader(dataset, batch_size=256), epochs=20)
     assert drop.config.views > 1
     assert dataset.reads.value == 256 + 2 * PROBED
+
+
+class FirstIsSlow(Dataset[Any]):
+    """The first batch is read last."""
+
+    def __len__(self) -> int:
+        return COUNT
+
+    def __getitem__(self, i: int) -> Any:
+        time.sleep(0.3 if i == 0 else 0)
+        return torch.full((3, 2, 2), i / 100), i
+
+
+def test_batches_of_workers_that_keep_no_order_have_the_rows_of_their_samples() -> None:
+    model = network()
+    loader = DataLoader(FirstIsSlow(), batch_size=4, num_workers=2, in_order=False)
+    drop = DropScheduler(model, torch.optim.SGD(model.parameters(), lr=0.01), loader, policy=Fixed({0: 1}))
+    model.train()
+    for x, y in drop.loader:
+        assert x.standing.ids.tolist() == y.tolist()
+        model(x)
+    drop.close()
