@@ -49,6 +49,8 @@ def remove_rows(
     for name, value in (("older_than_seconds", older_than_seconds), ("keep_bytes", keep_bytes)):
         if value is not None and not value >= 0:
             raise ValueError(f"remove_rows: {name} must be >= 0, got {value}")
+    if older_than_seconds is None and keep_bytes is None:
+        return [], []
     removed, in_use = [], []
     there = [(entry, _described(store, entry)) for entry in store.entries()]
     left = sum(one.bytes for _, one in there)
