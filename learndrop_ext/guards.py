@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -480,10 +481,14 @@ def image_digests(images: torch.Tensor) -> torch.Tensor:
     if raw.shape[1] % 2:
         raw = nn.functional.pad(raw, (0, 1))
     words = raw.view(torch.int16).to(torch.int64)
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randint(-(1 << 62), 1 << 62, (words.shape[1],), generator=generator) * 2 + 1
-    digests: torch.Tensor = (words * keys.to(images.device)).sum(1)
+    digests: torch.Tensor = (words * _keys(words.shape[1]).to(images.device)).sum(1)
     return digests
+
+
+@lru_cache(maxsize=1)
+def _keys(count: int) -> torch.Tensor:
+    """Odd random numbers [count], the same in every process."""
+    return torch.randint(-(1 << 62), 1 << 62, (count,), generator=torch.Generator().manual_seed(0)) * 2 + 1
 
 
 def held_by(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -13,6 +13,8 @@ from torch import nn
 
 from learndrop_ext.rng import fork_rng
 
+#: What most attributes of a module are, and nothing can be taken out of.
+PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
 #: Attributes that every module has.
 TABLES = frozenset(vars(nn.Module()))
 
@@ -49,7 +51,7 @@ def attributes_preserved(model: nn.Module, *, tables: bool = True) -> Iterator[N
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    values = (v for module in modules for name, v in vars(module).items() if tables or name not in TABLES)
+    values = (v for own in attributes for name, v in own.items() if type(v) not in PLAIN and (tables or name not in TABLES))
     holders = [held for held in map(_contents, values) if held is not None]
     copies = [copy.copy(held) for held in holders]
     try:

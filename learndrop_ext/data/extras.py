@@ -299,7 +299,10 @@ class BatchExtras:
             where = at.to(self.device, non_blocking=True)
         images = each_image(model_input, len(self.key)) if isinstance(self.key, tuple) else [model_input]
         leaves = [images[c.stored.at] if c.kind == "input" else c.get(at, where) for c in self._columns]
-        return pytree.tree_unflatten(leaves, self._spec)
+        spec = self._spec
+        if spec.type in (list, tuple) and spec.num_nodes == spec.num_leaves + 1:  # for which pytree takes 8 us
+            return spec.type(leaves)
+        return pytree.tree_unflatten(leaves, spec)
 
     def has(self, at: torch.Tensor) -> bool:
         """Return whether all places [B] were written."""

@@ -194,7 +194,7 @@ class DropLoader:
         plan = next(plans, None)
         while plan is not None:
             plan = self._places.current(plan)
-            if len(plan.reads) and isinstance(self.batches, PassingBatches):
+            if plan.reads.numel() and isinstance(self.batches, PassingBatches):
                 yield from starmap(self._batch, self.batches.rest(self._images, given))
                 return
             batch = self._batch(plan)
@@ -209,8 +209,8 @@ class DropLoader:
     def _batch(self, planned: Plan, read: Any = None) -> Any:
         """The batch of a plan, with what was read of it, if anything was."""
         plan, row = self._located(planned)
-        if read is None and not len(plan.reads):
-            self._given += len(plan.ids)
+        if read is None and not plan.reads.numel():
+            self._given += plan.ids.numel()
             return self._extras.get(plan.at, self._stand_in(plan, row, self._form), plan.where)
         is_whole = len(planned.reads) == len(planned.ids)
         if read is None or not (is_whole or bool(torch.isin(plan.reads, planned.reads).all())):
@@ -259,7 +259,7 @@ class DropLoader:
 
     def _stand_in(self, plan: Plan, row: torch.Tensor | None, like: Form, pixels: torch.Tensor | None = None) -> Images:
         """Images of which `pixels` were read, and the others have their rows. like: the form of such images."""
-        count = len(plan.ids)
+        count = plan.ids.numel()
         form = like if like.shape[0] == count else Form((count, *like.shape[1:]), like.stride, like.dtype)
         standing = Standing(self._bypass, plan.ids, row, plan.level, self._reader, plan.some)
         device = self._rows.device if row is None else row.device

@@ -73,21 +73,25 @@ class Bypass:
             return
         self._around = self.recorded.around(cuts[-1])
         times = Counter(call.module for call in self.recorded.calls)
-        hooked, storing = {m for m in self.model.modules() if has_hooks(m)}, self.recorded.storing
+        within: dict[nn.Module, list[nn.Module]] = {}  # the modules in each one before the cut
+        running = set()
 
         def runs(call: ModuleCall) -> bool:
             """Whether a module runs its own forward on `Feature`s: one that leaves something for the loop (what a hook
             within it gets, a tensor that it stores), that is called more than once, or in whose output not all tensors can
             be seen. Then the modules within are skipped."""
             module = call.module
-            leaves = any(m in storing or (m in hooked and m is not module) for m in module.modules())
-            return leaves or not call.is_plain or times[module] > 1
+            inner = within[module] = list(module.modules())
+            leaves = any(m in self.recorded.storing or (m is not module and has_hooks(m)) for m in inner)
+            if leaves or not call.is_plain or times[module] > 1:
+                running.add(module)
+            return module in running
 
         calls = {call.module: call for call in self.recorded.calls_before(cuts[-1], cuts[:-1], runs)}
-        self.frozen = tuple(dict.fromkeys(m for module in calls for m in module.modules()))
+        self.frozen = tuple(dict.fromkeys(m for module in calls for m in within[module]))
         self._modes = {m: self._modes.get(m, (m.training, self.model.training)) for m in self.frozen}
         self._placed = [
-            *(_Skipped(self, call, runs=runs(call)) for call in calls.values()),
+            *(_Skipped(self, call, runs=call.module in running) for call in calls.values()),
             *(self.recorded.cut(k).watch(partial(self._cross, k)) for k in cuts),
             self.model.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
             self.model.register_forward_hook(Hook(self.leave), always_call=True),
@@ -266,20 +270,23 @@ class _Skipped:
         vars(self.module)["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        traced = self.bypass._traced
-        if traced is not None:
-            return self._run(*args, **kwargs) if self.runs else self._filled(len(traced), partial(_nan, traced))
-        given = args if args and isinstance(args[0], Unread) else pytree.tree_leaves((args, kwargs))
-        x = next((value for value in given if isinstance(value, Unread)), None)
+        bypass = self.bypass
+        if bypass._traced is not None:
+            nan = partial(_nan, bypass._traced)
+            return self._run(*args, **kwargs) if self.runs else self._filled(len(bypass._traced), nan)
+        x = args[0] if args else None
+        if not isinstance(x, Unread):
+            x = next((value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Unread)), None)
         if x is not None:
-            if isinstance(x, Images) and not x.standing.inside():
+            standing = x.standing
+            if type(x) is Images and not standing.inside():
                 raise RuntimeError(
                     f"drop.loader: while layers are dropped, images must go through the model, and {self.call.path}, a part "
                     "of it, was called on them; give DropScheduler a module whose forward does what the loop does"
                 )
-            if self.runs or self.bypass._opened:
+            if self.runs or bypass._opened:
                 return self._run(*args, **kwargs)
-            return self._filled(x.standing.count, lambda form: Feature(form, x.device, x.standing, self.call.path))
+            return self._filled(standing.count, lambda form: Feature(form, x.device, standing, self.call.path))
         try:
             with torch.no_grad():
                 return self._run(*args, **kwargs)

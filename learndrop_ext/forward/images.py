@@ -61,7 +61,7 @@ class Standing:
     count: int = field(init=False)  # B
 
     def __post_init__(self) -> None:
-        self.count = len(self.ids)
+        self.count = self.ids.numel()  # len() of a tensor takes 1 us
 
     def inside(self) -> bool:
         """Return whether the model's forward runs on these images."""
@@ -377,10 +377,12 @@ def _traced(standing: Standing, func: Any, args: Any, kwargs: Any, operands: Seq
 
 def _is_noted(operand: Any, word: Any) -> bool:
     """Whether an operand is what `_noted` has made of one."""
+    if type(word) is Constant:
+        if operand is word.tensor and word.version is not None:
+            return bool(operand._version == word.version) or Constant(operand) == word
+        return isinstance(operand, torch.Tensor) and not isinstance(operand, Unread) and Constant(operand) == word
     if isinstance(operand, Unread):
         return bool(operand.number == word)
-    if isinstance(operand, torch.Tensor):
-        return bool(Constant(operand) == word)
     return type(operand) is type(word) and bool(operand == word)
 
 

@@ -119,7 +119,7 @@ class ActivationCache:
         store has changed.
         """
         tiers, form, dtype = self._open("gather"), self._form, self.dtype or torch.float32
-        shape = (len(slots), *form.shape)
+        shape = (slots.numel(), *form.shape)
         out = stored = self._outputs.take(shape, (form.values, *form.strides), dtype)
         if not form.is_returned_as_stored:
             stored = self._outputs.take(shape, (form.values, *form.stored), dtype)
