@@ -16,13 +16,10 @@ images. --device cuda trains the full width on all images. Several processes may
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import fcntl
-import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +27,7 @@ from typing import Any
 
 import torch
 from paper_cases import PARTS, SCALES, SIDES, Case, Scale, plan
-from run import copy_limit, describe_machine, file_name, results_to_continue, run_tests, write
+from run import add, copy_limit, describe_machine, file_name, results_to_continue, run_tests
 
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset
@@ -86,17 +83,6 @@ def recipe_of(case: Case, split: Split, study: Mapping[str, Any], scale: Scale, 
         augment=augment,
         views=default_views(augment, epochs, "stopped"),
     )
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """While it is open, other processes wait for it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 class NotRunError(Exception):
@@ -216,11 +202,7 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             continue
-        with alone_in(args.out):
-            study = results_to_continue(path, machine) or new
-            study["machine"] = machine
-            study["records"].append(record | {"commit": machine["commit"]})
-            write(path, study)
+        study = add(path, machine, new, record | {"commit": machine["commit"]})
         print(
             f"{case.setting} {case.dataset} {case.model} seed {case.seed} {case.side:<18} {record['seconds']:7.1f} s  "
             f"test {record['accuracy']:.2f} %",

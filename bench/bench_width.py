@@ -5,8 +5,8 @@
     python bench/bench_width.py --toy                 the digits of scikit-learn, two epochs, in seconds
 
 DIR holds MNIST/raw/ and cifar-10-batches-py/. Each run is added to the file of this machine in bench/results/width/ when
-it ends, and runs in the file are skipped, so that the study can be interrupted and continued. `bench/width_table.py` makes
-the tables of docs/width.md from these files.
+it ends, and runs in the file are skipped, so that the study can be interrupted and continued. Several processes may add to
+one file, each with its --sets or --models. `bench/width_table.py` makes the tables of docs/width.md from these files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import copy_limit, describe_machine, file_name, results_to_continue, run_tests, write
+from run import add, copy_limit, describe_machine, file_name, results_to_continue, run_tests
 from torch import Tensor, nn
 
 from learndrop_ext import DropScheduler, StoppedLearning, split_layers
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = describe_machine(run_tests() if args.tests_passed is None else args.tests_passed)
     path = args.out / f"{args.name or file_name(machine)}.json"
     study = results_to_continue(path, machine) or {"limits": {"copy_gb_s": copy_limit("cpu")}, "records": []}
-    study["machine"] = machine
+    args.out.mkdir(parents=True, exist_ok=True)
     setting = {"epochs": args.epochs, "width": args.width, "lr": args.lr, "batch_size": args.batch_size}
     for dataset in args.sets:
         split = load_dataset(dataset, args.data_root, limit=LIMITS[dataset])
@@ -233,18 +233,14 @@ def main(argv: list[str] | None = None) -> int:
                 zeros = sparsify(net, amount, method.sparse)
                 masked = runs.evaluate(net, split.test, batch_size=512, amp=None)
                 measured = measured | {"zeros": zeros, "accuracy": masked}
-            study["records"].append(
-                {
-                    "suite": "width",
-                    **key,
-                    "setting": setting,
-                    "commit": machine["commit"],
-                    "images": len(split.train),
-                    **measured,
-                }
-            )
-            args.out.mkdir(parents=True, exist_ok=True)
-            write(path, study)
+            record = {
+                "suite": "width",
+                **key,
+                "setting": setting,
+                "commit": machine["commit"],
+                "images": len(split.train),
+            }
+            study = add(path, machine, study, record | measured)
             print(
                 f"{dataset:<8} {model:<9} {name:<20} {asked or '':<4} seed {seed} {measured['seconds']:7.1f} s "
                 f"{measured['parameters']:9,} parameters {measured['accuracy']:6.2f} %",

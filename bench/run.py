@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -123,6 +124,20 @@ def results_to_continue(path: Path, machine: Mapping[str, Any]) -> dict[str, Any
                 "their seconds do not compare: give --name"
             )
     return found
+
+
+def add(path: Path, machine: dict[str, Any], new: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Add a record to a file of results, which other processes may add to, and return all of it. new: if there is none yet."""
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        results = results_to_continue(path, machine) or new
+        results["machine"] = machine
+        results["records"].append(record)
+        write(path, results)
+    finally:
+        os.close(handle)
+    return results
 
 
 def file_name(machine: Mapping[str, Any]) -> str:

@@ -51,7 +51,9 @@ def attributes_preserved(model: nn.Module, *, tables: bool = True) -> Iterator[N
     """
     modules = list(model.modules())
     attributes = [dict(vars(module)) for module in modules]
-    values = (v for own in attributes for name, v in own.items() if type(v) not in PLAIN and (tables or name not in TABLES))
+    values = (
+        v for own in attributes for name, v in own.items() if type(v) not in PLAIN and (tables or name not in TABLES)
+    )
     holders = [held for held in map(_contents, values) if held is not None]
     copies = [copy.copy(held) for held in holders]
     try:

@@ -28,8 +28,8 @@ from learndrop_ext.distributed import process_rank, several_processes
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.warn import warn
 
-#: Batches whose rows are looked up at once, where the order of an epoch is known when it begins.
-BLOCK = 64
+#: Batches without an image to read after which those of an endless sampler are not drawn ahead any more.
+IDLE = 64
 
 
 def draws_at_once(batch_sampler: Any) -> bool:
@@ -67,14 +67,14 @@ class PlannedBatches:
         return len(self._sampler)
 
     def __iter__(self) -> Iterator[list[int]]:
-        self._drawn, since = self._draw(1), 0  # batches since one of which something is read
+        self._drawn, since = self._draw(), 0  # batches since one of which something is read
         for plan in self._drawn:
             self._plans.append(plan)
             since += 1
             if reads := len(plan.reads):
                 since = 0
                 yield (plan.ids if reads == len(plan.ids) else plan.ids[plan.reads]).tolist()
-            elif since == BLOCK and ((length := length_of(self)) is None or length > len(self.seen)):
+            elif since == IDLE and ((length := length_of(self)) is None or length > len(self.seen)):
                 return  # so many batches are drawn that one of which something is read may never come
 
     def begin(self) -> None:
@@ -113,7 +113,7 @@ class PlannedBatches:
             # one of training on images. Persistent workers get their seed in the first epoch only.
             torch.empty((), dtype=torch.int64).random_(generator=self._source.loader.generator)
         self._seeded = self._has_persistent_workers()
-        return self._draw(BLOCK)
+        return self._draw(at_once=True)
 
     def expected_rows(self) -> int:
         """Return the number of rows a drop will keep: of all samples, of those drawn so far if they are less than half, or
@@ -132,14 +132,14 @@ class PlannedBatches:
         """Mark the samples that an earlier process has seen."""
         self.seen[: len(seen)] = seen
 
-    def _draw(self, block: int) -> Iterator[Plan]:
-        """Yield the plans of an epoch, drawing up to `block` batches at once where nobody can see that.
+    def _draw(self, *, at_once: bool = False) -> Iterator[Plan]:
+        """Yield the plans of an epoch. at_once: draw all batches, and find all rows, with the first, where that is not seen.
 
         The last batch is drawn when it is its turn: a RandomSampler then draws one permutation more.
         """
         order, left = self._order()
         all_seen = bool(self.seen.all())
-        while batches := [list(batch) for batch in islice(order, max(1, min(block, left - 1)))]:
+        while batches := [list(batch) for batch in islice(order, max(1, left - 1) if at_once else 1)]:
             left -= len(batches)
             ids = self._checked(list(chain.from_iterable(batches)))
             new = not all_seen and not bool(self.seen[ids].all())
@@ -238,9 +238,7 @@ class PassingBatches:
 
     def rows(self) -> Iterator[Plan]:
         """Yield the plans of an epoch of all known samples, shuffled."""
-        size = self._source.batch_size
-        for ids in self._source.order(self._rows.epoch).split(BLOCK * size):
-            yield from self._places.plans(ids, size)
+        yield from self._places.plans(self._source.order(self._rows.epoch), self._source.batch_size)
 
     def rest(self, loader: Any, given: int) -> Iterator[tuple[Plan, Any]]:
         """Return the remaining number of batches from the loader: rows have gone since the epoch began."""
