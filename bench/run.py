@@ -127,7 +127,7 @@ def results_to_continue(path: Path, machine: Mapping[str, Any]) -> dict[str, Any
 
 
 def add(path: Path, machine: dict[str, Any], new: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Add a record to a file of results, which other processes may add to, and return all of it. new: if there is none yet."""
+    """Add a record to a file of results, to which other processes may add, and return it. new: if there is none yet."""
     handle = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
