@@ -11,6 +11,7 @@ import torch
 from small_loading import data, given, labels, scheduler
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     RandomSampler,
     Subset,
@@ -118,14 +119,14 @@ def test_random_numbers_are_drawn_when_they_are_drawn_without_drops(kind: str, s
     assert all(torch.equal(one, other) for one, other in zip(got, wanted, strict=True))
 
 
-def test_rows_of_many_batches_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    drop = scheduler(DataLoader(data(), batch_size=1, shuffle=True), policy=Fixed({0: 1}))
+def test_rows_of_an_epoch_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drop = scheduler(DataLoader(ConcatDataset([data()] * 4), batch_size=1, shuffle=True), policy=Fixed({0: 1}))
     labels(drop.loader, drop)
     looked: list[int] = []
     locate = RowSet.locate
     monkeypatch.setattr(RowSet, "locate", lambda rows, ids: (looked.append(len(ids)), locate(rows, ids))[1])
     labels(drop.loader, drop)
-    assert looked == [22, 21, 1]  # whether images are read; the batches but the last; the last
+    assert looked == [88, 87, 1]  # whether images are read; the batches but the last; the last
 
 
 def test_a_sampler_of_the_users_own_is_asked_for_a_batch_when_it_is_its_turn() -> None:
