@@ -1,6 +1,6 @@
 """The tables and plots of the study of the paper's networks, from the files of bench_paper.py; bench/table.py writes them.
 
-A study is one file: `{"machine": ..., "epochs": ..., "records": [...]}`. What has no record is "not measured".
+The files of several machines are one study. What has no record is "not measured".
 """
 
 from __future__ import annotations
@@ -28,9 +28,33 @@ COLOURS = ("#555555", "#0072b2", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#5
 NOT_MEASURED = "not measured"
 
 
+def combined(files: Sequence[Study]) -> Study:
+    """One study: `{"machines": [...], "epochs": ..., "records": [...]}`. The seconds of two machines do not compare, so all
+    records of a network on a dataset under a setting with a seed are from one file, the one with the most of them."""
+    groups: dict[tuple[str, str, str, int], dict[int, list[Record]]] = {}
+    for number, study in enumerate(files):
+        for record in study["records"]:
+            case = record["setting"], record["dataset"], record["model"], record["seed"]
+            groups.setdefault(case, {}).setdefault(number, []).append(record)
+    records = []
+    for by_file in groups.values():
+        number = max(by_file, key=lambda of_file: len(by_file[of_file]))
+        records += [{**record, "file": number} for record in by_file[number]]
+    titles = [f"{machine_of(study)}; torch {study['machine']['torch']}, {study['machine']['date']}" for study in files]
+    return {"machines": titles, "epochs": max((s["epochs"] for s in files), default=0), "records": records}
+
+
 def title_of(study: Study) -> str:
-    machine = study["machine"]
-    return f"{machine_of(study)}; torch {machine['torch']}, {machine['date']}"
+    """The machines, numbered if there are several."""
+    machines = study["machines"]
+    return machines[0] if len(machines) == 1 else "; ".join(f"[{i}] {title}" for i, title in enumerate(machines, 1))
+
+
+def name_of(study: Study, model: str, runs: Mapping[str, Sequence[Record]]) -> str:
+    """The network, with the numbers of the machines of its runs if the study has several."""
+    if len(study.get("machines", ())) < 2 or not runs:
+        return model
+    return f"{model} {sorted({record['file'] + 1 for records in runs.values() for record in records})}"
 
 
 def runs_of(study: Study, *, setting: str, dataset: str, model: str) -> dict[str, list[Record]]:
@@ -110,7 +134,8 @@ def sides_table(study: Study, sides: Sequence[str], cases: Iterable[tuple[str, s
     lines = head("dataset", "network", "side", *SIDE_NAMES)
     for setting, dataset, model in cases:
         runs = runs_of(study, setting=setting, dataset=dataset, model=model)
-        name = f"{model}, {setting.removeprefix('long ')}" if setting.startswith("long") else model
+        name = name_of(study, model, runs)
+        name += f", {setting.removeprefix('long ')}" if setting.startswith("long") else ""
         lines += [line(dataset, name, side, *side_cells(runs, side)) for side in sides if side in runs]
         if not runs.keys() & {*sides}:
             lines.append(line(dataset, name, NOT_MEASURED, *[""] * len(SIDE_NAMES)))
@@ -254,7 +279,8 @@ def scores(study: Study) -> str:
             three = [runs.get(side, []) for side in (policy, f"{policy}-even", f"{policy}-hindsight")]
             accuracies = [f"{mean(records, 'accuracy'):.2f} %" if records else "" for records in three]
             seconds = " / ".join(f"{mean(records, 'seconds'):.1f}" if records else "-" for records in three)
-            lines.append(line(dataset, model, policy, *accuracies, seconds, str(len(three[1]))))
+            name = name_of(study, model, runs)
+            lines.append(line(dataset, name, policy, *accuracies, seconds, str(len(three[1]))))
             gains += [gain for gain in [difference(three[0], three[1])] if gain is not None]
         if not measured:
             lines.append(line(dataset, model, NOT_MEASURED, *[""] * 5))

@@ -301,21 +301,28 @@ def compare_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def of_paper(make: Callable[[dict[str, Any]], str]) -> Callable[[list[dict[str, Any]]], str]:
-    """Return what makes a table of each machine's study of the paper's networks."""
+    """Return what makes a table of the study of the paper's networks on CPUs, and one of that on GPUs."""
 
     def tables(_: list[dict[str, Any]]) -> str:
-        studies = read("paper")
+        studies = paper_studies()
         parts = [f"{paper_table.title_of(study)}:\n\n{make(study)}" for study in studies]
-        if studies and not any(study["machine"]["gpu"] for study in studies):
+        if len(studies) == 1:
             parts.append("On a GPU: not measured.")
         return "\n\n".join(parts or [make({"records": []})])
 
     return tables
 
 
+def paper_studies() -> list[dict[str, Any]]:
+    """The study at the scale of CPUs, and at that of GPUs, as far as there are any."""
+    files = read("paper")
+    by_scale = ([file for file in files if bool(file["machine"]["gpu"]) == on_gpu] for on_gpu in (False, True))
+    return [dict(paper_table.combined(of_scale)) for of_scale in by_scale if of_scale]
+
+
 def paper_summary(_: list[dict[str, Any]]) -> str:
     """A line for each network of the largest study."""
-    studies = read("paper")
+    studies = paper_studies()
     if not studies:
         return "Not measured yet: `python bench/bench_paper.py --data-root DIR` runs or continues the study."
     largest = fine_tuning_table.largest(studies)
@@ -324,7 +331,7 @@ def paper_summary(_: list[dict[str, Any]]) -> str:
 
 def paper_plots(_: list[dict[str, Any]]) -> str:
     """The plots of the study with the most runs."""
-    if not read("paper"):
+    if not paper_studies():
         return "The plots of FLOPs cut against depth, and of accuracy against time, are drawn from the study: not measured."
     return (
         "![Forward FLOPs cut against depth, one curve per dataset](paper-flops.svg)\n\n"
@@ -333,7 +340,7 @@ def paper_plots(_: list[dict[str, Any]]) -> str:
 
 
 def draw_paper_plots() -> None:
-    if studies := read("paper"):
+    if studies := paper_studies():
         for name, plot in paper_table.PLOTS.items():
             (ROOT / "docs" / name).write_text(plot(fine_tuning_table.largest(studies)))
 

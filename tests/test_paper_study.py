@@ -121,6 +121,33 @@ BUDGET = record("budget", 4.0, 79.0, forward_flops=1e12, drops=[{"epoch": 1, "pr
 SIDES = [record("baseline"), BUDGET, record("short", 4.0, 78.5, forward_flops=0.8e12, epochs=3.4)]
 
 
+def test_runs_of_a_seed_are_of_one_machine(table: ModuleType) -> None:
+    """Of the file with the most of them; another seed may be of another."""
+    slow = [record("baseline", 30.0), record("budget", 10.0), record("baseline", 30.0, model="vgg13")]
+    machines = ({"gpu": None, "cpu": name, "cores": 1, "torch": "2.13", "date": "today"} for name in ("A", "B", "C"))
+    files = [
+        {"machine": machine, "epochs": 8, "records": records}
+        for machine, records in zip(
+            machines, (slow, SIDES, [record("baseline", 8.0, seed=1), record("budget", 4.0, seed=1)]), strict=True
+        )
+    ]
+    study = table.combined(files)
+    assert table.title_of(study).startswith("[1] A, 1 core; torch 2.13, today; [2] B")
+    assert [(r["model"], r["seed"], r["seconds"]) for r in study["records"]] == [
+        *(("vgg11", 0, seconds) for seconds in (10.0, 4.0, 4.0)),
+        ("vgg13", 0, 30.0),
+        *(("vgg11", 1, seconds) for seconds in (8.0, 4.0)),
+    ]
+    rows = cells(table.rows(study))
+    assert [row[1] for row in rows if row[2] == "budget"] == ["vgg11 [2, 3]"]
+    assert [row[2:5] for row in rows if row[1] == "vgg13 [1]"] == [["baseline", "8", "30.0"]]
+    # 10 / 4 and 8 / 4 in mean.
+    assert table.of_network(study, "mnist", "vgg11")["speedup"] == pytest.approx(2.25)
+    one = table.combined(files[:1])
+    assert table.title_of(one) == "A, 1 core; torch 2.13, today"
+    assert {row[1] for row in cells(table.rows(one))} == set(table.NETWORKS)
+
+
 def test_without_records_every_row_is_not_measured(table: ModuleType) -> None:
     empty: dict[str, Any] = {"records": []}
     assert [row[:3] for row in cells(table.rows(empty))] == [
