@@ -351,3 +351,24 @@ def test_live_layers_may_be_changed_between_epochs_without_a_word() -> None:
     with torch.no_grad():
         wanted = model.fc(model.blocks[2](model.blocks[1](row)).mean((2, 3)))
         assert torch.equal(model(x), wanted)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_what_stands_for_a_dropped_layers_output_is_used_again_unless_somebody_holds_it(held: bool) -> None:
+    """Making another takes time; but what is held stays that of its batch."""
+    model, outputs, numbers = Net(), [], []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = TensorDataset(*images().tensors[:2])
+    with DropScheduler(model, optimizer, DataLoader(data, 8), policy=Fixed({0: 1}), cache="fp32") as drop:
+        for x, _ in drop.loader:
+            model(x)
+
+        def hook(module: nn.Module, inputs: Any, out: Any) -> None:
+            numbers.append(id(out))
+            outputs.extend([out] if held else [])
+
+        model.blocks[0].conv.register_forward_hook(hook)
+        for x, _ in drop.loader:
+            model(x)
+    assert len({*numbers[-3:]}) == (3 if held else 1)
+    assert [out.standing.ids.tolist() for out in outputs[-3:]] == [[*range(i, i + 8)] for i in (0, 8, 16) if held]
