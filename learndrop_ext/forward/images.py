@@ -38,7 +38,7 @@ SIZES = frozenset({ATEN.view, ATEN._unsafe_view, ATEN.squeeze, ATEN.expand})
 WITHIN = frozenset(
     {
         *(ATEN.slice, ATEN.select, ATEN.index_select, ATEN.index, ATEN.repeat, ATEN.constant_pad_nd),
-        *(ATEN.reflection_pad2d, ATEN.replication_pad2d, ATEN.avg_pool2d, ATEN._adaptive_avg_pool2d),
+        *(ATEN.reflection_pad2d, ATEN.replication_pad2d, ATEN.avg_pool2d, ATEN._adaptive_avg_pool2d, ATEN.cat),
     }
 )
 #: Consecutive samples of a batch, for micro-batches.
@@ -240,7 +240,8 @@ class Images(Unread):
             return _joined(images)
         is_first = bool(args) and args[0] is x
         is_second = packet in (ATEN.mul, ATEN.add) and len(args) > 1 and args[1] is x
-        if len(images) > 1 or not (is_first or is_second):
+        is_repeated = packet is ATEN.cat and all(a is x for a in args[0])  # grey images as three channels
+        if not is_repeated and (len(images) > 1 or not (is_first or is_second)):
             raise _refused(func, x)
         within = packet in WITHIN and _keeps_batch(packet, x, args)
         if packet in SLICES and not within:
@@ -266,7 +267,8 @@ class Images(Unread):
             sized = pixels.expand if packet is ATEN.expand else pixels.view
             pixels = sized(len(pixels), *form.shape[1:])
         elif pixels is not None:
-            pixels = func(*(pixels if a is x else a for a in args), **kwargs)
+            given = ([pixels] * len(args[0]), *args[1:]) if is_repeated else (pixels if a is x else a for a in args)
+            pixels = func(*given, **kwargs)
         if packet.__name__.endswith("_") and is_first:
             x.memory[0] += 1
             x.pixels, x.operations, x.seen = pixels, note, x.memory[0]

@@ -48,6 +48,7 @@ ALLOWED: dict[str, Change] = {
     "reflected": lambda x: nn.functional.pad(x, [1, 1, 1, 1], mode="reflect")[..., :-2, 2:],
     "a choice of columns": lambda x: x[..., [7, 6, 5, 4, 3, 2, 1, 0]].index_select(1, torch.tensor([0])),
     "one channel": lambda x: x[:, 0].unsqueeze(1),
+    "three channels of one": lambda x: torch.cat((torch.cat([x, x, x], 1)[:, 2:],) * 2, dim=-1)[..., 8:],
     "all of it in slices": lambda x: torch.cat([x[:5], x[5:]]),
 }
 
@@ -103,6 +104,7 @@ REFUSED: dict[str, Change] = {
     "two indices at once": lambda x: x[:, torch.zeros(len(x), dtype=torch.long), :, torch.zeros(len(x)).long()],
     "a mask": lambda x: torch.where(torch.rand(8, 8) < 0.5, x, torch.zeros(())),
     "the batch's mean": lambda x: x - x.mean(),
+    "joined with what was made of it": lambda x: torch.cat([x, 2 * x], 1)[:, 1:],
     "a choice by value": lambda x: x if x.max() > 1 else 2 * x,
     "half of a batch in place": shift_half,
     "in place through a view": darken_through_a_view,
