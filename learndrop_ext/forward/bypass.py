@@ -140,7 +140,12 @@ class Bypass:
             return row
         finally:
             self._end, self._opened = before
-        raise RuntimeError(f"drop.model: the forward must pass {self.recorded.cut(end).path}, and did not")
+        cut = self.recorded.cut(end)
+        gone = dict(self.model.named_modules()).get(cut.path) is not cut.module
+        raise RuntimeError(
+            f"drop.model: the forward must pass {cut.path}, and did not"
+            + ("; another module is in its place: call drop.undrop() before modules are exchanged" if gone else "")
+        )
 
     def forget_calls(self) -> None:
         """Reset the number of training calls."""

@@ -372,3 +372,15 @@ def test_what_stands_for_a_dropped_layers_output_is_used_again_unless_somebody_h
             model(x)
     assert len({*numbers[-3:]}) == (3 if held else 1)
     assert [out.standing.ids.tolist() for out in outputs[-3:]] == [[*range(i, i + 8)] for i in (0, 8, 16) if held]
+
+
+def test_a_module_that_was_exchanged_at_the_cut_is_named() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = TensorDataset(*images().tensors[:2])
+    with DropScheduler(model, optimizer, DataLoader(data, 8), policy=Fixed({0: 1})) as drop:
+        for x, _ in drop.loader:
+            model(x)
+        model.blocks[0] = copy.deepcopy(model.blocks[0])
+        with pytest.raises(RuntimeError, match=r"must pass blocks\.0, and did not; another module is in its place"):
+            next(iter(drop.loader))
