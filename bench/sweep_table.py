@@ -8,10 +8,11 @@ from typing import Any
 
 
 def table(study: Mapping[str, Any]) -> str:
-    """The study as Markdown: for each part and side the runs, seconds, images read, and accuracy."""
+    """The study as Markdown: for each part and side the runs, seconds, images read, and accuracy and drops of the best."""
     lines = [
-        "| part | photos | side | runs | seconds | images read | validation accuracy, best run | its test accuracy |",
-        "|---|---|---|---|---|---|---|---|",
+        "| part | photos | side | runs | seconds | images read | validation accuracy, best run | its test accuracy "
+        "| its layers dropped, at first and at last |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for record in study["records"]:
@@ -29,7 +30,8 @@ def table(study: Mapping[str, Any]) -> str:
         read = sum(run["images_read"] for run in runs)
         ratio = "" if runs is whole else f" ({plain_seconds / seconds:.2f}x)"
         cells = [part, photos, side, len(runs), f"{seconds:.0f}{ratio}", f"{read:,}"]
-        cells += [f"{best['validation_accuracy']:.2f} %", accuracy]
+        dropped = [str(k) for k in dict.fromkeys((best["prefixes"][0], best["prefixes"][-1]))]
+        cells += [f"{best['validation_accuracy']:.2f} %", accuracy, ", ".join(dropped)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     machine = study["machine"]
     threads = study["setting"]["threads"]
