@@ -470,8 +470,9 @@ class DropScheduler:
         share_buffers(b for m in self._chain.recorded.before(prefix) for b in m.buffers())
         body = self._body(prefix)
         left = None if self._epochs is None else self._epochs - epoch
-        # Rows that would not be read again are not kept; those of an earlier drop stay.
-        if choice.cut == prefix and (left is None or left > self._rows.views):
+        # Rows that neither this run nor another would read again are not kept; those of an earlier drop stay.
+        shared = self._rows.config.store is not None and not epoch
+        if choice.cut == prefix and (shared or left is None or left > self._rows.views):
             shape = self._ledger.row_shape(prefix)
             rows = self._loader.batches.expected_rows()
             self._rows.advance(prefix, shape, rows=rows, private=epoch > 0, budgets=choice.budgets)

@@ -106,6 +106,21 @@ def test_trials_take_the_rows_of_the_first_and_train_the_same(tmp_path: Path) ->
     assert (one.samples, one.rows, one.cut, one.codec, one.in_use) == (24, 24, 2, "fp32", False)
 
 
+def test_runs_of_one_epoch_leave_rows_and_take_them(tmp_path: Path) -> None:
+    """As those of the first round of successive halving: they would not read a row again themselves."""
+    reads = []
+    for _ in range(3):
+        dataset = Listed()
+        model, optimizer, loader = parts(dataset, batch_size=8)
+        cache = CacheConfig(codec="fp32", store=tmp_path)
+        with DropScheduler(model, optimizer, loader, policy=Fixed({0: 2}), epochs=1, cache=cache) as drop:
+            dataset.reads.clear()
+            epoch(drop, optimizer)
+            drop.step()
+        reads.append(len(dataset.reads))
+    assert reads == [24, 8, 8]
+
+
 def test_where_labels_cannot_be_had_each_sample_is_read_once_for_them(tmp_path: Path) -> None:
     run(tmp_path, Photos())
     _, reads, made = run(tmp_path, Photos())
