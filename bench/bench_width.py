@@ -118,8 +118,9 @@ def train(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train one network; return it and what was measured."""
     epochs = max(1, round(args.epochs * method.share))
-    # After as many epochs as a linear schedule has steps, what is left trains on; the others end by themselves, or slowly.
-    steps = max(1, round(0.75 * epochs)) if isinstance((method.narrow or {}).get("schedule"), Linear) else epochs
+    # Nothing is cut after the last epoch, for nothing would train on; after a linear schedule a quarter of the epochs does.
+    linear = isinstance((method.narrow or {}).get("schedule"), Linear)
+    steps = max(1, round(0.75 * epochs) if linear else epochs - 1)
     width = max(1, round(args.width * keep)) if method.narrow_from_start else args.width
     # Contiguous: see `learndrop_ext.app.recipe.make_narrower`.
     model = network(model_name, split, width=width, seed=seed)
