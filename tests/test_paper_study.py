@@ -261,8 +261,15 @@ def test_a_side_that_cannot_be_trained_says_why(study: ModuleType, cases: Module
 
 @pytest.mark.slow
 def test_a_rehearsal_runs_every_side_once_and_refuses_another_recipe(
-    study: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cases: ModuleType,
+    study: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Steps of milliseconds, on a machine with other work, may not be halved by any drop.
+    monkeypatch.setitem(study.SIDES, "budget", cases.named("budget:1.2,start=1"))
+
     def run(*more: str) -> dict[str, Any]:
         study.main(["--toy", "--seeds", "1", "--tests-passed", "1", "--out", str(tmp_path), "--name", "toy", *more])
         written: dict[str, Any] = json.loads((tmp_path / "toy.json").read_text())
