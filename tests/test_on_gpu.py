@@ -59,11 +59,13 @@ def test_on_gpu_is_rehearsed_on_a_cpu(stage: str, tmp_path: Path, monkeypatch: p
         for one in (one for of_side in (*photos.values(), *scratch.values()) for one in of_side):
             whole = sum(seconds for part, seconds in one["spent"].items() if part not in ("capture", "fill"))
             assert whole == pytest.approx(one["seconds"], rel=0.2)
+        # Other work on the machine may make steps of milliseconds look as if no drop halved them; the study then goes on.
+        for _ in range(2):
+            if "budget: not run, Budget: speedup must be at most" in (tmp_path / "paper.log").read_text():
+                run(stage, cases[-1], "--device", "cpu", "--toy", "--no-build", out=tmp_path)
         records = json.loads((tmp_path / "paper.json").read_text())["records"]
-        # Steps of milliseconds, on a machine with other work, may not be halved by any drop: then the study says so.
-        too_much = "budget: not run, Budget: speedup must be at most 1." in (tmp_path / "paper.log").read_text()
-        follow = () if too_much else ("budget", "short", "freeze-only")
-        assert {record["side"] for record in records} == {"baseline", "stopped", *follow}
+        sides = [record["side"] for record in records]
+        assert sorted(sides) == sorted(["baseline", "budget", "stopped", "short", "freeze-only"])
 
 
 @pytest.mark.parametrize("arguments", [(), ("traning",), ("check", "--gpu"), ("check", "--device", "cpu")])

@@ -384,3 +384,19 @@ def test_a_module_that_was_exchanged_at_the_cut_is_named() -> None:
         model.blocks[0] = copy.deepcopy(model.blocks[0])
         with pytest.raises(RuntimeError, match=r"must pass blocks\.0, and did not; another module is in its place"):
             next(iter(drop.loader))
+
+
+def test_the_live_parameters_are_those_with_gradients() -> None:
+    """So that a loop may free their gradients alone, as docs/my-own-loop.md says."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = TensorDataset(*images().tensors[:2])
+    with DropScheduler(model, optimizer, DataLoader(data, 8), policy=Fixed({0: 2})) as drop:
+        live = list(drop.chain.parameters(drop.prefix, len(drop.chain)))
+        for _ in range(2):
+            for x, y in drop.loader:
+                cross_entropy(model(x), y).backward()
+                assert {id(p) for p in model.parameters() if p.grad is not None} == {*map(id, live)}
+                for parameter in live:
+                    parameter.grad = None
+            drop.step()
