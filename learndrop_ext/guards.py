@@ -34,7 +34,7 @@ from learndrop_ext.warn import warn
 PROBES = 4
 #: Frozen tensors whose version counters are read at each step, others at the next one: reading those of the 294 of
 #: EfficientNet-Lite0 takes about 40 us.
-EACH_STEP = 16
+EACH_STEP = 4
 #: Values of each frozen tensor, and a few more, that are compared when an epoch begins. All are when it ends.
 HEAD = 1024
 #: How often they are read if the dataset is random. An entry that changes with p = 0.5 passes for constant if 3 further
