@@ -34,7 +34,7 @@ from learndrop_ext.warn import warn
 PROBES = 4
 #: Frozen tensors whose version counters are read at each step, others at the next one: reading those of the 294 of
 #: EfficientNet-Lite0 takes about 40 us.
-EACH_STEP = 4
+EACH_STEP = 16
 #: Values of each frozen tensor, and a few more, that are compared when an epoch begins. All are when it ends.
 HEAD = 1024
 #: How often they are read if the dataset is random. An entry that changes with p = 0.5 passes for constant if 3 further
@@ -102,17 +102,15 @@ class FrozenTensors:
             "loaded checkpoint, a second optimizer)"
         )
 
-    def check_asleep(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise RuntimeError if a parameter of a dropped layer that did not train has been set to train."""
+    def woken_layer(self, optimizer: torch.optim.Optimizer) -> str | None:
+        """Return the name of the first dropped layer with a parameter that did not train and has been set to train since,
+        or None."""
         held = held_by(optimizer)
         for slot, asked in self._asleep:
             parameter = slot.tensor
             if isinstance(parameter, nn.Parameter) and parameter.requires_grad and (not asked or id(parameter) in held):
-                raise RuntimeError(
-                    f"drop.loader: the parameters of {slot.layer} have been set to train (by requires_grad or by adding "
-                    "them to the optimizer), but the layer is dropped: call drop.undrop() to train all layers, or leave "
-                    "them as they were"
-                )
+                return slot.layer
+        return None
 
     def _follow(self, tensors: list[torch.Tensor]) -> None:
         self._watched, self._digests = tensors, TensorDigests(tensors)
@@ -295,7 +293,10 @@ class Guards:
         self._optimizer = optimizer
 
     def release(self) -> None:
-        """Guard nothing."""
+        """Make all layers live again, free the rows, and guard nothing."""
+        self._bypass.release()
+        self._rows.stop()
+        self._extras.clear()
         self._tensors = self._probe = self._optimizer = None
         self.loop.forget()
 
@@ -305,14 +306,17 @@ class Guards:
             self._optimizer = optimizer
 
     def look(self, where: str) -> None:
-        """Look at the model: discard the rows, with a RuntimeWarning, if the dropped layers have changed.
-
-        Raises:
-            RuntimeError: a parameter of a dropped layer has been set to train.
-        """
+        """Look at the model: discard the rows, with a RuntimeWarning, if the dropped layers have changed; `release` them,
+        with one too, if a parameter that was frozen when its layer was dropped has been set to train."""
         if self._tensors is None or self._probe is None or self._optimizer is None:
             return
-        self._tensors.check_asleep(self._optimizer)
+        if woken := self._tensors.woken_layer(self._optimizer):
+            self.release()
+            warn(
+                f"drop.{where}: all layers train again, and the rows are freed: the parameters of the dropped layer {woken} "
+                "have been set to train (by requires_grad, or by adding them to the optimizer)"
+            )
+            return
         # Between two steps all values are compared once; an epoch that begins asks for what else may have changed.
         changed = self._tensors.changed_layer(values=where == "step")
         reason = None if changed else self._probe.reason()
@@ -327,7 +331,7 @@ class Guards:
         """Look at the model and, where samples can be read by number, at the data, before an epoch begins.
 
         Raises:
-            RuntimeError: a parameter of a dropped layer has been set to train, or images have another shape.
+            RuntimeError: images have another shape.
         """
         self.look("loader")
         kept = self._rows.drawn() if self._source.readable and self._rows.stores else ()

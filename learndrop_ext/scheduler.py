@@ -36,7 +36,7 @@ from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain, split_layers
 from learndrop_ext.forward.proof import check_cut
 from learndrop_ext.forward.wrapped import Wrap, WrappedModel
-from learndrop_ext.guards import Guards
+from learndrop_ext.guards import Guards, held_by
 from learndrop_ext.history import Record
 from learndrop_ext.kernels.chunks import DTYPE_CODES
 from learndrop_ext.ledger import Ledger
@@ -209,7 +209,7 @@ class DropScheduler:
     @property
     def prefix(self) -> int:
         """The number of layers dropped now."""
-        return self._prefix
+        return self._prefix if self._bypass.cuts else 0
 
     @property
     def epoch(self) -> int:
@@ -252,8 +252,11 @@ class DropScheduler:
         begin = time.perf_counter()
         self._check_open("step")
         samples, epoch_seconds, _ = self._loader.counts
+        dropped = self.prefix
         checks.check_trained(self._bypass, samples)
         checks.check_widths(self._base, self._shapes)
+        fill_seconds = self._rows.counts[2]
+        forward_flops, fill_flops = self._ledger.flops()
         self._guards.look("step")
         changes = self._deltas.measure(refresh=False)
         checks.check_finite(self._chain.names[self._prefix :], changes)
@@ -261,15 +264,15 @@ class DropScheduler:
             checks.check_touched(self._base, self._traces, changes)
         gone: tuple[None, ...] = (None,) * self._prefix
         changed, measured = (*gone, *changes), (*gone, *scores(changes))
-        fill_seconds = self._rows.counts[2]
-        forward_flops, fill_flops = self._ledger.flops()
+        self._follow_guards()
         if uses_costs(self._policy):
             self._measure_costs()
         self._ledger.read_budgets()
         wrap_seconds = self._ledger.wrapping()
-        self._ledger.observe(self._prefix, wrap_seconds=wrap_seconds)
+        self._ledger.observe(dropped, wrap_seconds=wrap_seconds)
         now = changed, measured
-        reason = self._decide(self._epoch + 1, now, epoch_seconds=epoch_seconds, wrap_seconds=wrap_seconds)
+        whole = None if dropped else epoch_seconds - wrap_seconds
+        reason = self._decide(self._epoch + 1, now, epoch_seconds=epoch_seconds, whole_seconds=whole)
         self._deltas.measure()
         self._epoch += 1
         self._traces = checks.traces_of(self._base)
@@ -325,6 +328,7 @@ class DropScheduler:
             ValueError: the model has other layers than before.
         """
         self._check_open("follow_widths")
+        self._follow_guards()
         if self._loader.counts[0]:
             raise RuntimeError(
                 "drop.follow_widths: it must be called after drop.step() and before the next batch, got "
@@ -349,8 +353,8 @@ class DropScheduler:
     def undrop(self) -> None:
         """Train the whole model on images again: dropped layers become live and the rows are freed."""
         self._check_open("undrop")
-        self._undropped = self._epoch
         self._release()
+        self._undropped = self._epoch
 
     @torch.inference_mode(False)
     def refresh(self, ids: Iterable[int] | None = None) -> None:
@@ -385,6 +389,7 @@ class DropScheduler:
         them all, and the state names them; those that the state before named are deleted unless other runs can use them.
         """
         self._check_open("state_dict")
+        self._follow_guards()
         return checkpoint.state_of(self)
 
     @torch.inference_mode(False)
@@ -400,6 +405,7 @@ class DropScheduler:
             RuntimeError: this scheduler has already trained with dropped layers.
         """
         self._check_open("load_state_dict")
+        self._follow_guards()
         checkpoint.load_state(self, state)
 
     def _measure_costs(self) -> None:
@@ -413,17 +419,17 @@ class DropScheduler:
         epoch: int,
         *now: tuple[tuple[LayerChange | None, ...], tuple[float | None, ...]],
         epoch_seconds: float = 0.0,
-        wrap_seconds: float = 0.0,
+        whole_seconds: float | None = None,
     ) -> str:
         """Ask the policy after `epoch` epochs, carry out its decision, and return the reason.
 
-        now: the changes and scores of the epoch that has ended, whose seconds follow.
+        now: the changes and scores of the epoch that has ended, whose seconds follow; whole_seconds are those without
+        wrapping, if nothing was dropped in it.
         """
         run, choices = self._ledger.run_costs()
         known = self._ledger.measured
         fill_seconds, saved_seconds = run.drop_estimates(self._prefix) if known else ((), ())
-        newest = None if self._prefix or not epoch else epoch_seconds - wrap_seconds
-        whole = self._ledger.full_epoch_seconds(self._history, newest)
+        whole = self._ledger.full_epoch_seconds(self._history, whole_seconds)
         measured = (*((r.changes, r.scores) for r in self._history if r.epoch), *now)
         situation = Situation(
             epoch=epoch,
@@ -440,6 +446,7 @@ class DropScheduler:
             elapsed_seconds=self._ledger.elapsed(self._history) + epoch_seconds,
             full_seconds=whole * (self._epochs or 0) + run.wrap_seconds,
             undropped=self._undropped,
+            asleep=self._asleep(),
         )
         decision = checks.checked_decision(self._policy(situation), self._prefix, len(self._chain) - 1)
         decision, choices = from_rank_zero((decision, choices))
@@ -493,20 +500,31 @@ class DropScheduler:
 
     def _show(self, body: nn.Module | None) -> None:
         if isinstance(self._model, WrappedModel) and body is not None:
-            self._model.show(body)
+            self._model.show(body, behind=self._prefix)
             self._ledger.note_wrapped()
 
     def _release(self) -> None:
         """Make all layers live again."""
         body = self._body(0)
-        self._bypass.release()
         self._guards.release()
-        self._rows.stop()
-        self._extras.clear()
-        self._prefix = 0
-        checks.HOLDERS.pop(self._base, None)
+        self._follow_guards()
         self._show(body)
-        self._deltas = self._deltas_from(0)
+
+    def _follow_guards(self) -> None:
+        """Go on with all layers if the guards have released them."""
+        if self._prefix and not self._bypass.cuts:
+            self._prefix, self._undropped = 0, self._epoch
+            checks.HOLDERS.pop(self._base, None)
+            self._deltas = self._deltas_from(0)
+
+    def _asleep(self) -> int:
+        """The number of first layers that do not train: those dropped, and those that the user has frozen behind them."""
+        held = held_by(self._optimizer)
+        trains = (
+            any(p.requires_grad and id(p) in held for p in self._chain.parameters(i, i + 1))
+            for i in range(self._prefix, len(self._chain))
+        )
+        return self._prefix + next((i for i, one in enumerate(trains) if one), 0)
 
     def _record(self, reason: str, **values: Any) -> Record:
         cache = self._rows.cache

@@ -387,7 +387,7 @@ def test_live_layers_may_change() -> None:
         assert_nothing_is_said(drop, optimizer)
 
 
-def test_a_dropped_layer_that_is_asked_to_train_is_refused() -> None:
+def test_a_dropped_layer_that_is_asked_to_train_trains() -> None:
     model, _, loader = parts()
     model.conv1.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -395,11 +395,8 @@ def test_a_dropped_layer_that_is_asked_to_train_is_refused() -> None:
     epoch(drop, optimizer)
     model.conv1.requires_grad_(True)
     optimizer.add_param_group({"params": list(model.conv1.parameters())})
-    with pytest.raises(RuntimeError, match=r"parameters of conv1 have been set to train .*: call drop.undrop\(\) to"):
+    with pytest.warns(RuntimeWarning, match="drop.step: all layers train again, .* layer conv1 have been set to"):
         drop.step()
-    with pytest.raises(RuntimeError, match=r"parameters of conv1 have been set to train"):
-        next(iter(drop.loader))
-    drop.undrop()
     before = model.conv1.weight.detach().clone()
     epoch(drop, optimizer)
     assert not torch.equal(model.conv1.weight, before)

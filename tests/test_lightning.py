@@ -233,6 +233,32 @@ def test_a_recipe_that_asks_for_the_number_of_steps_before_the_fit_drops_all_the
     assert [record.prefix for record in learn_drop.drop.history] == [2, 3, 3, 3]
 
 
+def test_a_backbone_that_is_unfrozen_in_the_middle_of_the_fit_trains_again(pl: Any) -> None:
+    """`BaseFinetuning` adds the backbone to the optimizer as an epoch begins."""
+    net = (module := classifier(pl)).net
+    backbone, weights = [net.conv1, net.bn1, net.conv2, net.bn2], []
+
+    class Unfreezing(pl.callbacks.BaseFinetuning):  # type: ignore[misc]
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(backbone, train_bn=False)
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            weights.append(net.conv1.weight.detach().clone())
+            if epoch == 2:
+                self.unfreeze_and_add_param_group(backbone, optimizer)
+
+    def configure_optimizers() -> Any:
+        return torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05)
+
+    module.configure_optimizers = configure_optimizers
+    learn_drop = callback(policy=Fixed({1: 2}))
+    with pytest.warns(RuntimeWarning, match="all layers train again"):
+        trainer(pl, learn_drop, Unfreezing()).fit(module, loader())
+    assert [record.prefix for record in learn_drop.drop.history] == [2, 2, 0, 0]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+
+
 def test_hooks_on_the_network_and_half_precision_work(pl: Any) -> None:
     module, learn_drop = classifier(pl), callback()
     called: list[int] = []

@@ -441,7 +441,7 @@ def test_a_new_optimizer_is_the_one_that_is_measured() -> None:
     assert drop.step().learning_rate == 0.25
 
 
-def test_after_a_drop_a_new_optimizer_must_leave_what_slept_asleep() -> None:
+def test_after_a_drop_a_new_optimizer_may_wake_what_slept() -> None:
     model, optimizer, loader = parts()
     optimizer = torch.optim.SGD([*model.conv2.parameters(), *model.conv3.parameters()], lr=0.05)
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
@@ -449,8 +449,87 @@ def test_after_a_drop_a_new_optimizer_must_leave_what_slept_asleep() -> None:
     drop.step()
     epoch(drop, optimizer)
     drop.optimizer = torch.optim.SGD(model.parameters(), lr=0.05)  # conv1 did not train when it was dropped
-    with pytest.raises(RuntimeError, match=r"the parameters of conv1 have been set to train .* call drop.undrop\(\)"):
+    with pytest.warns(RuntimeWarning, match="drop.step: all layers train again, .* layer conv1 have been set to"):
+        record = drop.step()
+    assert (drop.prefix, record.prefix) == (0, 0)
+    assert [change is None for change in record.changes] == [
+        True,
+        True,
+        False,
+        False,
+    ]  # what was dropped did not change
+    assert record.forward_flops < drop.history[0].forward_flops
+    before = model.conv1.weight.detach().clone()
+    epoch(drop, drop.optimizer)
+    assert not torch.equal(model.conv1.weight, before)
+    assert None not in drop.step().changes
+
+
+def test_a_wrapped_model_trains_whole_again_when_a_frozen_layer_is_set_to_train() -> None:
+    model, _, loader = parts()
+    model.conv1.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    wrapped = []
+
+    def wrap(body: nn.Module) -> nn.Module:
+        wrapped.append(body)
+        return nn.Sequential(body)
+
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 2}), wrap=wrap)
+    epoch(drop, optimizer)
+    drop.step()
+    model.conv1.requires_grad_(True)
+    optimizer.add_param_group({"params": list(model.conv1.parameters())})
+    before = model.conv1.weight.detach().clone()
+    with pytest.warns(RuntimeWarning, match="all layers train again"):
+        epoch(drop, optimizer)
+    assert not torch.equal(model.conv1.weight, before)
+    assert wrapped[-1] is model
+    assert drop.step().prefix == 0
+    drop.close()
+
+
+def test_a_state_saved_after_a_frozen_layer_was_set_to_train_has_no_dropped_layers() -> None:
+    model, _, loader = parts()
+    model.conv1.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({0: 2}))
+    epoch(drop, optimizer)
+    drop.step()
+    model.conv1.requires_grad_(True)
+    with pytest.warns(RuntimeWarning, match="all layers train again"):
+        next(iter(drop.loader))
+    state = drop.state_dict()
+    assert (state["prefix"], state["undropped"]) == (0, 1)
+    drop.close()
+    resumed = DropScheduler(model, optimizer, loader, policy=Fixed({0: 2}))
+    resumed.load_state_dict(state)
+    assert resumed.prefix == 0
+    epoch(resumed, optimizer)
+    record = resumed.step()
+    assert record.prefix == 0
+    assert None not in record.changes
+
+
+def test_a_policy_sees_how_many_of_the_first_layers_do_not_train() -> None:
+    seen = []
+
+    def policy(situation: Situation) -> Decision:
+        seen.append((situation.prefix, situation.asleep))
+        return Decision(1 if situation.epoch else 0, "one")
+
+    model, _, loader = parts()
+    model.conv2.requires_grad_(False)
+    model.bn2.requires_grad_(False)
+    optimizer = torch.optim.SGD([*model.conv2.parameters(), *model.conv3.parameters()], lr=0.05)
+    drop = DropScheduler(model, optimizer, loader, policy=policy)
+    for _ in range(2):
+        epoch(drop, optimizer)
         drop.step()
+    model.conv2.requires_grad_(True)
+    epoch(drop, optimizer)
+    drop.step()
+    assert seen == [(0, 2), (0, 2), (1, 2), (1, 1)]
 
 
 def test_a_policy_that_never_drops_leaves_the_model_untouched() -> None:

@@ -35,6 +35,8 @@ class Situation:
         full_seconds: time of the whole run without drops; 0.0 to take it from `costs`.
         undropped: number of epochs done when `undrop()` was last called, or None.
         changes: the L measured changes of each epoch done, from which the scores are computed; None as in `scores`.
+        asleep: number of first layers that do not train: those dropped, and those behind them of which no parameter is held
+            by the optimizer and requires a gradient.
     """
 
     epoch: int
@@ -51,6 +53,7 @@ class Situation:
     full_seconds: float = 0.0
     undropped: int | None = None
     changes: tuple[tuple[LayerChange | None, ...], ...] = ()
+    asleep: int = 0
 
     @property
     def past(self) -> tuple[int, ...]:
@@ -109,7 +112,8 @@ class StoppedLearning:
     measurement. A drop must pay for its fill in the epochs left; if the length of the run is not known, as many are assumed
     as have been done. It must also save at least the share `min_saving` of the run without drops: a drop that saves little
     still costs accuracy, and in a measurement (docs/scores.md) training one epoch less was better. At most the share
-    `max_dropped` of the layers is dropped. After `undrop()` only later measurements count.
+    `max_dropped` of the layers is dropped. After `undrop()` only later measurements count. Layers that the user has frozen
+    are not waited for: they are dropped after the first epoch, by which a drop's costs are known.
 
     Args:
         threshold (float, optional): score below which a layer counts as stopped. Default: 0.2
@@ -139,16 +143,18 @@ class StoppedLearning:
                 raise ValueError(f"StoppedLearning: {name} must be a whole number >= {least}, got {value!r}")
 
     def __call__(self, situation: Situation) -> Decision:
-        if situation.epoch <= self.warmup:
-            return Decision(situation.prefix, f"warm-up: epoch {situation.epoch} of {self.warmup}")
         last = min(len(situation.layers) - 1, int(self.max_dropped * len(situation.layers)))
-        prefix = situation.prefix
-        while prefix < last and self._stopped(situation, prefix):
+        frozen = min(situation.asleep, last) if situation.epoch > (situation.undropped or 0) else 0
+        prefix = max(situation.prefix, frozen)
+        while situation.epoch > self.warmup and prefix < last and self._stopped(situation, prefix):
             prefix += 1
-        if prefix == situation.prefix:
-            return Decision(prefix, self._still(situation, prefix, last))
-        stopped = f"scores under {self.threshold:g} for {self.patience} measurements"
-        return _worth(situation, prefix, stopped, min_saving=self.min_saving)
+        if prefix > situation.prefix:
+            stopped = f"scores under {self.threshold:g} for {self.patience} measurements"
+            reason = "frozen by the user" if prefix == frozen else stopped
+            return _worth(situation, prefix, reason, min_saving=self.min_saving)
+        if situation.epoch <= self.warmup:
+            return Decision(prefix, f"warm-up: epoch {situation.epoch} of {self.warmup}")
+        return Decision(prefix, self._still(situation, prefix, last))
 
     def smoothed(self, situation: Situation, layer: int) -> list[float]:
         """Return the smoothed scores of one layer after the warm-up, oldest first."""

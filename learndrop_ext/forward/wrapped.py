@@ -25,7 +25,7 @@ class WrappedModel(nn.Module):
         super().__init__()
         self._held = chain, bypass  # in a tuple, so that the model is not a submodule
         self._wrap = wrap
-        self.body = self.wrapped(0)
+        self.show(self.wrapped(0), behind=0)
 
     def wrapped(self, k: int) -> nn.Module:
         """Return the wrapped model behind its first k layers. Raises TypeError if `wrap` does not return a module."""
@@ -35,9 +35,9 @@ class WrappedModel(nn.Module):
             raise TypeError(f"DropScheduler: wrap must return a torch.nn.Module, got {type(body).__name__}")
         return body
 
-    def show(self, body: nn.Module) -> None:
-        """Call this module from now on."""
-        self.body = body
+    def show(self, body: nn.Module, *, behind: int) -> None:
+        """Call this module from now on, what `wrapped(behind)` gave."""
+        self.body, self._behind = body, behind
 
     def train(self, mode: bool = True) -> WrappedModel:
         """Set the mode of the user's model, which is that of all of its layers."""
@@ -48,6 +48,8 @@ class WrappedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain, bypass = self._held
         if not bypass.cuts:
+            if self._behind:  # the guards have released all layers
+                self.show(self.wrapped(0), behind=0)
             return self.body(*args, **kwargs)
         images = images_in(args, kwargs)
         if images is None or images.standing.owner is not bypass:

@@ -38,6 +38,18 @@ STOPPED_LEARNING: list[tuple[str, StoppedLearning, Situation, int, str]] = [
     ("warm-up", StoppedLearning(warmup=2), after(ALL_REST, ALL_REST), 0, "warm-up: epoch 2 of 2"),
     ("warm-up keeps the prefix", StoppedLearning(warmup=2), after(ALL_REST, prefix=1), 1, "warm-up: epoch 1 of 2"),
     ("before training", StoppedLearning(), after(), 0, "warm-up: epoch 0 of 2"),
+    ("frozen layers", StoppedLearning(), after(TWO_REST, asleep=2), 2, "frozen by the user"),
+    ("frozen layers before training", StoppedLearning(), after(asleep=2), 0, "warm-up: epoch 0 of 2"),
+    ("frozen after undrop()", StoppedLearning(), after(TWO_REST, asleep=2, undropped=1), 0, "warm-up: epoch 1 of 2"),
+    ("few frozen layers", StoppedLearning(max_dropped=0.25), after(TWO_REST, asleep=2), 1, "frozen by the user"),
+    ("frozen layers and one that stops", QUICK, after(TWO_REST, TWO_REST, asleep=1), 2, STOPPED),
+    (
+        "frozen layers that are dropped",
+        StoppedLearning(),
+        after(MOVING, prefix=2, asleep=2),
+        2,
+        "warm-up: epoch 1 of 2",
+    ),
     ("before training, no warm-up", QUICK, after(), 0, "warm-up: epoch 0 of 0"),
     (
         "warm-up does not count",

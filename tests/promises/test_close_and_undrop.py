@@ -122,6 +122,7 @@ def test_undrop_stays_undone_under_a_fixed_policy() -> None:
 
 @pytest.mark.parametrize("how", ["add_param_group", "a new optimizer"])
 def test_the_head_first_and_then_the_backbone(how: str) -> None:
+    """Layers that were frozen when they were dropped train again when they are set to, without a call of ours."""
     run = Run(drops={})
     for parameter in run.model[:6].parameters():
         parameter.requires_grad_(False)
@@ -134,13 +135,20 @@ def test_the_head_first_and_then_the_backbone(how: str) -> None:
         run.optimizer.add_param_group({"params": list(run.model[:6].parameters()), "lr": 0.01})
     else:
         run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
-    with pytest.raises(RuntimeError, match=r"parameters of 0 have been set to train .* call drop.undrop\(\)"):
-        run.epochs(1)
-    run.drop.undrop()
+    plain = copy.deepcopy(run.model).train()
+    with pytest.warns(RuntimeWarning, match="drop.loader: all layers train again, .* dropped layer 0 have been set to"):
+        batches = list(run.drop.loader)
+    assert run.drop.prefix == 0
+    assert not any(isinstance(x, Images) for x, _ in batches)
+    assert all(module.training for module in run.model.modules())
+    x, y = batches[0]
+    ours, theirs = (nn.functional.cross_entropy(one(x), y) for one in (run.model, plain))
+    assert torch.equal(ours, theirs)
     before = run.model[0].weight.detach().clone()
     run.epochs(3)
     assert not torch.equal(run.model[0].weight, before)
     assert accuracy(run.model) > 0.9
+    assert [record.prefix for record in run.drop.history] == [2, 2, 2, 0, 0, 0]
 
 
 def test_an_optimizer_made_anew_is_followed_once_it_is_said() -> None:
@@ -153,8 +161,9 @@ def test_an_optimizer_made_anew_is_followed_once_it_is_said() -> None:
         parameter.requires_grad_(True)
     run.drop = run.scheduler({0: 2})  # its optimizer holds the head alone
     run.optimizer = run.drop.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match="parameters of 0 have been set to train"):
+    with pytest.warns(RuntimeWarning, match="dropped layer 0 have been set to train"):
         run.epochs(1)
+    assert run.drop.prefix == 0
 
 
 @pytest.mark.parametrize("kept", [False, True])
