@@ -25,7 +25,7 @@ import torch
 from run import add, copy_limit, describe_machine, file_name, results_to_continue, run_tests
 from torch import Tensor, nn
 
-from learndrop_ext import DropScheduler, StoppedLearning, split_layers
+from learndrop_ext import DropScheduler, Fixed, split_layers
 from learndrop_ext.app import runs
 from learndrop_ext.app.datasets import Split, load_dataset
 from learndrop_ext.app.image_set import make_loader
@@ -59,7 +59,7 @@ class Method:
         share: of the epochs, each run with its own learning-rate schedule.
         narrow_from_start: build the network with the share of channels that the others end with.
         sparse: rule by which single weights are masked after training.
-        drops: whether layers are dropped too, once their learning has stopped.
+        drops: whether half of the layers are dropped, after a third of the epochs.
         models: for which networks. Default: all
     """
 
@@ -130,7 +130,10 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=epochs * len(loader))
     example = next(iter(make_loader(split.test, 2)))[0]
     begin = time.perf_counter()
-    drop = DropScheduler(model, optimizer, loader, policy=StoppedLearning(), epochs=epochs) if method.drops else None
+    drop = None
+    if method.drops:  # by no clock and no score, so that it is the same at every width
+        half = Fixed({max(1, epochs // 3): len(split_layers(model, example)) // 2})
+        drop = DropScheduler(model, optimizer, loader, policy=half, epochs=epochs)
     narrow = None
     if method.narrow is not None:
         controls = {} if "controller" in method.narrow else {"epochs": steps}

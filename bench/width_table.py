@@ -71,33 +71,41 @@ SYSTEMS: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
 }
 
+#: All runs, in the order of the tables: what the rules are compared with, the rules, and depth.
+RUNS = (
+    *("full", "short-0.75", "short-0.5", "short-0.25", "narrow-from-start"),
+    *(run for _, runs, _ in SYSTEMS.values() for run in runs),
+    *("drops", "drops-and-one-cycle"),
+)
+
 Records = Sequence[Mapping[str, Any]]
 
 
 def systems(studies: Sequence[Mapping[str, Any]]) -> str:
     """One line a system: how it is called here, what its abstract says, and what its runs lost in the largest study."""
     records: Records = max((study["records"] for study in studies), key=len, default=[])
-    lines = ["| system | here | its abstract says | accuracy against `full`, parameters left |", "|---|---|---|---|"]
+    lines = [
+        "| system | here | its abstract says | points of accuracy against `full` (parameters left), keeping 0.5 and 0.2 |",
+        "|---|---|---|---|",
+    ]
     for system, (here, runs, said) in SYSTEMS.items():
-        found = [cell for run in runs for cell in _against_full(records, run)]
-        seen = "; ".join(found) or (
+        found = [f"**{run}** {cells}" for run in runs if (cells := _against_full(records, run))]
+        seen = "<br>".join(found) or (
             NOT_MEASURED if runs else "printed by the example, tested in `tests/app/test_examples.py`"
         )
         lines.append(f"| {system} | {here} | {said} | {seen} |")
     return "\n".join(lines)
 
 
-def _against_full(records: Records, run: str) -> list[str]:
-    cells = []
-    for key, own in _groups(records).items():
-        dataset, model, name, keep = key
-        full = _groups(records).get((dataset, model, "full", None))
+def _against_full(records: Records, run: str) -> str:
+    groups, cells = _groups(records), {}
+    for (dataset, model, name, _), own in groups.items():
+        full = groups.get((dataset, model, "full", None))
         if name == run and full is not None:
             lost = _mean(own, "accuracy") - _mean(full, "accuracy")
             left = _mean(own, "parameters") / _mean(full, "parameters")
-            asked = "" if keep is None else f", keep {keep:g}"
-            cells.append(f"{run} on {dataset}, {model}{asked}: {lost:+.2f} points, {100 * left:.0f} %")
-    return cells
+            cells.setdefault(f"{model}, {dataset}", []).append(f"{lost:+.1f} ({100 * left:.0f} %)")
+    return "; ".join(f"{network}: {', '.join(found)}" for network, found in cells.items())
 
 
 def table(study: Mapping[str, Any]) -> str:
@@ -128,11 +136,17 @@ def table(study: Mapping[str, Any]) -> str:
 
 
 def _groups(records: Records) -> dict[tuple[str, str, str, float | None], list[Mapping[str, Any]]]:
+    """The records by set, network, run and share kept, in the order of the tables."""
     found: dict[tuple[str, str, str, float | None], list[Mapping[str, Any]]] = {}
     for record in records:
         key = (record["dataset"], record["model"], record["run"], record["keep"])
         found.setdefault(key, []).append(record)
-    return found
+
+    def order(key: tuple[str, str, str, float | None]) -> tuple[str, str, float, int]:
+        dataset, model, run, keep = key
+        return dataset, model, -(keep or 1), RUNS.index(run)
+
+    return {key: found[key] for key in sorted(found, key=order)}
 
 
 def _mean(records: Records, key: str) -> float:
