@@ -9,7 +9,7 @@ import copy
 import math
 from collections import UserDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -47,9 +47,14 @@ class _Input:
 
 
 def register(batch: Any) -> None:
-    """Make pytree know the type of a batch that is a `UserDict`, as the image processors of transformers give."""
+    """Make pytree know the type of a batch that is a dataclass or a `UserDict`, as the image processors of transformers
+    give."""
     kind: Any = type(batch)
-    if isinstance(batch, UserDict) and kind not in pytree.SUPPORTED_NODES:
+    if kind in pytree.SUPPORTED_NODES:
+        return
+    if is_dataclass(kind):
+        pytree.register_dataclass(type(batch))
+    elif isinstance(batch, UserDict):
         pytree.register_pytree_node(
             kind,
             lambda one: (list(one.values()), list(one)),
@@ -106,11 +111,9 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
     found = batch
     try:
         for one in key.path if isinstance(key, KeyPath) else (key,):
-            found = found[one]
+            found = entry_of(found, one)
     except (KeyError, IndexError, TypeError):
-        has = (
-            list(batch) if isinstance(batch, Mapping) else f"{len(batch)} entries" if hasattr(batch, "__len__") else ""
-        )
+        has = names_of(batch) or (f"{len(batch)} entries" if hasattr(batch, "__len__") else "no entries")
         raise ValueError(
             f"DropScheduler: input must be the position of the model's input in a batch, got {key!r}; "
             f"the batch is a {type(batch).__name__} with {has}"
@@ -122,6 +125,19 @@ def input_of(batch: Any, key: InputKey) -> torch.Tensor:
             f"DropScheduler: input must be the position of a tensor in a batch, got {key!r}, a {type(found).__name__}{hint}"
         )
     return found
+
+
+def names_of(batch: Any) -> list[Any]:
+    """Return the keys of a mapping, or the fields of a dataclass or a named tuple; [] for what has none."""
+    if isinstance(batch, Mapping):
+        return list(batch)
+    return [field.name for field in fields(batch)] if is_dataclass(batch) else list(getattr(batch, "_fields", ()))
+
+
+def entry_of(batch: Any, key: int | str) -> Any:
+    """Return an entry of a batch by its position or name. Raises KeyError, IndexError or TypeError."""
+    has_fields = isinstance(key, str) and not isinstance(batch, Mapping) and key in names_of(batch)
+    return getattr(batch, str(key)) if has_fields else batch[key]
 
 
 def with_input(batch: Any, key: InputKey, model_input: Any) -> Any:
@@ -137,7 +153,8 @@ def with_input(batch: Any, key: InputKey, model_input: Any) -> Any:
 def _with_entry(batch: Any, path: Sequence[int | str], value: Any) -> Any:
     """The batch with another value where a path of keys leads."""
     entries, spec = pytree.tree_flatten(batch, is_leaf=lambda entry: entry is not batch)
-    place: Any = list(batch).index(path[0]) if isinstance(batch, Mapping) else path[0]
+    names = names_of(batch)
+    place: Any = names.index(path[0]) if path[0] in names else path[0]
     entries[place] = _with_entry(entries[place], path[1:], value) if path[1:] else value
     return pytree.tree_unflatten(entries, spec)
 

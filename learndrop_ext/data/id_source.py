@@ -7,7 +7,7 @@ import operator
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
-from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, register, some_of
+from learndrop_ext.data.extras import BatchExtras, InputKey, entry_of, input_of, names_of, register, some_of
 from learndrop_ext.data.reading import Kept, left_alone
 from learndrop_ext.rows.plan import lengthened
 
@@ -248,12 +248,11 @@ def ids_of(batch: Any, place: IdKey, count: int) -> list[int] | list[str]:
     found = batch
     for step in place if isinstance(place, tuple) else (place,):
         try:
-            if not isinstance(found, Mapping | list | tuple):
+            if not (names_of(found) or isinstance(found, list | tuple)):
                 raise TypeError
-            found = found[step]  # type: ignore[index]
+            found = entry_of(found, step)
         except (KeyError, IndexError, TypeError):
-            parts = isinstance(found, list | tuple)
-            has = list(found) if isinstance(found, Mapping) else f"{len(found)} entries" if parts else "no entries"
+            has = names_of(found) or (f"{len(found)} entries" if isinstance(found, list | tuple) else "no entries")
             raise ValueError(
                 f"DropScheduler: ids must be the position of the samples' ids in a batch, got {place!r}; there is a "
                 f"{type(found).__name__} with {has}"

@@ -183,7 +183,7 @@ def test_input_of(batch: Any, key: int | str) -> None:
         ((IMAGES, LABELS), 2, "in a batch, got 2; the batch is a tuple with 2 entries"),
         ((IMAGES, LABELS), "x", "in a batch, got 'x'; the batch is a tuple with 2 entries"),
         ({"image": IMAGES}, 0, r"in a batch, got 0; the batch is a dict with \['image'\]"),
-        (5, 0, "in a batch, got 0; the batch is a int with "),
+        (5, 0, "in a batch, got 0; the batch is a int with no entries"),
         ((["a"], IMAGES), 0, "input must be the position of a tensor in a batch, got 0, a list"),
     ],
 )

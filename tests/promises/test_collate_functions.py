@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import UserDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from four_quarters import Run, network
-from torch.utils.data import default_collate
+from four_quarters import Run, network, quarters
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from learndrop_ext import DropScheduler
+from learndrop_ext.forward.images import Images
 
 
 def mixup_half_the_time(samples: list[Any]) -> Any:
@@ -101,3 +103,42 @@ def test_a_batch_that_is_a_user_dict_keeps_its_type() -> None:
             run.train_step(batch["pixel_values"], batch["labels"])
         run.drop.step()
     assert run.drop.prefix == 2
+
+
+@dataclasses.dataclass
+class Fields:
+    labels: torch.Tensor
+    pixel_values: torch.Tensor
+    names: list[str]
+    scale: float = 0.5
+
+
+class Named(NamedTuple):
+    labels: torch.Tensor
+    pixel_values: torch.Tensor
+    names: list[str]
+
+
+@pytest.mark.parametrize("ids", [None, "names"])
+@pytest.mark.parametrize("kind", [Fields, Named])
+def test_a_batch_with_named_fields_keeps_its_type(kind: Any, ids: str | None) -> None:
+    def collate(samples: list[Any]) -> Any:
+        x, y, number = default_collate(samples)
+        return kind(y, x, [f"sample {i}" for i in number.tolist()])
+
+    run = Run(drops={})
+    numbered = TensorDataset(*quarters().tensors, torch.arange(len(quarters())))
+    run.user = DataLoader(numbered, 8, shuffle=True, collate_fn=collate)
+    with pytest.raises(ValueError, match=r"got 'image'; the batch is a \w+ with \['labels', 'pixel_values', 'names'"):
+        run.scheduler({}, input="image", ids=ids)
+    run.drop = run.scheduler({1: 2}, input="pixel_values", ids=ids)
+    for _ in range(4):
+        for batch in run.drop.loader:
+            assert type(batch) is kind
+            numbers = [int(name.split()[1]) for name in batch.names]
+            assert torch.equal(numbered.tensors[1][numbers], batch.labels)
+            run.train_step(batch.pixel_values, batch.labels)
+        run.drop.step()
+    assert run.drop.prefix == 2
+    assert isinstance(batch.pixel_values, Images)
+    assert batch.pixel_values.pixels is None
