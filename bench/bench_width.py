@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
             net, measured = (method.sparse and whole.get((model, seed))) or train(
                 method, model, split, args, keep, seed
             )
-            if name == "full":
+            if name == "full" or method.sparse:
                 whole[model, seed] = net, measured
             if method.sparse is not None:
                 net = copy.deepcopy(net)
