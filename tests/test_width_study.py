@@ -68,12 +68,13 @@ def test_a_system_is_compared_with_the_full_network(table: ModuleType) -> None:
         record("full", 99.0, 1000, seed=1),
         record("zeros", 97.0, 250, 0.5),
         record("zeros", 98.0, 250, 0.5, seed=1),
+        record("zeros", 90.0, 40, 0.2),
     ]
     lines = {
         line.split("|")[1].strip(): line.split("|")[-2].strip()
         for line in table.systems([{"records": records}]).splitlines()
     }
-    assert lines["Zero-keep filter pruning"] == "zeros on mnist, vgg16, keep 0.5: -1.00 points, 25 %"
+    assert lines["Zero-keep filter pruning"] == "**zeros** vgg16, mnist: -1.0 (25 %), -8.5 (4 %)"
     assert lines["DropNet (2207.06646)"] == "not measured"
     assert len(lines) == 12
 
