@@ -136,8 +136,9 @@ def names_of(batch: Any) -> list[Any]:
 
 def entry_of(batch: Any, key: int | str) -> Any:
     """Return an entry of a batch by its position or name. Raises KeyError, IndexError or TypeError."""
-    has_fields = isinstance(key, str) and not isinstance(batch, Mapping) and key in names_of(batch)
-    return getattr(batch, str(key)) if has_fields else batch[key]
+    if isinstance(key, str) and not isinstance(batch, Mapping) and key in names_of(batch):
+        return getattr(batch, key)
+    return batch[key]
 
 
 def with_input(batch: Any, key: InputKey, model_input: Any) -> Any:

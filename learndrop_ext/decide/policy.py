@@ -33,7 +33,7 @@ class Situation:
         costs: costs of this run; None before they were measured, as before training under a policy without `check`.
         elapsed_seconds: wall-clock time of the run so far, including the work of drops.
         full_seconds: time of the whole run without drops; 0.0 to take it from `costs`.
-        undropped: number of epochs done when `undrop()` was last called, or None.
+        undropped: number of epochs done when all layers were last made live again, or None.
         changes: the L measured changes of each epoch done, from which the scores are computed; None as in `scores`.
         asleep: number of first layers that do not train: those dropped, and those behind them of which no parameter is held
             by the optimizer and requires a gradient.
