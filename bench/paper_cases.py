@@ -189,7 +189,9 @@ PAPER = ("baseline", "budget", "stopped", "short", "freeze-only")
 #: Thresholds of the default policy beside its own, by the name of their side.
 THRESHOLDS = {f"threshold-{value:g}": value for value in (0.1, 0.4)}
 SCORES = ("watched", "budget-even", "budget-hindsight", "stopped-even", "stopped-hindsight", *THRESHOLDS)
-LONG = PAPER[:4]
+#: The default policy without its wait for the learning rate to fall.
+ANY_RATE = "stopped-any-rate"
+LONG = (*PAPER[:4], ANY_RATE)
 
 SIDES: dict[str, Side] = {
     "baseline": Side(),
@@ -204,6 +206,7 @@ SIDES: dict[str, Side] = {
     "stopped-even": without_scores(evenly, "stopped"),
     "stopped-hindsight": without_scores(hindsight, "stopped"),
     **{name: Side(lambda done, value=value: StoppedLearning(threshold=value)) for name, value in THRESHOLDS.items()},
+    ANY_RATE: Side(lambda done: StoppedLearning(annealed=1.0)),
 }
 
 

@@ -439,6 +439,8 @@ class DropScheduler:
             scores=tuple(scores for _, scores in measured),
             changes=tuple(changes for changes, _ in measured),
             learning_rate=float(self._optimizer.param_groups[0]["lr"]),
+            learning_rates=tuple(record.learning_rate for record in self._history),
+            is_scheduled="initial_lr" in self._optimizer.param_groups[0],  # which every LRScheduler writes
             fill_seconds=fill_seconds,
             saved_seconds=saved_seconds,
             epoch_seconds=whole,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation
+from learndrop_ext import CacheConfig, Decision, DropScheduler, Fixed, Situation, StoppedLearning
 from learndrop_ext.guards import PROBES
 from small_training import Net, called, data, epoch, parts, prefix_rows
 
@@ -73,6 +73,29 @@ def test_a_policy_without_costs_has_nothing_timed(monkeypatch: pytest.MonkeyPatc
     for _ in range(3):
         epoch(drop, optimizer)
         assert drop.step().forecast_seconds is None
+
+
+def test_the_default_policy_waits_for_a_scheduled_learning_rate_to_fall() -> None:
+    model, optimizer, loader = parts()
+    policy = StoppedLearning(threshold=1.0, patience=1, warmup=0, min_saving=0.0)
+    drop = DropScheduler(model, optimizer, loader, policy=policy)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3], gamma=0.1)  # made after the DropScheduler
+    waits = "the learning rate is 100% of its highest; drops wait for 50%"
+    for i in range(2):
+        epoch(drop, optimizer)
+        schedule.step()
+        assert (drop.step().prefix, drop.history[-1].reason) == (0, waits), i
+    state, weights, rates = drop.state_dict(), copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    drop.close()
+    model, optimizer, loader = parts()
+    model.load_state_dict(weights)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1], gamma=0.1)
+    optimizer.load_state_dict(rates)
+    with DropScheduler(model, optimizer, loader, policy=policy) as drop:
+        drop.load_state_dict(state)
+        epoch(drop, optimizer)
+        schedule.step()
+        assert drop.step().prefix > 0
 
 
 def test_images_are_read_once_after_a_drop_and_the_prefix_stays() -> None:

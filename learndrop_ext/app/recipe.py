@@ -143,7 +143,7 @@ class Setup:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
+    schedule: torch.optim.lr_scheduler.LRScheduler | None  # None: the learning rate is constant
     loader: DataLoader[tuple[torch.Tensor, torch.Tensor]]
     train: ImageSet
     test: ImageSet
@@ -178,11 +178,8 @@ def set_up(split: Split, recipe: Recipe) -> Setup:
             model.parameters(), lr=recipe.lr, momentum=0.9, nesterov=True, weight_decay=recipe.weight_decay
         )
     steps = recipe.steps or recipe.epochs * len(loader)
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    if recipe.schedule == "constant":
-        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    else:
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
+    one_cycle = recipe.schedule == "one-cycle"
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps) if one_cycle else None
     return Setup(model, optimizer, schedule, loader, train_set, test_set)
 
 

@@ -102,7 +102,8 @@ def train(
             setup.optimizer.zero_grad()
             loss.backward()
             setup.optimizer.step()
-            setup.schedule.step()
+            if setup.schedule is not None:
+                setup.schedule.step()
             total_loss += loss.detach()
             samples += len(x)
             done += 1

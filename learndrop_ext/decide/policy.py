@@ -27,6 +27,8 @@ class Situation:
         layers: names of all L layers.
         scores: for each epoch done, a tuple of L scores, None for layers that were dropped in it; () before training.
         learning_rate: learning rate of the optimizer's first group.
+        learning_rates: that before training and after each epoch done; () before training.
+        is_scheduled: whether an `LRScheduler` sets it.
         fill_seconds: for every prefix length 0..L-1, what a drop to it costs once.
         saved_seconds: for every prefix length, what a drop to it saves per epoch.
         epoch_seconds: time of an epoch without drops.
@@ -45,6 +47,8 @@ class Situation:
     layers: tuple[str, ...]
     scores: tuple[tuple[float | None, ...], ...]
     learning_rate: float = 0.0
+    learning_rates: tuple[float, ...] = ()
+    is_scheduled: bool = False
     fill_seconds: tuple[float, ...] = ()
     saved_seconds: tuple[float, ...] = ()
     epoch_seconds: float = 0.0
@@ -115,6 +119,10 @@ class StoppedLearning:
     `max_dropped` of the layers is dropped. After `undrop()` only later measurements count. Layers that the user has frozen
     are not waited for: they are dropped after the first epoch, by which a drop's costs are known.
 
+    At a high learning rate a layer may fluctuate and still improve as the rate falls (docs/scores.md). With an
+    `LRScheduler`, or a learning rate that has changed, a drop waits until the rate is at most the share `annealed` of its
+    highest so far.
+
     Args:
         threshold (float, optional): score below which a layer counts as stopped. Default: 0.2
         patience (int, optional): number of measurements in a row. Default: 2
@@ -122,6 +130,7 @@ class StoppedLearning:
         smoothing (float, optional): weight of older measurements. Default: 0.5
         max_dropped (float, optional): largest share of the layers to drop. Default: 1.0
         min_saving (float, optional): smallest share of the run to save. Default: 0.1
+        annealed (float, optional): share of the highest learning rate; 1.0 drops at any. Default: 0.5
 
     Raises:
         ValueError: a value is out of range.
@@ -133,9 +142,10 @@ class StoppedLearning:
     smoothing: float = 0.5
     max_dropped: float = 1.0
     min_saving: float = 0.1
+    annealed: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "smoothing", "max_dropped", "min_saving"):
+        for name in ("threshold", "smoothing", "max_dropped", "min_saving", "annealed"):
             if not 0.0 <= (value := getattr(self, name)) <= 1.0:
                 raise ValueError(f"StoppedLearning: {name} must be within 0.0..1.0, got {value!r}")
         for name, least in (("patience", 1), ("warmup", 0)):
@@ -146,7 +156,10 @@ class StoppedLearning:
         last = min(len(situation.layers) - 1, int(self.max_dropped * len(situation.layers)))
         frozen = min(situation.asleep, last) if situation.epoch > (situation.undropped or 0) else 0
         prefix = max(situation.prefix, frozen)
-        while situation.epoch > self.warmup and prefix < last and self._stopped(situation, prefix):
+        rates = (*situation.learning_rates, situation.learning_rate)
+        is_scheduled = situation.is_scheduled or min(rates) < max(rates)
+        waits = is_scheduled and situation.learning_rate > self.annealed * max(rates)
+        while not waits and situation.epoch > self.warmup and prefix < last and self._stopped(situation, prefix):
             prefix += 1
         if prefix > situation.prefix:
             stopped = f"scores under {self.threshold:g} for {self.patience} measurements"
@@ -154,6 +167,11 @@ class StoppedLearning:
             return _worth(situation, prefix, reason, min_saving=self.min_saving)
         if situation.epoch <= self.warmup:
             return Decision(prefix, f"warm-up: epoch {situation.epoch} of {self.warmup}")
+        if waits and prefix < last:
+            share = situation.learning_rate / max(rates)
+            return Decision(
+                prefix, f"the learning rate is {share:.0%} of its highest; drops wait for {self.annealed:.0%}"
+            )
         return Decision(prefix, self._still(situation, prefix, last))
 
     def smoothed(self, situation: Situation, layer: int) -> list[float]:
