@@ -71,7 +71,7 @@ LOOPS: dict[str, Callable[[Any], Any]] = {
     "sub([0.5, 0.5, 0.5]), then div([2.0, 2.0, 2.0])": normalised,
     "mul(2)": lambda x: x * 2,
     "_to_copy(('dtype', torch.float16))": lambda x: x.half(),
-    "permute((8, 8, 3), (8, 1, 64))": lambda x: x.permute(0, 2, 3, 1),
+    "permute((0, 2, 3, 1))": lambda x: x.permute(0, 2, 3, 1),
     "div([255.0, 255.0, 255.0, 255.0, 255.0, 255.0, 255.0, 255.0] of [3, 8, 8])": lambda x: (
         x / torch.full((3, 8, 8), 255.0)
     ),

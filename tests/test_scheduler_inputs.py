@@ -136,7 +136,7 @@ def test_the_image_is_still_checked() -> None:
     for _ in range(2):  # while rows are kept, and on rows
         for image, meta, labels in drop.loader:
             with pytest.raises(RuntimeError, match=r"the loop may only do to images .* flip would have to see"):
-                image.flip(-1)
+                image.flip(0)
             named(model, (image, meta * 2, labels))["loss"].backward()  # meta is the loop's own
             optimizer.step()
     for image, meta, labels in drop.loader:

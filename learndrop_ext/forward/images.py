@@ -9,40 +9,25 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from learndrop_ext.rng import fork_rng
+
 ATEN = torch.ops.aten
 
-#: What a loop may do to images: each sample stays by itself and in its place. In a batch of images the other operands must
-#: be constants without a batch dimension.
-ARITHMETIC = frozenset(
+#: What networks begin with: a loop that does it to images wants another network's output, which needs them.
+OF_NETWORKS = frozenset(
     {
-        *(ATEN.add, ATEN.add_, ATEN.sub, ATEN.sub_, ATEN.rsub, ATEN.mul, ATEN.mul_, ATEN.div, ATEN.div_, ATEN.neg),
-        *(ATEN.clamp, ATEN.clamp_, ATEN.pow, ATEN._to_copy, ATEN.clone, ATEN.detach, ATEN.alias, ATEN.lift_fresh),
+        *(ATEN.convolution, ATEN.conv1d, ATEN.conv2d, ATEN.conv3d, ATEN.linear, ATEN.matmul),
+        *(ATEN.addmm, ATEN.mm, ATEN.bmm, ATEN.baddbmm),
     }
 )
-#: What changes the form of each sample; the batch dimension must stay the first.
-FORMS = frozenset(
-    {
-        *(ATEN.view, ATEN._unsafe_view, ATEN.unsqueeze, ATEN.squeeze, ATEN.permute, ATEN.expand),
-        *(ATEN.upsample_bilinear2d, ATEN._upsample_bilinear2d_aa, ATEN.upsample_bicubic2d, ATEN.upsample_nearest2d),
-    }
-)
-#: Of these, those of whose arguments some may say the number of samples.
-SIZES = frozenset({ATEN.view, ATEN._unsafe_view, ATEN.squeeze, ATEN.expand})
-#: What makes something else of each sample, and must leave the batch dimension alone; see `_keeps_batch`.
-WITHIN = frozenset(
-    {
-        *(ATEN.slice, ATEN.select, ATEN.index_select, ATEN.index, ATEN.repeat, ATEN.constant_pad_nd),
-        *(ATEN.reflection_pad2d, ATEN.replication_pad2d, ATEN.avg_pool2d, ATEN._adaptive_avg_pool2d, ATEN.cat),
-    }
-)
-#: Consecutive samples of a batch, for micro-batches.
-SLICES = frozenset({ATEN.slice, ATEN.split, ATEN.split_with_sizes})
+#: Consecutive samples of a batch, for micro-batches; and which argument is the dimension.
+SLICES = {ATEN.slice: 1, ATEN.split: 2, ATEN.split_with_sizes: 2}
 
 
 @dataclass(slots=True, eq=False)
@@ -149,9 +134,9 @@ class Images(Unread):
     It has the shape, dtype and device of the user's images. `pixels` [m, ...] holds those that were read, for the model
     alone, so that the loop meets the same limits in the epoch in which rows are kept as in those after it.
 
-    The loop may do what keeps each sample by itself and in its place. `operations` notes it: with another sequence of
-    operations the rows would be other rows. All else raises RuntimeError. `memory` counts the writes to what a slice or a
-    view shares with its batch, `seen` those that `operations` has.
+    The loop may do what keeps each sample by itself and in its place, see `_keeps_samples`, and take consecutive samples.
+    `operations` notes what it does: with others the rows would be other rows. All else raises RuntimeError. `memory` counts
+    the writes to what a slice or a view shares with its batch, `seen` those that `operations` has.
     """
 
     def __init__(
@@ -238,44 +223,32 @@ class Images(Unread):
             a.check_memory()
         if packet is ATEN.cat and len(images) == len(args[0]) and (len(args) < 2 or args[1] == 0):
             return _joined(images)
-        is_first = bool(args) and args[0] is x
-        is_second = packet in (ATEN.mul, ATEN.add) and len(args) > 1 and args[1] is x
-        is_repeated = packet is ATEN.cat and all(a is x for a in args[0])  # grey images as three channels
-        if not is_repeated and (len(images) > 1 or not (is_first or is_second)):
-            raise _refused(func, x)
-        within = packet in WITHIN and _keeps_batch(packet, x, args)
-        if packet in SLICES and not within:
+        if packet in SLICES and (args[SLICES[packet]] if len(args) > SLICES[packet] else 0) % x.dim() == 0:
             return _sliced(func, x, args[1:], kwargs)
-        others = [a for a in operands if isinstance(a, torch.Tensor) and a is not x]
-        mixes = packet in ARITHMETIC and any(a.dim() >= x.dim() and len(a) > 1 for a in others)
-        known = packet in ARITHMETIC or packet in FORMS or within
-        if mixes or not known or (packet is ATEN.permute and args[1][0] % x.dim()):
+        known, writes = _known(func, args, kwargs), _writes(func)
+        if known.keeps_samples is None:
+            known.keeps_samples = _keeps_samples(func, args, kwargs, len(x), known.forms)
+        is_one_batch = all(a.standing is x.standing for a in images) and (not writes or args[0] is x)
+        if not (is_one_batch and known.keeps_samples):
             raise _refused(func, x)
-        (form,), _ = _forms(func, args, kwargs)
-        if form.shape[:1] != (len(x),):
-            raise _refused(func, x)
-        if packet in FORMS:
-            note = (*x.operations, (packet.__name__, form.shape[1:], form.stride[1:]))
-        elif packet is ATEN.detach or packet is ATEN.alias:
-            note = x.operations
-        else:
-            values = tuple(_noted(a) for a in args if a is not x)
-            named = tuple((k, v) for k, v in kwargs.items() if k not in ("device", "non_blocking"))
-            note = (*x.operations, (packet.__name__.rstrip("_"), *values, *named))
-        pixels = x.pixels
-        if pixels is not None and packet in SIZES and func is not ATEN.view.dtype:
-            sized = pixels.expand if packet is ATEN.expand else pixels.view
-            pixels = sized(len(pixels), *form.shape[1:])
-        elif pixels is not None:
-            given = ([pixels] * len(args[0]), *args[1:]) if is_repeated else (pixels if a is x else a for a in args)
-            pixels = func(*given, **kwargs)
-        if packet.__name__.endswith("_") and is_first:
+        note, pixels = x.operations, [x.pixels] * len(known.forms)
+        if packet is not ATEN.detach and packet is not ATEN.alias:
+            note = (*note, _operation(func, args, kwargs, x, known.forms))
+        if x.pixels is not None:
+            found = _called(func, args, kwargs, lambda a: a.pixels, len(x), len(x.pixels))
+            pixels = [a.view(-1, *form.shape[1:]) for a, form in zip(found, known.forms, strict=True)]
+        if writes:
             x.memory[0] += 1
-            x.pixels, x.operations, x.seen = pixels, note, x.memory[0]
+            x.pixels, x.operations, x.seen = pixels[0], note, x.memory[0]
             return x
         device = torch.device(kwargs.get("device") or x.device)
         shared = x.memory if func._schema.returns[0].alias_info is not None else None
-        return Images(form, device, x.standing, pixels, note, shared)
+        if known.kind is torch.Tensor:
+            return Images(known.forms[0], device, x.standing, pixels[0], note, shared)
+        results = enumerate(zip(known.forms, pixels, strict=True))
+        return known.kind(
+            [Images(form, device, x.standing, read, (*note, ("result", i)), shared) for i, (form, read) in results]
+        )
 
 
 class Feature(Unread):
@@ -305,17 +278,17 @@ class Feature(Unread):
                 f"drop.loader: {packet.__name__} would write a dropped layer's output, which is not computed any more, into "
                 "a tensor of the model; drop fewer layers"
             )
-        forms, kind = _forms(func, args, kwargs) if trace is None else _traced(x.standing, func, args, kwargs, operands)
-        if not forms:
+        known = _known(func, args, kwargs) if trace is None else _traced(x.standing, func, args, kwargs, operands)
+        if not known.forms:
             raise _absent(packet, of)
         if writes:
             return args[0]
         device = torch.device(kwargs["device"]) if kwargs.get("device") else x.device
-        made = [Feature(form, device, x.standing, of) for form in forms]
+        made = [Feature(form, device, x.standing, of) for form in known.forms]
         if trace is not None:
             for i, feature in enumerate(made):
                 feature.number = len(trace) - 1, i
-        return made[0] if kind is torch.Tensor else kind(made)
+        return made[0] if known.kind is torch.Tensor else known.kind(made)
 
 
 @lru_cache(maxsize=1024)
@@ -333,18 +306,25 @@ def _operands(args: Any, kwargs: Any) -> list[Any]:
     return found
 
 
-#: Forms of the results of operations, by the forms of their arguments: torch computes them on the meta device, which takes
-#: about 0.3 ms for a sum.
-_KNOWN: dict[Any, tuple[list[Form], type]] = {}
+@dataclass(slots=True)
+class _Known:
+    """What is known of an operation on arguments of these forms."""
+
+    forms: list[Form]  # of its results; none if they are no tensors
+    kind: type  # in which it returns them
+    keeps_samples: bool | None = None  # see `_keeps_samples`; None before it was asked
 
 
-def _forms(func: Any, args: Any, kwargs: Any) -> tuple[list[Form], type]:
-    """The forms of an operation's results, and the type in which it returns them; no forms if they are no tensors."""
+#: By operation and the forms of its arguments: torch computes those of the results on the meta device, which takes about
+#: 0.3 ms for a sum.
+_KNOWN: dict[Any, _Known] = {}
 
+
+def _known(func: Any, args: Any, kwargs: Any) -> _Known:
     def key_of(a: Any) -> Any:
         if isinstance(a, list | tuple):
             return tuple(map(key_of, a))
-        return form_of(a) if isinstance(a, torch.Tensor) else a
+        return (form_of(a), type(a) is Images) if isinstance(a, torch.Tensor) else a
 
     key = (func, *map(key_of, args), *map(key_of, kwargs.items()))
     with contextlib.suppress(TypeError):  # an argument that cannot be hashed
@@ -360,20 +340,94 @@ def _forms(func: Any, args: Any, kwargs: Any) -> tuple[list[Form], type]:
     out = func(*given, **named)
     outs = list(out) if isinstance(out, list | tuple) else [out]
     forms = [form_of(a) for a in outs if isinstance(a, torch.Tensor)]
-    found = (forms if len(forms) == len(outs) else []), type(out)
+    found = _Known(forms if len(forms) == len(outs) else [], type(out))
     with contextlib.suppress(TypeError):
         _KNOWN[key] = found
     return found
 
 
-def _traced(standing: Standing, func: Any, args: Any, kwargs: Any, operands: Sequence[Any]) -> tuple[list[Form], type]:
-    """Note an operation with its operands and `_forms` in the trace, and return these."""
+@lru_cache(maxsize=1024)
+def _size_at(func: Any) -> int | None:
+    """Which argument of an operation is the size of its result, of which the number of samples may be a part."""
+    return next((i for i, a in enumerate(func._schema.arguments) if a.name == "size"), None)
+
+
+def _operation(func: Any, args: Any, kwargs: Any, x: Images, forms: Sequence[Form]) -> Operation:
+    """An operation and its operands beside x, in the same words for every number of samples."""
+
+    def word(a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return tuple(map(word, a))
+        return ("images" if a is x else a.operations) if type(a) is Images else _noted(a)
+
+    name = func.overloadpacket.__name__.rstrip("_")
+    if _size_at(func) is not None:
+        return name, forms[0].shape[1:], forms[0].stride[1:]
+    named = tuple((k, word(v)) for k, v in kwargs.items() if k not in ("device", "non_blocking"))
+    return (name, *map(word, args[1:] if args and args[0] is x else args), *named)
+
+
+def _called(
+    func: Any, args: Any, kwargs: Any, instead: Callable[[Images], Any], count: int, samples: int
+) -> list[torch.Tensor]:
+    """The results of an operation on other tensors instead of its images, of `samples` samples and not `count`."""
+
+    def given(a: Any) -> Any:
+        if isinstance(a, list | tuple):
+            return type(a)(map(given, a))
+        return instead(a) if type(a) is Images else a
+
+    given_args, at = list(map(given, args)), _size_at(func)
+    if at is not None and given_args[at][:1] == [count]:
+        given_args[at] = [samples, *given_args[at][1:]]
+    out = func(*given_args, **{k: given(v) for k, v in kwargs.items()})
+    return list(out) if isinstance(out, list | tuple) else [out]
+
+
+def _keeps_samples(func: Any, args: Any, kwargs: Any, count: int, forms: Sequence[Form]) -> bool:
+    """Whether an operation makes something of each of `count` images by itself, and leaves it in its place.
+
+    Tried on a few random images: where the first one is another one, the results of the others stay as they are, and where
+    all are moved by one, the results are, too. Where the operation is random, the same numbers are drawn each time.
+    """
+    if func.overloadpacket in OF_NETWORKS or not forms or any(form.shape[:1] != (count,) for form in forms):
+        return False
+    few = 3 if count != 3 else 5  # not `count`, so that constants with a value for each sample do not fit
+    images, results = {id(a): a for a in _operands(args, kwargs) if type(a) is Images}, []
+    try:
+        for change in ("none", "first", "moved"):
+            given = {}
+            with fork_rng(0):
+                for key, a in images.items():
+                    top = 1 if a.is_floating_point() or a.dtype == torch.bool else 255
+                    draw = torch.rand if a.is_floating_point() else partial(torch.randint, top + 1)
+                    values = draw((few, *a.shape[1:]), device=a.device)
+                    if change == "first":
+                        values[0] = top - values[0]
+                    given[key] = (values.roll(1, 0) if change == "moved" else values).to(a.dtype)
+                results.append(_called(func, args, kwargs, lambda a, of=given: of[id(a)], count, few))  # type: ignore[misc]
+    except (RuntimeError, IndexError, ValueError, TypeError):
+        return False
+    return all(
+        len(a) == few and _close(a[1:], b[1:]) and _close(a.roll(1, 0), c) for a, b, c in zip(*results, strict=True)
+    )
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results are equal within rounding, NaN to NaN."""
+    if one.is_floating_point() or one.is_complex():
+        return torch.allclose(one, other, rtol=1e-2, atol=1e-4, equal_nan=True)
+    return torch.equal(one, other)
+
+
+def _traced(standing: Standing, func: Any, args: Any, kwargs: Any, operands: Sequence[Any]) -> _Known:
+    """Note an operation with its operands and what is known of it in the trace, and return that."""
     trace, number = standing.trace, len(standing.trace or ())
     assert trace is not None
     earlier = standing.before[number] if number < len(standing.before) else (None, (), None)
     is_same = earlier[0] is func and len(earlier[1]) == len(operands) and all(map(_is_noted, operands, earlier[1]))
-    trace.append(earlier if is_same else (func, _noted(operands), _forms(func, args, kwargs)))
-    found: tuple[list[Form], type] = trace[-1][2]
+    trace.append(earlier if is_same else (func, _noted(operands), _known(func, args, kwargs)))
+    found: _Known = trace[-1][2]
     return found
 
 
@@ -395,19 +449,6 @@ def _noted(operand: Any) -> Any:
     if isinstance(operand, Unread):
         return operand.number
     return Constant(operand) if isinstance(operand, torch.Tensor) else operand
-
-
-def _keeps_batch(packet: Any, x: torch.Tensor, args: Any) -> bool:
-    """Whether an operation of WITHIN leaves each sample of x [B, ...] in its place."""
-    given: Any = args[1] if len(args) > 1 else 0
-    dims = x.dim()
-    if packet is ATEN.index:  # what several indices choose may come before the batch dimension
-        return given[0] is None and sum(index is not None for index in given) == 1
-    if packet is ATEN.repeat:
-        return len(given) == dims and given[0] == 1
-    if packet is ATEN.constant_pad_nd:
-        return len(given) < 2 * dims
-    return bool(given % dims) if isinstance(given, int) else dims == 4
 
 
 def _sliced(func: Any, x: Images, rest: Any, kwargs: Any) -> Any:

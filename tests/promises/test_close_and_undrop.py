@@ -279,7 +279,7 @@ def test_the_loop_is_still_compared_after_an_interrupted_forward() -> None:
         run.epochs(1)
     x, _ = next(iter(run.drop.loader))
     with pytest.raises(RuntimeError, match="flip would have to see 64 values of each sample"):
-        x.flip(-1)
+        x.flip(0)
     with pytest.raises(RuntimeError, match="the loop must do the same to the images of every batch"):
         run.model(x - 0.5)
 
