@@ -124,6 +124,10 @@ class Unread(torch.Tensor):
         """Raise TypeError."""
         raise TypeError(f"drop.loader: {self!r} cannot be a numpy array: it has no values; images.read() gives them")
 
+    def share_memory_(self) -> Any:
+        """Raise TypeError."""
+        raise TypeError(f"drop.loader: {self!r} cannot be shared: it has no values; images.read() gives them")
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(f"drop.loader: {self!r} cannot be saved or sent: it has no values; images.read() gives them")
 
@@ -225,11 +229,13 @@ class Images(Unread):
             return _joined(images)
         if packet in SLICES and (args[SLICES[packet]] if len(args) > SLICES[packet] else 0) % x.dim() == 0:
             return _sliced(func, x, args[1:], kwargs)
-        known, writes = _known(func, args, kwargs), _writes(func)
+        known, written = _known(func, args, kwargs), _written(func, args, kwargs)
+        stays = all(a is x for a in written) and (not written or known.forms == [form_of(x)])
+        if not stays or any(a.standing is not x.standing for a in images):
+            raise _refused(func, x)
         if known.keeps_samples is None:
             known.keeps_samples = _keeps_samples(func, args, kwargs, len(x), known.forms)
-        is_one_batch = all(a.standing is x.standing for a in images) and (not writes or args[0] is x)
-        if not (is_one_batch and known.keeps_samples):
+        if not known.keeps_samples:
             raise _refused(func, x)
         note, pixels = x.operations, [x.pixels] * len(known.forms)
         if packet is not ATEN.detach and packet is not ATEN.alias:
@@ -237,7 +243,7 @@ class Images(Unread):
         if x.pixels is not None:
             found = _called(func, args, kwargs, lambda a: a.pixels, len(x), len(x.pixels))
             pixels = [a.view(-1, *form.shape[1:]) for a, form in zip(found, known.forms, strict=True)]
-        if writes:
+        if written:
             x.memory[0] += 1
             x.pixels, x.operations, x.seen = pixels[0], note, x.memory[0]
             return x
@@ -272,8 +278,8 @@ class Feature(Unread):
         # In a backward pass a checkpoint computes its part again.
         if not (x.standing.inside() or packet is ATEN.detach or torch._C._current_graph_task_id() != -1):
             raise _absent(packet, of)
-        writes = _writes(func)
-        if writes and not isinstance(args[0], Unread):
+        written = _written(func, args, kwargs)
+        if not all(isinstance(a, Unread) for a in written):
             raise RuntimeError(
                 f"drop.loader: {packet.__name__} would write a dropped layer's output, which is not computed any more, into "
                 "a tensor of the model; drop fewer layers"
@@ -281,8 +287,8 @@ class Feature(Unread):
         known = _known(func, args, kwargs) if trace is None else _traced(x.standing, func, args, kwargs, operands)
         if not known.forms:
             raise _absent(packet, of)
-        if writes:
-            return args[0]
+        if written:
+            return written[0]
         device = torch.device(kwargs["device"]) if kwargs.get("device") else x.device
         made = [Feature(form, device, x.standing, of) for form in known.forms]
         if trace is not None:
@@ -292,10 +298,15 @@ class Feature(Unread):
 
 
 @lru_cache(maxsize=1024)
-def _writes(func: Any) -> bool:
-    """Whether an operation writes into its first argument."""
-    arguments = func._schema.arguments
-    return bool(arguments and arguments[0].alias_info and arguments[0].alias_info.is_write)
+def _writes(func: Any) -> tuple[tuple[int, str], ...]:
+    """The positions and names of the arguments that an operation writes into."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """What an operation writes into."""
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in _writes(func)]
 
 
 def _operands(args: Any, kwargs: Any) -> list[Any]:
@@ -337,7 +348,12 @@ def _known(func: Any, args: Any, kwargs: Any) -> _Known:
         return torch.device("meta") if isinstance(a, torch.device) else a
 
     given, named = pytree.tree_map(meta, (args, kwargs))
-    out = func(*given, **named)
+    try:
+        out = func(*given, **named)
+    except (NotImplementedError, RuntimeError) as error:  # its results, or their forms, depend on values
+        if "meta" not in str(error).lower():
+            raise
+        out = None
     outs = list(out) if isinstance(out, list | tuple) else [out]
     forms = [form_of(a) for a in outs if isinstance(a, torch.Tensor)]
     found = _Known(forms if len(forms) == len(outs) else [], type(out))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ ALLOWED: dict[str, Change] = {
     "joined with what was made of it": lambda x: torch.cat([x, 2 * x], 1)[:, 1:],
     "each by its own mean": lambda x: (x - x.mean((1, 2, 3), keepdim=True)) / (x.std((1, 2, 3), keepdim=True) + 1),
     "the dark parts": lambda x: torch.where(x > 0.5, x, torch.zeros(())) + (x <= 0.5) * 0.1,
+    "bright ones in place": lambda x: x.masked_fill_(x > 0.9, 0.9),
     "logarithms": lambda x: torch.log1p(x.relu()).nan_to_num(),
     "blurred": lambda x: nn.functional.avg_pool2d(x, 3, stride=1, padding=1),
     "in parts of each": lambda x: torch.cat(x.split(4, 2)[::-1], 2),
@@ -127,6 +129,11 @@ REFUSED: dict[str, Change] = {
     "another network": lambda x: nn.Conv2d(1, 1, 3, padding=1).eval().requires_grad_(requires_grad=False)(x),
     "another network in inference mode": inferred,
     "a buffer that is written to": lambda x: torch.zeros(x.shape).copy_(x),
+    "a result that is written elsewhere": lambda x: torch.sub(x, 0.5, out=torch.empty(x.shape)),
+    "turned in place": lambda x: x.transpose_(2, 3),
+    "values of some pixels": lambda x: x[x > 0.5],
+    "a choice by all values": lambda x: x if torch.equal(x, x) else 2 * x,
+    "a choice by close values": lambda x: x if torch.allclose(x, x) else 2 * x,
     "the batch's mean": lambda x: x - x.mean(),
     "a choice by value": lambda x: x if x.max() > 1 else 2 * x,
     "half of a batch in place": shift_half,
@@ -159,7 +166,8 @@ def test_the_operation_that_is_refused_is_named() -> None:
 def test_images_without_values_are_no_array_and_cannot_be_saved() -> None:
     run = Run(drops={0: 1})
     x, _ = next(iter(run.drop.loader))
-    for act, reason in ((lambda: x.numpy(), "be a numpy array"), (lambda: pickle.dumps(x), "be saved or sent")):
+    acts = {x.numpy: "be a numpy array", partial(pickle.dumps, x): "be saved or sent", x.share_memory_: "be shared"}
+    for act, reason in acts.items():
         with pytest.raises(
             TypeError, match=rf"Images\(.*\) cannot {reason}: it has no values; images.read\(\) gives them"
         ):
