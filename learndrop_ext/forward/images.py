@@ -329,13 +329,14 @@ class _Known:
 #: By operation and the forms of its arguments: torch computes those of the results on the meta device, which takes about
 #: 0.3 ms for a sum.
 _KNOWN: dict[Any, _Known] = {}
+MOST_KNOWN = 4096
 
 
 def _known(func: Any, args: Any, kwargs: Any) -> _Known:
     def key_of(a: Any) -> Any:
         if isinstance(a, list | tuple):
             return tuple(map(key_of, a))
-        return (form_of(a), type(a) is Images) if isinstance(a, torch.Tensor) else a
+        return (form_of(a), type(a) is Images) if isinstance(a, torch.Tensor) else (type(a), a)  # 2 == 2.0
 
     key = (func, *map(key_of, args), *map(key_of, kwargs.items()))
     with contextlib.suppress(TypeError):  # an argument that cannot be hashed
@@ -357,6 +358,8 @@ def _known(func: Any, args: Any, kwargs: Any) -> _Known:
     outs = list(out) if isinstance(out, list | tuple) else [out]
     forms = [form_of(a) for a in outs if isinstance(a, torch.Tensor)]
     found = _Known(forms if len(forms) == len(outs) else [], type(out))
+    if len(_KNOWN) >= MOST_KNOWN:  # a number among the arguments may be another one at each step
+        _KNOWN.clear()
     with contextlib.suppress(TypeError):
         _KNOWN[key] = found
     return found

@@ -163,6 +163,13 @@ def test_the_operation_that_is_refused_is_named() -> None:
         x.roll(1, 0)
 
 
+def test_a_whole_number_and_a_fraction_make_other_dtypes() -> None:
+    run = Run(drops={0: 1})
+    x, _ = next(iter(run.drop.loader))
+    whole = x.to(torch.uint8)
+    assert [(whole * two).dtype for two in (2, 2.0, 2)] == [torch.uint8, torch.float32, torch.uint8]
+
+
 def test_images_without_values_are_no_array_and_cannot_be_saved() -> None:
     run = Run(drops={0: 1})
     x, _ = next(iter(run.drop.loader))
