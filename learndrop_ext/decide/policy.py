@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, runtime_checkable
 
 from learndrop_ext.decide.deltas import LayerChange
-from learndrop_ext.decide.forecast import RunCosts, largest_speedup, plan_seconds
+from learndrop_ext.decide.forecast import RunCosts, largest_speedup, one_drop, plan_seconds
 from learndrop_ext.decide.schedules import best_prefixes
 from learndrop_ext.warn import warn
 
@@ -248,9 +248,10 @@ class Budget:
 
     Args:
         speedup (float, optional): time of the run without drops over the time asked for, at least 1. Default: 2.0
-        start (int, optional): number of epochs without drops. From a start later than 0, dropping a layer for an epoch
-            counts from 1 (score 0) to 4 (the highest score), by its score smoothed with weight 1/2. So layers with low
-            scores are dropped early, and a plan stops growing before a layer with a high score. Default: 0
+        start (int, optional): least number of epochs without drops. From a start later than 0, dropping a layer for an
+            epoch counts from 1 (score 0) to 4 (the highest score), by its score smoothed with weight 1/2. So layers with low
+            scores are dropped early, and a plan stops growing before a layer with a high score. Nothing is dropped in the
+            first half of the time asked for, epochs / (2 speedup) epochs, if the rest can make up for it. Default: 0
 
     Raises:
         ValueError: speedup is below 1 or not finite, or start is not a whole number >= 0. When called: the length of the
@@ -283,8 +284,8 @@ class Budget:
         if costs is None:
             raise ValueError("Budget: the run's costs must be measured, got a situation without costs")
         name = f"budget {self.speedup:g}x"
-        if situation.epoch < self.start:
-            return Decision(situation.prefix, f"{name}: no drop before epoch {self.start}")
+        if situation.epoch < (begin := self._begin(costs, epochs)):
+            return Decision(situation.prefix, f"{name}: no drop before epoch {begin}")
         wanted = (situation.full_seconds or costs.epoch_seconds(0) * epochs) / self.speedup
         elapsed, L = situation.elapsed_seconds, len(situation.layers)
         if situation.epoch >= epochs:
@@ -308,6 +309,13 @@ class Budget:
                 "speedup, or train for more epochs"
             )
         return Decision(prefix, f"{name}: {prefix} of {L} layers, forecast {total:.1f} s of {wanted:.1f} s")
+
+    def _begin(self, costs: RunCosts, epochs: int) -> int:
+        """The number of epochs without drops."""
+        half = int(epochs / (2 * self.speedup)) if self.start else 0
+        drops = (one_drop(costs, epochs, prefix=k, start=half) for k in range(len(costs.layers) - 1, 0, -1))
+        is_in_time = half > self.start and any(drop.speedup >= UNCONFIRMED * self.speedup for drop in drops)
+        return half if is_in_time else self.start
 
     def _prefixes(
         self, situation: Situation, costs: RunCosts, epochs: int, seconds: float, weights: Sequence[int]

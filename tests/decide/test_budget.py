@@ -33,6 +33,8 @@ DECISIONS: list[tuple[str, Budget, Situation, int, str]] = [
     ("not enough", Budget(4.0), situation(0), 3, "budget 4x: 3 of 4 layers, forecast 29.4 s of 20.0 s"),
     ("before its start", Budget(2.0, 2), situation(1, (0,)), 0, "budget 2x: no drop before epoch 2"),
     ("before training", Budget(1.5, 1), situation(0), 0, "budget 1.5x: no drop before epoch 1"),
+    # 20 / (2 x 1.5) epochs. Three layers from then on: 6 x 26.6 + 14.8 + 13 x 7.3 = 269.3 s of 532 s, 1.98x.
+    ("half of the time", Budget(1.5, 1), situation(5, (0,) * 5, epochs=20), 0, "budget 1.5x: no drop before epoch 6"),
     # 53.2 s: 26.6 s are gone, three layers take 14.8 + 7.3 s, two 19.2 + 13.7 s.
     (
         "from its start",

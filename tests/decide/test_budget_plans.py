@@ -37,6 +37,15 @@ def cheapest(
     )
 
 
+def first_epoch(speedup: float, start: int, seen: Situation) -> int:
+    """The epoch before which Budget drops nothing."""
+    half, costs = int(seen.epochs / (2 * speedup)), seen.costs
+    plans = [(0,) * half + (k,) * (seen.epochs - half) for k in range(1, len(seen.layers))]
+    fastest = min(sum(plan_seconds(costs, plan)) for plan in plans)
+    is_in_time = 1.1 * speedup * fastest <= costs.epoch_seconds(0) * seen.epochs
+    return half if 0 < start < half and is_in_time else start
+
+
 def as_documented(speedup: float, start: int, seen: Situation) -> tuple[int, float]:
     """The decision of Budget and the forecast of the run, by trying all schedules."""
     costs, L = seen.costs, len(seen.layers)
@@ -97,8 +106,9 @@ def test_budget_decides_as_documented(seed: int) -> None:
         costs=costs,
         elapsed_seconds=draw.uniform(0.9, 1.1) * sum(costs.epoch_seconds(k) for k in past),
     )
-    if epoch < start:
-        assert Budget(speedup, start)(seen).prefix == 0
+    if epoch < (begin := first_epoch(speedup, start, seen)):
+        decision = Decision(seen.prefix, f"budget {speedup:g}x: no drop before epoch {begin}")
+        assert Budget(speedup, start)(seen) == decision
         return
     prefix, seconds = as_documented(speedup, start, seen)
     wanted = costs.epoch_seconds(0) * epochs / speedup
