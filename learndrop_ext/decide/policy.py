@@ -284,7 +284,7 @@ class Budget:
         if costs is None:
             raise ValueError("Budget: the run's costs must be measured, got a situation without costs")
         name = f"budget {self.speedup:g}x"
-        if situation.epoch < (begin := self._begin(costs, epochs)):
+        if situation.epoch < (begin := self._begin(costs, epochs, situation.prefix)):
             return Decision(situation.prefix, f"{name}: no drop before epoch {begin}")
         wanted = (situation.full_seconds or costs.epoch_seconds(0) * epochs) / self.speedup
         elapsed, L = situation.elapsed_seconds, len(situation.layers)
@@ -310,9 +310,9 @@ class Budget:
             )
         return Decision(prefix, f"{name}: {prefix} of {L} layers, forecast {total:.1f} s of {wanted:.1f} s")
 
-    def _begin(self, costs: RunCosts, epochs: int) -> int:
-        """The number of epochs without drops."""
-        half = int(epochs / (2 * self.speedup)) if self.start else 0
+    def _begin(self, costs: RunCosts, epochs: int, prefix: int) -> int:
+        """The number of epochs without drops, of which there was none until now if `prefix` is 0."""
+        half = int(epochs / (2 * self.speedup)) if self.start and not prefix else 0
         drops = (one_drop(costs, epochs, prefix=k, start=half) for k in range(len(costs.layers) - 1, 0, -1))
         is_in_time = half > self.start and any(drop.speedup >= UNCONFIRMED * self.speedup for drop in drops)
         return half if is_in_time else self.start

@@ -43,7 +43,7 @@ def first_epoch(speedup: float, start: int, seen: Situation) -> int:
     plans = [(0,) * half + (k,) * (seen.epochs - half) for k in range(1, len(seen.layers))]
     fastest = min(sum(plan_seconds(costs, plan)) for plan in plans)
     is_in_time = 1.1 * speedup * fastest <= costs.epoch_seconds(0) * seen.epochs
-    return half if 0 < start < half and is_in_time else start
+    return half if 0 < start < half and is_in_time and not seen.prefix else start
 
 
 def as_documented(speedup: float, start: int, seen: Situation) -> tuple[int, float]:
