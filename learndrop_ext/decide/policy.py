@@ -157,8 +157,8 @@ class StoppedLearning:
         frozen = min(situation.asleep, last) if situation.epoch > (situation.undropped or 0) else 0
         prefix = max(situation.prefix, frozen)
         rates = (*situation.learning_rates, situation.learning_rate)
-        is_scheduled = situation.is_scheduled or min(rates) < max(rates)
-        waits = is_scheduled and situation.learning_rate > self.annealed * max(rates)
+        may_fall = situation.is_scheduled or min(rates) < max(rates)
+        waits = may_fall and situation.learning_rate > self.annealed * max(rates)
         while not waits and situation.epoch > self.warmup and prefix < last and self._stopped(situation, prefix):
             prefix += 1
         if prefix > situation.prefix:

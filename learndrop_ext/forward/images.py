@@ -26,6 +26,9 @@ OF_NETWORKS = frozenset(
         *(ATEN.addmm, ATEN.mm, ATEN.bmm, ATEN.baddbmm),
     }
 )
+#: Numbers of images on which an operation is tried. What has a value for each sample does not fit one of them, and what
+#: moves the samples of a batch by k moves those of one of them, unless k is a multiple of 11 * 13.
+TRIED = (11, 13)
 #: Consecutive samples of a batch, for micro-batches; and which argument is the dimension.
 SLICES = {ATEN.slice: 1, ATEN.split: 2, ATEN.split_with_sizes: 2}
 
@@ -299,13 +302,15 @@ class Feature(Unread):
 
 @lru_cache(maxsize=1024)
 def _writes(func: Any) -> tuple[tuple[int, str], ...]:
-    """The positions and names of the arguments that an operation writes into."""
-    arguments = enumerate(func._schema.arguments)
-    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    """The position and name of what an operation writes its result into: its first argument, or `out`."""
+    arguments = [
+        (i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return tuple((i, a.name) for i, a in arguments if i == 0 or a.kwarg_only)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
-    """What an operation writes into."""
+    """What an operation writes its result into."""
     return [args[i] if i < len(args) else kwargs.get(name) for i, name in _writes(func)]
 
 
@@ -406,30 +411,35 @@ def _called(
 def _keeps_samples(func: Any, args: Any, kwargs: Any, count: int, forms: Sequence[Form]) -> bool:
     """Whether an operation makes something of each of `count` images by itself, and leaves it in its place.
 
-    Tried on a few random images: where the first one is another one, the results of the others stay as they are, and where
+    Tried on `TRIED` random images: where the first one is another one, the results of the others stay as they are, and where
     all are moved by one, the results are, too. Where the operation is random, the same numbers are drawn each time.
     """
     if func.overloadpacket in OF_NETWORKS or not forms or any(form.shape[:1] != (count,) for form in forms):
         return False
-    few = 3 if count != 3 else 5  # not `count`, so that constants with a value for each sample do not fit
-    images, results = {id(a): a for a in _operands(args, kwargs) if type(a) is Images}, []
+    images = {id(a): a for a in _operands(args, kwargs) if type(a) is Images}
+
+    def results(few: int, change: str) -> list[torch.Tensor]:
+        given = {}
+        with fork_rng(0):
+            for key, a in images.items():
+                top = 1 if a.is_floating_point() or a.dtype == torch.bool else 255
+                draw = torch.rand if a.is_floating_point() else partial(torch.randint, top + 1)
+                values = draw((few, *a.shape[1:]), device=a.device)
+                if change == "first":
+                    values[0] = top - values[0]
+                given[key] = (values.roll(1, 0) if change == "moved" else values).to(a.dtype)
+            return _called(func, args, kwargs, lambda a: given[id(a)], count, few)
+
+    def keeps(few: int) -> bool:
+        kinds = (results(few, change) for change in ("none", "first", "moved"))
+        return all(
+            len(a) == few and _close(a[1:], b[1:]) and _close(a.roll(1, 0), c) for a, b, c in zip(*kinds, strict=True)
+        )
+
     try:
-        for change in ("none", "first", "moved"):
-            given = {}
-            with fork_rng(0):
-                for key, a in images.items():
-                    top = 1 if a.is_floating_point() or a.dtype == torch.bool else 255
-                    draw = torch.rand if a.is_floating_point() else partial(torch.randint, top + 1)
-                    values = draw((few, *a.shape[1:]), device=a.device)
-                    if change == "first":
-                        values[0] = top - values[0]
-                    given[key] = (values.roll(1, 0) if change == "moved" else values).to(a.dtype)
-                results.append(_called(func, args, kwargs, lambda a, of=given: of[id(a)], count, few))  # type: ignore[misc]
+        return all(map(keeps, TRIED))
     except (RuntimeError, IndexError, ValueError, TypeError):
         return False
-    return all(
-        len(a) == few and _close(a[1:], b[1:]) and _close(a.roll(1, 0), c) for a, b, c in zip(*results, strict=True)
-    )
 
 
 def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
