@@ -84,14 +84,18 @@ def as_documented(speedup: float, start: int, seen: Situation) -> tuple[int, flo
     return plan[0], seen.elapsed_seconds + total(plan)
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_budget_decides_as_documented(seed: int) -> None:
-    draw = random.Random(seed)
+def some_costs(draw: random.Random) -> RunCosts:
     layers = tuple(
         LayerCost(str(i), 1, draw.uniform(0.2, 2), draw.uniform(2, 6), (1,), parameters=draw.randint(1, 9))
         for i in range(5)
     )
-    costs = RunCosts(layers, (0, 1, 2, 3, 4), (0.0, *(draw.uniform(0, 1) for _ in range(4))), (0.3,) * 5, 1.0, 0.5, 2)
+    return RunCosts(layers, (0, 1, 2, 3, 4), (0.0, *(draw.uniform(0, 1) for _ in range(4))), (0.3,) * 5, 1.0, 0.5, 2)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_budget_decides_as_documented(seed: int) -> None:
+    draw = random.Random(seed)
+    costs = some_costs(draw)
     epochs, start = draw.randint(1, 6), draw.randint(0, 1)
     epoch = draw.randint(start, epochs - 1) if start < epochs else start - 1
     speedup = draw.uniform(1.0, 1.1 * largest_speedup(costs, epochs))
@@ -114,3 +118,19 @@ def test_budget_decides_as_documented(seed: int) -> None:
     wanted = costs.epoch_seconds(0) * epochs / speedup
     reason = f"budget {speedup:g}x: {prefix} of 5 layers, forecast {seconds:.1f} s of {wanted:.1f} s"
     assert Budget(speedup, start)(seen) == Decision(prefix, reason)
+
+
+def test_budget_from_a_later_start_waits_for_half_of_its_time_if_the_rest_can_make_up_for_it() -> None:
+    waited = set()
+    for seed in range(40):
+        draw = random.Random(seed)
+        costs, epochs, speedup = some_costs(draw), draw.randint(16, 24), draw.uniform(1.1, 3.9)
+        epoch = draw.randint(1, int(epochs / (2 * speedup)) - 1)
+        scores = ((0.1, 0.7, 0.4, 0.9, 0.2),) * epoch
+        elapsed = epoch * costs.epoch_seconds(0)
+        seen = Situation(epoch, epochs, 0, tuple("abcde"), scores, costs=costs, elapsed_seconds=elapsed)
+        waits = first_epoch(speedup, 1, seen) > 1
+        said = f"no drop before epoch {int(epochs / (2 * speedup))}"
+        assert Budget(speedup, 1)(seen).reason.endswith(said) == waits
+        waited.add(waits)
+    assert waited == {True, False}
