@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, partialmethod
 from typing import Any
 
 import torch
@@ -105,6 +105,10 @@ def form_of(tensor: torch.Tensor) -> Form:
     return tensor.form if isinstance(tensor, Unread) else Form(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
+def _refuse(tensor: Unread, what: str, *_: Any, **__: Any) -> Any:
+    raise TypeError(f"drop.loader: {tensor!r} cannot be {what}: it has no values; images.read() gives them")
+
+
 class Unread(torch.Tensor):
     """A tensor without values that something stands for."""
 
@@ -117,22 +121,21 @@ class Unread(torch.Tensor):
         made = torch.Tensor._make_wrapper_subclass(
             cls, form.shape, strides=form.stride, dtype=form.dtype, device=device
         )
+        torch._C._set_throw_on_mutable_data_ptr(made)  # code that takes no part in dispatch would get a null pointer
         made.form, made.standing = form, standing
         return made
 
     def __deepcopy__(self, memo: Any) -> Unread:
         return self
 
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise TypeError."""
-        raise TypeError(f"drop.loader: {self!r} cannot be a numpy array: it has no values; images.read() gives them")
-
-    def share_memory_(self) -> Any:
-        """Raise TypeError."""
-        raise TypeError(f"drop.loader: {self!r} cannot be shared: it has no values; images.read() gives them")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(f"drop.loader: {self!r} cannot be saved or sent: it has no values; images.read() gives them")
+    # What asks for values without being an operation:
+    numpy = partialmethod(_refuse, "a numpy array")
+    __dlpack__ = partialmethod(_refuse, "given to another library")
+    __reduce_ex__ = partialmethod(_refuse, "saved or sent")
+    share_memory_ = partialmethod(_refuse, "shared")
+    data_ptr = partialmethod(_refuse, "read at its address")
+    apply_ = partialmethod(_refuse, "changed by a function of Python")
+    data = property(torch.Tensor.detach, lambda tensor, _: _refuse(tensor, "given other values"))
 
 
 class Images(Unread):
@@ -228,6 +231,11 @@ class Images(Unread):
             return Feature.__torch_dispatch__(func, types, args, kwargs)
         for a in images:
             a.check_memory()
+        if packet is ATEN.record_stream:
+            for used in (x.pixels, x.standing.rows):
+                if used is not None:
+                    func(used, *args[1:])
+            return None
         if packet is ATEN.cat and len(images) == len(args[0]) and (len(args) < 2 or args[1] == 0):
             return _joined(images)
         if packet in SLICES and (args[SLICES[packet]] if len(args) > SLICES[packet] else 0) % x.dim() == 0:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import random
-from functools import partial
+import warnings
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from four_quarters import COUNT, Change, Run, accuracy, losses_without_rows, quarters, rows_of
+from processes import Apart
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
+from torch.utils import _pytree as pytree
 
 from learndrop_ext.forward.images import Images
 
@@ -173,15 +179,67 @@ def test_a_whole_number_and_a_fraction_make_other_dtypes() -> None:
     assert [(whole * two).dtype for two in (2, 2.0, 2)] == [torch.uint8, torch.float32, torch.uint8]
 
 
-def test_images_without_values_are_no_array_and_cannot_be_saved() -> None:
+def set_data(x: Tensor) -> None:
+    x.data = x.data - 0.5
+
+
+@pytest.mark.parametrize(
+    ("act", "what"),
+    [
+        (lambda x: x.numpy(), "a numpy array"),
+        (np.asarray, "a numpy array"),
+        (np.from_dlpack, "given to another library"),
+        (pickle.dumps, "saved or sent"),
+        (lambda x: x.share_memory_(), "shared"),
+        (lambda x: x.data_ptr(), "read at its address"),
+        (lambda x: x.apply_(lambda value: value / 2), "changed by a function of Python"),
+        (set_data, "given other values"),
+    ],
+)
+def test_images_not_read_give_no_values_but_by_operations(act: Callable[[Tensor], Any], what: str) -> None:
+    x, _ = next(iter(Run(drops={0: 1}).drop.loader))
+    with pytest.raises(
+        TypeError, match=rf"Images\(.*\) cannot be {what}: it has no values; images.read\(\) gives them"
+    ):
+        act(x)
+
+
+def call_what_is_no_operation() -> None:
+    warnings.simplefilter("ignore")
     run = Run(drops={0: 1})
+    run.epochs(1)
     x, _ = next(iter(run.drop.loader))
-    acts = {x.numpy: "be a numpy array", partial(pickle.dumps, x): "be saved or sent", x.share_memory_: "be shared"}
-    for act, reason in acts.items():
-        with pytest.raises(
-            TypeError, match=rf"Images\(.*\) cannot {reason}: it has no values; images.read\(\) gives them"
-        ):
-            act()
+    operands: list[Any] = [(), (1,), (x,), (lambda value: value,), (x, lambda value, other: value)]
+    for name in dir(Tensor):
+        if name.startswith("__") or name in {"new", "new_tensor"} or hasattr(torch.ops.aten, name):
+            continue
+        for some in operands:
+            with contextlib.suppress(Exception):
+                method = getattr(x, name)
+                for made in pytree.tree_leaves(method(*some) if callable(method) else method):
+                    if isinstance(made, Tensor | np.ndarray) and not isinstance(made, Images):
+                        print(f"{name} makes values")
+    print("all called")
+
+
+def test_no_method_of_a_tensor_ends_the_process_or_makes_values_of_images_not_read() -> None:
+    assert Apart(call_what_is_no_operation).printed() == "all called\n"
+
+
+def test_a_stream_that_uses_images_is_noted_where_there_is_memory() -> None:
+    run, noted = Run(drops={0: 1}), []
+    stream = torch.Stream(stream_id=0, device_index=0, device_type=1)  # of a GPU, which need not be there
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("record_stream", lambda tensor, stream: noted.append(tensor), "CPU")
+    try:
+        for _ in range(2):
+            x, _ = next(iter(run.drop.loader))
+            x.record_stream(stream)
+            assert [t.data_ptr() for t in noted] == [(rows_of(x) if x.pixels is None else x.pixels).data_ptr()]
+            noted.clear()
+            run.epochs(1)
+    finally:
+        library._destroy()
 
 
 def test_images_of_another_size_than_call_says_are_told_of() -> None:
