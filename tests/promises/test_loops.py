@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from four_quarters import COUNT, Run, accuracy, network, quarters
+from four_quarters import COUNT, Run, accuracy, losses_without_rows, network, quarters
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
@@ -37,6 +38,18 @@ def test_a_grad_scaler_that_is_switched_off() -> None:
         run.drop.step()
     assert run.drop.prefix == 2
     assert accuracy(run.model) > 0.95
+
+
+def test_a_loader_around_the_loader_that_prefetches(timm: ModuleType) -> None:
+    run = Run(cache="fp32")
+    ahead = timm.data.loader.PrefetchLoader(
+        run.drop.loader, mean=(0.5 / 255,), std=(2 / 255,), channels=1, device=torch.device("cpu")
+    )
+    for _ in range(6):
+        for x, y in ahead:  # of which the next one is drawn and normalised before the step
+            run.train_step(x, y)
+        run.drop.step()
+    assert run.losses == losses_without_rows(6, lambda x: (x - 0.5) / 2)
 
 
 @pytest.mark.parametrize("inside", ["making", "an evaluation before", "an evaluation after", "the step"])
