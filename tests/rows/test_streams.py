@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,13 @@ from learndrop_ext.rows.tiers import TieredRows
 SLOTS, STRIDE = 48, 128
 FORM = RowForm((32,), "fp32", (1,), (1,))
 ORDERS = 20  # a test
+
+
+@pytest.fixture(autouse=True)
+def no_garbage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a simulated GPU has pinned is unpinned before it is gone."""
+    yield
+    gc.collect()
 
 
 class Run:
