@@ -106,7 +106,7 @@ def form_of(tensor: torch.Tensor) -> Form:
 
 
 def _refuse(tensor: Unread, what: str, *_: Any, **__: Any) -> Any:
-    raise TypeError(f"drop.loader: {tensor!r} cannot be {what}: it has no values; images.read() gives them")
+    raise TypeError(f"drop.loader: {tensor!r} cannot be {what}: it has no values; {tensor.instead}")
 
 
 class Unread(torch.Tensor):
@@ -114,6 +114,7 @@ class Unread(torch.Tensor):
 
     form: Form
     standing: Standing
+    instead = "cached rows stand for it"
     number = -1, 0  # of the operation in `Standing.trace` that it came from, and among its results
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -148,6 +149,8 @@ class Images(Unread):
     `operations` notes what it does: with others the rows would be other rows. All else raises RuntimeError. `memory` counts
     the writes to what a slice or a view shares with its batch, `seen` those that `operations` has.
     """
+
+    instead = "images.read() gives them"
 
     def __init__(
         self,

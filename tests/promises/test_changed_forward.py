@@ -247,6 +247,26 @@ def test_a_loss_that_uses_what_dropped_layers_leave_is_refused_by_name(
     epoch()
 
 
+def test_a_layer_whose_values_a_hook_takes_is_not_dropped_behind_its_row() -> None:
+    run, taken = Blocks({1: 2}), []
+    run.model[0].register_forward_hook(lambda _, x, y: taken.append(y.detach().numpy()))
+    run.epochs(1)
+    assert run.drop.prefix == 1
+    assert "not 2 layers: drop.loader: Feature([4, 6, 8, 8], of the dropped layer 0, not" in run.drop.history[-1].reason
+    before = len(taken)
+    run.epochs(3)
+    assert len(taken) == before + 3 * len(run.user)
+
+
+def test_a_hook_that_takes_the_values_of_a_dropped_layer_is_told_that_there_are_none() -> None:
+    run, taken = Blocks({1: 2}).epochs(2), []
+    run.model[0].register_forward_hook(lambda _, x, y: taken.append(y.detach().numpy()))
+    with pytest.raises(
+        TypeError, match=r"of the dropped layer 0, not computed\) cannot be a numpy array: .*cached rows"
+    ):
+        run.epochs(1)
+
+
 @pytest.mark.parametrize("wrap", [lambda module: module, partial(torch.compile, backend="eager")])
 @pytest.mark.parametrize("leave", ["a hook within a block", "a stored tensor"])
 def test_a_loss_on_a_wrapped_model_that_uses_what_dropped_layers_leave_is_seen(leave: str, wrap: Any) -> None:
