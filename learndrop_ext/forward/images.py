@@ -105,7 +105,7 @@ def form_of(tensor: torch.Tensor) -> Form:
     return tensor.form if isinstance(tensor, Unread) else Form(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
-def _refuse(tensor: Unread, what: str, *_: Any, **__: Any) -> Any:
+def _have_no_values(tensor: Unread, what: str, *_: Any, **__: Any) -> Any:
     raise TypeError(f"drop.loader: {tensor!r} cannot be {what}: it has no values; {tensor.instead}")
 
 
@@ -130,13 +130,13 @@ class Unread(torch.Tensor):
         return self
 
     # What asks for values without being an operation:
-    numpy = partialmethod(_refuse, "a numpy array")
-    __dlpack__ = partialmethod(_refuse, "given to another library")
-    __reduce_ex__ = partialmethod(_refuse, "saved or sent")
-    share_memory_ = partialmethod(_refuse, "shared")
-    data_ptr = partialmethod(_refuse, "read at its address")
-    apply_ = partialmethod(_refuse, "changed by a function of Python")
-    data = property(torch.Tensor.detach, lambda tensor, _: _refuse(tensor, "given other values"))
+    numpy = partialmethod(_have_no_values, "a numpy array")
+    __dlpack__ = partialmethod(_have_no_values, "given to another library")
+    __reduce_ex__ = partialmethod(_have_no_values, "saved or sent")
+    share_memory_ = partialmethod(_have_no_values, "shared")
+    data_ptr = partialmethod(_have_no_values, "read at its address")
+    apply_ = partialmethod(_have_no_values, "changed by a function of Python")
+    data = property(torch.Tensor.detach, lambda tensor, _: _have_no_values(tensor, "given other values"))
 
 
 class Images(Unread):

@@ -64,7 +64,7 @@ def check_cut(chain: Chain, k: int, run: Callable[[torch.Tensor], Any], x: torch
             try:
                 got = outputs(read=False)
             except Exception as error:  # the same forward ran on images a moment ago
-                return str(error)
+                return str(error) or repr(error)
         finally:
             bypass.release()
     if any(isinstance(tensor, Unread) for tensor in got):

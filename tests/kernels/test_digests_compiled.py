@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -51,8 +52,8 @@ def test_digests_kernel_adds_once_for_a_chunk(compiled: tuple[str, int]) -> None
 
 
 def test_digests_kernel_exchanges_only_sums_between_threads(compiled: tuple[str, int]) -> None:
-    # One number of 8 bytes from each of 8 warps; with Triton 3.6 from each of their threads. A block has 16 KB.
-    assert compiled[1] <= 8 * 8 * 32
+    # One number of 8 bytes from each of 8 warps; Triton 3.6 takes one from each of their threads.
+    assert compiled[1] <= 8 * 8 * (32 if version("triton").startswith("3.6.") else 1)
 
 
 def cuda_tensors() -> list[torch.Tensor]:

@@ -240,9 +240,6 @@ def test_a_policy_that_never_drops_takes_less_than_200_microseconds_a_step() -> 
             call(x)
         return time.process_time() - begin
 
-    def least() -> float:
-        pairs = [(seconds(drop.loader, drop.model), seconds(plain, model)) for _ in range(7)]
-        return min(own for own, _ in pairs) - min(other for _, other in pairs)
-
-    # A core that is slower for a second is slower in all rounds.
-    assert any(least() / 200 < 200e-6 for _ in range(5))
+    pairs = [(seconds(drop.loader, drop.model), seconds(plain, model)) for _ in range(30)]
+    least = min(own for own, _ in pairs) - min(other for _, other in pairs)
+    assert least / 200 < 200e-6
