@@ -263,7 +263,7 @@ def run_side(work: Work, side: str, done: dict[str, dict[str, Any]], policies: d
         raise NotRunError("it follows a side that drops")
     if side == "freeze-only":
         drops = {int(epoch): prefix for epoch, prefix in dropping["drops"].items()}
-        return fit(work, policy=Fixed(drops), caches=False)
+        return fit(work, policy=Fixed(drops, recalibrate=True), caches=False)
     whole = work.case.epochs * -(-len(work.train) // work.case.batch_size)
     share = min(1.0, dropping["seconds"] / done["baseline"]["seconds"])
     return fit(work, steps=max(1, int(share * whole)))

@@ -106,7 +106,7 @@ def without_scores(choose: Callable[..., dict[int, int]], of: str) -> Side:
 
     def policy(done: Done) -> Policy | None:
         made, flops, moved = drops_of(done[of]), done["watched"]["layer_flops"], done["watched"]["relative"]
-        return Fixed(choose(made, flops=flops, moved=moved)) if made else None
+        return Fixed(choose(made, flops=flops, moved=moved), recalibrate=True) if made else None
 
     return Side(policy, follows=("watched", of))
 
@@ -189,6 +189,8 @@ PAPER = ("baseline", "budget", "stopped", "short", "freeze-only")
 #: Thresholds of the default policy beside its own, by the name of their side.
 THRESHOLDS = {f"threshold-{value:g}": value for value in (0.1, 0.4)}
 SCORES = ("watched", "budget-even", "budget-hindsight", "stopped-even", "stopped-hindsight", *THRESHOLDS)
+#: The drops of `budget` with the batch norms of dropped layers as training has left them, and recalibrated.
+NORMS = ("as-trained", "recalibrated")
 #: The default policy without its wait for the learning rate to fall.
 ANY_RATE = "stopped-any-rate"
 LONG = (*PAPER[:4], ANY_RATE)
@@ -198,7 +200,9 @@ SIDES: dict[str, Side] = {
     "budget": named("budget:2.0,start=1"),
     "stopped": named("stopped"),
     "short": Side(follows=("budget",), shortened_to="budget"),
-    "freeze-only": Side(lambda done: Fixed(drops_of(done["budget"])), follows=("budget",), caches=False),
+    "freeze-only": Side(
+        lambda done: Fixed(drops_of(done["budget"]), recalibrate=True), follows=("budget",), caches=False
+    ),
     **{rule: named(rule) for rule in RULES},
     "watched": Side(lambda done: Fixed({})),
     "budget-even": without_scores(evenly, "budget"),
@@ -206,6 +210,8 @@ SIDES: dict[str, Side] = {
     "stopped-even": without_scores(evenly, "stopped"),
     "stopped-hindsight": without_scores(hindsight, "stopped"),
     **{name: Side(lambda done, value=value: StoppedLearning(threshold=value)) for name, value in THRESHOLDS.items()},
+    "as-trained": Side(lambda done: Fixed(drops_of(done["budget"])), follows=("budget",)),
+    "recalibrated": Side(lambda done: Fixed(drops_of(done["budget"]), recalibrate=True), follows=("budget",)),
     ANY_RATE: Side(lambda done: StoppedLearning(annealed=1.0)),
 }
 
@@ -228,7 +234,7 @@ class Case:
         )
 
 
-PARTS = ("recipe", "paper", "rules", "scores", "long")
+PARTS = ("recipe", "paper", "rules", "scores", "norms", "long")
 
 
 def plan(scale: Scale, *, parts: Sequence[str], seeds: int) -> Iterator[Case]:
@@ -238,14 +244,16 @@ def plan(scale: Scale, *, parts: Sequence[str], seeds: int) -> Iterator[Case]:
             for model in scale.chosen_by:
                 yield from (Case("recipe", dataset, model, "baseline", 0, lr) for lr in scale.lrs)
     for seed in range(seeds):
-        if "paper" in parts:
-            for dataset in scale.images:
-                for model in scale.networks:
-                    yield from (Case("paper", dataset, model, side, seed) for side in PAPER)
-        for part, sides in (("rules", RULES), ("scores", SCORES)):
+        every, some = (tuple(scale.images), scale.networks), (scale.compared_on, scale.compared)
+        for part, sides, (datasets, models) in (
+            ("paper", PAPER, every),
+            ("rules", RULES, some),
+            ("scores", SCORES, some),
+            ("norms", NORMS, every),
+        ):
             if part in parts:
-                for dataset in scale.compared_on:
-                    for model in scale.compared:
+                for dataset in datasets:
+                    for model in models:
                         yield from (Case("paper", dataset, model, side, seed) for side in sides)
         if "long" in parts:
             for dataset in scale.compared_on:

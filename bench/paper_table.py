@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fine_tuning_table import machine_of, mean
-from paper_cases import CHOSEN_BY, COMPARED, COMPARED_ON, LONG, NETWORKS, PAPER, RULES, SCALES, THRESHOLDS
+from paper_cases import CHOSEN_BY, COMPARED, COMPARED_ON, LONG, NETWORKS, NORMS, PAPER, RULES, SCALES, THRESHOLDS
 
 from learndrop_ext.decide.policy import StoppedLearning
 
@@ -308,6 +308,24 @@ def thresholds(study: Study) -> str:
         means = f"{statistics.fmean(faster):.2f}", f"{statistics.fmean(points):+.2f}"
         lines.append(line(f"{value:g}", str(len(records)), dropped, *means))
     return "\n".join(lines)
+
+
+def norms(study: Study) -> str:
+    """The drops of `budget` with batch norms as training has left them, and recalibrated."""
+    lines = head("dataset", "network", "layers dropped, after epochs", *NORMS, "difference", "seeds")
+    gains = []
+    for dataset, model in itertools.product(DATASETS, NETWORKS):
+        runs = runs_of(study, setting="paper", dataset=dataset, model=model)
+        both = [runs.get(side, []) for side in NORMS]
+        if (gain := difference(both[1], both[0])) is not None:
+            gains.append(gain)
+            accuracies = [f"{mean(records, 'accuracy'):.2f} %" for records in both]
+            name, drops = name_of(study, model, runs), drops_in_words(both[1])
+            lines.append(line(dataset, name, drops, *accuracies, shown(gain), str(len(both[1]))))
+    verdict = (
+        f"{statistics.fmean(gains):+.2f} points in mean, better in {sum(gain > 0 for gain in gains)}" if gains else ""
+    )
+    return "\n".join([*lines, "", f"{verdict} of {len(gains)} rows." if gains else "Not measured."])
 
 
 def plot_flops(study: Study) -> str:

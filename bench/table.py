@@ -382,6 +382,7 @@ TABLES = {
         "paper-plots": paper_plots,
         "paper-rows": of_paper(paper_table.rows),
         "paper-rules": of_paper(paper_table.rules),
+        "paper-norms": of_paper(paper_table.norms),
         "paper-long": of_paper(paper_table.long),
         "paper-recipes": of_paper(paper_table.recipes),
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import operator
 import os
@@ -119,7 +120,7 @@ def checked_decision(decision: Any, prefix: int, last: int) -> Decision:
         raise TypeError(f"drop.step: policy must decide on a whole number of layers, got {decision.prefix!r}") from None
     if not prefix <= wanted <= last:
         raise ValueError(f"drop.step: policy must decide on {prefix}..{last} layers, got {wanted}")
-    return Decision(wanted, decision.reason)
+    return dataclasses.replace(decision, prefix=wanted)
 
 
 def check_trained(bypass: Bypass, samples: int) -> None:

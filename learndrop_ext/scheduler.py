@@ -35,6 +35,7 @@ from learndrop_ext.distributed import from_rank_zero, share_buffers
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain, split_layers
 from learndrop_ext.forward.proof import check_cut
+from learndrop_ext.forward.statistics import recalibrate
 from learndrop_ext.forward.wrapped import Wrap, WrappedModel
 from learndrop_ext.guards import Guards, held_by
 from learndrop_ext.history import Record
@@ -46,6 +47,9 @@ from learndrop_ext.rows.store.fingerprint import Fingerprint, code_digest, weigh
 
 #: Samples on which a cut is tried before layers are dropped.
 TRIED = 4
+#: Batches of which the statistics of batch norms are computed before they are frozen. Eight of 64 samples were better than
+#: one by 0.6 points, in mean over eight runs of six networks on three datasets; four cost half as much.
+RECALIBRATED = 4
 
 
 class DropScheduler:
@@ -465,17 +469,22 @@ class DropScheduler:
         if prefix == self._prefix:
             return reason
         choice = choices[prefix]
-        self._drop(prefix, choice, epoch)
+        self._drop(prefix, choice, epoch, recalibrates=decision.recalibrate)
         views = f", {self._rows.views} views of each sample" if self._rows.cut and self._rows.views > 1 else ""
         return f"{reason}; {choice.reason}{views}"
 
-    def _drop(self, prefix: int, choice: costs.CutChoice, epoch: int) -> None:
+    def _drop(self, prefix: int, choice: costs.CutChoice, epoch: int, *, recalibrates: bool) -> None:
         """Freeze `prefix` layers, keep their rows if they fit, and train the rest.
 
         Everything that can fail comes before the first visible change.
         """
         if not epoch:
             checks.warn_untrained(self._base, self._chain, prefix)
+        elif recalibrates and (asleep := self._asleep()) < prefix:
+            batches = self._source.sample(self._loader.batches.seen, RECALIBRATED, seed=epoch)
+            with self._bypass.away():
+                run = partial(self._call, self._base)
+                recalibrate(self._chain, asleep, prefix, run, [to_device(batch, self._device) for batch in batches])
         share_buffers(b for m in self._chain.recorded.before(prefix) for b in m.buffers())
         body = self._body(prefix)
         left = None if self._epochs is None else self._epochs - epoch

@@ -228,6 +228,18 @@ def test_plots_show_what_is_measured(table: ModuleType) -> None:
     assert "autofreeze" not in drawn
 
 
+def test_norms_are_compared_seed_by_seed(table: ModuleType) -> None:
+    assert table.norms({"records": []}).splitlines()[-1] == "Not measured."
+    runs = [
+        record(side, accuracy=accuracy, seed=seed, dataset="mnist", drops=[{"epoch": 1, "prefix": 3}], layers=9)
+        for side, of_seeds in {"as-trained": (90.0, 80.0), "recalibrated": (91.0, 83.0, 99.0)}.items()
+        for seed, accuracy in enumerate(of_seeds)
+    ]
+    lines = table.norms({"records": runs}).splitlines()
+    assert lines[2] == "| mnist | vgg11 | 3 after 1; of 9 | 85.00 % | 91.00 % | +2.00 | 3 |"
+    assert lines[-1] == "+2.00 points in mean, better in 1 of 1 rows."
+
+
 def test_the_recipe_is_the_best_one_on_validation_images(study: ModuleType, cases: ModuleType) -> None:
     scale = cases.SCALES["cpu"]
     tried = [
@@ -287,7 +299,7 @@ def test_a_rehearsal_runs_every_side_once_and_refuses_another_recipe(
     assert found >= {*study.SIDES} - {"stopped-even", "stopped-hindsight"}
     by_side = {r["side"]: r for r in once["records"] if (r["setting"], r["model"]) == ("paper", "vgg11")}
     drops = {side: [(d["epoch"], d["prefix"]) for d in r["drops"]] for side, r in by_side.items()}
-    assert drops["freeze-only"] == drops["budget"] != []
+    assert drops["freeze-only"] == drops["as-trained"] == drops["recalibrated"] == drops["budget"] != []
     assert drops["baseline"] == drops["watched"] == drops["short"] == []
     assert by_side["short"]["epochs"] <= by_side["baseline"]["epochs"] == 5
     assert by_side["freeze-only"]["forward_flops"] == by_side["baseline"]["forward_flops"]

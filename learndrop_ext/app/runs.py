@@ -253,7 +253,7 @@ def compare(
     yield out
     for rival in rivals:
         if rival == "freeze-only":
-            same = Fixed({d.epoch: d.prefix for d in dropping.drops})
+            same = Fixed({d.epoch: d.prefix for d in dropping.drops}, recalibrate=True)
             result, _ = run(rival, recipe=recipe, policy=same, caches=False)
         else:
             short = shortened(split, recipe, seconds=dropping.seconds)

@@ -104,6 +104,13 @@ class DatasetSource:
         ((batch, _),) = read_batches(self.loader, [ids], self._seed + seed)
         return batch
 
+    def sample(self, seen: torch.Tensor, count: int, *, seed: int) -> list[Any]:
+        """Return up to `count` batches of the first one's size, of samples drawn so far (`seen` [N] bool) at random."""
+        drawn, size = torch.nonzero(seen).flatten(), len(self._first_ids)
+        order = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(self._seed + seed))]
+        few = order[: size * min(count, max(1, len(order) // size))]
+        return [batch for batch, _ in read_batches(self.loader, [part.tolist() for part in few.split(size)], seed)]
+
     def reading(self) -> tuple[float, int]:
         """Return the seconds that a process took to read a sample of the first batch, and the number of workers."""
         return self._seconds / max(1, len(self._first_ids)), self.loader.num_workers

@@ -67,10 +67,18 @@ class Situation:
 
 @dataclass(frozen=True)
 class Decision:
-    """The number of layers dropped from now on, and the reason in words."""
+    """What a policy decides.
+
+    Args:
+        prefix: number of layers dropped from now on.
+        reason: the reason in words.
+        recalibrate: whether the batch norms of layers that are dropped now get the statistics of their inputs under the
+            weights that they are frozen with; see `forward.statistics`. Not before training.
+    """
 
     prefix: int
     reason: str
+    recalibrate: bool = True
 
 
 Policy = Callable[[Situation], Decision]
@@ -203,10 +211,12 @@ class StoppedLearning:
 class Fixed:
     """Drops set by hand: `Fixed({epoch: prefix length})`, where epoch is the number of epochs done, 0 before training.
 
-    `Fixed({})` never drops. After `undrop()` only entries of later epochs count.
+    `Fixed({})` never drops. After `undrop()` only entries of later epochs count. Layers are frozen as they are, with
+    `recalibrate=True` as other policies do it, see `Decision`.
     """
 
     prefixes: Mapping[int, int] = field(default_factory=dict)
+    recalibrate: bool = False
     uses_costs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -227,7 +237,8 @@ class Fixed:
             raise ValueError(
                 f"Fixed: prefix must leave a layer to train: at most {len(situation.layers) - 1}, got {prefix}"
             )
-        return Decision(prefix, "set by hand" if prefix > situation.prefix else "nothing set for this epoch")
+        reason = "set by hand" if prefix > situation.prefix else "nothing set for this epoch"
+        return Decision(prefix, reason, self.recalibrate)
 
 
 @dataclass(frozen=True)

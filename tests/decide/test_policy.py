@@ -364,10 +364,15 @@ FIXED: list[tuple[Mapping[int, int], int, int, int, str]] = [
 ]
 
 
+@pytest.mark.parametrize("recalibrate", [False, True])
 @pytest.mark.parametrize(("prefixes", "epoch", "now", "prefix", "reason"), FIXED)
-def test_fixed(prefixes: Mapping[int, int], epoch: int, now: int, prefix: int, reason: str) -> None:
+def test_fixed(prefixes: Mapping[int, int], epoch: int, now: int, prefix: int, reason: str, recalibrate: bool) -> None:
     situation = Situation(epoch=epoch, epochs=None, prefix=now, layers=LAYERS, scores=())
-    assert Fixed(prefixes)(situation) == Decision(prefix, reason)
+    assert Fixed(prefixes, recalibrate)(situation) == Decision(prefix, reason, recalibrate)
+
+
+def test_fixed_leaves_layers_as_they_are() -> None:
+    assert not Fixed({1: 1}).recalibrate
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""The running statistics of batch norms, computed anew for layers that are about to be frozen.
+
+In training a batch norm divides by the statistics of the batch. The running ones, by which a frozen one divides from then
+on, are averages over the last 20 steps or so, under the weights of these steps. Where weights change fast they are those of
+another network, the more so the deeper it is: measured in docs/paper.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from learndrop_ext.forward.chain import Chain, row_at
+from learndrop_ext.preserve import preserved
+
+
+def recalibrate(chain: Chain, first: int, last: int, run: Callable[[Any], Any], batches: Sequence[Any]) -> None:
+    """Give the batch norms of layers first..last-1 the mean statistics of some batches, under the weights that they have.
+
+    `run(batch)` calls the model. The layers before `first` run in eval mode. Norms that the user keeps in eval mode, or
+    without running statistics, stay as they are, and so does all else in the model.
+    """
+    frozen = {module for one in chain.recorded.before(first) for module in one.modules()}
+    modules = (module for one in chain.recorded.before(last) for module in one.modules() if module not in frozen)
+    norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
+    with torch.no_grad():
+        with preserved(chain.model):
+            chain.model.train()
+            for module in frozen:
+                module.training = False
+            for i, batch in enumerate(batches):
+                for norm in norms:
+                    norm.momentum = 1 / (i + 1)  # the mean over all batches
+                row_at(chain, last, partial(run, batch))
+            buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+            values = [buffer.clone() for buffer in buffers]
+        torch._foreach_copy_(buffers, values)
