@@ -18,24 +18,37 @@ from learndrop_ext.forward.chain import Chain, row_at
 from learndrop_ext.preserve import preserved
 
 
-def recalibrate(chain: Chain, first: int, last: int, run: Callable[[Any], Any], batches: Sequence[Any]) -> None:
-    """Give the batch norms of layers first..last-1 the mean statistics of some batches, under the weights that they have.
+def recalibrate(chain: Chain, first: int, last: int, run: Callable[[Any], Any], batches: Sequence[Any]) -> bool:
+    """Give the batch norms of layers first..last-1 the mean statistics of some batches, under the weights that they have, if
+    these are better than the running averages: on the last batch, which is held out if there are several, the layers in eval
+    mode then come closer to what they compute in train mode. Return whether they are.
 
     `run(batch)` calls the model. The layers before `first` run in eval mode. Norms that the user keeps in eval mode, or
     without running statistics, stay as they are, and so does all else in the model.
     """
     frozen = {module for one in chain.recorded.before(first) for module in one.modules()}
     modules = (module for one in chain.recorded.before(last) for module in one.modules() if module not in frozen)
-    norms = [module for module in modules if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [module for module in modules if isinstance(module, _BatchNorm)]
+
+    def row(batch: Any, *, momentum: float | None = None) -> torch.Tensor:
+        """The row of a batch in train mode, whose statistics get the weight `momentum`, or in eval mode."""
+        chain.model.train(momentum is not None)
+        for module in frozen:
+            module.training = False
+        for norm in norms:
+            norm.momentum = momentum
+        return row_at(chain, last, partial(run, batch)).float()
+
+    held = batches[-1]
     with torch.no_grad():
         with preserved(chain.model):
-            chain.model.train()
-            for module in frozen:
-                module.training = False
-            for i, batch in enumerate(batches):
-                for norm in norms:
-                    norm.momentum = 1 / (i + 1)  # the mean over all batches
-                row_at(chain, last, partial(run, batch))
-            buffers = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-            values = [buffer.clone() for buffer in buffers]
-        torch._foreach_copy_(buffers, values)
+            wanted, before = row(held, momentum=0.0), row(held)
+            for i, batch in enumerate(batches[:-1] or batches):
+                row(batch, momentum=1 / (i + 1))  # the mean over all batches
+            is_better = bool((row(held) - wanted).norm() < (before - wanted).norm())
+            statistics = (one for norm in norms for one in (norm.running_mean, norm.running_var))
+            buffers = [one for one in statistics if one is not None]
+            values = [one.clone() for one in buffers]
+        if is_better:
+            torch._foreach_copy_(buffers, values)
+    return is_better

@@ -83,13 +83,30 @@ def test_norms_get_the_mean_statistics_of_the_batches(first: int, paths: tuple[s
     batches = list((torch.randn(count, 8, 3, 12, 12) * 3 + 1).unbind())
     chain = split_layers(model, batches[0])
     before = state_of(model)
-    wanted = {path: of_inputs(model, path, batches, frozen="stem" if first else "") for path in paths}
-    recalibrate(chain, first, 3, model, batches)
+    held_out = batches[:-1] or batches  # the last one, if there are several
+    wanted = {path: of_inputs(model, path, held_out, frozen="stem" if first else "") for path in paths}
+    assert recalibrate(chain, first, 3, model, batches) == bool(paths)
     assert changes(before, model) == statistics(*paths)
     for path, (mean, variance) in wanted.items():
         norm = model.get_submodule(path)
         torch.testing.assert_close(norm.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_running_averages_that_are_better_stay(count: int) -> None:
+    torch.manual_seed(0)
+    model = Norms()
+    chain = split_layers(model, torch.randn(8, 3, 12, 12))
+    model.eval()
+    for path in ("stem.1", "body.1"):  # of very many samples under these weights
+        norm = model.get_submodule(path)
+        norm.running_mean, norm.running_var = (
+            one.float() for one in of_inputs(model, path, [torch.randn(4000, 3, 12, 12)])
+        )
+    before, batches = state_of(model), torch.randn(count, 4, 3, 12, 12).unbind()
+    assert recalibrate(chain, 0, 3, model, batches) == (count == 1)  # a single batch is not held out
+    assert changes(before, model) == (statistics("stem.1", "body.1") if count == 1 else set())
 
 
 def test_nothing_else_of_the_model_changes() -> None:
@@ -131,7 +148,7 @@ def test_layers_dropped_in_training_are_recalibrated_on_samples_of_the_run(cache
             assert len(read) == 12  # three whole batches: four would take 16 samples
             assert set(read) <= set(range(10, 24))
             for one in norms:
-                x = data().tensors[0][read].split(4)
+                x = data().tensors[0][read].split(4)[:-1]  # the last one is held out
                 frozen = "bn1" if one == "bn2" else ""
                 mean, _ = of_inputs(model, one, x, frozen=frozen)
                 torch.testing.assert_close(model.get_submodule(one).running_mean.double(), mean, rtol=1e-4, atol=1e-5)
