@@ -468,22 +468,27 @@ class DropScheduler:
         if prefix == self._prefix:
             return reason
         choice = choices[prefix]
-        self._drop(prefix, choice, epoch, recalibrates=decision.recalibrate)
+        recalibrated = bool(epoch) and decision.recalibrate and self._recalibrate(prefix, seed=epoch)
+        self._drop(prefix, choice, epoch)
         views = f", {self._rows.views} views of each sample" if self._rows.cut and self._rows.views > 1 else ""
-        return f"{reason}; {choice.reason}{views}"
+        return f"{reason}; {choice.reason}{views}{'; batch norms recalibrated' if recalibrated else ''}"
 
-    def _drop(self, prefix: int, choice: costs.CutChoice, epoch: int, *, recalibrates: bool) -> None:
+    def _recalibrate(self, prefix: int, *, seed: int) -> bool:
+        """Recalibrate the batch norms of the layers that are about to be dropped, see `statistics.recalibrate`."""
+        if (asleep := self._asleep()) >= prefix:
+            return False
+        batches = self._source.sample(self._loader.batches.seen, RECALIBRATED, seed=seed)
+        with self._bypass.away():
+            run = partial(self._call, self._base)
+            return recalibrate(self._chain, asleep, prefix, run, [to_device(batch, self._device) for batch in batches])
+
+    def _drop(self, prefix: int, choice: costs.CutChoice, epoch: int) -> None:
         """Freeze `prefix` layers, keep their rows if they fit, and train the rest.
 
         Everything that can fail comes before the first visible change.
         """
         if not epoch:
             checks.warn_untrained(self._base, self._chain, prefix)
-        elif recalibrates and (asleep := self._asleep()) < prefix:
-            batches = self._source.sample(self._loader.batches.seen, RECALIBRATED, seed=epoch)
-            with self._bypass.away():
-                run = partial(self._call, self._base)
-                recalibrate(self._chain, asleep, prefix, run, [to_device(batch, self._device) for batch in batches])
         share_buffers(b for m in self._chain.recorded.before(prefix) for b in m.buffers())
         body = self._body(prefix)
         left = None if self._epochs is None else self._epochs - epoch
