@@ -109,7 +109,8 @@ class DatasetSource:
         drawn, size = torch.nonzero(seen).flatten(), len(self._first_ids)
         order = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(self._seed + seed))]
         few = order[: size * min(count, max(1, len(order) // size))]
-        return [batch for batch, _ in read_batches(self.loader, [part.tolist() for part in few.split(size)], seed)]
+        read = read_batches(self.loader, [part.tolist() for part in few.split(size)], seed, workers=count)
+        return [batch for batch, _ in read]
 
     def reading(self) -> tuple[float, int]:
         """Return the seconds that a process took to read a sample of the first batch, and the number of workers."""
