@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from learndrop_ext.forward.statistics import batches_seen
 from learndrop_ext.history import record_of
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def load_state(drop: DropScheduler, state: dict[str, Any]) -> None:
             if extras is not None:
                 drop._extras.load(extras)
         drop._freeze(state["prefix"], body)
-    drop._deltas, drop._history = deltas, history
+    drop._deltas, drop._history, drop._norm_batches = deltas, history, batches_seen(drop._base)
     drop._epoch, drop._undropped = state["epoch"], state["undropped"]
     drop._ledger.resume(state["scale"])
 

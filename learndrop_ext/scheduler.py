@@ -35,7 +35,7 @@ from learndrop_ext.distributed import from_rank_zero, share_buffers
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain, split_layers
 from learndrop_ext.forward.proof import check_cut
-from learndrop_ext.forward.statistics import recalibrate
+from learndrop_ext.forward.statistics import batches_seen, recalibrate
 from learndrop_ext.forward.wrapped import Wrap, WrappedModel
 from learndrop_ext.guards import Guards, held_by
 from learndrop_ext.history import Record
@@ -164,6 +164,7 @@ class DropScheduler:
             self._ledger.note_wrapped()
         self._deltas = self._deltas_from(0)
         self._traces, self._shapes = checks.traces_of(model), checks.shapes_of(model)
+        self._norm_batches = batches_seen(model)
         self._ledger.read_budgets()
         if isinstance(self._policy, PlanningPolicy):
             self._measure_costs()
@@ -278,7 +279,7 @@ class DropScheduler:
         reason = self._decide(self._epoch + 1, now, epoch_seconds=epoch_seconds, whole_seconds=whole)
         self._deltas.measure()
         self._epoch += 1
-        self._traces = checks.traces_of(self._base)
+        self._traces, self._norm_batches = checks.traces_of(self._base), batches_seen(self._base)
         self._loader.forget_counts()
         self._rows.forget_counts()
         self._bypass.forget_calls()
@@ -474,13 +475,16 @@ class DropScheduler:
         return f"{reason}; {choice.reason}{views}{'; batch norms recalibrated' if recalibrated else ''}"
 
     def _recalibrate(self, prefix: int, *, seed: int) -> bool:
-        """Recalibrate the batch norms of the layers that are about to be dropped, see `statistics.recalibrate`."""
-        if (asleep := self._asleep()) >= prefix:
+        """Recalibrate the batch norms that were trained since the last step in layers that are about to be dropped."""
+        trained = {norm for norm, count in batches_seen(self._base).items() if count != self._norm_batches.get(norm)}
+        norms = [m for one in self._chain.recorded.before(prefix) for m in one.modules() if m in trained]
+        if not norms:
             return False
         batches = self._source.sample(self._loader.batches.seen, RECALIBRATED, seed=seed)
+        batches = [to_device(batch, self._device) for batch in batches]
         with self._bypass.away():
             run = partial(self._call, self._base)
-            return recalibrate(self._chain, asleep, prefix, run, [to_device(batch, self._device) for batch in batches])
+            return recalibrate(self._chain, self._prefix, prefix, run, batches, norms=norms)
 
     def _drop(self, prefix: int, choice: costs.CutChoice, epoch: int) -> None:
         """Freeze `prefix` layers, keep their rows if they fit, and train the rest.

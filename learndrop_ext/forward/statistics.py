@@ -12,23 +12,33 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from learndrop_ext.forward.chain import Chain, row_at
 from learndrop_ext.preserve import preserved
 
 
-def recalibrate(chain: Chain, first: int, last: int, run: Callable[[Any], Any], batches: Sequence[Any]) -> bool:
-    """Give the batch norms of layers first..last-1 the mean statistics of some batches, under the weights that they have, if
-    these are better than the running averages: on the last batch, which is held out if there are several, the layers in eval
-    mode then come closer to what they compute in train mode. Return whether they are.
+def batches_seen(model: nn.Module) -> dict[nn.Module, int]:
+    """Return the number of batches of which the running statistics of each batch norm were averaged."""
+    counts = {m: m.num_batches_tracked for m in model.modules() if isinstance(m, _BatchNorm)}
+    found = {norm: count for norm, count in counts.items() if count is not None}
+    return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True)) if found else {}
 
-    `run(batch)` calls the model. The layers before `first` run in eval mode. Norms that the user keeps in eval mode, or
-    without running statistics, stay as they are, and so does all else in the model.
+
+def recalibrate(
+    chain: Chain, first: int, last: int, run: Callable[[Any], Any], batches: Sequence[Any], *, norms: Sequence[Any]
+) -> bool:
+    """Give `norms`, batch norms in layers first..last-1, the mean statistics of some batches, under the weights that the
+    layers have, if these are better than the running averages: on the last batch, which is held out if there are several,
+    the layers in eval mode then come closer to what they compute in train mode. Return whether they are.
+
+    `run(batch)` calls the model. The layers before `first`, and other batch norms, run in eval mode. All else in the model
+    stays as it is.
     """
     frozen = {module for one in chain.recorded.before(first) for module in one.modules()}
-    modules = (module for one in chain.recorded.before(last) for module in one.modules() if module not in frozen)
-    norms = [module for module in modules if isinstance(module, _BatchNorm)]
+    others = (module for one in chain.recorded.before(last) for module in one.modules() if module not in norms)
+    frozen |= {module for module in others if isinstance(module, _BatchNorm)}
 
     def row(batch: Any, *, momentum: float | None = None) -> torch.Tensor:
         """The row of a batch in train mode, whose statistics get the weight `momentum`, or in eval mode."""
@@ -46,8 +56,7 @@ def recalibrate(chain: Chain, first: int, last: int, run: Callable[[Any], Any], 
             for i, batch in enumerate(batches[:-1] or batches):
                 row(batch, momentum=1 / (i + 1))  # the mean over all batches
             is_better = bool((row(held) - wanted).norm() < (before - wanted).norm())
-            statistics = (one for norm in norms for one in (norm.running_mean, norm.running_var))
-            buffers = [one for one in statistics if one is not None]
+            buffers = [one for norm in norms for one in (norm.running_mean, norm.running_var)]
             values = [one.clone() for one in buffers]
         if is_better:
             torch._foreach_copy_(buffers, values)
