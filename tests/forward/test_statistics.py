@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from learndrop_ext import DropScheduler, Fixed, StoppedLearning, split_layers
 from learndrop_ext.decide.policy import Decision, Situation
 from learndrop_ext.forward.statistics import recalibrate
-from tests.small_training import data, epoch, parts
+from small_training import data, epoch, parts
 
 
 class Norms(nn.Module):
