@@ -111,6 +111,11 @@ def without_scores(choose: Callable[..., dict[int, int]], of: str) -> Side:
     return Side(policy, follows=("watched", of))
 
 
+def as_budget(*, recalibrate: bool = True, caches: bool = True) -> Side:
+    """The drops of `budget` again."""
+    return Side(lambda done: Fixed(drops_of(done["budget"]), recalibrate), follows=("budget",), caches=caches)
+
+
 def named(text: str) -> Side:
     """A policy in the words of `learndrop --policy`."""
     return Side(lambda done: parse_policy(text))
@@ -200,9 +205,7 @@ SIDES: dict[str, Side] = {
     "budget": named("budget:2.0,start=1"),
     "stopped": named("stopped"),
     "short": Side(follows=("budget",), shortened_to="budget"),
-    "freeze-only": Side(
-        lambda done: Fixed(drops_of(done["budget"]), recalibrate=True), follows=("budget",), caches=False
-    ),
+    "freeze-only": as_budget(caches=False),
     **{rule: named(rule) for rule in RULES},
     "watched": Side(lambda done: Fixed({})),
     "budget-even": without_scores(evenly, "budget"),
@@ -210,8 +213,8 @@ SIDES: dict[str, Side] = {
     "stopped-even": without_scores(evenly, "stopped"),
     "stopped-hindsight": without_scores(hindsight, "stopped"),
     **{name: Side(lambda done, value=value: StoppedLearning(threshold=value)) for name, value in THRESHOLDS.items()},
-    "as-trained": Side(lambda done: Fixed(drops_of(done["budget"])), follows=("budget",)),
-    "recalibrated": Side(lambda done: Fixed(drops_of(done["budget"]), recalibrate=True), follows=("budget",)),
+    "as-trained": as_budget(recalibrate=False),
+    "recalibrated": as_budget(),
     ANY_RATE: Side(lambda done: StoppedLearning(annealed=1.0)),
 }
 

@@ -322,10 +322,10 @@ def norms(study: Study) -> str:
             accuracies = [f"{mean(records, 'accuracy'):.2f} %" for records in both]
             name, drops = name_of(study, model, runs), drops_in_words(both[1])
             lines.append(line(dataset, name, drops, *accuracies, shown(gain), str(len(both[1]))))
-    verdict = (
-        f"{statistics.fmean(gains):+.2f} points in mean, better in {sum(gain > 0 for gain in gains)}" if gains else ""
-    )
-    return "\n".join([*lines, "", f"{verdict} of {len(gains)} rows." if gains else "Not measured."])
+    if not gains:
+        return "\n".join([*lines, "", "Not measured."])
+    better = f"better in {sum(gain > 0 for gain in gains)} of {len(gains)} rows."
+    return "\n".join([*lines, "", f"{statistics.fmean(gains):+.2f} points in mean, {better}"])
 
 
 def plot_flops(study: Study) -> str:

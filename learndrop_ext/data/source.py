@@ -107,7 +107,8 @@ class DatasetSource:
     def sample(self, seen: torch.Tensor, count: int, *, seed: int) -> list[Any]:
         """Return up to `count` batches of the first one's size, of samples drawn so far (`seen` [N] bool) at random."""
         drawn, size = torch.nonzero(seen).flatten(), len(self._first_ids)
-        order = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(self._seed + seed))]
+        seed += self._seed
+        order = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))]
         few = order[: size * min(count, max(1, len(order) // size))]
         read = read_batches(self.loader, [part.tolist() for part in few.split(size)], seed, workers=count)
         return [batch for batch, _ in read]

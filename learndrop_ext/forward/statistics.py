@@ -1,8 +1,8 @@
 """The running statistics of batch norms, computed anew for layers that are about to be frozen.
 
 In training a batch norm divides by the statistics of the batch. The running ones, by which a frozen one divides from then
-on, are averages over the last 20 steps or so, under the weights of these steps. Where weights change fast they are those of
-another network, the more so the deeper it is: measured in docs/paper.md.
+on, are averages over the last 20 steps or so, under the weights of these steps: where weights change fast, of another
+network. What that costs is measured in docs/paper.md.
 """
 
 from __future__ import annotations

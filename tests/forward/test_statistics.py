@@ -105,10 +105,9 @@ def test_running_averages_that_are_better_stay(count: int) -> None:
             one.float() for one in of_inputs(model, path, [torch.randn(4000, 3, 12, 12)])
         )
     before, batches = state_of(model), torch.randn(count, 4, 3, 12, 12).unbind()
-    assert recalibrate(chain, 0, 3, model, batches, norms=[model.stem[1], model.body[1]]) == (
-        count == 1
-    )  # a single batch is not held out
-    assert changes(before, model) == (statistics("stem.1", "body.1") if count == 1 else set())
+    is_alone = count == 1  # and not held out
+    assert recalibrate(chain, 0, 3, model, batches, norms=[model.stem[1], model.body[1]]) == is_alone
+    assert changes(before, model) == (statistics("stem.1", "body.1") if is_alone else set())
 
 
 def test_nothing_else_of_the_model_changes() -> None:
