@@ -484,7 +484,7 @@ class DropScheduler:
         batches = [to_device(batch, self._device) for batch in batches]
         with self._bypass.away():
             run = partial(self._call, self._base)
-            return recalibrate(self._chain, self._prefix, prefix, run, batches, norms=norms)
+            return from_rank_zero(recalibrate(self._chain, self._prefix, prefix, run, batches, norms=norms))
 
     def _drop(self, prefix: int, choice: costs.CutChoice, epoch: int) -> None:
         """Freeze `prefix` layers, keep their rows if they fit, and train the rest.

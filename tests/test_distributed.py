@@ -120,6 +120,41 @@ def test_rows_are_kept_where_they_fit_on_every_rank(tmp_path: Path) -> None:
         assert seen["reason"] == "set by hand; no rows: they take 7.68 kB and the budget is 640 bytes"
 
 
+class SyncedNorm(nn.BatchNorm2d):
+    """A batch norm over the samples of all ranks, as torch.nn.SyncBatchNorm, which wants a GPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and not torch.is_grad_enabled():
+            parts = [torch.empty_like(x) for _ in range(2)]
+            distributed.all_gather(parts, x)
+            return super().forward(torch.cat(parts))[: len(x)]
+        return super().forward(x)
+
+
+def recalibrate(rank: int, out: str) -> None:
+    """One of two ranks, which have drawn 8 and 13 of the samples: two and three whole batches."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), SyncedNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    drawn = torch.arange(16) % (8, 13)[rank]
+    loader = DataLoader(TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 5), batch_size=4, sampler=drawn)  # type: ignore[arg-type]
+    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}, recalibrate=True), wrap=DistributedDataParallel)
+    for x, y in drop.loader:
+        nn.functional.cross_entropy(drop.model(x), y).backward()
+        optimizer.step()
+    before = model[1].running_mean.clone()
+    reason = drop.step().reason
+    torch.save({"reason": reason, "before": before, "now": model[1].running_mean}, f"{out}/{rank}.pt")
+
+
+def test_ranks_recalibrate_batch_norms_together(tmp_path: Path) -> None:
+    run_on_two(in_group, (recalibrate, str(tmp_path / "store"), str(tmp_path)))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["reason"] == second["reason"]
+    assert first["reason"].endswith("; batch norms recalibrated")
+    assert torch.equal(first["now"], second["now"])
+    assert not torch.equal(first["now"], first["before"])
+
+
 class Counted(TensorDataset):
     """Images with the ids that were read, one at a time."""
 
