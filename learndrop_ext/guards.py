@@ -23,7 +23,7 @@ from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.forward.images import Constant, Images, Operation, Standing, form_of
 from learndrop_ext.ops.digests import TensorDigests
-from learndrop_ext.preserve import attributes_preserved
+from learndrop_ext.preserve import attributes_preserved, autocast_of, under_autocast
 from learndrop_ext.rng import fork_rng
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.rows.slots import filled_at
@@ -143,7 +143,7 @@ class ForwardProbe:
 
     def __init__(self, bypass: Bypass, call: Callable[[torch.Tensor], Any], image: torch.Tensor) -> None:
         self._bypass, self._call, self._image = bypass, call, image
-        self._autocast = _autocast(image)  # whatever the loop is in when an epoch begins
+        self._autocast = autocast_of(image.device)  # whatever the loop is in when an epoch begins
         self._traces = True  # whether the layers can run without values
         self._trace: list[Any] | None = None
         self._guarded = {id(tensor) for tensor in (*bypass.model.parameters(), *bypass.model.buffers())}
@@ -184,9 +184,8 @@ class ForwardProbe:
         return trace
 
     def _computed(self) -> torch.Tensor:
-        dtype = self._autocast
-        autocast = torch.autocast(self._image.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
-        with without_benchmark(self._image.device, deterministic=True), autocast:
+        device = self._image.device
+        with without_benchmark(device, deterministic=True), under_autocast(device, self._autocast):
             return self._run(self._image.clone()).detach().clone()
 
     def _run(self, image: torch.Tensor, *, opened: bool = False) -> torch.Tensor:
@@ -232,11 +231,11 @@ class LoopGuard:
             for operand in pytree.tree_leaves(images.operations):
                 if isinstance(operand, Constant):
                     operand.keep()
-            self.operations, self.autocast = images.operations, _autocast(images)
+            self.operations, self.autocast = images.operations, autocast_of(images.device)
             said, self.said = self.said, None
             if said and said != self.describe():
                 return f"the loop did {said} to images when they were, and does {self.describe()}"
-        autocast = _autocast(images)
+        autocast = autocast_of(images.device)
         before, self.autocast = self.autocast, autocast
         if autocast == before:
             return None
@@ -252,11 +251,6 @@ class LoopGuard:
                 f"cached rows stand for them: wanted {describe_operations(self.operations)}, got "
                 f"{describe_operations(images.operations)}; move what changes into the dataset or the model"
             )
-
-
-def _autocast(images: torch.Tensor) -> torch.dtype | None:
-    kind = images.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def describe_operations(operations: Sequence[Operation]) -> str:

@@ -24,6 +24,16 @@ def normal_tensors() -> contextlib.AbstractContextManager[Any]:
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
 
 
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """Return the dtype of the autocast that the caller is in, None for none."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def under_autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Return the context of an autocast that `autocast_of` gave."""
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Restore modes, attributes, buffers and gradients of the model, and the random state, on leaving."""

@@ -31,11 +31,11 @@ from learndrop_ext.decide.deltas import Deltas, LayerChange
 from learndrop_ext.decide.forecast import Forecast, forecast
 from learndrop_ext.decide.policy import Budget, PlanningPolicy, Policy, Situation, StoppedLearning, uses_costs
 from learndrop_ext.decide.scores import scores
-from learndrop_ext.distributed import from_rank_zero, share_buffers
+from learndrop_ext.distributed import from_rank_zero, share_buffers, smallest_of_ranks
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain, split_layers
 from learndrop_ext.forward.proof import check_cut
-from learndrop_ext.forward.statistics import batches_seen, recalibrate
+from learndrop_ext.forward.statistics import TrainingCalls, batches_seen, recalibrate
 from learndrop_ext.forward.wrapped import Wrap, WrappedModel
 from learndrop_ext.guards import Guards, held_by
 from learndrop_ext.history import Record
@@ -47,8 +47,6 @@ from learndrop_ext.rows.store.fingerprint import Fingerprint, code_digest, weigh
 
 #: Samples on which a cut is tried before layers are dropped.
 TRIED = 4
-#: Batches of which the statistics of batch norms are computed before they are frozen, and one on which they are tried.
-RECALIBRATED = 4 + 1
 
 
 class DropScheduler:
@@ -155,10 +153,11 @@ class DropScheduler:
             chain.recorded, keep=rows.keep, watch=lambda images, trains: guards.check_step(images, trains)
         )
         self._guards = guards = Guards(chain, source, rows, extras, key=keys, like=first, run=run_on, bypass=bypass)
-        self._loader = DropLoader(source, rows, extras, key=keys, like=first, bypass=bypass, guards=guards)
+        self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)
+        self._calls = calls = TrainingCalls(self._model, device)
+        self._loader = DropLoader(source, rows, extras, key=keys, like=first, bypass=bypass, guards=guards, calls=calls)
         self._forgotten = weakref.finalize(self._loader, bypass.release)  # once nobody can train on rows any more
         self._forgotten.atexit = False
-        self._model = model if wrap is None else WrappedModel(chain, bypass, wrap)
         self._ledger = Ledger(chain, rows, self._loader, source, extras, keeps_rows=cache is not None)
         if wrap is not None:
             self._ledger.note_wrapped()
@@ -255,6 +254,7 @@ class DropScheduler:
         """
         begin = time.perf_counter()
         self._check_open("step")
+        self._calls.end()
         samples, epoch_seconds, _ = self._loader.counts
         dropped = self.prefix
         checks.check_trained(self._bypass, samples)
@@ -469,22 +469,26 @@ class DropScheduler:
         if prefix == self._prefix:
             return reason
         choice = choices[prefix]
-        recalibrated = bool(epoch) and decision.recalibrate and self._recalibrate(prefix, seed=epoch)
+        said = self._recalibrate(prefix) if epoch and decision.recalibrate else ""
         self._drop(prefix, choice, epoch)
         views = f", {self._rows.views} views of each sample" if self._rows.cut and self._rows.views > 1 else ""
-        return f"{reason}; {choice.reason}{views}{'; batch norms recalibrated' if recalibrated else ''}"
+        return f"{reason}; {choice.reason}{views}{said}"
 
-    def _recalibrate(self, prefix: int, *, seed: int) -> bool:
-        """Recalibrate the batch norms that were trained since the last step in layers that are about to be dropped."""
+    def _recalibrate(self, prefix: int) -> str:
+        """Recalibrate the batch norms that were trained since the last step in layers that are about to be dropped. Return
+        what to add to the reason."""
         trained = {norm for norm, count in batches_seen(self._base).items() if count != self._norm_batches.get(norm)}
         norms = [m for one in self._chain.recorded.before(prefix) for m in one.modules() if m in trained]
         if not norms:
-            return False
-        batches = self._source.sample(self._loader.batches.seen, RECALIBRATED, seed=seed)
-        batches = [to_device(batch, self._device) for batch in batches]
-        with self._bypass.away():
-            run = partial(self._call, self._base)
-            return from_rank_zero(recalibrate(self._chain, self._prefix, prefix, run, batches, norms=norms))
+            return ""
+        calls, said = self._calls.repeats(self._base), ""
+        (count,) = smallest_of_ranks((len(calls),))  # norms may wait for those of other ranks
+        try:
+            if count and recalibrate(self._chain, self._prefix, prefix, calls[:count], norms=norms):
+                said = "; batch norms recalibrated"
+        except Exception as error:  # of a forward that relies on what the loop does between its calls
+            said = f"; batch norms not recalibrated: {error or repr(error)}"
+        return from_rank_zero(said)
 
     def _drop(self, prefix: int, choice: costs.CutChoice, epoch: int) -> None:
         """Freeze `prefix` layers, keep their rows if they fit, and train the rest.

@@ -133,10 +133,6 @@ class IdSource:
             f"drop.loader: samples of a loader with ids= can be read only as they come by, got {len(ids)} asked for by id"
         )
 
-    def sample(self, seen: torch.Tensor, count: int, *, seed: int) -> list[Any]:
-        """Return the first batch, the only one at hand."""
-        return [self.first_batch]
-
     def iterate(self, loader: Any) -> Iterator[tuple[torch.Tensor, Any, torch.Tensor]]:
         """Yield the batches of one iteration over `loader`, each after the numbers [B] of its samples, and before the
         positions [n] of those that the iteration has had before."""

@@ -20,6 +20,7 @@ from learndrop_ext.data.reading import rebuilt
 from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.images import Form, Images, Standing, form_of, samples_at
+from learndrop_ext.forward.statistics import TrainingCalls
 from learndrop_ext.preserve import normal_tensors
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.rows.store.store import StoreError
@@ -51,9 +52,10 @@ class DropLoader:
         like: Any,
         bypass: Bypass,
         guards: Any,  # the run's `Guards`
+        calls: TrainingCalls,
     ) -> None:
         self._source, self._rows, self._extras, self._key = source, rows, extras, key
-        self._bypass, self._guards = bypass, guards
+        self._bypass, self._guards, self._calls = bypass, guards, calls
         self._form = form_of(input_of(like, key))
         self._places = places = Places(rows, extras, source.labels(extras), by_sample=source.readable)
         self.batches: PassingBatches | PlannedBatches
@@ -72,7 +74,11 @@ class DropLoader:
         self.forget_counts()
 
     def forget_counts(self) -> None:
-        """Reset the counters."""
+        """Reset the counters, and forget the training calls."""
+        if self._is_under_way:
+            self._calls.listen()
+        else:
+            self._calls.forget()
         self._given, self._seconds = 0, 0.0  # samples and seconds
         self._steps, self._first_step, self._in_steps = 0, 0.0, 0.0  # steps of the loop, and their seconds
         self._relabelled = 0
@@ -119,6 +125,7 @@ class DropLoader:
             self._begin_epoch()
             reads = self.batches.reads_images()
             batches = starmap(self._batch, self.batches.images(self._images)) if reads else self._from_rows()
+            self._calls.listen()
         self._beginning = time.perf_counter() - begin
         this = self._iteration = object()
         try:
@@ -146,6 +153,7 @@ class DropLoader:
                 if self._rows.device.type == "cuda":
                     torch.cuda.synchronize(self._rows.device)
                 self._seconds += time.perf_counter() - begin
+                self._calls.end()
                 with normal_tensors():
                     self._rows.end_epoch()
 
@@ -163,8 +171,7 @@ class DropLoader:
 
     def exclude(self, seconds: float) -> None:
         """Take seconds that were not spent on training out of the time of the epoch, if one is under way."""
-        epoch = self._open()
-        if epoch is not None and inspect.getgeneratorstate(epoch) != inspect.GEN_CLOSED:
+        if self._is_under_way:
             self._seconds -= seconds
 
     def resume(self, epochs: int, seen: torch.Tensor) -> None:
@@ -175,7 +182,13 @@ class DropLoader:
     def close(self) -> bool:
         """Give no batches any more; return whether the loader was open."""
         was, self._closed = self._closed, True
+        self._calls.forget()
         return not was
+
+    @property
+    def _is_under_way(self) -> bool:
+        epoch = self._open()
+        return epoch is not None and inspect.getgeneratorstate(epoch) != inspect.GEN_CLOSED
 
     def _begin_epoch(self) -> None:
         self._rows.end_epoch()  # the epoch before may have been broken off

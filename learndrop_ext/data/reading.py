@@ -48,12 +48,10 @@ def check_loader(loader: DataLoader[Any]) -> None:
         raise ValueError("DropScheduler: loader must have samples, got an empty dataset")
 
 
-def read_batches(
-    loader: DataLoader[Any], batches: Sequence[Sequence[int]], seed: int, *, workers: int = 1
-) -> list[tuple[Any, float]]:
+def read_batches(loader: DataLoader[Any], batches: Sequence[Sequence[int]], seed: int) -> list[tuple[Any, float]]:
     """Return batches of these samples as the loader makes them, and the seconds that each took to read.
 
-    A loader with workers reads them in up to `workers` of its own, so that a dataset which opens its files where it is first
+    A loader with workers reads them in one worker of its own, so that a dataset which opens its files where it is first
     read does so there. The random state of the run and of the loader's generator stay.
     """
     timed = _Timed(loader)
@@ -62,7 +60,7 @@ def read_batches(
             loader.dataset,
             batch_sampler=[list(ids) for ids in batches],
             collate_fn=timed.collate,
-            num_workers=min(workers, loader.num_workers),
+            num_workers=min(1, loader.num_workers),
             worker_init_fn=timed.begin,
             multiprocessing_context=loader.multiprocessing_context,
             timeout=loader.timeout,

@@ -21,7 +21,7 @@ from learndrop_ext.data.reading import (
     is_random_by_sample,
     read_batches,
 )
-from learndrop_ext.distributed import from_rank_zero, several_processes, smallest_of_ranks
+from learndrop_ext.distributed import from_rank_zero, several_processes
 from learndrop_ext.rows.config import CacheConfig
 from learndrop_ext.rows.plan import budgets_of
 
@@ -103,19 +103,6 @@ class DatasetSource:
         """Return the batch that the loader would make of some samples."""
         ((batch, _),) = read_batches(self.loader, [ids], self._seed + seed)
         return batch
-
-    def sample(self, seen: torch.Tensor, count: int, *, seed: int) -> list[Any]:
-        """Return up to `count` batches of the first one's size, of samples drawn so far (`seen` [N] bool) at random.
-
-        Of several processes each gets as many as the others, since norms may wait for theirs.
-        """
-        drawn, size = torch.nonzero(seen).flatten(), len(self._first_ids)
-        (count,) = smallest_of_ranks((min(count, max(1, len(drawn) // size)),))
-        seed += self._seed
-        order = drawn[torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed))]
-        few = order[: size * count]
-        read = read_batches(self.loader, [part.tolist() for part in few.split(size)], seed, workers=count)
-        return [batch for batch, _ in read]
 
     def reading(self) -> tuple[float, int]:
         """Return the seconds that a process took to read a sample of the first batch, and the number of workers."""

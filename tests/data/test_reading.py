@@ -107,14 +107,6 @@ def test_samples_of_a_loader_with_workers_are_read_in_one_worker(persistent: boo
     assert all(0.02 <= first[1] < 0.2 for first, _ in runs)
 
 
-def test_many_batches_may_be_read_in_more_workers() -> None:
-    loader = DataLoader(InWorkers(10), batch_size=2, num_workers=2, worker_init_fn=opened)
-    read = [batch for batch, _ in read_batches(loader, [[7, 0], [3, 1], [5]], 0, workers=5)]
-    assert len({*torch.cat([batch[1] for batch in read]).tolist()} - {os.getpid()}) == 2
-    alone = [batch for batch, _ in read_batches(loader, [[7, 0], [3, 1], [5]], 0)]
-    assert all(torch.equal(one[0], other[0]) for one, other in zip(read, alone, strict=True))
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_reading_leaves_the_random_state_of_the_run_and_of_the_loader(workers: int) -> None:
     generator = torch.Generator().manual_seed(2)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from learndrop_ext import DropScheduler, Fixed, StoppedLearning, split_layers
 from learndrop_ext.decide.policy import Decision, Situation
-from learndrop_ext.forward.statistics import recalibrate
+from learndrop_ext.forward.statistics import CALLS, TrainingCalls, recalibrate
 from small_training import data, epoch, parts
 
 
@@ -62,6 +63,10 @@ def of_inputs(
     return mean, variance
 
 
+def calls_on(model: nn.Module, batches: Sequence[torch.Tensor]) -> list[Callable[[], Any]]:
+    return [partial(model, batch) for batch in batches]
+
+
 def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -85,7 +90,7 @@ def test_norms_get_the_mean_statistics_of_the_batches(first: int, paths: tuple[s
     held_out = batches[:-1] or batches  # the last one, if there are several
     wanted = {path: of_inputs(model, path, held_out, frozen="" if "stem.1" in paths else "stem") for path in paths}
     norms = [model.get_submodule(path) for path in paths]
-    assert recalibrate(chain, first, 3, model, batches, norms=norms)
+    assert recalibrate(chain, first, 3, calls_on(model, batches), norms=norms)
     assert changes(before, model) == statistics(*paths)
     for path, (mean, variance) in wanted.items():
         norm = model.get_submodule(path)
@@ -106,7 +111,8 @@ def test_running_averages_that_are_better_stay(count: int) -> None:
         )
     before, batches = state_of(model), torch.randn(count, 4, 3, 12, 12).unbind()
     is_alone = count == 1  # and not held out
-    assert recalibrate(chain, 0, 3, model, batches, norms=[model.stem[1], model.body[1]]) == is_alone
+    calls = calls_on(model, batches)
+    assert recalibrate(chain, 0, 3, calls, norms=[model.stem[1], model.body[1]]) == is_alone
     assert changes(before, model) == (statistics("stem.1", "body.1") if is_alone else set())
 
 
@@ -116,7 +122,7 @@ def test_nothing_else_of_the_model_changes() -> None:
     model.stem[0].weight.grad = gradient = torch.ones_like(model.stem[0].weight)
     chain = split_layers(model, batch := torch.randn(8, 3, 12, 12))
     numbers = torch.get_rng_state()
-    recalibrate(chain, 0, 3, model, [batch], norms=[model.stem[1], model.body[1]])
+    recalibrate(chain, 0, 3, calls_on(model, [batch]), norms=[model.stem[1], model.body[1]])
     assert not any(module.training for module in model.modules())
     assert (model.stem[1].momentum, model.body[1].momentum, model.seen) == (0.1, 0.3, [])
     assert model.stem[0].weight.grad is gradient
@@ -128,38 +134,145 @@ def after(*prefixes: int) -> Callable[[Situation], Decision]:
     return lambda situation: Decision(prefixes[min(situation.epoch, len(prefixes) - 1)], "by epoch")
 
 
-class Samples(TensorDataset):
-    """The small data; notes which samples are read."""
+class Noted:
+    """What the loop calls the model with: the images of each step, after what it does to them."""
 
-    def __init__(self) -> None:
-        super().__init__(*data().tensors)
-        self.read: list[int] = []
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor] = lambda x: x) -> None:
+        self.change = change
+        self.ids: list[torch.Tensor] = []
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        self.read.append(index)
-        return super().__getitem__(index)
+    def images(self) -> list[torch.Tensor]:
+        return [self.change(data().tensors[0][ids]) for ids in self.ids]
+
+    def train(self, drop: DropScheduler, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        self.ids.clear()
+        model.train()
+        for x, y, ids in drop.loader:
+            self.ids.append(ids)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bool(options)):
+                loss = nn.functional.cross_entropy(model(self.change(x)).float(), y)
+            loss.backward()
+            optimizer.step()
+
+
+def numbered(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, DataLoader[Any]]:
+    """The small training whose batches have the samples' numbers."""
+    model, optimizer, _ = parts()
+    return model, optimizer, DataLoader(TensorDataset(*data().tensors, torch.arange(24)), **options)
 
 
 @pytest.mark.parametrize("cache", ["fp32", None])
-def test_layers_dropped_in_training_are_recalibrated_on_samples_of_the_run(cache: str | None) -> None:
-    samples = Samples()
-    read = samples.read
-    model, optimizer, loader = parts(samples, sampler=range(10, 24), shuffle=None, batch_size=4)
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: (x - 3) * 0.2], ids=["as they are", "normalised"])
+def test_layers_dropped_in_training_get_the_statistics_of_the_loops_first_calls(
+    cache: str | None, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    loop = Noted(change)
+    model, optimizer, loader = numbered(batch_size=4, sampler=range(2, 24))
     with DropScheduler(model, optimizer, loader, policy=after(0, 1, 2), cache=cache) as drop:
-        for norms in (("bn1",), ("bn2",)):
-            epoch(drop, optimizer)
+        for one, frozen in (("bn1", ""), ("bn2", "bn1")):
+            loop.train(drop, model, optimizer)
             before, numbers = state_of(model), torch.get_rng_state()
-            read.clear()
-            drop.step()
-            assert changes(before, model) == statistics(*norms)
+            record = drop.step()
+            assert record.reason.endswith("; batch norms recalibrated")
+            assert changes(before, model) == statistics(one)
             assert torch.equal(torch.get_rng_state(), numbers)
-            assert len(read) == 12  # three whole batches: four would take 16 samples
-            assert set(read) <= set(range(10, 24))
-            for one in norms:
-                x = data().tensors[0][read].split(4)[:-1]  # the last one is held out
-                frozen = "bn1" if one == "bn2" else ""
-                mean, _ = of_inputs(model, one, x, frozen=frozen)
-                torch.testing.assert_close(model.get_submodule(one).running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+            mean, _ = of_inputs(
+                model, one, loop.images()[:4], frozen=frozen
+            )  # the fifth is held out, the sixth not noted
+            torch.testing.assert_close(model.get_submodule(one).running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+
+
+def test_calls_are_repeated_under_their_autocast() -> None:
+    loop = Noted(lambda x: x.bfloat16())
+    model, optimizer, loader = numbered(batch_size=8)
+    with DropScheduler(model, optimizer, loader, policy=after(0, 1)) as drop:
+        loop.train(drop, model, optimizer, autocast=True)
+        assert drop.step().reason.endswith("; batch norms recalibrated")
+
+
+def test_calls_whose_images_were_written_to_are_not_repeated() -> None:
+    loop = Noted()
+    model, optimizer, loader = numbered(batch_size=8)
+
+    def in_place(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+        args[0].sub_(3)
+
+    model.register_forward_pre_hook(in_place)
+    with DropScheduler(model, optimizer, loader, policy=after(0, 1)) as drop:
+        loop.train(drop, model, optimizer)
+        before = state_of(model)
+        assert drop.step().prefix == 1
+        assert changes(before, model) == set()
+
+
+def test_a_forward_that_cannot_be_repeated_is_frozen_as_it_is() -> None:
+    loop = Noted()
+    model, optimizer, loader = numbered(batch_size=8)
+    allowed = True
+
+    def guard(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+        if not allowed and len(args[0]) == 8:
+            raise RuntimeError("wants targets")
+
+    model.register_forward_pre_hook(guard)
+    with DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}, recalibrate=True)) as drop:
+        loop.train(drop, model, optimizer)
+        allowed, before = False, state_of(model)
+        record = drop.step()
+        assert record.prefix == 1
+        assert record.reason.endswith("; batch norms not recalibrated: wants targets")
+        assert changes(before, model) == set()
+
+
+def test_calls_are_noted_while_the_loop_trains_and_no_longer() -> None:
+    model, optimizer, loader = numbered(batch_size=2)
+    calls = TrainingCalls(model, torch.device("cpu"))
+
+    def noted() -> int:
+        return len(calls.repeats(model))
+
+    x = torch.randn(4, 3, 8, 8)
+    model(x)
+    assert (noted(), len(model._forward_pre_hooks)) == (0, 0)
+    calls.listen()
+    model.eval()
+    model(x)
+    with torch.no_grad():
+        model.train()(x)
+    assert noted() == 0
+    for count in range(1, 8):
+        model(x.clone().requires_grad_())
+        assert noted() == min(count, CALLS)
+    assert not model._forward_pre_hooks
+    assert not any(call.args[0].requires_grad for call in calls._calls)
+    calls.listen()
+    model(x.share_memory_())
+    x.zero_()
+    assert noted() == 1  # of a copy
+    calls.forget()
+    assert (noted(), len(model._forward_pre_hooks)) == (0, 0)
+    with DropScheduler(model, optimizer, loader, policy=after(0)) as drop:
+        for i, (images, _, _) in enumerate(drop.loader):
+            assert bool(model._forward_pre_hooks) == (i % 6 < CALLS)
+            model(images).sum().backward()
+            if i == 5:
+                drop.step()
+        assert not model._forward_pre_hooks
+        assert len(drop._calls.repeats(model)) == CALLS
+        drop.step()
+        assert not drop._calls.repeats(model)
+
+
+def test_a_wrapped_model_is_heard() -> None:
+    loop = Noted()
+    model, optimizer, loader = numbered(batch_size=8)
+    with DropScheduler(model, optimizer, loader, policy=after(0, 1, 2), wrap=lambda part: part) as drop:
+        for one in ("bn1", "bn2"):
+            loop.train(drop, drop.model, optimizer)
+            before = state_of(model)
+            assert drop.step().reason.endswith("; batch norms recalibrated")
+            assert changes(before, model) == statistics(one)
 
 
 @pytest.mark.parametrize(
@@ -180,23 +293,21 @@ def test_what_policies_ask_for(policy: Any, norms: tuple[str, ...]) -> None:
 
 
 def test_norms_that_were_not_trained_stay_as_they_are() -> None:
-    samples = Samples()
-    model, optimizer, loader = parts(samples)
+    model, optimizer, loader = parts()
     with DropScheduler(model, optimizer, loader, policy=after(0, 2)) as drop:
         model.train()
         model.bn1.eval()  # by the loop, in each epoch
+        images = []
         for x, y in drop.loader:
+            images.append(x)
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
         model.train()  # whatever the modes are now
         before = state_of(model)
-        samples.read.clear()
         assert drop.step().reason.endswith("; batch norms recalibrated")
         assert changes(before, model) == statistics("bn2")
-        images = data().tensors[0][samples.read].split(8)[:-1]  # the last one is held out
-        torch.testing.assert_close(
-            model.bn2.running_mean.double(), of_inputs(model, "bn2", images, frozen="bn1")[0], rtol=1e-4, atol=1e-5
-        )
+        mean, _ = of_inputs(model, "bn2", images[:-1], frozen="bn1")  # the last one is held out
+        torch.testing.assert_close(model.bn2.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_that_resumes_counts_from_there() -> None:
@@ -226,18 +337,3 @@ def test_layers_dropped_before_training_stay_as_they_are() -> None:
         drop = DropScheduler(model, optimizer, loader, policy=after(2))
     assert changes(before, model) == set()
     drop.close()
-
-
-def test_a_loader_with_ids_gives_its_first_batch() -> None:
-    model, optimizer, _ = parts()
-    x, y = data().tensors
-    batches = [(x[at], y[at], at.tolist()) for at in torch.arange(24).split(8)]
-    with DropScheduler(model, optimizer, batches, policy=after(0, 1), ids=2) as drop:
-        model.train()
-        for images, labels, _ in drop.loader:
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-        before = state_of(model)
-        drop.step()
-        assert changes(before, model) == statistics("bn1")
-        torch.testing.assert_close(model.bn1.running_mean.double(), of_inputs(model, "bn1", [x[:8]])[0])
