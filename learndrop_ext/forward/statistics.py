@@ -76,7 +76,10 @@ class TrainingCalls:
     def _note(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._model.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        args, kwargs = pytree.tree_map_only(torch.Tensor, _held, (args, kwargs))
+        try:
+            args, kwargs = pytree.tree_map_only(torch.Tensor, _held, (args, kwargs))
+        except RuntimeError:  # a tensor without memory of its own: a sparse one, or one of torch.func
+            return
         tensors = (x.pixels if type(x) is Images else x for x in pytree.tree_leaves((args, kwargs)))
         known = (x for x in tensors if isinstance(x, torch.Tensor) and not x.is_inference())
         self._calls.append(_Call(args, kwargs, [(x, x._version) for x in known], autocast_of(self._device)))

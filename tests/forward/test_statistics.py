@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.func import vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from learndrop_ext import DropScheduler, Fixed, StoppedLearning, split_layers
@@ -262,6 +263,17 @@ def test_calls_are_noted_while_the_loop_trains_and_no_longer() -> None:
         assert len(drop._calls.repeats(model)) == CALLS
         drop.step()
         assert not drop._calls.repeats(model)
+
+
+def test_inputs_without_memory_of_their_own_are_not_noted() -> None:
+    model = nn.Linear(6, 2)
+    calls = TrainingCalls(model, torch.device("cpu"))
+    calls.listen()
+    vmap(model)(torch.randn(4, 6))  # as for gradients of each sample
+    model(torch.eye(6).to_sparse())
+    assert calls.repeats(model) == []
+    model(torch.randn(4, 6))
+    assert len(calls.repeats(model)) == 1
 
 
 def test_a_wrapped_model_is_heard() -> None:
