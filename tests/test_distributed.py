@@ -132,15 +132,17 @@ class SyncedNorm(nn.BatchNorm2d):
 
 
 def recalibrate(rank: int, out: str) -> None:
-    """One of two ranks, which have drawn 8 and 13 of the samples: two and three whole batches."""
+    """One of two ranks, which can repeat four and three of their calls."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), SyncedNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    drawn = torch.arange(16) % (8, 13)[rank]
-    loader = DataLoader(TensorDataset(torch.randn(24, 3, 8, 8), torch.arange(24) % 5), batch_size=4, sampler=drawn)  # type: ignore[arg-type]
+    data = TensorDataset(torch.randn(32, 3, 8, 8), torch.arange(32) % 5)
+    loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, 2, rank))
     drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 1}, recalibrate=True), wrap=DistributedDataParallel)
     for x, y in drop.loader:
         nn.functional.cross_entropy(drop.model(x), y).backward()
         optimizer.step()
+    if rank:
+        x.zero_()
     before = model[1].running_mean.clone()
     reason = drop.step().reason
     torch.save({"reason": reason, "before": before, "now": model[1].running_mean}, f"{out}/{rank}.pt")
