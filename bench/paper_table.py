@@ -66,6 +66,14 @@ def runs_of(study: Study, *, setting: str, dataset: str, model: str) -> dict[str
     return found
 
 
+def of_shared_seeds(runs: Mapping[str, Sequence[Record]], sides: Iterable[str]) -> dict[str, list[Record]]:
+    """The records of those of the sides that have any, of the seeds that all of these have."""
+    found = {side: runs[side] for side in sides if side in runs}
+    seeds = [{record["seed"] for record in records} for records in found.values()]
+    shared = set.intersection(*seeds) if seeds else set()
+    return {side: [r for r in records if r["seed"] in shared] for side, records in found.items() if shared}
+
+
 def pairs(records: Iterable[Record], others: Iterable[Record], key: str) -> list[tuple[float, float]]:
     """What each run of a side and the other side's run of the same seed have under a key."""
     by_seed = {record["seed"]: record[key] for record in others}
@@ -276,7 +284,9 @@ def scores(study: Study) -> str:
         runs = runs_of(study, setting="paper", dataset=dataset, model=model)
         measured = [policy for policy in ("budget", "stopped") if f"{policy}-even" in runs]
         for policy in measured:
-            three = [runs.get(side, []) for side in (policy, f"{policy}-even", f"{policy}-hindsight")]
+            sides = policy, f"{policy}-even", f"{policy}-hindsight"
+            shared = of_shared_seeds(runs, sides)
+            three = [shared.get(side, []) for side in sides]
             accuracies = [f"{mean(records, 'accuracy'):.2f} %" if records else "" for records in three]
             seconds = " / ".join(f"{mean(records, 'seconds'):.1f}" if records else "-" for records in three)
             name = name_of(study, model, runs)
@@ -316,7 +326,8 @@ def norms(study: Study) -> str:
     gains = []
     for dataset, model in itertools.product(DATASETS, NETWORKS):
         runs = runs_of(study, setting="paper", dataset=dataset, model=model)
-        both = [runs.get(side, []) for side in NORMS]
+        shared = of_shared_seeds(runs, NORMS)
+        both = [shared.get(side, []) for side in NORMS]
         if (gain := difference(both[1], both[0])) is not None:
             gains.append(gain)
             accuracies = [f"{mean(records, 'accuracy'):.2f} %" for records in both]
@@ -359,6 +370,7 @@ def plot_accuracy(study: Study) -> str:
         curves[kind] = (*curves.get(kind, ()), rule)
     for axes, (dataset, model) in zip(axes_of, cases, strict=True):
         runs = runs_of(study, setting="paper", dataset=dataset, model=model)
+        runs = of_shared_seeds(runs, itertools.chain(*curves.values()))
         for (label, sides), colour in zip(curves.items(), COLOURS, strict=False):
             points = sorted((mean(runs[s], "seconds"), mean(runs[s], "accuracy")) for s in sides if s in runs)
             if points:
