@@ -48,10 +48,11 @@ class TrainingCalls:
         self._calls: list[_Call] = []
 
     def listen(self) -> None:
-        """Note the next calls, in the place of those noted before."""
+        """Note the next calls, in the place of those noted before, if the model has batch norms."""
         self.forget()
-        # At first: other hooks may change the arguments.
-        self._hook = self._model.register_forward_pre_hook(Hook(self._note), with_kwargs=True, prepend=True)
+        if any(isinstance(module, _BatchNorm) for module in self._model.modules()):
+            # At first: other hooks may change the arguments.
+            self._hook = self._model.register_forward_pre_hook(Hook(self._note), with_kwargs=True, prepend=True)
 
     def end(self) -> None:
         """Note no more calls."""

@@ -265,9 +265,12 @@ def test_calls_are_noted_while_the_loop_trains_and_no_longer() -> None:
         assert not drop._calls.repeats(model)
 
 
-def test_inputs_without_memory_of_their_own_are_not_noted() -> None:
+def test_inputs_without_memory_and_models_without_batch_norms_are_not_noted() -> None:
     model = nn.Linear(6, 2)
     calls = TrainingCalls(model, torch.device("cpu"))
+    calls.listen()
+    assert not model._forward_pre_hooks  # without batch norms nothing is held
+    model.norm = nn.BatchNorm1d(2)
     calls.listen()
     vmap(model)(torch.randn(4, 6))  # as for gradients of each sample
     model(torch.eye(6).to_sparse())
