@@ -113,6 +113,15 @@ def drops_in_words(records: Sequence[Record]) -> str:
     return f"{', '.join(drops)}; of {first['layers']}" if drops else ""
 
 
+def marked(side: str, records: Iterable[Record]) -> str:
+    """The side, with a star if a run dropped layers and recalibrated no batch norm of them."""
+    as_trained = (
+        record["drops"] and not any("batch norms recalibrated" in drop["reason"] for drop in record["drops"])
+        for record in records
+    )
+    return f"{side}*" if any(as_trained) else side
+
+
 def side_cells(runs: Mapping[str, Sequence[Record]], side: str) -> list[str]:
     """What the tables say of one side: epochs, seconds, FLOPs, accuracy alone, against baseline and short, drops, seeds."""
     records, baseline = runs[side], runs.get("baseline", [])
@@ -144,7 +153,8 @@ def sides_table(study: Study, sides: Sequence[str], cases: Iterable[tuple[str, s
         runs = runs_of(study, setting=setting, dataset=dataset, model=model)
         name = name_of(study, model, runs)
         name += f", {setting.removeprefix('long ')}" if setting.startswith("long") else ""
-        lines += [line(dataset, name, side, *side_cells(runs, side)) for side in sides if side in runs]
+        there = [side for side in sides if side in runs]
+        lines += [line(dataset, name, marked(side, runs[side]), *side_cells(runs, side)) for side in there]
         if not runs.keys() & {*sides}:
             lines.append(line(dataset, name, NOT_MEASURED, *[""] * len(SIDE_NAMES)))
     return "\n".join(lines)

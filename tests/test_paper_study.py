@@ -117,7 +117,11 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:] if line.startswith("|")]
 
 
-BUDGET = record("budget", 4.0, 79.0, forward_flops=1e12, drops=[{"epoch": 1, "prefix": 2}, {"epoch": 4, "prefix": 5}])
+def drops(after: dict[int, int], reason: str = "budget 2x") -> list[dict[str, Any]]:
+    return [{"epoch": epoch, "prefix": prefix, "reason": reason} for epoch, prefix in after.items()]
+
+
+BUDGET = record("budget", 4.0, 79.0, forward_flops=1e12, drops=drops({1: 2, 4: 5}))
 SIDES = [record("baseline"), BUDGET, record("short", 4.0, 78.5, forward_flops=0.8e12, epochs=3.4)]
 
 
@@ -139,7 +143,7 @@ def test_runs_of_a_seed_are_of_one_machine(table: ModuleType) -> None:
         *(("vgg11", 1, seconds) for seconds in (8.0, 4.0)),
     ]
     rows = cells(table.rows(study))
-    assert [row[1] for row in rows if row[2] == "budget"] == ["vgg11 [2, 3]"]
+    assert [row[1] for row in rows if row[2] == "budget*"] == ["vgg11 [2, 3]"]
     assert [row[2:5] for row in rows if row[1] == "vgg13 [1]"] == [["baseline", "8", "30.0"]]
     # 10 / 4 and 8 / 4 in mean.
     assert table.of_network(study, "mnist", "vgg11")["speedup"] == pytest.approx(2.25)
@@ -163,11 +167,18 @@ def test_rows_compare_a_side_with_runs_of_its_seeds(table: ModuleType) -> None:
     more = [record("baseline", 20.0, 90.0, seed=1), record("freeze-only", 5.0, 70.0, seed=7)]
     rows = {row[2]: row[3:] for row in cells(table.rows({"records": [*SIDES, *more]})) if row[1] == "vgg11"}
     assert rows["baseline"] == ["8", "15.0", "2 T", "85.00 %", "", "", "", "2"]
-    assert rows["budget"] == [
+    assert rows["budget*"] == [
         *("8", "4.0 (2.50x)", "1 T (-50.0 %)", "79.00 %", "-1.00", "+0.50", "2 after 1, 5 after 4; of 9", "1"),
     ]
     assert rows["short"] == ["3.4", "4.0 (2.50x)", "0.8 T (-60.0 %)", "78.50 %", "-1.50", "", "", "1"]
     assert rows["freeze-only"] == ["8", "5.0", "2 T", "70.00 %", "", "", "", "1"]
+
+
+def test_sides_whose_batch_norms_stayed_as_they_were_have_a_star(table: ModuleType) -> None:
+    recalibrated = drops({1: 2}) + drops({4: 5}, "budget 2x; batch norms recalibrated")
+    assert table.marked("budget", [record("budget", drops=recalibrated)]) == "budget"
+    assert table.marked("budget", [record("budget", drops=recalibrated), BUDGET]) == "budget*"
+    assert table.marked("short", [record("short")]) == "short"
 
 
 def test_the_summary_and_the_aims_are_means_over_the_datasets(table: ModuleType) -> None:
@@ -210,7 +221,7 @@ def test_long_schedules_say_where_dropping_was_better(table: ModuleType) -> None
     records = [one | {"setting": f"long {schedule}"} for one in SIDES for schedule in ("one-cycle", "constant")]
     records[3] = records[3] | {"accuracy": 70.0}  # budget, constant
     text = table.long({"records": records})
-    assert [row[1:3] for row in cells(text)[:2]] == [["vgg11, one-cycle", "baseline"], ["vgg11, one-cycle", "budget"]]
+    assert [row[1:3] for row in cells(text)[:2]] == [["vgg11, one-cycle", "baseline"], ["vgg11, one-cycle", "budget*"]]
     assert text.endswith("`Budget(2.0, start=1)` is better than `short` in 1 of 2 schedules.")
 
 
