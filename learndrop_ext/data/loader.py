@@ -76,7 +76,7 @@ class DropLoader:
     def forget_counts(self) -> None:
         """Reset the counters, and forget the training calls."""
         if self._is_under_way:
-            self._calls.listen()
+            self._calls.listen(self._bypass.frozen)
         else:
             self._calls.forget()
         self._given, self._seconds = 0, 0.0  # samples and seconds
@@ -125,7 +125,7 @@ class DropLoader:
             self._begin_epoch()
             reads = self.batches.reads_images()
             batches = starmap(self._batch, self.batches.images(self._images)) if reads else self._from_rows()
-            self._calls.listen()
+            self._calls.listen(self._bypass.frozen)
         self._beginning = time.perf_counter() - begin
         this = self._iteration = object()
         try:

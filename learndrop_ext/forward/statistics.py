@@ -47,10 +47,10 @@ class TrainingCalls:
         self._hook: Any = None
         self._calls: list[_Call] = []
 
-    def listen(self) -> None:
-        """Note the next calls, in the place of those noted before, if the model has batch norms."""
+    def listen(self, frozen: Sequence[nn.Module]) -> None:
+        """Note the next calls, in the place of those noted before, if there are batch norms that are not `frozen`."""
         self.forget()
-        if any(isinstance(module, _BatchNorm) for module in self._model.modules()):
+        if any(isinstance(module, _BatchNorm) for module in {*self._model.modules()}.difference(frozen)):
             # At first: other hooks may change the arguments.
             self._hook = self._model.register_forward_pre_hook(Hook(self._note), with_kwargs=True, prepend=True)
 

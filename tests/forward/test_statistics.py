@@ -236,7 +236,7 @@ def test_calls_are_noted_while_the_loop_trains_and_no_longer() -> None:
     x = torch.randn(4, 3, 8, 8)
     model(x)
     assert (noted(), len(model._forward_pre_hooks)) == (0, 0)
-    calls.listen()
+    calls.listen(())
     model.eval()
     model(x)
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_calls_are_noted_while_the_loop_trains_and_no_longer() -> None:
         assert noted() == min(count, CALLS)
     assert not model._forward_pre_hooks
     assert not any(call.args[0].requires_grad for call in calls._calls)
-    calls.listen()
+    calls.listen(())
     model(x.share_memory_())
     x.zero_()
     assert noted() == 1  # of a copy
@@ -268,10 +268,12 @@ def test_calls_are_noted_while_the_loop_trains_and_no_longer() -> None:
 def test_inputs_without_memory_and_models_without_batch_norms_are_not_noted() -> None:
     model = nn.Linear(6, 2)
     calls = TrainingCalls(model, torch.device("cpu"))
-    calls.listen()
+    calls.listen(())
     assert not model._forward_pre_hooks  # without batch norms nothing is held
     model.norm = nn.BatchNorm1d(2)
-    calls.listen()
+    calls.listen((model.norm,))
+    assert not model._forward_pre_hooks
+    calls.listen(())
     vmap(model)(torch.randn(4, 6))  # as for gradients of each sample
     model(torch.eye(6).to_sparse())
     assert calls.repeats(model) == []
