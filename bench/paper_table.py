@@ -312,10 +312,11 @@ def scores(study: Study) -> str:
 def thresholds(study: Study) -> str:
     """The default policy by its threshold, as means over the networks and datasets of the scores."""
     lines = head("threshold", "runs", "runs with drops", "times as fast as baseline", "accuracy against baseline")
-    for side, value in sorted({"stopped": StoppedLearning.threshold, **THRESHOLDS}.items(), key=lambda one: one[1]):
+    values = {"stopped": StoppedLearning.threshold, **THRESHOLDS}
+    for side, value in sorted(values.items(), key=lambda one: one[1]):
         records, faster, points = [], [], []
         for dataset, model in itertools.product(COMPARED_ON, COMPARED):
-            runs = runs_of(study, setting="paper", dataset=dataset, model=model)
+            runs = of_shared_seeds(runs_of(study, setting="paper", dataset=dataset, model=model), ("baseline", *values))
             baseline, of_side = runs.get("baseline", []), runs.get(side, [])
             if (times := ratio(baseline, of_side, "seconds")) is not None:
                 records += of_side

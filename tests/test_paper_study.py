@@ -210,6 +210,7 @@ def test_thresholds_are_means_over_the_networks(table: ModuleType) -> None:
         record("threshold-0.4", 5.0, 77.0, drops=drop),
     ]
     records += [one | {"model": "resnet18", "drops": []} for one in records[:2]]
+    records += [record("stopped", 1.0, 99.0, seed=1)]  # with nothing beside it
     assert cells(table.thresholds({"records": records})) == [
         ["0.1", "not measured", "", "", ""],
         ["0.2", "2", "1", "1.25", "-1.00"],
