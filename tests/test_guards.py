@@ -162,6 +162,22 @@ def test_images_of_another_size_are_refused(views: int) -> None:
         next(iter(drop.loader))
 
 
+def test_layers_dropped_after_images_were_resized_run_frozen() -> None:
+    dataset = Changing()
+    model, optimizer, loader = parts(dataset)
+    with DropScheduler(model, optimizer, loader, policy=Fixed({2: 1, 3: 2})) as drop:
+        for prefix in (0, 1, 2, 2):
+            epoch(drop, optimizer)
+            assert drop.step().prefix == prefix
+            dataset.images = nn.functional.interpolate(data().tensors[0], size=12)
+        assert drop._rows.cut == 0
+        for record in drop.history[1:3]:
+            assert record.reason.endswith("; no rows: images must have one shape, and had [3, 8, 8] and [3, 12, 12]")
+        dataset.images = data().tensors[0]
+        epoch(drop, optimizer)
+        drop.step()
+
+
 def test_labels_are_compared_where_the_images_are_random() -> None:
     dataset = Noisy()
     drop, optimizer = dropped(dataset, cache=CacheConfig(codec="fp32", views=2))

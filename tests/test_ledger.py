@@ -29,7 +29,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
         rows = SimpleNamespace(images=1, config=config, device=torch.device("cpu"), cut=read.get("cut", 0), views=1)
         rows.counts = (0, 0, 0.0)
         count = read.get("rows", 10)
-        loader = SimpleNamespace(batches=SimpleNamespace(expected_rows=lambda: count), relabelled=0)
+        batches = SimpleNamespace(expected_rows=lambda: count)
+        loader = SimpleNamespace(batches=batches, relabelled=0, other_shape=None)
         source = SimpleNamespace(expected=lambda: 10, reading=lambda: read.get("reading", (0.0, 0)))
         extras = SimpleNamespace(row_bytes=0, nbytes=0)
         return Ledger(None, rows, loader, source, extras, keeps_rows=config is not None)  # type: ignore[arg-type]

@@ -67,6 +67,7 @@ class DropLoader:
             self._images = rebuilt(source.loader, self.batches)
         self._reader = partial(_read_images, source, rows, key) if source.readable else None
         self._epochs = 0
+        self._other_shape: tuple[int, ...] | None = None
         self._closed = False
         self._iteration = object()  # identifies the latest iteration
         self._open: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the epoch that is iterated over
@@ -97,6 +98,11 @@ class DropLoader:
     def relabelled(self) -> int:
         """Samples read since `forget_counts` although their rows were there, for the rest of their batches."""
         return self._relabelled
+
+    @property
+    def other_shape(self) -> tuple[int, ...] | None:
+        """A shape of images in the last epoch, if no rows were kept in it, that is not the first batch's; or None."""
+        return self._other_shape
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -193,6 +199,7 @@ class DropLoader:
     def _begin_epoch(self) -> None:
         self._rows.end_epoch()  # the epoch before may have been broken off
         self._rows.epoch = self._epochs
+        self._other_shape = None
         self.batches.begin()
         self._places.relabel()
         self._guards.begin_epoch(self._epochs)
@@ -250,7 +257,10 @@ class DropLoader:
         """The batch of a plan of which the samples at positions `reads` [m] were read. row: the rows of the others."""
         rows = self._rows
         if rows.cache is None:
-            self._given += len(input_of(read, self._key))
+            images = input_of(read, self._key)
+            self._given += len(images)
+            if images.shape[1:] != self._form.shape[1:]:
+                self._other_shape = tuple(images.shape[1:])
             return self._mirrored(read, plan.ids)
         rows.begin_batch()
         ids = plan.ids[reads]
