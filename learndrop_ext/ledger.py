@@ -144,9 +144,8 @@ class Ledger:
         """Where `rows` rows of a prefix would be kept."""
         if self._config is None:
             return costs.CutChoice(0, 0, "frozen, no rows kept")
-        if (shape := self._loader.other_shape) is not None:
-            shapes = f"{list(self._chain.image.shape[1:])} and {list(shape)}"
-            return costs.CutChoice(0, 0, f"no rows: images must have one shape, and had {shapes}")
+        if shapes := self._loader.shapes:
+            return costs.CutChoice(0, 0, f"no rows: images must have one shape, and had {shapes[0]} and {shapes[1]}")
         codec, kept = self._config.codec, self._rows.cut
         return costs.choose_cut(self._layers, prefix, kept=kept, rows=rows, codec=codec, budgets=self._budgets)
 

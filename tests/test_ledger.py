@@ -30,7 +30,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
         rows.counts = (0, 0, 0.0)
         count = read.get("rows", 10)
         batches = SimpleNamespace(expected_rows=lambda: count)
-        loader = SimpleNamespace(batches=batches, relabelled=0, other_shape=None)
+        loader = SimpleNamespace(batches=batches, relabelled=0, shapes=None)
         source = SimpleNamespace(expected=lambda: 10, reading=lambda: read.get("reading", (0.0, 0)))
         extras = SimpleNamespace(row_bytes=0, nbytes=0)
         return Ledger(None, rows, loader, source, extras, keeps_rows=config is not None)  # type: ignore[arg-type]

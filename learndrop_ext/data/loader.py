@@ -100,9 +100,9 @@ class DropLoader:
         return self._relabelled
 
     @property
-    def other_shape(self) -> tuple[int, ...] | None:
-        """A shape of images in the last epoch, if no rows were kept in it, that is not the first batch's; or None."""
-        return self._other_shape
+    def shapes(self) -> tuple[list[int], list[int]] | None:
+        """The shape of images in the first batch and another one of the last epoch, if no rows were kept in it; or None."""
+        return None if self._other_shape is None else (list(self._form.shape[1:]), list(self._other_shape))
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -163,14 +163,14 @@ def numbered(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, DataLoad
     return model, optimizer, DataLoader(TensorDataset(*data().tensors, torch.arange(24)), **options)
 
 
-@pytest.mark.parametrize("cache", ["fp32", None])
+@pytest.mark.parametrize("options", [{"cache": "fp32"}, {"cache": None}, {"ids": 2}], ids=str)
 @pytest.mark.parametrize("change", [lambda x: x, lambda x: (x - 3) * 0.2], ids=["as they are", "normalised"])
 def test_layers_dropped_in_training_get_the_statistics_of_the_loops_first_calls(
-    cache: str | None, change: Callable[[torch.Tensor], torch.Tensor]
+    options: dict[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     loop = Noted(change)
     model, optimizer, loader = numbered(batch_size=4, sampler=range(2, 24))
-    with DropScheduler(model, optimizer, loader, policy=after(0, 1, 2), cache=cache) as drop:
+    with DropScheduler(model, optimizer, loader, policy=after(0, 1, 2), **options) as drop:
         for one, frozen in (("bn1", ""), ("bn2", "bn1")):
             loop.train(drop, model, optimizer)
             before, numbers = state_of(model), torch.get_rng_state()
@@ -241,6 +241,7 @@ def test_calls_are_noted_while_the_loop_trains_and_no_longer() -> None:
     model(x)
     with torch.no_grad():
         model.train()(x)
+    torch.compile(model, backend="eager")(x)
     assert noted() == 0
     for count in range(1, 8):
         model(x.clone().requires_grad_())
