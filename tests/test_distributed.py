@@ -96,6 +96,31 @@ def test_two_ranks_under_ddp_drop_alike(tmp_path: Path) -> None:
         assert torch.equal(value, second["model"][name]), name
 
 
+def train_without_rows(rank: int, out: str) -> None:
+    """One of two ranks, which draw different samples and keep no rows."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    data = TensorDataset(torch.randn(24, 3, 8, 8), torch.randint(0, 5, (24,)))
+    loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, 2, rank))
+    with DropScheduler(
+        model, optimizer, loader, policy=Fixed({1: 1}), wrap=DistributedDataParallel, cache=None
+    ) as drop:
+        for _ in range(2):
+            for x, y in drop.loader:
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(drop.model(x), y).backward()
+                optimizer.step()
+            drop.step()
+    torch.save(model.state_dict(), f"{out}/{rank}.pt")
+
+
+def test_ranks_train_the_same_weights_where_no_rows_are_kept(tmp_path: Path) -> None:
+    run_on_two(in_group, (train_without_rows, str(tmp_path / "store"), str(tmp_path)))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
 def keep_within(rank: int, out: str) -> None:
     """One of two ranks, whose budgets hold all rows, or those of a single image."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))

@@ -15,7 +15,7 @@ from torch import nn
 from learndrop_ext import Decision, DropScheduler, Fixed, Situation
 from learndrop_ext.decide.forecast import RunCosts, one_drop, plan_seconds
 from learndrop_ext.decide.schedules import best_prefixes
-from small_training import Net, epoch, parts
+from small_training import Net, data, epoch, parts
 
 
 class SlowAtFirst(nn.Module):
@@ -66,6 +66,64 @@ def test_without_wrap_no_time_is_called_that() -> None:
         epoch(drop, optimizer)
         drop.step()
     assert [record.wrap_seconds for record in drop.history] == [0.0, 0.0]
+
+
+class Counting(nn.Module):
+    """Counts its calls, as DistributedDataParallel must get each one that trains."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.calls = module, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+class Scaled(Net):
+    """Takes a scale before its images."""
+
+    def forward(self, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("settings", [{"cache": None}, {"cache": "fp32", "epochs": 3}], ids=["no cache", "last epoch"])
+def test_live_layers_train_as_they_are_wrapped_where_no_rows_are_kept(settings: dict[str, Any]) -> None:
+    losses: dict[bool, list[float]] = {}
+    for wraps in (False, True):
+        _, _, loader = parts()
+        torch.manual_seed(0)
+        model = Scaled()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        options = settings | {"wrap": Counting} if wraps else settings
+        seen = losses[wraps] = []
+        with DropScheduler(
+            model,
+            optimizer,
+            loader,
+            policy=Fixed({2: 1}),
+            call=lambda model, batch: model(torch.ones(()), batch[0]),
+            **options,
+        ) as drop:
+            for _ in range(3):
+                for x, y in drop.loader:
+                    before = drop.model.body.calls if wraps else 0
+                    loss = nn.functional.cross_entropy(drop.model(torch.ones(()), x=x), y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    seen.append(loss.item())
+                    if wraps:
+                        assert drop.model.body.calls == before + 1
+                drop.step()
+            assert drop.prefix == 1
+            assert drop._rows.cut == 0
+            if wraps:
+                calls = drop.model.body.calls
+                with torch.no_grad():
+                    drop.model(torch.ones(()), x=data().tensors[0])
+                assert drop.model.body.calls == calls
+    assert losses[True] == losses[False]
 
 
 def test_a_plan_counts_wrapping_once_a_drop() -> None:

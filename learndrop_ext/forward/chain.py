@@ -12,15 +12,14 @@ from torch.nn.parameter import is_lazy
 
 from learndrop_ext.forward.bypass import IMAGES, Bypass, ReachedError, with_images
 from learndrop_ext.forward.cuts import Cut, Layer, Recorded, record_layers
-from learndrop_ext.forward.images import Images, Standing, form_of
+from learndrop_ext.forward.images import Images, Standing
 
 
 class Chain(Sequence[Layer]):
     """The layers of a model, in the order in which its forward runs them. It holds the model, and no copy of it."""
 
-    def __init__(self, recorded: Recorded, image: torch.Tensor) -> None:
+    def __init__(self, recorded: Recorded) -> None:
         self.model, self.recorded = recorded.model, recorded
-        self.image = form_of(image)  # of the images that were recorded; batches may have any size
 
     def renew(self, recorded: Recorded) -> None:
         """Take another record of the same layers, after their widths have changed."""
@@ -110,12 +109,13 @@ class Suffix(_Part):
         (chain,) = self._chain
         if not args and not kwargs:
             args = (IMAGES,)
-        shape = (len(row), *chain.image.shape[1:])
+        shape = (len(row), *chain.recorded.image.shape[1:])
         if torch.compiler.is_compiling():
             assert self._bypass.cuts, "only with its layers dropped, as wrap= does"
             return self._bypass.trace(row, shape, args, kwargs)
         standing = Standing(self._bypass, torch.arange(len(row)), row, self.k, None, checked=True)
-        args, kwargs = with_images(Images(replace(chain.image, shape=shape), row.device, standing), args, kwargs)
+        form = replace(chain.recorded.image, shape=shape)
+        args, kwargs = with_images(Images(form, row.device, standing), args, kwargs)
         if self._bypass.cuts:
             return chain.model(*args, **kwargs)
         self._bypass.put((self.k,))
@@ -181,4 +181,4 @@ def split_layers(model: nn.Module, example: torch.Tensor, *, call: Callable[[], 
         def call() -> Any:
             return model(image)
 
-    return Chain(record_layers(model, call, image), image)
+    return Chain(record_layers(model, call, image))

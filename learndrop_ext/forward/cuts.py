@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from learndrop_ext.cudnn import without_benchmark
+from learndrop_ext.forward.images import Form
 from learndrop_ext.forward.record import GIVEN, RANDOM, ModuleCall, Recording
 from learndrop_ext.preserve import preserved
 
@@ -100,6 +101,7 @@ class Recorded:
     model: nn.Module = field(repr=False)
     layers: tuple[Layer, ...]
     calls: tuple[ModuleCall, ...] = field(repr=False)  # those in eval mode, in the order in which they began
+    image: Form  # what the model was given of the images
     samples: int  # number of samples that were recorded
     storing: frozenset[nn.Module] = field(repr=False)  # modules in an attribute of which forward stored a tensor
     reentrant: bool  # whether a reentrant checkpoint ran, whose part learns only if its input has a gradient
@@ -171,7 +173,7 @@ def record_layers(model: nn.Module, call: Callable[[], Any], image: torch.Tensor
         )
     layers = _layers(model, evaluated, cuts, len(image))
     storing = evaluated.storing | trained.storing
-    return Recorded(model, layers, tuple(evaluated.calls), len(image), storing, bool(reentrant))
+    return Recorded(model, layers, tuple(evaluated.calls), evaluated.image, len(image), storing, bool(reentrant))
 
 
 @contextlib.contextmanager

@@ -76,6 +76,7 @@ class Recording(TorchDispatchMode):
         self.uses: dict[str, list[int]] = defaultdict(list)
         self.flops: dict[int, int] = {}  # of each operation that has some
         self.storing: frozenset[nn.Module] = frozenset()  # with an attribute that holds a tensor of the images
+        self.image = form_of(image)  # what the model itself is given of it
         self._written: dict[int, int] = {}  # last operation that wrote into a storage, or into a copy of it
         self._copy_of: dict[int, int] = {}
         self._model, self._names = model, {module: name for name, module in model.named_modules()}
@@ -146,7 +147,9 @@ class Recording(TorchDispatchMode):
 
     def _note_given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         for tensor in tensors_of((args, kwargs)):
-            if not self._is_of_images(tensor):
+            if self._is_of_images(tensor):
+                self.image = form_of(tensor)
+            else:
                 self._from[_storage(tensor)] |= {GIVEN}
 
     def _begin(self, module: nn.Module, args: Any) -> Any:

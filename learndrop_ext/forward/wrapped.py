@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from learndrop_ext.forward.bypass import IMAGES, Bypass, images_in
 from learndrop_ext.forward.chain import Chain, Suffix
+from learndrop_ext.forward.images import Form
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -53,15 +55,21 @@ class WrappedModel(nn.Module):
             return self.body(*args, **kwargs)
         images = images_in(args, kwargs)
         if images is None or images.standing.owner is not bypass:
-            return chain.model(*args, **kwargs)
-        if images.pixels is None and images.standing.at == bypass.cuts[-1]:
+            if not (chain.model.training and torch.is_grad_enabled()):
+                return chain.model(*args, **kwargs)
+            # Dropped layers without rows: what is live trains as it was wrapped, as with rows.
+            row, given = (
+                bypass.row(lambda: chain.model(*args, **kwargs)),
+                _images_read(args, kwargs, chain.recorded.image),
+            )
+        elif images.pixels is None and images.standing.at == bypass.cuts[-1]:
             bypass.check(images, True)
-            row = images.standing.rows
+            row, given = images.standing.rows, images
         else:
-            row = bypass.row(lambda: chain.model(*args, **kwargs))
-        if not kwargs and len(args) == 1 and args[0] is images:  # for a wrapper that takes one argument
+            row, given = bypass.row(lambda: chain.model(*args, **kwargs)), images
+        if not kwargs and len(args) == 1 and args[0] is given:  # for a wrapper that takes one argument
             return self.body(row)
-        args, kwargs = pytree.tree_map(lambda a: IMAGES if a is images else a, (args, kwargs))
+        args, kwargs = pytree.tree_map(lambda a: IMAGES if a is given else a, (args, kwargs))
         return self.body(row, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -69,3 +77,14 @@ class WrappedModel(nn.Module):
             "drop.model: copies and averages must be of the whole model, which keeps its parameters through a drop; got a "
             "copy of drop.model, which changes with each drop"
         )
+
+
+def _images_read(args: Any, kwargs: Any, like: Form) -> torch.Tensor:
+    """The images among the arguments of a call on a batch that was read: the first tensor with as many dimensions and
+    channels as those that were recorded."""
+    for value in pytree.tree_leaves((args, kwargs)):
+        if isinstance(value, torch.Tensor) and value.dim() == len(like.shape) and value.shape[1] == like.shape[1]:
+            return value
+    raise RuntimeError(
+        f"drop.model: it must be called with images like {list(like.shape)}, got none among its arguments"
+    )
