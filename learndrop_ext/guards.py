@@ -322,11 +322,7 @@ class Guards:
             self._discard(where, reason, accepts=bool(changed))
 
     def begin_epoch(self, epoch: int) -> None:
-        """Look at the model and, where samples can be read by number, at the data, before an epoch begins.
-
-        Raises:
-            RuntimeError: images have another shape.
-        """
+        """Look at the model and, where samples can be read by number, at the data, before an epoch begins."""
         self.look("loader")
         kept = self._rows.drawn() if self._source.readable and self._rows.stores else ()
         if not len(kept):
@@ -338,7 +334,8 @@ class Guards:
             to_device(self._source.read(ids.tolist(), epoch + i), self._rows.device)
             for i in range(READINGS if self._has_random_views() else 1)
         ]
-        self.check_batch(batch, ids)
+        if not self.may_keep(batch, ids):
+            return
         places = self._rows.places(ids)
         # What another run has left, or this one before it was resumed, has no labels yet.
         rest = places if bool(filled_at(self._extras, places).all()) else None
@@ -365,10 +362,23 @@ class Guards:
         if standing.count > read and at < self._rows.cut:
             self._rows.begin_making(True, standing.count - read)
 
-    def check_batch(self, batch: Any, ids: torch.Tensor) -> None:
-        """Raise ValueError or RuntimeError unless a batch has all of its samples `ids` [B], in the shape of all."""
+    def may_keep(self, batch: Any, ids: torch.Tensor) -> bool:
+        """Return whether rows of a batch may be kept. If its images have another shape than those of all others, the rows
+        are freed, with a RuntimeWarning, and the dropped layers run frozen. ValueError unless it has its samples `ids` [B].
+        """
         check_count(batch, len(ids), self._key)
-        self._check_shape(batch)
+        shape, wanted = (list(input_of(one, self._key).shape[1:]) for one in (batch, self._like))
+        if shape == wanted:
+            return True
+        self._rows.stop()
+        self._extras.clear()
+        self.loop.forget()
+        warn(
+            f"drop.loader: the rows are freed, and the dropped layers run frozen: images must have one shape, {wanted}, for "
+            f"rows to stand for them, got {shape}; to keep rows of images of another size, call drop.undrop() and make a "
+            "new DropScheduler"
+        )
+        return False
 
     def are_same(self, batch: Any, ids: torch.Tensor) -> bool:
         """Return whether the images of samples `ids` [B], which are read for the rest of their batch, are those of their
@@ -396,10 +406,10 @@ class Guards:
         that a change could be seen.
 
         Raises:
-            RuntimeError: the shape of the images has changed.
             ValueError: an id stands for two samples in one epoch.
         """
-        self._check_shape(batch)
+        if not self.may_keep(batch, ids):
+            return False
         there = torch.nonzero(self._rows.filled(ids) & filled_at(self._extras, self._rows.places(ids))).flatten()
         if not len(there):
             return False
@@ -428,14 +438,6 @@ class Guards:
     def checksum(self, k: int) -> str:
         """Return a digest of the weights and buffers of the first k layers, the same in every process."""
         return weights_digest(self._chain.recorded.before(k), self._chain.parameters(0, k)) if k else ""
-
-    def _check_shape(self, batch: Any) -> None:
-        shape, wanted = (list(input_of(one, self._key).shape[1:]) for one in (batch, self._like))
-        if shape != wanted:
-            raise RuntimeError(
-                f"drop.loader: images must keep their shape {wanted} while layers are dropped, got {shape}; call "
-                "drop.undrop() and make a new DropScheduler for images of another size"
-            )
 
     def _changed_data(
         self, batch: Any, ids: torch.Tensor, places: torch.Tensor | None, others: Sequence[Any] = ()

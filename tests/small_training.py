@@ -93,7 +93,7 @@ class Jittered(Dataset[Any]):
         return x + torch.rand(()), y
 
 
-def prefix_rows(drop: DropScheduler, k: int) -> torch.Tensor:
-    """What the first k layers make of the small data."""
+def prefix_rows(drop: DropScheduler, k: int, images: torch.Tensor | None = None) -> torch.Tensor:
+    """What the first k layers make of images, or of the small data."""
     with torch.no_grad():
-        return drop.chain.prefix(k).eval()(data().tensors[0])
+        return drop.chain.prefix(k).eval()(data().tensors[0] if images is None else images)

@@ -255,16 +255,17 @@ class DropLoader:
 
     def _with_read(self, plan: Plan, row: torch.Tensor | None, reads: torch.Tensor, read: Any) -> Any:
         """The batch of a plan of which the samples at positions `reads` [m] were read. row: the rows of the others."""
-        rows = self._rows
+        rows, ids = self._rows, plan.ids[reads]
+        if rows.cache is not None:
+            rows.begin_batch()
+            if not self._guards.may_keep(read, ids) and len(reads) < len(plan.ids):
+                return self._batch(Plan.whole(plan.ids))
         if rows.cache is None:
             images = input_of(read, self._key)
             self._given += len(images)
             if images.shape[1:] != self._form.shape[1:]:
                 self._other_shape = tuple(images.shape[1:])
             return self._mirrored(read, plan.ids)
-        rows.begin_batch()
-        ids = plan.ids[reads]
-        self._guards.check_batch(read, ids)
         makes = torch.full((len(reads),), not plan.level) if plan.some is None else plan.some[reads]
         if self._source.readable and not bool(makes.all()) and not self._guards.are_same(read, ids):
             return self._batch(Plan.whole(plan.ids))

@@ -19,8 +19,8 @@ Wrap = Callable[[nn.Module], nn.Module]
 class WrappedModel(nn.Module):
     """The model to train where it is wrapped, always the same object.
 
-    At first it calls `wrap(model)`. After a drop, a batch of `drop.loader` gives a row, which goes through `wrap` of a
-    module that takes rows and holds the live layers only.
+    At first it calls `wrap(model)`. After a drop, a batch to train on gives a row, which goes through `wrap` of a module that
+    takes rows and holds the live layers only.
     """
 
     def __init__(self, chain: Chain, bypass: Bypass, wrap: Wrap) -> None:
@@ -53,6 +53,7 @@ class WrappedModel(nn.Module):
             if self._behind:  # the guards have released all layers
                 self.show(self.wrapped(0), behind=0)
             return self.body(*args, **kwargs)
+        row: torch.Tensor | None
         images = images_in(args, kwargs)
         if images is None or images.standing.owner is not bypass:
             if not (chain.model.training and torch.is_grad_enabled()):

@@ -107,14 +107,18 @@ def test_labels_are_compared_too() -> None:
     assert all(torch.equal(y, stream.labels[ids]) for _, y, ids in batches)
 
 
-def test_images_of_another_size_are_refused_while_there_are_rows() -> None:
+def test_images_of_another_size_train_with_frozen_layers() -> None:
     stream = Stream()
     drop, optimizer = begun(stream)
     epochs(drop, optimizer, 2)
     drop._rows.forget()
     stream.images = stream.images[..., :6, :6]
-    with pytest.raises(RuntimeError, match=r"images must keep their shape \[3, 8, 8\] while layers are dropped"):
-        trained(drop, optimizer)
+    with pytest.warns(RuntimeWarning, match=r"run frozen: images must have one shape, \[3, 8, 8\], .* got \[3, 6, 6\]"):
+        batches = trained(drop, optimizer)
+    assert (drop.prefix, drop._rows.cut) == (2, 0)
+    with torch.no_grad():
+        wanted = drop.chain.prefix(2).eval()(stream.images)
+    assert all(torch.equal(x, wanted[ids]) for x, _, ids in batches)
 
 
 def test_changed_weights_have_the_rows_made_anew() -> None:

@@ -166,17 +166,13 @@ def test_batches_of_several_shapes_keep_no_rows_after_an_epoch_of_them(kind: str
 
 
 @pytest.mark.parametrize("kind", LOADERS)
-def test_batches_of_several_shapes_are_refused_by_name_where_rows_are_kept(kind: str) -> None:
-    drop = scheduler(DataLoader(TwoShapes(), **LOADERS[kind]), {0: 1})
-    with pytest.raises(
-        RuntimeError, match=r"images must keep their shape \[3, (24, 16|16, 24)\] while .*, got \[3, (24, 16|16, 24)\]"
+@pytest.mark.parametrize("workers", [0, 1])
+def test_rows_are_freed_at_the_first_batch_of_another_shape(kind: str, workers: int) -> None:
+    drop = scheduler(DataLoader(TwoShapes(), **LOADERS[kind], num_workers=workers), {0: 1})
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"run frozen: images must have one shape, \[3, (24, 16|16, 24)\], .* got \[3, (24, 16|16, 24)\]",
     ):
-        trained(drop)
-    # Rows are of one shape, whichever came first, and nothing of the other one is stored.
-    kept = torch.nonzero(drop._rows.filled(torch.arange(40))).flatten()
-    assert len({int(i) // 20 for i in kept}) <= 1
-    assert int(drop._extras.filled.sum()) == len(kept)
-    if kind != "one by one":
-        assert len(kept) == 20
-    drop.undrop()
+        assert sorted(trained(drop)) == list(range(40))
+    assert (drop.step().prefix, drop._rows.cut) == (1, 0)
     assert sorted(trained(drop)) == list(range(40))

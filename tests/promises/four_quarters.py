@@ -42,7 +42,7 @@ def network(seed: int = 0) -> nn.Sequential:
         nn.Conv2d(6, 8, 3, padding=1, stride=2),
         nn.BatchNorm2d(8),
         nn.ReLU(),
-        nn.Sequential(nn.Flatten(), nn.Linear(128, 4)),
+        nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 4)),  # for images of any size
     )
 
 

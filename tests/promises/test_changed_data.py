@@ -105,12 +105,16 @@ def test_labels_that_changed_between_two_runs_are_seen_at_resume(tmp_path: Path)
     assert torch.equal(labels, dataset.labels[ids])
 
 
-def test_progressive_resizing_is_refused_after_a_drop_and_the_way_out_works() -> None:
+def test_progressive_resizing_trains_on_with_frozen_layers_and_a_new_scheduler_keeps_rows_again() -> None:
     dataset = Epochs()
     run = Run(dataset).epochs(3)
     dataset.size = 12
-    with pytest.raises(RuntimeError, match=r"images must keep their shape \[1, 8, 8\] .* got \[1, 12, 12\]"):
+    with pytest.warns(
+        RuntimeWarning, match=r"run frozen: images must have one shape, \[1, 8, 8\], .* got \[1, 12, 12\]"
+    ):
         run.epochs(1)
+    assert (run.drop.prefix, run.drop._rows.cut) == (2, 0)
+    assert accuracy(run.epochs(2).model) > 0.95
     run.drop.close()
     dataset.size = 8
     run.drop = run.scheduler({1: 1})

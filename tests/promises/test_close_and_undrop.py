@@ -274,7 +274,7 @@ def test_the_loop_is_still_compared_after_an_interrupted_forward() -> None:
     run.model[6].append(Interrupting())
     run.drop = run.scheduler({1: 2})
     run.epochs(3)
-    run.model[6][2].left = 2
+    run.model[6][-1].left = 2
     with pytest.raises(KeyboardInterrupt):
         run.epochs(1)
     x, _ = next(iter(run.drop.loader))
