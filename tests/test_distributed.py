@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import os
@@ -96,29 +97,43 @@ def test_two_ranks_under_ddp_drop_alike(tmp_path: Path) -> None:
         assert torch.equal(value, second["model"][name]), name
 
 
-def train_without_rows(rank: int, out: str) -> None:
-    """One of two ranks, which draw different samples and keep no rows."""
+def train_accumulating(rank: int, out: str, cache: str) -> None:
+    """One of two ranks, which draw different samples, and step after each second batch."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     data = TensorDataset(torch.randn(24, 3, 8, 8), torch.randint(0, 5, (24,)))
     loader = DataLoader(data, batch_size=4, sampler=DistributedSampler(data, 2, rank))
     with DropScheduler(
-        model, optimizer, loader, policy=Fixed({1: 1}), wrap=DistributedDataParallel, cache=None
+        model,
+        optimizer,
+        loader,
+        policy=Fixed({1: 1}),
+        wrap=DistributedDataParallel,
+        cache=None if cache == "none" else cache,
     ) as drop:
-        for _ in range(2):
-            for x, y in drop.loader:
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(drop.model(x), y).backward()
-                optimizer.step()
+        gradients = []
+        for _ in range(3):
+            for i, (x, y) in enumerate(drop.loader):
+                with contextlib.nullcontext() if i % 2 else drop.model.no_sync():
+                    nn.functional.cross_entropy(drop.model(x), y).backward()
+                gradients.append(model[3].weight.grad.clone())
+                if i % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
             drop.step()
-    torch.save(model.state_dict(), f"{out}/{rank}.pt")
+    torch.save({"model": model.state_dict(), "gradients": gradients}, f"{out}/{rank}.pt")
 
 
-def test_ranks_train_the_same_weights_where_no_rows_are_kept(tmp_path: Path) -> None:
-    run_on_two(in_group, (train_without_rows, str(tmp_path / "store"), str(tmp_path)))
+@pytest.mark.parametrize("cache", ["none", "fp32"])
+def test_ranks_train_the_same_weights_with_and_without_rows_and_accumulate_gradients(
+    tmp_path: Path, cache: str
+) -> None:
+    run_on_two(in_group, (train_accumulating, str(tmp_path / "store"), str(tmp_path), cache))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    agree = [torch.equal(*pair) for pair in zip(first["gradients"], second["gradients"], strict=True)]
+    assert agree == [bool(i % 2) for epoch in range(3) for i in range(len(agree) // 3)]
 
 
 def keep_within(rank: int, out: str) -> None:

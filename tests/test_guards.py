@@ -188,16 +188,20 @@ def test_images_that_change_their_size_within_an_epoch_train_with_frozen_layers(
     dataset = Changing()
     drop, optimizer = dropped(dataset)
     drop.refresh(range(0, 24, 2))
-    labels = []
-    with pytest.warns(RuntimeWarning, match=RESIZED):
-        for i, (x, y) in enumerate(drop.loader):
+    labels: list[int] = []
+
+    def train() -> None:
+        for x, y in drop.loader:
             loss = nn.functional.cross_entropy(drop.model(x), y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            labels += y.tolist()
-            if i == 0:
+            labels.extend(y.tolist())
+            if len(labels) == 8:
                 dataset.images = nn.functional.interpolate(dataset.images, size=12)
+
+    with pytest.warns(RuntimeWarning, match=RESIZED):
+        train()
     assert sorted(labels) == sorted(dataset.answers.tolist())
     assert (drop.step().samples, drop.prefix, drop._rows.cut) == (24, 2, 0)
 

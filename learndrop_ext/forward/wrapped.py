@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ Wrap = Callable[[nn.Module], nn.Module]
 class WrappedModel(nn.Module):
     """The model to train where it is wrapped, always the same object.
 
-    At first it calls `wrap(model)`. After a drop, a batch to train on gives a row, which goes through `wrap` of a module that
-    takes rows and holds the live layers only.
+    At first it calls `wrap(model)`. After a drop, a batch to train on gives a row, which goes through `wrap` of a module
+    that takes rows and holds the live layers only.
     """
 
     def __init__(self, chain: Chain, bypass: Bypass, wrap: Wrap) -> None:
@@ -46,6 +47,11 @@ class WrappedModel(nn.Module):
         self.training = mode
         self._held[0].model.train(mode)
         return self
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate gradients inside without averaging them over the ranks, as DistributedDataParallel does."""
+        body: Any = self.body
+        return body.no_sync()  # type: ignore[no-any-return]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         chain, bypass = self._held
