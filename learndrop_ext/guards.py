@@ -324,7 +324,10 @@ class Guards:
     def begin_epoch(self, epoch: int) -> None:
         """Look at the model and, where samples can be read by number, at the data, before an epoch begins."""
         self.look("loader")
-        kept = self._rows.drawn() if self._source.readable and self._rows.stores else ()
+        if not (self._source.readable and self._rows.stores):
+            return
+        kept = self._rows.drawn()
+        kept = kept[filled_at(self._extras, self._rows.places(kept))]  # others are read, and compared, with their batch
         if not len(kept):
             return
         generator = torch.Generator()
@@ -336,10 +339,7 @@ class Guards:
         ]
         if not self.may_keep(batch, ids):
             return
-        places = self._rows.places(ids)
-        # What another run has left, or this one before it was resumed, has no labels yet.
-        rest = places if bool(filled_at(self._extras, places).all()) else None
-        if changed := self._changed_data(batch, ids, rest, others):
+        if changed := self._changed_data(batch, ids, self._rows.places(ids), others):
             self._discard("loader", changed, data=True)
 
     def check_step(self, images: Images, trains: bool) -> None:

@@ -253,6 +253,21 @@ def test_layers_dropped_after_images_were_resized_run_frozen() -> None:
         drop.step()
 
 
+def test_labels_are_compared_where_some_samples_have_to_be_read_again() -> None:
+    dataset = Changing()
+    drop, optimizer = dropped(dataset, batch_size=20)
+    bf16 = torch.autocast("cpu", torch.bfloat16)
+    drop.refresh(range(24))
+    with bf16:  # found at the first batch, which was read before: it has rows, and its labels will be read again
+        epoch(drop, optimizer)
+    drop.step()
+    assert (len(drop._rows.drawn()), int(drop._extras.filled.sum())) == (24, 4)
+    corrected(dataset)
+    with bf16, pytest.warns(RuntimeWarning, match=r"computed again: batch\[1\] of some samples"):
+        labels = torch.cat([y for _, y in rows_of(drop)])
+    assert sorted(labels.tolist()) == sorted(dataset.answers.tolist())
+
+
 def test_labels_are_compared_where_the_images_are_random() -> None:
     dataset = Noisy()
     drop, optimizer = dropped(dataset, cache=CacheConfig(codec="fp32", views=2))

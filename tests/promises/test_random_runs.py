@@ -7,6 +7,7 @@ import contextlib
 import copy
 import random
 from collections import UserDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, default_collate
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
+from learndrop_ext.app.models import build_model
 
 EPOCHS = 6
 #: What happens before an epoch, or in it.
 EVENTS = ("nothing", "refresh", "refresh some", "grow", "relabel", "resume", "undrop", "break", "evaluate")
+EVENTS += ("resize", "weights", "optimizer", "accumulate")
 
 
 class Net(nn.Module):
@@ -46,13 +49,14 @@ class Samples(Dataset[Any]):
         generator = torch.Generator().manual_seed(3)
         self.x = torch.randn(80, images, 3, 8, 8, generator=generator)
         self.given = torch.randint(0, 4, (80,), generator=generator)
-        self.count, self._named = count, named
+        self.count, self._named, self.size = count, named, 8
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Any:
-        images, label, number = [*self.x[index]], self.given[index], str(index)
+        x = self.x[index] if self.size == 8 else nn.functional.interpolate(self.x[index], size=self.size)
+        images, label, number = [*x], self.given[index], str(index)
         if self._named:
             return {**dict(zip("ab", images, strict=False)), "label": label, "number": number}
         return (*images, label, number)
@@ -71,6 +75,30 @@ class Labelled(Samples):
 
 def processed(samples: list[Any]) -> UserDict[str, Any]:
     return UserDict(default_collate(samples))
+
+
+class Wrapper(nn.Module):
+    """Counts its calls, as DistributedDataParallel must get each one that trains."""
+
+    calls = 0
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> Any:
+        Wrapper.calls += self.module.training
+        return self.module(x)
+
+
+def drawn_ahead(batches: Iterable[Any]) -> Iterator[Any]:
+    """Each batch once the next one is there."""
+    iterator = iter(batches)
+    last = next(iterator)
+    for batch in iterator:
+        yield last
+        last = batch
+    yield last
 
 
 class Drawn:
@@ -96,6 +124,12 @@ class Drawn:
         for epoch in draw.sample(list(self.drops), draw.choice([0, 1, 2])):
             del self.drops[epoch]
         self.events = [draw.choice(EVENTS) for _ in range(EPOCHS)]
+        self.wraps = draw.random() < 0.3
+        self.ahead = draw.random() < 0.3 and not self.workers
+        self.autocasts = [draw.random() < 0.5 for _ in range(EPOCHS)] if draw.random() < 0.3 else [False] * EPOCHS
+        self.deep = draw.random() < 0.3 and not any(self.autocasts) and self.sampler != "replacement"
+        if self.deep:  # its batch norms want several images
+            self.drop_last, self.micro_batches = True, False
 
     @property
     def input(self) -> Any:
@@ -137,10 +171,10 @@ class Training:
         self._begin()
 
     def _begin(self) -> None:
-        self.model = Net()
+        self.model: Any = build_model("resnet10", num_classes=4, width=8, seed=0) if self.drawn.deep else Net()
         if self.drawn.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.005 if self.drawn.deep else 0.05, momentum=0.9)
         self.loader, self.generator = self.drawn.loader(self.samples)
         self.drop = DropScheduler(
             self.model,
@@ -150,6 +184,7 @@ class Training:
             epochs=EPOCHS,
             cache=self._cache,
             input=self.drawn.input,
+            wrap=Wrapper if self.drawn.wraps else None,
         )
 
     def resume(self) -> None:
@@ -179,10 +214,24 @@ class Training:
             self.resume()
         elif event == "undrop" and self.drop.prefix:
             self.drop.undrop()
+        elif event == "resize":
+            self.samples.size = 12 if self.samples.size == 8 else 8
+        elif event == "weights":
+            with torch.no_grad():
+                next(self.model.parameters()).mul_(1.1)
+        elif event == "optimizer":
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.02)
+            self.drop.optimizer = self.optimizer
         elif event == "evaluate":
             self.model.eval()
             with torch.no_grad():
                 self.losses.append(float(self.model(self.samples.x[:4, 0]).sum()))
+
+    def called(self, x: torch.Tensor) -> Any:
+        before = Wrapper.calls
+        scores = self.drop.model(x)
+        assert Wrapper.calls == before + self.drawn.wraps
+        return scores
 
     def loss(self, batch: Any, *, joined: bool) -> torch.Tensor:
         images = [batch[key] for key in (self.drawn.input if self.drawn.images == 2 else [self.drawn.input])]
@@ -195,13 +244,13 @@ class Training:
         if self.drawn.micro_batches:
             parts = zip(images[0].split(3), labels.split(3), strict=True)
             return (
-                torch.stack([nn.functional.cross_entropy(self.model(x), y, reduction="sum") for x, y in parts]).sum()
+                torch.stack([nn.functional.cross_entropy(self.called(x), y, reduction="sum") for x, y in parts]).sum()
                 / 8
             )
         if self.drawn.images == 2:
-            one, other = self.model(torch.cat(images)).chunk(2) if joined else map(self.model, images)
+            one, other = self.called(torch.cat(images)).chunk(2) if joined else map(self.called, images)
             return nn.functional.cross_entropy(one + other, labels)
-        return nn.functional.cross_entropy(self.model(images[0]), labels)
+        return nn.functional.cross_entropy(self.called(images[0]), labels)
 
     def train(self) -> list[float]:
         """Return the losses."""
@@ -209,11 +258,14 @@ class Training:
             for epoch, event in enumerate(self.drawn.events):
                 self.happens(event)
                 self.model.train()
-                for i, batch in enumerate(self.drop.loader, 1):
-                    loss = self.loss(batch, joined=epoch % 2 == 0)
-                    self.optimizer.zero_grad()
+                batches = drawn_ahead(self.drop.loader) if self.drawn.ahead else self.drop.loader
+                for i, batch in enumerate(batches, 1):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=self.drawn.autocasts[epoch]):
+                        loss = self.loss(batch, joined=epoch % 2 == 0)
                     loss.backward()
-                    self.optimizer.step()
+                    if event != "accumulate" or i % 2 == 0:
+                        self.optimizer.step()
+                        self.optimizer.zero_grad()
                     self.losses.append(loss.item())
                     # Workers have drawn further batches by then, and so differ from a loop on rows.
                     if event == "break" and i == 2 and not self.drawn.workers:
@@ -223,11 +275,12 @@ class Training:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_losses_are_those_behind_layers_that_run(seed: int, tmp_path: Path) -> None:
     found = []
     for folder in (None, tmp_path):
         torch.manual_seed(seed)
         found.append(Training(Drawn(seed), folder).train())
     assert len(found[0]) == len(found[1])
-    assert found[1] == pytest.approx(found[0], abs=1e-4), vars(Drawn(seed))
+    drawn = Drawn(seed)
+    assert found[1] == pytest.approx(found[0], abs=5e-3 if any(drawn.autocasts) else 1e-4), vars(drawn)
