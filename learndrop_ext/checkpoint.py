@@ -92,9 +92,3 @@ def _check(drop: DropScheduler, state: dict[str, Any]) -> None:
             f"{name}: the dropped layers must have the weights and buffers that the state was saved with, and they "
             "differ; load the model's state_dict first"
         )
-    if state["cuts"]:
-        rows = drop._rows
-        config = dataclasses.replace(rows.config, views=state["views"]) if drop._chooses_views else rows.config
-        samples = len(drop._source) if drop._source.readable else len(state["seen"])
-        shape = drop._ledger.row_shape(state["cuts"][-1])
-        rows.check_room(state["stored"], shape, samples * config.rows_per_sample)

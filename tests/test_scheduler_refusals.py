@@ -97,38 +97,6 @@ def test_load_state_dict_changes_nothing_where_any_part_of_the_state_does_not_fi
         assert fresh.prefix == 2
 
 
-def test_resuming_with_too_small_a_budget_changes_nothing() -> None:
-    model, optimizer, loader = parts()
-    drop = DropScheduler(model, optimizer, loader, policy=Fixed({1: 2}))
-    for _ in range(2):
-        epoch(drop, optimizer)
-        drop.step()
-    state = drop.state_dict()
-    same, _, again = parts()
-    small = CacheConfig(budget_bytes=24 * 256 - 1)
-    for policy in (Fixed({}), Fixed({0: 1})):
-        same.load_state_dict(model.state_dict())
-        optimizer = torch.optim.SGD(same.parameters(), lr=0.1)
-        with DropScheduler(same, optimizer, again, policy=policy, cache=small) as fresh:
-
-            def seen(fresh: DropScheduler = fresh) -> tuple[Any, ...]:
-                rows, loader = fresh._rows, fresh.loader
-                random = rows.generator.get_state().tolist(), rows.slots.view_offset.tolist()
-                told = fresh._guards.loop.describe(), loader.epochs, loader.batches.seen.tolist()
-                own = [name for name, module in same.named_modules() if "forward" in vars(module)]
-                return (rows.cuts, rows.path, rows.cache, *random, *told, own, fresh.prefix, fresh.epoch, fresh.history)
-
-            before = seen()
-            with pytest.raises(
-                ValueError,
-                match=r"24 rows of 256 bytes, got 5,951 bytes on the device,.* and 192 for labels and what else",
-            ):
-                fresh.load_state_dict(state)
-            assert seen() == before
-            epoch(fresh, optimizer)  # and it goes on as if nothing had been asked of it
-            assert fresh.step().epoch == 1
-
-
 def test_step_without_training_is_refused() -> None:
     model, optimizer, loader = parts()
     drop = DropScheduler(model, optimizer, loader)

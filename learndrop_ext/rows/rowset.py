@@ -15,8 +15,7 @@ import torch
 from learndrop_ext.forward.images import format_of
 from learndrop_ext.rows.cache import ActivationCache, as_stored
 from learndrop_ext.rows.config import CacheConfig
-from learndrop_ext.rows.layout import RowLayout
-from learndrop_ext.rows.plan import Budgets, budgets_of, plan_tiers
+from learndrop_ext.rows.plan import Budgets, budgets_of
 from learndrop_ext.rows.run_store import ImageDigests, RunStore
 from learndrop_ext.rows.slots import SlotTable, filled_at, first_of_each
 from learndrop_ext.rows.stopwatch import Stopwatch
@@ -276,11 +275,6 @@ class RowSet:
         """Add all rows to the store, if its budget holds them. Return what a checkpoint names them by, and their random
         views [N, V] if there are any; None without a store or rows."""
         return self._outliving.keep(self.cache)
-
-    def check_room(self, saved: tuple[str, Any] | None, shape: Sequence[int], rows: int) -> None:
-        """Raise ValueError if `resume` would find neither rows nor room for rows of a shape."""
-        if saved is None or not self._outliving.has(saved[0]):
-            plan_tiers(rows, RowLayout.of(shape, self.config.codec), self._budgets(rows))
 
     def resume(
         self,

@@ -164,10 +164,6 @@ class RunStore:
         self._keep_only(stored)
         return stored.digest, self._views_of_samples()
 
-    def has(self, digest: str) -> bool:
-        """Return whether the rows that a checkpoint names are there."""
-        return self._store is not None and self._store.entry(digest) is not None
-
     @_spared
     def find(self, digest: str, path: Sequence[int], shape: Sequence[int]) -> StoredRows | None:
         """Return the rows of a shape that `keep` has left; None, with a RuntimeWarning, if this run's layers make others."""

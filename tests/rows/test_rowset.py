@@ -408,7 +408,6 @@ def test_rows_that_were_saved_are_there_when_the_run_resumes(tmp_path: Path) -> 
     assert saved is not None
     rows.close(keep=True)
     again = rowset(store=tmp_path)
-    again.check_room(saved, (1 << 40,), 6)
     again.resume(saved, (1, 2), SHAPE)
     assert (again.cuts, again.path, again.stores) == ([2], (1, 2), True)
     assert_rows(again, 2, 0, 3, 5)
@@ -490,14 +489,6 @@ def test_a_run_that_resumes_may_have_got_more_samples(tmp_path: Path, views: int
         assert torch.equal(got, values(1, torch.arange(6), again.epoch))
         assert again.drawn().tolist() == list(range(6))
     again.close(keep=False)
-
-
-def test_check_room_is_for_rows_that_are_not_in_the_store(tmp_path: Path) -> None:
-    rows = rowset(budget_bytes=2 * ROW, store=tmp_path, store_bytes=0)
-    rows.check_room(None, SHAPE, 2)
-    for saved in (None, ("0123", None)):
-        with pytest.raises(ValueError, match="budgets must hold 6 rows"):
-            rows.check_room(saved, SHAPE, 6)
 
 
 def test_samples_with_one_name_have_one_row_in_the_store(tmp_path: Path) -> None:
