@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from learndrop_ext.cudnn import without_benchmark
-from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, equal, input_of, one_key, some_of, to_device
+from learndrop_ext.data.extras import BatchExtras, InputKey, equal, input_of, one_key, some_of, to_device
 from learndrop_ext.data.source import Source
 from learndrop_ext.forward.bypass import Bypass
 from learndrop_ext.forward.chain import Chain
@@ -279,6 +279,7 @@ class Guards:
         self._tensors: FrozenTensors | None = None
         self._probe: ForwardProbe | None = None
         self._optimizer: torch.optim.Optimizer | None = None
+        self._said: set[str] = set()  # what was said once
 
     def drop(self, k: int, optimizer: torch.optim.Optimizer) -> None:
         """Guard the first k layers, which `bypass` has dropped, from now on."""
@@ -337,7 +338,7 @@ class Guards:
             to_device(self._source.read(ids.tolist(), epoch + i), self._rows.device)
             for i in range(READINGS if self._has_random_views() else 1)
         ]
-        if not self.may_keep(batch, ids):
+        if len(input_of(batch, self._key)) < len(ids):  # collate_fn has left some out
             return
         if changed := self._changed_data(batch, ids, self._rows.places(ids), others):
             self._discard("loader", changed, data=True)
@@ -363,21 +364,25 @@ class Guards:
             self._rows.begin_making(True, standing.count - read)
 
     def may_keep(self, batch: Any, ids: torch.Tensor) -> bool:
-        """Return whether rows of a batch may be kept. If its images have another shape than those of all others, the rows
-        are freed, with a RuntimeWarning, and the dropped layers run frozen. ValueError unless it has its samples `ids` [B].
-        """
-        check_count(batch, len(ids), self._key)
-        shape, wanted = (list(input_of(one, self._key).shape[1:]) for one in (batch, self._like))
-        if shape == wanted:
+        """Return whether rows of a batch may be kept: if it has all of its samples `ids` [B], and images of the shape of the
+        first batch. If not, a RuntimeWarning says so once."""
+        got = len(input_of(batch, self._key))
+        if got != len(ids):
+            reason = (
+                f"collate_fn must give every sample of a batch, wanted {len(ids)}, got {got}; leave out samples that cannot "
+                "be read with a Subset or a sampler"
+            )
+        elif not self._has_its_shape(batch):
+            reason = (
+                f"images must have one shape, wanted {self._shape(self._like)} as in the first batch, got "
+                f"{self._shape(batch)}; for rows of another size, call drop.undrop() and make a new DropScheduler"
+            )
+        else:
             return True
-        self._rows.stop()
-        self._extras.clear()
-        self.loop.forget()
-        warn(
-            f"drop.loader: the rows are freed, and the dropped layers run frozen: images must have one shape, {wanted}, for "
-            f"rows to stand for them, got {shape}; to keep rows of images of another size, call drop.undrop() and make a "
-            "new DropScheduler"
-        )
+        subject = reason.partition(" ")[0]
+        if subject not in self._said:
+            self._said.add(subject)
+            warn(f"drop.loader: some batches keep no rows, and run through the dropped layers each time: {reason}")
         return False
 
     def are_same(self, batch: Any, ids: torch.Tensor) -> bool:
@@ -408,12 +413,10 @@ class Guards:
         Raises:
             ValueError: an id stands for two samples in one epoch.
         """
-        if not self.may_keep(batch, ids):
-            return False
         there = torch.nonzero(self._rows.filled(ids) & filled_at(self._extras, self._rows.places(ids))).flatten()
         if not len(there):
             return False
-        if self._has_random_views():
+        if self._has_random_views() and self._has_its_shape(batch):
             return True
         repeated = there if again is None else there[torch.isin(there, again)]
         among = repeated if again is not None and len(repeated) else there
@@ -446,7 +449,9 @@ class Guards:
         if they are known. Of random views only the rest of the batch is compared; `others` are further readings of it."""
         changed = None
         known, before = self._rows.digests.of(ids)
-        if len(before) and not self._has_random_views():
+        if not self._has_its_shape(batch):
+            changed = "the images"
+        elif len(before) and not self._has_random_views():
             images = input_of(batch, self._key)
             now = image_digests(images[torch.nonzero(known).flatten().to(images.device)])
             changed = None if torch.equal(now, before.to(now.device)) else "the images"
@@ -455,6 +460,13 @@ class Guards:
         return (
             changed and f"{changed} of some samples are no longer what the dataset gave when their rows were computed"
         )
+
+    def _has_its_shape(self, batch: Any) -> bool:
+        """Whether the images of a batch have the shape of those in the first one."""
+        return self._shape(batch) == self._shape(self._like)
+
+    def _shape(self, batch: Any) -> list[int]:
+        return list(input_of(batch, self._key).shape[1:])
 
     def _has_random_views(self) -> bool:
         return self._rows.views > 1 and not self._rows.config.mirror

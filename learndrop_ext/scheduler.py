@@ -366,9 +366,17 @@ class DropScheduler:
 
         Args:
             ids (iterable of int, optional): numbers of samples in the dataset. Default: all
+
+        Raises:
+            IndexError: a number is not that of a sample.
         """
         self._check_open("refresh")
-        self._guards.refresh(None if ids is None else torch.as_tensor(list(ids), dtype=torch.int64))
+        asked, size = None if ids is None else torch.as_tensor(list(ids), dtype=torch.int64), len(self._source)
+        if asked is not None and bool((outside := (asked < 0) | (asked >= size)).any()):
+            raise IndexError(
+                f"drop.refresh: ids must be numbers of samples, within 0..{size - 1}, got {int(asked[outside][0])}"
+            )
+        self._guards.refresh(asked)
 
     def close(self) -> None:
         """End the run: restore the model as it was, and free the rows. Those that other runs can use stay in the store."""
@@ -471,7 +479,11 @@ class DropScheduler:
         choice = choices[prefix]
         said = self._recalibrate(prefix) if epoch and decision.recalibrate else ""
         self._drop(prefix, choice, epoch)
-        views = f", {self._rows.views} views of each sample" if self._rows.cut and self._rows.views > 1 else ""
+        views = (
+            f", {self._rows.views} views of each sample"
+            if choice.cut and self._rows.cut and self._rows.views > 1
+            else ""
+        )
         return f"{reason}; {choice.reason}{views}{said}"
 
     def _recalibrate(self, prefix: int) -> str:

@@ -438,8 +438,9 @@ def test_refresh_reads_the_labels_of_some_samples_again() -> None:
     labels[:] = 0
     drop.refresh()
     assert torch.equal(seen(), labels)
-    with pytest.raises(IndexError):
-        drop.refresh([24])
+    for wrong in (24, -1):
+        with pytest.raises(IndexError, match=rf"drop.refresh: ids must be numbers .*, within 0..23, got {wrong}$"):
+            drop.refresh([0, wrong])
 
 
 def test_a_new_optimizer_is_the_one_that_is_measured() -> None:

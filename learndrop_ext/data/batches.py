@@ -98,13 +98,25 @@ class PlannedBatches:
         """Yield the plans in the sampler's order, each with what `loader` has read of its batch, or None."""
         self._seeded = self._has_persistent_workers()
         read, plans = iter(loader), self._plans
-        while (batch := next(read, None)) is not None or plans:
+        while (batch := self._next(read)) is not None or plans:
             while plans and not len(plans[0].reads):
                 yield plans.popleft(), None
             if batch is not None:
                 yield plans.popleft(), batch
         for plan in self._drawn:  # of an endless sampler, once all samples have rows
             yield plan, None
+
+    def _next(self, read: Iterator[Any]) -> Any:
+        """The next batch that was read, or None."""
+        try:
+            return next(read, None)
+        except Exception:
+            plan = next((plan for plan in self._plans if len(plan.reads)), None)
+            if plan is None or len(plan.reads) == len(plan.ids):
+                raise
+            # Those without rows alone may leave nothing to a collate_fn that leaves out what cannot be read.
+            plan.reads = torch.arange(len(plan.ids))
+            return self._source.read(plan.ids.tolist(), self._rows.epoch)
 
     def rows(self) -> Iterator[Plan]:
         """Return the plans in the sampler's order."""

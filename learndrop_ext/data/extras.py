@@ -169,16 +169,6 @@ def each_image(images: Any, count: int) -> list[Any]:
     return [x.contiguous() for x in images.unbind(1)]
 
 
-def check_count(batch: Any, count: int, key: InputKey) -> None:
-    """Raise ValueError unless a batch has its `count` samples, so that each can be told by its id."""
-    got = len(input_of(batch, key))
-    if got != count:
-        raise ValueError(
-            f"drop.loader: collate_fn must give every sample of a batch, because rows are kept by sample, wanted {count}, "
-            f"got {got}; leave out samples that cannot be read with a Subset or a sampler, or give cache=None"
-        )
-
-
 def is_ambiguous(batch: Any, key: InputKey) -> bool:
     """Return whether a batch of B samples holds a list of B tensors of B rows: one per sample, or each with a row per
     sample. A batch of another size tells."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from learndrop_ext.data.batches import PassingBatches, PlannedBatches
-from learndrop_ext.data.extras import BatchExtras, InputKey, check_count, input_of, to_device, with_input
+from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
 from learndrop_ext.data.id_source import IdSource, length_of
 from learndrop_ext.data.places import Places, Plan
 from learndrop_ext.data.reading import rebuilt
@@ -101,7 +101,7 @@ class DropLoader:
 
     @property
     def shapes(self) -> tuple[list[int], list[int]] | None:
-        """The shape of images in the first batch and another one of the last epoch, if no rows were kept in it; or None."""
+        """The shape of images in the first batch and another one of the last epoch; or None."""
         return None if self._other_shape is None else (list(self._form.shape[1:]), list(self._other_shape))
 
     def __len__(self) -> int:
@@ -258,9 +258,9 @@ class DropLoader:
         rows, ids = self._rows, plan.ids[reads]
         if rows.cache is not None:
             rows.begin_batch()
-            if not self._guards.may_keep(read, ids) and len(reads) < len(plan.ids):
-                return self._batch(Plan.whole(plan.ids))
-        if rows.cache is None:
+        if rows.cache is None or not self._guards.may_keep(read, ids):
+            if len(ids) < len(plan.ids):
+                read = to_device(self._source.read(plan.ids.tolist(), rows.epoch), rows.device)
             images = input_of(read, self._key)
             self._given += len(images)
             if images.shape[1:] != self._form.shape[1:]:
@@ -293,8 +293,12 @@ class DropLoader:
         """A batch of images as the model trains on it: with `mirror`, every second view of a sample is flipped."""
         if not self._rows.config.mirror:
             return batch
-        check_count(batch, len(ids), self._key)
         x = input_of(batch, self._key)
+        if len(x) != len(ids):
+            raise ValueError(
+                "drop.loader: collate_fn must give every sample of a batch, because mirror flips them by sample, wanted "
+                f"{len(ids)}, got {len(x)}; leave out samples that cannot be read with a Subset or a sampler"
+            )
         flip = self._rows.view(ids).bool().to(x.device).view(-1, *[1] * (x.dim() - 1))
         return with_input(batch, self._key, torch.where(flip, x.flip(-1), x))
 

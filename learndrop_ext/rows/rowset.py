@@ -155,8 +155,6 @@ class RowSet:
     def keep(self, cut: int, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Store the rows [B, ...] of images `ids` [B] that have arrived at a cut, and return them as later epochs will get
         them."""
-        if self.cache is None:  # they have been freed since the batch was given
-            return row
         if self.images == 1:
             return self._keep_whole(cut, ids, row)
         arrived, samples = self._arrived.setdefault(cut, {}), (ids // self.images).tolist()
@@ -166,7 +164,7 @@ class RowSet:
             parts = [arrived.pop(sample) for sample in whole]
             rows = torch.stack([torch.cat([of[j] for j in range(self.images)]) for of in parts])
             self._keep_whole(cut, torch.tensor(whole), rows.contiguous(memory_format=format_of(row)))
-        return as_stored(row, self.config.codec) if cut in self.path else row
+        return as_stored(row, self.config.codec) if self.cache is not None and cut in self.path else row
 
     def _keep_whole(self, cut: int, ids: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """`keep`, of rows of whole samples."""
@@ -174,7 +172,8 @@ class RowSet:
         if not is_last and (self.older is None or cut != self.cuts[0]):
             return as_stored(row, self.config.codec) if cut in self.path else row
         cache = self.cache if is_last else self.older
-        assert cache is not None
+        if cache is None:
+            return row
         if row.shape[1:] != cache.shape:
             raise RuntimeError(
                 f"drop.loader: the loop must call the model as call= does (default: model(images)), and rows behind {cut} "
