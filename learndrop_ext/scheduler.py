@@ -479,11 +479,8 @@ class DropScheduler:
         choice = choices[prefix]
         said = self._recalibrate(prefix) if epoch and decision.recalibrate else ""
         self._drop(prefix, choice, epoch)
-        views = (
-            f", {self._rows.views} views of each sample"
-            if choice.cut and self._rows.cut and self._rows.views > 1
-            else ""
-        )
+        keeps_views = choice.cut and self._rows.cut and self._rows.views > 1
+        views = f", {self._rows.views} views of each sample" if keeps_views else ""
         return f"{reason}; {choice.reason}{views}{said}"
 
     def _recalibrate(self, prefix: int) -> str:

@@ -67,7 +67,8 @@ class DropLoader:
             self._images = rebuilt(source.loader, self.batches)
         self._reader = partial(_read_images, source, rows, key) if source.readable else None
         self._epochs = 0
-        self._other_shape: tuple[int, ...] | None = None
+        self._in_epoch = [0, 0]  # samples of the last epoch, and those of them whose images had another shape
+        self._other_shape: list[int] = []  # the last one
         self._closed = False
         self._iteration = object()  # identifies the latest iteration
         self._open: Callable[[], Generator[Any, None, None] | None] = lambda: None  # the epoch that is iterated over
@@ -101,8 +102,9 @@ class DropLoader:
 
     @property
     def shapes(self) -> tuple[list[int], list[int]] | None:
-        """The shape of images in the first batch and another one of the last epoch; or None."""
-        return None if self._other_shape is None else (list(self._form.shape[1:]), list(self._other_shape))
+        """The shape of images in the first batch and another one, if most of those in the last epoch had others; or None."""
+        given, others = self._in_epoch
+        return (list(self._form.shape[1:]), self._other_shape) if 2 * others > given else None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -199,7 +201,7 @@ class DropLoader:
     def _begin_epoch(self) -> None:
         self._rows.end_epoch()  # the epoch before may have been broken off
         self._rows.epoch = self._epochs
-        self._other_shape = None
+        self._in_epoch = [0, 0]
         self.batches.begin()
         self._places.relabel()
         self._guards.begin_epoch(self._epochs)
@@ -230,13 +232,17 @@ class DropLoader:
         """The batch of a plan, with what was read of it, if anything was."""
         plan, row = self._located(planned)
         if read is None and not plan.reads.numel():
-            self._given += plan.ids.numel()
+            self._count(plan.ids.numel())
             return self._extras.get(plan.at, self._stand_in(plan, row, self._form), plan.where)
         is_whole = len(planned.reads) == len(planned.ids)
         if read is None or not (is_whole or bool(torch.isin(plan.reads, planned.reads).all())):
             # undrop(), refresh() or a guard has freed rows during this epoch, or rows cannot be read any more
             planned, read = plan, self._source.read(plan.ids[plan.reads].tolist(), self._rows.epoch)
         return self._with_read(plan, row, planned.reads, to_device(read, self._rows.device))
+
+    def _count(self, samples: int) -> None:
+        self._given += samples
+        self._in_epoch[0] += samples
 
     def _located(self, plan: Plan) -> tuple[Plan, torch.Tensor | None]:
         """The plan as it is now, and the rows of the samples that have some. Rows that cannot be read are forgotten."""
@@ -261,15 +267,16 @@ class DropLoader:
         if rows.cache is None or not self._guards.may_keep(read, ids):
             if len(ids) < len(plan.ids):
                 read = to_device(self._source.read(plan.ids.tolist(), rows.epoch), rows.device)
-            images = input_of(read, self._key)
-            self._given += len(images)
-            if images.shape[1:] != self._form.shape[1:]:
-                self._other_shape = tuple(images.shape[1:])
+            count, *shape = input_of(read, self._key).shape
+            self._count(count)
+            if shape != list(self._form.shape[1:]):
+                self._in_epoch[1] += count
+                self._other_shape = shape
             return self._mirrored(read, plan.ids)
         makes = torch.full((len(reads),), not plan.level) if plan.some is None else plan.some[reads]
         if self._source.readable and not bool(makes.all()) and not self._guards.are_same(read, ids):
             return self._batch(Plan.whole(plan.ids))
-        self._given += len(plan.ids)
+        self._count(len(plan.ids))
         self._relabelled += int((~makes).sum())
         places, order = rows.first_places(ids)
         self._extras.put(read, places, order)
