@@ -60,6 +60,7 @@ class PlannedBatches:
         self._share = Share(seed=rows.config.seed, rank=process_rank()) if shares else None
         self._plans: deque[Plan] = deque()
         self._drawn: Iterator[Plan] = iter(())  # the plans of the epoch from which `_plans` are taken
+        self._sampler_error: Exception | None = None
         self._grown = False  # whether the dataset has, since the epoch before
         self._seeded = False  # whether persistent workers have been given their seed
 
@@ -68,7 +69,7 @@ class PlannedBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         self._drawn, since = self._draw(), 0  # batches since one of which something is read
-        for plan in self._drawn:
+        while (plan := self._drawn_next()) is not None:
             self._plans.append(plan)
             since += 1
             if reads := len(plan.reads):
@@ -106,13 +107,20 @@ class PlannedBatches:
         for plan in self._drawn:  # of an endless sampler, once all samples have rows
             yield plan, None
 
+    def _drawn_next(self) -> Plan | None:
+        try:
+            return next(self._drawn, None)
+        except Exception as error:
+            self._sampler_error = error
+            raise
+
     def _next(self, read: Iterator[Any]) -> Any:
         """The next batch that was read, or None."""
         try:
             return next(read, None)
-        except Exception:
+        except Exception as error:
             plan = next((plan for plan in self._plans if len(plan.reads)), None)
-            if plan is None or len(plan.reads) == len(plan.ids):
+            if error is self._sampler_error or plan is None or len(plan.reads) == len(plan.ids):
                 raise
             # Those without rows alone may leave nothing to a collate_fn that leaves out what cannot be read.
             plan.reads = torch.arange(len(plan.ids))

@@ -67,7 +67,7 @@ class DropLoader:
             self._images = rebuilt(source.loader, self.batches)
         self._reader = partial(_read_images, source, rows, key) if source.readable else None
         self._epochs = 0
-        self._in_epoch = [0, 0]  # samples of the last epoch, and those of them whose images had another shape
+        self._shown = self._others = 0  # samples of the last epoch, and those of them whose images had another shape
         self._other_shape: list[int] = []  # the last one
         self._closed = False
         self._iteration = object()  # identifies the latest iteration
@@ -103,8 +103,7 @@ class DropLoader:
     @property
     def shapes(self) -> tuple[list[int], list[int]] | None:
         """The shape of images in the first batch and another one, if most of those in the last epoch had others; or None."""
-        given, others = self._in_epoch
-        return (list(self._form.shape[1:]), self._other_shape) if 2 * others > given else None
+        return (list(self._form.shape[1:]), self._other_shape) if 2 * self._others > self._shown else None
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -201,7 +200,7 @@ class DropLoader:
     def _begin_epoch(self) -> None:
         self._rows.end_epoch()  # the epoch before may have been broken off
         self._rows.epoch = self._epochs
-        self._in_epoch = [0, 0]
+        self._shown = self._others = 0
         self.batches.begin()
         self._places.relabel()
         self._guards.begin_epoch(self._epochs)
@@ -242,7 +241,7 @@ class DropLoader:
 
     def _count(self, samples: int) -> None:
         self._given += samples
-        self._in_epoch[0] += samples
+        self._shown += samples
 
     def _located(self, plan: Plan) -> tuple[Plan, torch.Tensor | None]:
         """The plan as it is now, and the rows of the samples that have some. Rows that cannot be read are forgotten."""
@@ -270,7 +269,7 @@ class DropLoader:
             count, *shape = input_of(read, self._key).shape
             self._count(count)
             if shape != list(self._form.shape[1:]):
-                self._in_epoch[1] += count
+                self._others += count
                 self._other_shape = shape
             return self._mirrored(read, plan.ids)
         makes = torch.full((len(reads),), not plan.level) if plan.some is None else plan.some[reads]

@@ -146,7 +146,7 @@ class Recording(TorchDispatchMode):
         return out
 
     def _note_given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        for tensor in tensors_of((args, kwargs)):
+        for tensor in reversed(list(tensors_of((args, kwargs)))):  # of several of the images the first one counts
             if self._is_of_images(tensor):
                 self.image = form_of(tensor)
             else:

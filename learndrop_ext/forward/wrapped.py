@@ -65,10 +65,8 @@ class WrappedModel(nn.Module):
             if not (chain.model.training and torch.is_grad_enabled()):
                 return chain.model(*args, **kwargs)
             # Dropped layers without rows: what is live trains as it was wrapped, as with rows.
-            row, given = (
-                bypass.row(lambda: chain.model(*args, **kwargs)),
-                _images_read(args, kwargs, chain.recorded.image),
-            )
+            row = bypass.row(lambda: chain.model(*args, **kwargs))
+            given = _images_read(args, kwargs, chain.recorded.image)
         elif images.pixels is None and images.standing.at == bypass.cuts[-1]:
             bypass.check(images, True)
             row, given = images.standing.rows, images

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
 from learndrop_ext.forward.images import Images
@@ -322,6 +322,32 @@ def test_a_batch_from_which_collate_fn_leaves_one_out_is_read_whole(shuffle: boo
         assert run.drop.history[-1].samples == LARGE - 1
     assert found[0] == found[1]
     assert len(run.dataset.read) <= 8 + PROBES
+
+
+class BreakingOff(Sampler[int]):
+    """Draws in order, until its list is gone."""
+
+    def __init__(self) -> None:
+        self.count = SMALL
+
+    def __iter__(self) -> Iterator[int]:
+        yield from range(self.count)
+        if self.count < SMALL:
+            raise OSError("the list is gone")
+
+    def __len__(self) -> int:
+        return SMALL
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_sampler_is_raised_where_batches_are_read_in_part(workers: int) -> None:
+    sampler = BreakingOff()
+    run = Run("fp32", sampler=sampler, shuffle=False, num_workers=workers)
+    run.losses(SMALL, SMALL)
+    run.drop.refresh(range(0, SMALL, 2))
+    sampler.count = SMALL // 2
+    with pytest.raises(OSError, match="the list is gone"):
+        run.losses(SMALL)
 
 
 def test_undrop_within_an_epoch_gives_the_images_of_whole_batches() -> None:

@@ -107,9 +107,10 @@ def test_labels_are_compared_too() -> None:
     assert all(torch.equal(y, stream.labels[ids]) for _, y, ids in batches)
 
 
-def test_images_of_another_size_train_with_frozen_layers() -> None:
+@pytest.mark.parametrize("views", [1, 2])
+def test_images_of_another_size_train_with_frozen_layers(views: int) -> None:
     stream = Stream()
-    drop, optimizer = begun(stream)
+    drop, optimizer = begun(stream, cache=CacheConfig(codec="fp32", views=views))
     epochs(drop, optimizer, 2)
     drop._rows.forget()
     stream.images = stream.images[..., :6, :6]
