@@ -6,7 +6,9 @@ with a warning. What must not happen at all is a RuntimeError.
 
 from __future__ import annotations
 
+import hashlib
 import operator
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -166,6 +168,25 @@ class ForwardProbe:
             "reads beside its input has changed (an attribute, a hook, a global variable)"
         )
 
+    def digests(self, k: int) -> tuple[str, str]:
+        """Return the SHA-256 of the operations before cut k, and of the tensors beside the image that they use, the same in
+        every process. Where layers cannot run without values, these are of no other process."""
+        if self._trace is None:
+            return uuid.uuid4().hex, uuid.uuid4().hex
+        constants: list[torch.Tensor] = []
+
+        def word(operand: Any) -> Any:
+            if isinstance(operand, Constant):
+                constants.append(operand.values)
+                return None
+            return operand.type if isinstance(operand, torch.device) else operand
+
+        said = [
+            (str(operation), *map(word, operands)) for operation, operands, _ in self._trace[: self._bypass.passed[k]]
+        ]
+        operations = f"{list(self._image.shape)} {self._image.dtype} {said}"
+        return hashlib.sha256(operations.encode()).hexdigest(), weights_digest(constants)
+
     def _traced(self) -> list[Any] | None:
         """The operations of the layers, or None."""
         if not self._traces:
@@ -174,7 +195,8 @@ class ForwardProbe:
         only = torch.zeros(1, dtype=torch.int64)
         standing = Standing(self._bypass, only, None, 0, None, checked=True, trace=trace, before=self._trace or ())
         try:
-            self._run(Images(form_of(self._image), self._image.device, standing), opened=True)
+            with under_autocast(self._image.device, None):
+                self._run(Images(form_of(self._image), self._image.device, standing), opened=True)
         except Exception:  # whatever an operation that needs values raises
             self._traces = False
             return None
@@ -284,7 +306,7 @@ class Guards:
     def drop(self, k: int, optimizer: torch.optim.Optimizer) -> None:
         """Guard the first k layers, which `bypass` has dropped, from now on."""
         self._tensors = FrozenTensors(self._chain, k, self._bypass.frozen, optimizer)
-        self._probe = ForwardProbe(self._bypass, self._run, input_of(self._like, one_key(self._key))[:1])
+        self._probe = self._new_probe()
         self._optimizer = optimizer
 
     def release(self) -> None:
@@ -440,7 +462,21 @@ class Guards:
 
     def checksum(self, k: int) -> str:
         """Return a digest of the weights and buffers of the first k layers, the same in every process."""
-        return weights_digest(self._chain.recorded.before(k), self._chain.parameters(0, k)) if k else ""
+        buffers = (buffer for module in self._chain.recorded.before(k) for buffer in module.buffers())
+        return weights_digest((*self._chain.parameters(0, k), *buffers)) if k else ""
+
+    def digests(self, k: int) -> tuple[str, str]:
+        """Return `ForwardProbe.digests`: of the layers that are dropped, or of what would be if the first k were."""
+        if self._probe is not None:
+            return self._probe.digests(k)
+        self._bypass.put((k,))
+        try:
+            return self._new_probe().digests(k)
+        finally:
+            self._bypass.release()
+
+    def _new_probe(self) -> ForwardProbe:
+        return ForwardProbe(self._bypass, self._run, input_of(self._like, one_key(self._key))[:1])
 
     def _changed_data(
         self, batch: Any, ids: torch.Tensor, places: torch.Tensor | None, others: Sequence[Any] = ()

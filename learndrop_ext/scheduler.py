@@ -43,7 +43,7 @@ from learndrop_ext.kernels.chunks import DTYPE_CODES
 from learndrop_ext.ledger import Ledger
 from learndrop_ext.rows.config import CacheConfig, cache_config
 from learndrop_ext.rows.rowset import RowSet
-from learndrop_ext.rows.store.fingerprint import Fingerprint, code_digest, weights_digest
+from learndrop_ext.rows.store.fingerprint import Fingerprint
 
 #: Samples on which a cut is tried before layers are dropped.
 TRIED = 4
@@ -597,13 +597,12 @@ def _run_on(
 def _made_of(chain: Chain, config: CacheConfig, guards: Guards, path: Sequence[int], row: str) -> Fingerprint:
     """Everything that rows depend on which went through these cuts. row: their dtype and shape."""
     k = path[-1]
-    modules = chain.recorded.before(k)
+    operations, tensors = guards.digests(k)
     return Fingerprint(
-        weights=weights_digest(modules, chain.parameters(0, k)),
+        weights=tensors,
         cut=k,
         codec=config.codec,
-        layers=f"{type(chain.model).__name__}, cuts {list(path)}: {chain.names[:k]}, code "
-        f"{code_digest(modules, chain.recorded.around(k))}",
+        layers=f"{type(chain.model).__name__}, cuts {list(path)}: {chain.names[:k]}, operations {operations}",
         loop=guards.loop.describe(),
         row=row,
         views="mirror" if config.mirror else "random" if config.rows_per_sample > 1 else "one",

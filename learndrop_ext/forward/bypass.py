@@ -59,6 +59,7 @@ class Bypass:
         self._current: Images | None = None  # the images whose rows are kept
         self._end = 0  # the cut at which the forward ends
         self._opened = False  # whether it runs all modules before it
+        self.passed: dict[int, int] = {}  # of the last trace, the number of operations before each cut
         self._traced: torch.Tensor | None = None
         self._around: list[nn.Module] = []
         self._live_again: list[nn.Module] = []  # modules around the cut that were in train mode
@@ -234,6 +235,8 @@ class Bypass:
                 f"drop.loader: the output of {self.recorded.layers[k - 1].name} must stay a tensor while layers are "
                 f"dropped, got a {type(x).__name__}"
             )
+        if isinstance(x, Unread) and x.standing.trace is not None:
+            self.passed[k] = len(x.standing.trace)
         if not isinstance(x, Unread):
             x = x.detach()
             if self._current is not None:

@@ -42,6 +42,7 @@ class DiskTier:
     def open(self, stored: StoredRows) -> None:
         """Keep rows among these from now on: what rows depend on is known once the first have arrived."""
         self._stored = stored
+        stored.note_use()
 
     @property
     def is_open(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def budgets_of(config: CacheConfig, device: torch.device, *, beside: int = 0, th
 
     A CPU model has no host tier, since its device is host memory. What is kept beside the rows (`beside` bytes, of which as
     many as are `there` already are not free) lies on the device and is taken off its budget, or off the host's if it is too
-    large. Raises OSError if the folder of the store is not there.
+    large.
     """
     budget = config.budget_bytes
     on_device = budget if isinstance(budget, int) else free_bytes(device) // 2
@@ -140,7 +141,8 @@ def budgets_of(config: CacheConfig, device: torch.device, *, beside: int = 0, th
         host = config.host_bytes if isinstance(config.host_bytes, int) else free_bytes(torch.device("cpu")) // 2
     if config.store is not None:
         limit = config.store_bytes
-        disk = limit if isinstance(limit, int) else shutil.disk_usage(Path(config.store)).free // 2
+        with contextlib.suppress(OSError):  # the folder has gone: no more rows go there
+            disk = limit if isinstance(limit, int) else shutil.disk_usage(Path(config.store)).free // 2
     if budget == "auto":
         beside = max(0, beside - there)
     if beside > on_device and host > 0:

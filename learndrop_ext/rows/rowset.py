@@ -180,9 +180,8 @@ class RowSet:
                 f"layers are {list(row.shape[1:])} in the loop, and {list(cache.shape)} so; give DropScheduler "
                 "call=lambda model, batch: model(...) with what the loop does to images before"
             )
-        path = self.path if is_last else self.path[:-1]
-        self._outliving.open(cache, path, row, ids if is_last and self._looks else None, self.epoch)
         if is_last:
+            self._outliving.open(cache, self.path, row, ids if self._looks else None, self.epoch)
             self._looks = False
         at = self.places(ids)
         new = torch.nonzero(~filled_at(cache, at)).flatten()
@@ -379,7 +378,7 @@ class RowSet:
                 return False
             try:
                 cache.grow(-(-wanted // self.views) * self.views)
-            except ValueError as error:
+            except (ValueError, OSError, torch.OutOfMemoryError) as error:
                 return self._is_full(str(error))
         if len(places) < len(at):
             at, rows = places, rows[order.to(rows.device)]

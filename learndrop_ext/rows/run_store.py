@@ -107,6 +107,7 @@ class RunStore:
     def clear(self) -> None:
         """Forget what the rows are called: new ones are others."""
         random = [1 + secrets.randbits(62) for _ in range(self._views)]  # no other run has these
+        self._tried: tuple[DiskTier, int] | None = None  # what `open` has tried to open last, and in which epoch
         self._own = torch.tensor(random) if self.is_random else torch.arange(self._views)  # [V]: this run's views
         self._names_at = torch.empty(0, dtype=torch.int64)  # of random views, by place
 
@@ -123,9 +124,10 @@ class RunStore:
         ids: [B], their samples, to take the rows that other runs have left, or to delete them if they disagree.
         """
         disk = cache.disk
-        if disk is None or disk.is_open:
+        if disk is None or disk.is_open or self._tried == (disk, epoch):
             return
         assert self._store is not None
+        self._tried = disk, epoch
         made_of = self._made_of(path, f"{row.dtype} {list(row.shape[1:])}")
         disk.open(StoredRows(self._store, made_of, private=disk.is_private))
         if ids is not None:
@@ -225,7 +227,7 @@ class RunStore:
         self._slots.assign(found.sample.unique(), epoch)
         wanted = self._slots.used * self._views
         if wanted > len(cache.filled):
-            with contextlib.suppress(ValueError):  # what does not fit is read each time
+            with contextlib.suppress(ValueError, torch.OutOfMemoryError):  # what does not fit is read each time
                 cache.grow(wanted)
         at, taken = self._places_of(found, views)
         free = (at < len(cache.filled)) & ~filled_at(cache, at)
@@ -261,7 +263,7 @@ class RunStore:
         if views is not None:
             # The dataset may have got more samples.
             named = torch.zeros(len(self._slots), self._views, dtype=torch.int64)
-            named[: len(views)] = views[:, : self._views]
+            named[: len(views), : views.shape[1]] = views[:, : self._views]
             is_it = named[found.sample] == found.view[:, None]
             mine = is_it.any(1)
             return (slots * self._views + is_it.int().argmax(1))[mine], every[mine]

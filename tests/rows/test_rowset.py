@@ -29,7 +29,8 @@ def rowset(size: int = 6, **options: Any) -> RowSet:
     config = CacheConfig(**({"codec": "fp32", "views": 1} | options))
 
     def made_of(path: list[int], row: str) -> Fingerprint:
-        return Fingerprint(str(list(path)), path[-1], config.codec, "numbers", "", row, str(config.rows_per_sample))
+        views = "random" if config.rows_per_sample > 1 else "one"
+        return Fingerprint(str(list(path)), path[-1], config.codec, "numbers", "", row, views)
 
     return RowSet(size, config=config, device=CPU, made_of=made_of, sample_keys=sample_keys)
 
@@ -603,3 +604,56 @@ def test_a_store_that_fails_costs_the_sharing_and_not_the_run(tmp_path: Path, mo
     assert_rows(rows, 1, *range(6))
     rows.close(keep=False)
     assert RowStore(tmp_path).entries() == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), torch.OutOfMemoryError("out of memory")])
+def test_rows_for_which_no_room_can_be_made_are_run_each_time(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rowset(store=tmp_path, budget_bytes=3 * ROW, store_bytes=1 << 20)
+    rows.advance(1, SHAPE, rows=3, private=True)
+    rows.keep(1, ids(0, 1, 2), values(1, ids(0, 1, 2)))
+
+    def refused(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ActivationCache, "grow", refused)
+    with pytest.warns(RuntimeWarning, match="do not hold the rows of all samples"):
+        assert torch.equal(rows.keep(1, ids(3), values(1, ids(3))), values(1, ids(3)))
+    assert_rows(rows, 1, 0, 1, 2)
+    assert_rows(rows, 0, 3)
+
+
+def test_a_store_that_cannot_be_opened_is_tried_once_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def refused(*_: Any, **__: Any) -> None:
+        tried.append(1)
+        raise OSError(37, "No locks available")
+
+    rows = rowset(store=tmp_path)
+    monkeypatch.setattr(run_store, "StoredRows", refused)
+    rows.advance(1, SHAPE, rows=6, private=False)
+    with pytest.warns(RuntimeWarning, match="goes on without what the store has: .* No locks"):
+        rows.keep(1, ids(0), values(1, ids(0)))
+    rows.keep(1, ids(1), values(1, ids(1)))
+    rows.epoch = 1
+    rows.keep(1, ids(5), values(1, ids(5)))
+    assert len(tried) == 2
+    assert_rows(rows, 1, 0, 5)
+
+
+@pytest.mark.parametrize("views", [2, 8])
+def test_a_run_that_resumes_may_have_another_number_of_random_views(views: int, tmp_path: Path) -> None:
+    first = rowset(views=4, store=tmp_path)
+    first.advance(1, SHAPE, rows=24, private=False)
+    for first.epoch in range(4):
+        first.keep(1, ids(*range(6)), values(1, ids(*range(6)), view=first.epoch))
+    saved = first.save()
+    first.close(keep=True)
+    again = rowset(views=views, store=tmp_path)
+    again.resume(saved, (1,), SHAPE)
+    there = torch.zeros(6)
+    for again.epoch in range(views):
+        there += again.filled(ids(*range(6)))
+    assert there.tolist() == [min(views, 4)] * 6

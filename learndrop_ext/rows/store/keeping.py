@@ -72,6 +72,8 @@ def check_rows(store: RowStore) -> dict[str, int]:
     for entry in store.entries():
         stored = StoredRows(store, entry.fingerprint, digest=entry.digest)
         try:
+            if stored.form is None:  # its file was deleted
+                continue
             names = dict(enumerate({sample for sample, *_ in _rows(store, entry)}))
             found = stored.find(names)
             bad = torch.nonzero(stored.damaged(found.place)).flatten()

@@ -103,10 +103,22 @@ class RowStore:
                 folder / INDEX, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
             self._close = weakref.finalize(self, _close, self.db, self.process)
-            self.db.execute("PRAGMA journal_mode = WAL")
+            self._write_ahead()
             # A row that a crash of the machine has taken from its file is found by its checksum.
             self.db.execute("PRAGMA synchronous = NORMAL")
         self._set_up()
+
+    def _write_ahead(self) -> None:
+        """Write ahead, as other processes do or are about to: SQLite does not wait for them here."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                self.db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _set_up(self) -> None:
         with self.transaction():
@@ -296,7 +308,12 @@ class StoredRows:
             id = self.entry.id
             places = torch.empty(len(rows), dtype=torch.int64)
             new: dict[tuple[bytes, int], int] = {}  # of several with one name the first
-            (end,) = self._store.db.execute("SELECT places FROM fingerprints WHERE id = ?", (id,)).fetchone()
+            line = self._store.db.execute(
+                "SELECT places FROM fingerprints WHERE id = ? AND file = ?", (id, self.entry.file)
+            ).fetchone()
+            if line is None:
+                raise OSError(f"store {self._store.folder}: {self.entry.file} must be there, and was deleted")
+            (end,) = line
             for i, (sample, view, image) in enumerate(zip(*keys, strict=True)):
                 there = self._store.db.execute(
                     "SELECT place, checksum, image FROM rows WHERE fingerprint = ? AND sample = ? AND view = ?",
@@ -354,6 +371,12 @@ class StoredRows:
         with self._store.transaction():
             self._store.db.executemany("DELETE FROM rows WHERE fingerprint = ? AND sample = ? AND view = ?", named)
 
+    def note_use(self) -> None:
+        """Note that a run uses the rows now."""
+        if self.entry is not None:
+            with self._store.transaction():
+                self._store.db.execute("UPDATE fingerprints SET used = ? WHERE id = ?", (time.time(), self.entry.id))
+
     def keep(self) -> None:
         """Leave private rows to the run that resumes."""
         if self.is_private and self.entry is not None:
@@ -385,8 +408,6 @@ class StoredRows:
             shared = locked(self._file.descriptor, fcntl.LOCK_SH)
             if shared and self._store.entry(self.digest, file=entry.file) is not None:
                 self.entry, self.form = entry, entry.row_form
-                with self._store.transaction():
-                    self._store.db.execute("UPDATE fingerprints SET used = ? WHERE id = ?", (time.time(), entry.id))
                 return
             self._file.close()
             if time.monotonic() > deadline:

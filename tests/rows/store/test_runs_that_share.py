@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, random_split
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
 from learndrop_ext.guards import PROBES
@@ -418,6 +420,78 @@ class Jittered(Listed):
     def __getitem__(self, index: int) -> Any:
         image, label = super().__getitem__(index)
         return image + torch.rand(()), label
+
+
+@torch.library.custom_op("learndrop_tests::doubled", mutates_args=(), device_types="cpu")
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Nobody can say without values what it returns."""
+    return 2 * x
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = doubled(x)
+        return result
+
+
+class Varied(nn.Module):
+    """Two layers to drop, and what their forward reads beside weights."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((3, 1, 1), settings.get("buffer", 0.0)))
+        self.scale = torch.full((), settings.get("tensor", 1.0))
+        self.std, self.act = settings.get("tuple", (1.0,)), settings.get("function", torch.relu)
+        dilation = settings.get("dilation", (1, 1))
+        self.conv1 = nn.Conv2d(3, 4, 3, padding=dilation, dilation=dilation)
+        self.module = settings.get("module", nn.Identity())
+        self.conv2, self.fc = nn.Conv2d(4, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.act(self.conv1((x - self.mean) / self.std[0] * self.scale))
+        x = self.module(x)
+        return self.fc(self.conv2(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("buffer", 1.0),
+        ("tensor", 2.0),
+        ("tuple", (2.0,)),
+        ("function", torch.sigmoid),
+        ("dilation", (2, 2)),
+        ("module", Doubled()),
+    ],
+)
+def test_whatever_the_dropped_layers_compute_otherwise_has_rows_of_its_own(
+    setting: str, value: Any, tmp_path: Path
+) -> None:
+    """Random views cannot be compared with what is in the store."""
+    sets = []
+    for settings in ({}, {}, {setting: value}, {setting: value}):
+        torch.manual_seed(0)
+        model = Varied(**settings)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        cache = CacheConfig(codec="fp32", views=4, store=tmp_path)
+        loader = DataLoader(Jittered(), batch_size=8)
+        with DropScheduler(model, optimizer, loader, policy=Fixed({0: 2}), cache=cache) as drop:
+            epoch(drop, optimizer)
+            drop.step()
+        sets.append(len(stored(tmp_path)))
+    assert sets == ([1, 1, 2, 3] if setting == "module" else [1, 1, 2, 2])
+
+
+def test_a_store_whose_folder_has_gone_costs_the_run_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    drop, optimizer, _ = begun(folder, Listed(), drops={0: 1, 1: 2})
+    epoch(drop, optimizer)
+    shutil.rmtree(folder)
+    drop.step()
+    losses = epoch(drop, optimizer)
+    drop.step()
+    assert (drop.prefix, len(losses)) == (2, 3)
+    drop.close()
 
 
 def test_random_views_get_richer_with_each_run(tmp_path: Path) -> None:

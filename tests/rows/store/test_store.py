@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -251,3 +252,41 @@ def test_rows_in_another_form_are_refused(store: RowStore) -> None:
     add(StoredRows(store, other(1)), range(4))
     with pytest.raises(StoreError, match="another run is adding the same rows in another form"):
         late.append(keys([5]), VALUES[5:6], FORM, torch.float16)
+
+
+def test_a_store_that_another_process_is_making_is_waited_for(tmp_path: Path) -> None:
+    maker = sqlite3.connect(tmp_path / INDEX, isolation_level=None, check_same_thread=False)
+    maker.execute("BEGIN IMMEDIATE")
+    timer = threading.Timer(0.3, maker.rollback)
+    timer.start()
+    try:
+        RowStore(tmp_path).close()  # SQLite itself does not wait here
+    finally:
+        timer.join()
+        maker.close()
+
+
+def test_checking_rows_is_not_using_them(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    for number, age in enumerate((86400.0, 300.0)):
+        stored = StoredRows(store, other(number))
+        add(stored, range(2))
+        stored.close()
+        store.db.execute("UPDATE fingerprints SET used = used - ? WHERE made_of LIKE ?", (age, f"%other {number}%"))
+    ages = [one.age_seconds for one in list_rows(store)]
+    check_rows(store)
+    assert [one.age_seconds for one in list_rows(store)] == pytest.approx(ages, abs=60)
+
+
+def test_a_file_that_was_deleted_costs_its_rows(tmp_path: Path) -> None:
+    store = RowStore(tmp_path)
+    live = StoredRows(store, PRINT)
+    add(live, range(4))
+    next(tmp_path.glob("rows-*.bin")).unlink()
+    assert check_rows(RowStore(tmp_path)) == {}
+    new = StoredRows(RowStore(tmp_path), PRINT)
+    add(new, range(2))
+    with pytest.raises(OSError, match="must be there, and was deleted"):
+        add(live, range(4, 8))
+    assert whole(rows_of(new))
+    assert len(rows_of(new)) == 2
