@@ -48,10 +48,6 @@ class Entry:
     layer: int
     anchor_bytes: int
 
-    def flat(self) -> Tensor:
-        """Return the parameter's elements in storage order, [numel], sharing its memory."""
-        return self.weight.as_strided((self.weight.numel(),), (1,))
-
 
 class DeltaTable:
     """Parameters of one device, grouped in layers, with their anchors and the chunk table that kernels read.

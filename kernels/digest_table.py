@@ -58,13 +58,12 @@ class DigestTable:
         """Return whether a tensor's memory, shape, strides or dtype has changed since the build. Needs no device."""
         return layouts(self._locals()) != self._layouts
 
-    def refresh(self) -> bool:
-        """Prepare a digest of what the tensors hold now, and return whether the table had to be built again.
+    def refresh(self) -> None:
+        """Prepare a digest of what the tensors hold now.
 
         Tensors with gaps or overlap are copied, the others are read where they are.
         """
-        stale = self.stale()
-        if stale:
+        if self.stale():
             self._build()
         elif self._copies:
             sources = self._locals()
@@ -72,7 +71,6 @@ class DigestTable:
             with torch.inference_mode():
                 for i, copy in self._copies:
                     copy.copy_(sources[i])
-        return stale
 
     def _locals(self) -> Sequence[Tensor]:
         return [local_part(tensor) for tensor in self._tensors] if self._sharded else self._tensors

@@ -1,6 +1,6 @@
 """The only package that sees the compiled extension `_C` and the Triton kernels."""
 
-from learndrop_ext.ops.backend import BackendInfo, backend_info, free_bytes
+from learndrop_ext.ops.backend import backend_info, free_bytes
 from learndrop_ext.ops.delta_norms import delta_norms
 from learndrop_ext.ops.digests import TensorDigests, digests
 from learndrop_ext.ops.filter_norms import filter_norms
@@ -17,7 +17,6 @@ from learndrop_ext.ops.rows import (
 __all__ = [
     "CODECS",
     "DTYPES",
-    "BackendInfo",
     "TensorDigests",
     "append_rows",
     "backend_info",

@@ -11,8 +11,6 @@ import torch
 
 from learndrop_ext.ops import CODECS
 
-PARTITIONS = ("share", "all")
-
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -73,7 +71,7 @@ class CacheConfig:
             raise ValueError(f"CacheConfig: codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
         if self.views != "auto" and not (_is_whole(self.views) and self.views >= 1):
             raise ValueError(f"CacheConfig: views must be a whole number >= 1 or 'auto', got {self.views!r}")
-        if self.partition not in PARTITIONS:
+        if self.partition not in ("share", "all"):
             raise ValueError(f"CacheConfig: partition must be 'share' or 'all', got {self.partition!r}")
         for name in ("budget_bytes", "host_bytes", "store_bytes"):
             value = getattr(self, name)

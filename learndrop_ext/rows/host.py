@@ -140,8 +140,6 @@ def allocate(rows: int, stride_bytes: int, device: torch.device) -> Tensor:
     """Return memory [rows, stride_bytes] uint8. Raises torch.OutOfMemoryError on a CPU too."""
     try:
         return torch.empty((rows, stride_bytes), dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise

@@ -312,10 +312,7 @@ class RowSet:
             self._outliving.save(self.cache)
         if self.older is None or self.cache is None:
             return
-        needed = self.older.filled.clone()
-        both = min(len(needed), len(self.cache.filled))
-        needed[:both] &= ~self.cache.filled[:both]
-        if not bool(needed.any()):
+        if bool(filled_at(self.cache, torch.nonzero(self.older.filled).flatten()).all()):
             self._drop_older()
 
     @property
