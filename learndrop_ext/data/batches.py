@@ -21,7 +21,7 @@ from torch.utils.data import (
 from learndrop_ext.data.extras import to_device
 from learndrop_ext.data.id_source import IdSource, length_of
 from learndrop_ext.data.places import Places, Plan
-from learndrop_ext.data.reading import id_of
+from learndrop_ext.data.reading import FAILED, id_of
 from learndrop_ext.data.share import Share
 from learndrop_ext.data.source import DatasetSource
 from learndrop_ext.distributed import process_rank, several_processes
@@ -30,6 +30,7 @@ from learndrop_ext.warn import warn
 
 #: Batches without an image to read after which those of an endless sampler are not drawn ahead any more.
 IDLE = 64
+_END: Any = object()
 
 
 def draws_at_once(batch_sampler: Any) -> bool:
@@ -60,8 +61,8 @@ class PlannedBatches:
         self._share = Share(seed=rows.config.seed, rank=process_rank()) if shares else None
         self._plans: deque[Plan] = deque()
         self._drawn: Iterator[Plan] = iter(())  # the plans of the epoch from which `_plans` are taken
-        self._sampler_error: Exception | None = None
         self._grown = False  # whether the dataset has, since the epoch before
+        self._known = self._new = 0  # samples drawn before this epoch, and those of them that were new in the last one
         self._seeded = False  # whether persistent workers have been given their seed
 
     def __len__(self) -> int:
@@ -69,7 +70,7 @@ class PlannedBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         self._drawn, since = self._draw(), 0  # batches since one of which something is read
-        while (plan := self._drawn_next()) is not None:
+        for plan in self._drawn:
             self._plans.append(plan)
             since += 1
             if reads := len(plan.reads):
@@ -82,49 +83,42 @@ class PlannedBatches:
         """Begin an epoch; the dataset may have grown, and the epoch before may have been broken off."""
         more = self._rows.follow_size(len(self._source))
         self._grown = more > 0
-        if more:
-            self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
+        self.seen = torch.cat([self.seen, torch.zeros(more, dtype=torch.bool)])
+        known = int(self.seen.sum())
+        self._known, self._new = known, known - self._known
         if self._share is not None and (more or self._rows.cache is None):
             self._share.forget()
         self._plans.clear()
 
     def reads_images(self) -> bool:
         """Return whether a sample drawn so far, or one of this rank's share, has to be read, or none was drawn yet, or the
-        dataset has grown."""
+        dataset has grown, or a batch or more of new ones was drawn in the last epoch and there are others: reading a batch
+        by number begins a worker."""
+        if self._share is not None and self._share.ids is not None:
+            return self._grown or self._places.needs_images(self._share.ids)
         drawn = torch.nonzero(self.seen).flatten()
-        needed = drawn if self._share is None or self._share.ids is None else self._share.ids
-        return self._grown or not len(needed) or self._places.needs_images(needed)
+        has_more = self._new >= self._batch_size and len(drawn) < len(self.seen)
+        goes_on = has_more and self._source.loader.num_workers > 0
+        return self._grown or goes_on or not len(drawn) or self._places.needs_images(drawn)
 
     def images(self, loader: Any) -> Iterator[tuple[Plan, Any]]:
         """Yield the plans in the sampler's order, each with what `loader` has read of its batch, or None."""
         self._seeded = self._has_persistent_workers()
         read, plans = iter(loader), self._plans
-        while (batch := self._next(read)) is not None or plans:
+        while True:
+            batch = next(read, _END)
             while plans and not len(plans[0].reads):
                 yield plans.popleft(), None
-            if batch is not None:
-                yield plans.popleft(), batch
+            if batch is _END:
+                break
+            plan = plans.popleft()
+            if isinstance(batch, str) and batch == FAILED:
+                # Those without rows alone may leave nothing to a collate_fn that leaves out what cannot be read.
+                plan.reads = torch.arange(len(plan.ids))
+                batch = self._source.read(plan.ids.tolist(), self._rows.epoch)
+            yield plan, batch
         for plan in self._drawn:  # of an endless sampler, once all samples have rows
             yield plan, None
-
-    def _drawn_next(self) -> Plan | None:
-        try:
-            return next(self._drawn, None)
-        except Exception as error:
-            self._sampler_error = error
-            raise
-
-    def _next(self, read: Iterator[Any]) -> Any:
-        """The next batch that was read, or None."""
-        try:
-            return next(read, None)
-        except Exception as error:
-            plan = next((plan for plan in self._plans if len(plan.reads)), None)
-            if error is self._sampler_error or plan is None or len(plan.reads) == len(plan.ids):
-                raise
-            # Those without rows alone may leave nothing to a collate_fn that leaves out what cannot be read.
-            plan.reads = torch.arange(len(plan.ids))
-            return self._source.read(plan.ids.tolist(), self._rows.epoch)
 
     def rows(self) -> Iterator[Plan]:
         """Return the plans in the sampler's order."""
@@ -144,9 +138,14 @@ class PlannedBatches:
         elif self._share.ids is not None:
             kept = len(self._share.ids)
         else:
-            batch_size = getattr(self._sampler, "batch_size", None)
-            kept = min(size, len(self) * (batch_size if isinstance(batch_size, int) else 32))
+            kept = min(size, len(self) * self._batch_size)
         return kept * self._rows.views
+
+    @property
+    def _batch_size(self) -> int:
+        """That of the sampler, or a typical one."""
+        size = getattr(self._sampler, "batch_size", None)
+        return size if isinstance(size, int) else 32
 
     def load(self, seen: torch.Tensor) -> None:
         """Mark the samples that an earlier process has seen."""

@@ -47,14 +47,14 @@ class _Input:
 
 
 def register(batch: Any) -> None:
-    """Make pytree know the type of a batch that is a dataclass or a `UserDict`, as the image processors of transformers
-    give."""
+    """Make pytree know the type of a batch that is a dataclass, a `UserDict`, as the image processors of transformers give,
+    or a `dict` of another type."""
     kind: Any = type(batch)
     if kind in pytree.SUPPORTED_NODES:
         return
     if is_dataclass(kind):
         pytree.register_dataclass(type(batch))
-    elif isinstance(batch, UserDict):
+    elif isinstance(batch, UserDict | dict):
         pytree.register_pytree_node(
             kind,
             lambda one: (list(one.values()), list(one)),
@@ -154,6 +154,11 @@ def with_input(batch: Any, key: InputKey, model_input: Any) -> Any:
 def _with_entry(batch: Any, path: Sequence[int | str], value: Any) -> Any:
     """The batch with another value where a path of keys leads."""
     entries, spec = pytree.tree_flatten(batch, is_leaf=lambda entry: entry is not batch)
+    if spec.is_leaf():
+        raise TypeError(
+            "DropScheduler: loader must give batches that are tensors, lists, tuples, dicts or dataclasses, got images in a "
+            f"{type(batch).__name__}"
+        )
     names = names_of(batch)
     place: Any = names.index(path[0]) if path[0] in names else path[0]
     entries[place] = _with_entry(entries[place], path[1:], value) if path[1:] else value
@@ -200,6 +205,12 @@ def equal(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(equal, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if (
+        type(one) is type(other)
+        and hasattr(one, "__dict__")
+        and (is_dataclass(one) or getattr(type(one), "__eq__", None) is object.__eq__)
+    ):
+        return equal(vars(one), vars(other))
     return type(one) is type(other) and bool(one == other or (one != one and other != other))
 
 
@@ -247,6 +258,12 @@ class _Column:
             values = [copy.deepcopy(self.stored[place]) for place in at.tolist()]
             return tuple(values) if self.form.startswith("a tuple") else values
         return self.stored
+
+    def values(self) -> Any:
+        """Return what is stored as a tensor on the CPU or, of values that are no numbers, a list."""
+        if self.kind == "array" and self.stored.dtype.kind in "US":
+            return self.stored.tolist()
+        return torch.as_tensor(self.stored).cpu().clone() if self.has_rows else list(self.stored)
 
 
 class BatchExtras:
@@ -354,7 +371,7 @@ class BatchExtras:
         return {
             "filled": self.filled.clone(),
             "forms": [column.form for column in varying],
-            "values": [torch.as_tensor(c.stored).cpu().clone() if c.has_rows else list(c.stored) for c in varying],
+            "values": [column.values() for column in varying],
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -364,10 +381,12 @@ class BatchExtras:
         if [column.form for column in varying] != state["forms"]:
             return
         for column, values in zip(varying, state["values"], strict=True):
-            is_list = column.kind == "list"
-            column.stored = (
-                list(values) if is_list else values.numpy() if column.kind == "array" else values.to(self._home)
-            )
+            if column.kind == "tensor":
+                column.stored = values.to(self._home)
+            elif isinstance(values, torch.Tensor):
+                column.stored = values.numpy()
+            else:
+                column.stored = np.array(values) if column.kind == "array" else list(values)
         self._spec, self._columns, self.filled = spec, columns, state["filled"]
 
     def _columns_of(self, batch: Any) -> tuple[Any, list[_Column]]:
@@ -422,7 +441,10 @@ class BatchExtras:
 def _kind(name: str, leaf: Any, count: int) -> tuple[str, str]:
     """The kind and the form of an entry; see `_Column`."""
     if isinstance(leaf, torch.Tensor | np.ndarray) and leaf.ndim > 0 and len(leaf) == count:
-        return "tensor" if isinstance(leaf, torch.Tensor) else "array", f"{leaf.dtype} rows {list(leaf.shape[1:])}"
+        if isinstance(leaf, torch.Tensor):
+            return "tensor", f"{leaf.dtype} rows {list(leaf.shape[1:])}"
+        dtype = leaf.dtype.kind if leaf.dtype.kind in "US" else leaf.dtype  # strings of any width
+        return "array", f"{dtype} rows {list(leaf.shape[1:])}"
     if isinstance(leaf, list | tuple) and len(leaf) == count:
         return "list", f"a {type(leaf).__name__} of values"
     if leaf is None or isinstance(leaf, str | bytes | int | float | np.generic):
@@ -455,5 +477,7 @@ def _written(stack: Any, at: torch.Tensor, rows: Any) -> Any:
             stack = torch.cat([stack, stack.new_zeros(shape)])
         else:
             stack = np.concatenate([stack, np.zeros(shape, dtype=stack.dtype)])
+    if isinstance(stack, np.ndarray) and stack.dtype != rows.dtype:  # wider strings
+        stack = stack.astype(np.promote_types(stack.dtype, rows.dtype))
     stack[at.numpy()] = rows.to(stack.device) if isinstance(stack, torch.Tensor) else rows
     return stack

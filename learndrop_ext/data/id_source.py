@@ -3,6 +3,7 @@ batch."""
 
 from __future__ import annotations
 
+import copy
 import operator
 import statistics
 import time
@@ -65,7 +66,7 @@ class IdSource:
         self._unmatched: dict[int | str, int] = {}  # id -> position of its samples that were not compared yet
         self._waits: deque[float] = deque(maxlen=TIMED_BATCHES)
         self._first_wait = 0.0
-        self._keeps_last = True  # whether the last batch of an iteration may be smaller
+        self._keeps_last = True  # whether a batch may be smaller than the others
         self._samples = 0  # samples of the last whole iteration
         self._length: int | None = None  # len(loader) at that time
 
@@ -91,9 +92,13 @@ class IdSource:
 
     def first(self) -> Any:
         """Draw the first batch. Raises ValueError if there is none, or no input or no ids where `input` and `ids` say."""
+        loader = self.loader
+        if isinstance(loader, DataLoader):  # whose persistent workers begin with its first epoch
+            loader = copy.copy(loader)
+            vars(loader)["_iterator"] = None
         with left_alone(self.loader, self._seed):
             begin = time.perf_counter()
-            iterator = iter(self.loader)
+            iterator = iter(loader)
             batch = next(iterator, _END)
             self._first_wait = time.perf_counter() - begin
         if batch is _END:
@@ -140,15 +145,15 @@ class IdSource:
         unmet = None if self._begun else set(self._first_ids)
         batches, length = chain(self._begun, iter(loader)), length_of(loader)
         self._begun = []
-        samples = given = last = 0
+        samples = given = 0
         met = torch.empty(0, dtype=torch.bool)
         repeats = False
         begin = time.perf_counter()
         for batch in batches:
             if given:  # the first batch also waits for the workers to start
                 self._waits.append(time.perf_counter() - begin)
-            last = len(input_of(batch, self._key))
-            ids = ids_of(batch, self._place, last)
+            count = len(input_of(batch, self._key))
+            ids = ids_of(batch, self._place, count)
             numbers = self.numbers(ids)
             if not self._unmatched.keys().isdisjoint(ids):
                 self._check_same(batch, ids, [i for i, value in enumerate(ids) if value in self._unmatched])
@@ -158,9 +163,9 @@ class IdSource:
             met[numbers] = True
             if unmet is not None:
                 unmet.difference_update(ids)
-            given, samples = given + 1, samples + last
+            given, samples = given + 1, samples + count
             if given == length:  # the caller may stop here
-                self._end(length, samples, last, unmet, repeats=repeats)
+                self._end(length, samples, given, unmet, repeats=repeats)
             yield numbers, batch, again
             begin = time.perf_counter()
         if not given:
@@ -168,7 +173,7 @@ class IdSource:
                 f"drop.loader: loader must give batches each time it is iterated over, got none from a "
                 f"{type(loader).__name__}"
             )
-        self._end(length, samples, last, unmet, repeats=repeats)
+        self._end(length, samples, given, unmet, repeats=repeats)
 
     @property
     def batches(self) -> int:
@@ -212,10 +217,12 @@ class IdSource:
         self._samples, self._length = state["samples"], state["length"]
         self.unchecked = True
 
-    def _end(self, length: int | None, samples: int, last: int, unmet: set[int | str] | None, *, repeats: bool) -> None:
+    def _end(
+        self, length: int | None, samples: int, given: int, unmet: set[int | str] | None, *, repeats: bool
+    ) -> None:
         """Note what an iteration has shown."""
         self.whole, self.repeats = unmet is not None and not unmet and not repeats, repeats
-        self._keeps_last = last < self.batch_size
+        self._keeps_last = samples < given * self.batch_size
         self._samples, self._length = samples, length
         if unmet is not None:
             self._unmatched = {value: i for value, i in self._unmatched.items() if value in unmet}

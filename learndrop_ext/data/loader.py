@@ -189,6 +189,7 @@ class DropLoader:
     def close(self) -> bool:
         """Give no batches any more; return whether the loader was open."""
         was, self._closed = self._closed, True
+        self._images = self._source.loader  # ends persistent workers
         self._calls.forget()
         return not was
 
@@ -236,8 +237,12 @@ class DropLoader:
         is_whole = len(planned.reads) == len(planned.ids)
         if read is None or not (is_whole or bool(torch.isin(plan.reads, planned.reads).all())):
             # undrop(), refresh() or a guard has freed rows during this epoch, or rows cannot be read any more
-            planned, read = plan, self._source.read(plan.ids[plan.reads].tolist(), self._rows.epoch)
+            planned, read = plan, self._read(plan.ids[plan.reads])
         return self._with_read(plan, row, planned.reads, to_device(read, self._rows.device))
+
+    def _read(self, ids: torch.Tensor) -> Any:
+        """Samples read by number, random ones in another way in each batch."""
+        return self._source.read(ids.tolist(), self._rows.epoch + (self._shown << 20))
 
     def _count(self, samples: int) -> None:
         self._given += samples
@@ -265,7 +270,7 @@ class DropLoader:
             rows.begin_batch()
         if rows.cache is None or not self._guards.may_keep(read, ids):
             if len(ids) < len(plan.ids):
-                read = to_device(self._source.read(plan.ids.tolist(), rows.epoch), rows.device)
+                read = to_device(self._read(plan.ids), rows.device)
             count, *shape = input_of(read, self._key).shape
             self._count(count)
             if shape != list(self._form.shape[1:]):

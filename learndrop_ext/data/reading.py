@@ -170,11 +170,28 @@ def _halves(ids: Sequence[int]) -> list[Sequence[int]]:
 
 
 def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
-    """Return a loader like the user's, with another batch sampler."""
+    """Return a loader like the user's, with another batch sampler. It gives `FAILED` in the place of a batch from which
+    `collate_fn` has made none."""
     like = copy.copy(loader)
     # Not by assignment, which a DataLoader refuses. `_iterator` holds the user's persistent workers. Plans wait in order.
-    vars(like).update(batch_sampler=batch_sampler, _iterator=None, in_order=True)
+    collate_fn = _Collating(loader.collate_fn)
+    vars(like).update(batch_sampler=batch_sampler, collate_fn=collate_fn, _iterator=None, in_order=True)
     return like
+
+
+#: What `rebuilt` gives in the place of a batch. A worker sends it by value.
+FAILED = "drop.loader: collate_fn has raised an error"
+
+
+class _Collating:
+    def __init__(self, collate_fn: Any) -> None:
+        self._collate = collate_fn
+
+    def __call__(self, samples: Any) -> Any:
+        try:
+            return self._collate(samples)
+        except Exception:
+            return FAILED
 
 
 class Kept:

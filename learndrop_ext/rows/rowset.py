@@ -245,7 +245,7 @@ class RowSet:
         for one in caches if everywhere else ():
             self._outliving.forget(one, ids)
         if ids is not None:
-            slots = self.slots.table[ids]
+            slots = self.slots.table[ids[ids < len(self.slots)]]  # the dataset may have grown since
             places = (slots[slots >= 0, None] * self.views + torch.arange(self.views)).flatten()
             self.digests.forget(ids)
             for one in caches:

@@ -3,6 +3,7 @@ computes what it computes behind frozen layers that run at each step."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from learndrop_ext import CacheConfig, DropScheduler, Fixed
 from learndrop_ext.forward.images import Images
@@ -457,3 +458,23 @@ def test_a_vision_transformer_that_reads_the_number_of_samples_before_the_cut(to
     torch.testing.assert_close(run.losses(LARGE), live.losses(LARGE))
     assert_read(run, NEW)
     assert run.made == (len(NEW), 0)
+
+
+class Late(Growing):
+    """A sample that takes too long in a worker."""
+
+    late = -1
+
+    def __getitem__(self, i: int) -> Any:
+        if i == self.late and get_worker_info() is not None:
+            time.sleep(3)
+        return super().__getitem__(i)
+
+
+def test_a_loader_that_times_out_says_so_where_batches_are_read_in_part() -> None:
+    run = Run("fp32", dataset=Late(), shuffle=False, num_workers=1, timeout=1)
+    run.losses(SMALL, SMALL)
+    run.drop.refresh(range(0, SMALL, 4))
+    run.dataset.late = 8
+    with pytest.raises(RuntimeError, match="timed out"):
+        run.losses(SMALL)

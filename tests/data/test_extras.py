@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from learndrop_ext.data.extras import BatchExtras, input_of, to_device
+from learndrop_ext.data.extras import BatchExtras, equal, input_of, register, to_device
 
 CPU = torch.device("cpu")
 IMAGES = torch.arange(12.0).view(3, 4)
@@ -196,3 +199,47 @@ def test_to_device_moves_tensors_only() -> None:
     moved = to_device({"x": IMAGES, "names": ["a"], "more": (LABELS, 3)}, torch.device("meta"))
     assert moved["x"].device.type == moved["more"][0].device.type == "meta"
     assert (moved["names"], moved["more"][1]) == (["a"], 3)
+
+
+class Record(dict[str, Any]):
+    """A dict of another type."""
+
+
+def test_a_dict_of_another_type_keeps_its_type() -> None:
+    batch = Record(y=LABELS, x=IMAGES)
+    register(batch)
+    rest = BatchExtras(key="x", device=CPU)
+    rest.put(batch, torch.tensor([4, 0, 2]))
+    got = rest.get(torch.tensor([2, 4]), ROWS)
+    assert type(got) is Record
+    assert same(dict(got), {"y": LABELS[[2, 0]], "x": ROWS})
+
+
+def test_a_batch_whose_images_cannot_be_replaced_is_refused() -> None:
+    class Strange(Mapping[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            return {"x": IMAGES, "y": LABELS}[name]
+
+        def __iter__(self) -> Iterator[str]:
+            return iter("xy")
+
+        def __len__(self) -> int:
+            return 2
+
+    with pytest.raises(TypeError, match=r"loader must give batches that are tensors, .*, got images in a Strange"):
+        BatchExtras(key="x", device=CPU).put(Strange(), torch.tensor([4, 0, 2]))
+
+
+def test_values_of_any_type_are_compared_by_what_they_hold() -> None:
+    @dataclasses.dataclass
+    class Box:
+        box: torch.Tensor
+
+    class Plain:
+        def __init__(self, values: Any) -> None:
+            self.values = values
+
+    for kind in (Box, Plain):
+        ones, zeros = [[kind(torch.full((2, 4), value))] for value in (1.0, 0.0)]
+        assert equal(ones, copy.deepcopy(ones))
+        assert not equal(ones, zeros)

@@ -19,7 +19,7 @@ from ids_streams import (
     trained,
 )
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from learndrop_ext import Budget, DropScheduler, Fixed
 from small_training import called, data, parts, prefix_rows
@@ -267,3 +267,37 @@ def test_batches_may_use_the_memory_of_the_batch_before() -> None:
     drop, optimizer = begun(OneBuffer())
     for batches in epochs(drop, optimizer, 4)[2:]:
         assert_rows(batches, drop)
+
+
+def test_batches_of_uneven_shards_lose_no_sample_on_rows() -> None:
+    class Uneven(Stream):
+        def __iter__(self) -> Iterator[Any]:
+            for ids in torch.arange(24).split([8, 8, 2, 6]):
+                yield self.images[ids], self.labels[ids], ids
+            self.iterations += 1
+
+    stream = Uneven()
+    stream.images, stream.labels = stream.images[:24], stream.labels[:24]
+    drop, optimizer = begun(stream, {0: 2})
+    assert [sum(len(batch[2]) for batch in one) for one in epochs(drop, optimizer, 4)] == [24] * 4
+    assert stream.iterations == 1
+
+
+class Numbered(TensorDataset):
+    def __getitem__(self, index: Any) -> Any:
+        return *super().__getitem__(index), index
+
+    __getitems__ = None
+
+
+def test_persistent_workers_draw_the_order_that_they_draw_without_ids() -> None:
+    def loader() -> DataLoader[Any]:
+        return DataLoader(Numbered(*data().tensors), 8, shuffle=True, num_workers=1, persistent_workers=True)
+
+    user = loader()
+    drop, _ = begun(loader(), {})
+    orders = []
+    for batches in (user, drop.loader):
+        torch.manual_seed(3)
+        orders.append([batch[2].tolist() for _ in range(2) for batch in batches])
+    assert orders[0] == orders[1]

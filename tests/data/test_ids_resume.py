@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ids_streams import (
@@ -105,3 +106,17 @@ def test_a_state_with_ids_of_another_type_is_refused() -> None:
 
 
 # What is refused
+
+
+def test_names_in_arrays_of_any_width_are_kept_and_saved(tmp_path: Path) -> None:
+    def make(x: torch.Tensor, y: torch.Tensor, i: torch.Tensor) -> Any:
+        return x, y, i, np.array([f"photo {v}" for v in i.tolist()])
+
+    stream = Stream(make, shuffle=False)
+    first, optimizer = begun(stream)
+    epochs(first, optimizer, 3)
+    torch.save(saved(first, optimizer), tmp_path / "state.pt")
+    second, other = resumed(Stream(make, shuffle=False), torch.load(tmp_path / "state.pt", weights_only=True))
+    for one in epochs(second, other, 2):
+        for batch in one:
+            assert batch[3].tolist() == [f"photo {i}" for i in batch[2].tolist()]

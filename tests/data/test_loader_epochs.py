@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from small_loading import assert_rows, data, drawn, given, labels, scheduler
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from learndrop_ext import Fixed
+from learndrop_ext import CacheConfig, Fixed
 from learndrop_ext.forward.images import Images
 
 
@@ -271,3 +272,84 @@ def test_only_samples_that_were_given_count_as_drawn() -> None:
                 break
         assert int(drop.loader.batches.seen.sum()) == 4 * max(2, stop)
         assert not drop.loader.batches.reads_images()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_worker_that_dies_as_it_reads_a_part_of_a_batch_ends_the_epoch(tmp_path: Path) -> None:
+    dataset = Dies(*data().tensors)
+    dataset.flag = tmp_path / "flag"
+    drop = scheduler(DataLoader(dataset, batch_size=4, num_workers=1), policy=Fixed({0: 1}))
+    drawn(drop.loader, drop)
+    drop.refresh([5, 9, 13, 17])
+    dataset.flag.touch()
+    with pytest.raises((RuntimeError, OSError)):
+        drawn(drop.loader, drop)
+    dataset.flag.unlink()
+    found = drawn(drop.loader, drop)
+    assert [label for label, _ in found] == list(range(22))
+    assert_rows(found, drop, 1)
+
+
+def test_samples_that_a_dataset_has_just_got_may_be_refreshed() -> None:
+    dataset = Growing(*data().tensors)
+    drop = scheduler(DataLoader(dataset, batch_size=4), policy=Fixed({0: 1}))
+    drawn(drop.loader, drop)
+    dataset.size = 22
+    drop.refresh(range(10, 22))
+    found = drawn(drop.loader, drop)
+    assert [label for label, _ in found] == list(range(22))
+    assert_rows(found, drop, 1)
+
+
+def test_workers_end_with_close() -> None:
+    before = set(multiprocessing.active_children())
+    drop = scheduler(DataLoader(data(), batch_size=4, num_workers=1, persistent_workers=True))
+    labels(drop.loader, drop)
+    assert set(multiprocessing.active_children()) > before
+    drop.close()
+    assert set(multiprocessing.active_children()) == before
+
+
+def test_a_sampler_that_goes_on_to_new_samples_is_read_by_the_loaders_workers() -> None:
+    begun = multiprocessing.Value("i", 0)
+
+    def count(_: int) -> None:
+        with begun.get_lock():
+            begun.value += 1
+
+    dataset = TensorDataset(torch.arange(400 * 12.0).view(400, 3, 2, 2) / 100, torch.arange(400))
+    sampler = RandomSampler(dataset, num_samples=80)
+    drop = scheduler(
+        DataLoader(dataset, batch_size=8, sampler=sampler, num_workers=1, worker_init_fn=count), policy=Fixed({0: 1})
+    )
+    for _ in range(3):
+        begun.value = 0
+        assert len(drawn(drop.loader, drop)) == 80
+        assert begun.value <= 1 + 1  # one more looks at a few samples
+        drop.step()
+
+
+class Noise(Growing):
+    """Another image each time."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.rand(()).expand(3, 2, 2).clone(), index
+
+    __getitems__ = None
+
+
+@pytest.mark.parametrize("ends", ["undrop", "refresh"])
+def test_random_images_that_are_read_after_rows_have_gone_are_different_ones(ends: str) -> None:
+    drop = scheduler(
+        DataLoader(Noise(*data().tensors), batch_size=1), policy=Fixed({0: 1}), cache=CacheConfig("fp32", views=2)
+    )
+    for _ in range(2):
+        drawn(drop.loader, drop)
+    values = set()
+    for i, (x, _) in enumerate(drop.loader):
+        if i == 0:
+            given(drop, x)
+            getattr(drop, ends)()
+        else:
+            values.add(float((x.pixels if isinstance(x, Images) else x).flatten()[0]))
+    assert len(values) == 13
