@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -461,20 +462,23 @@ def test_a_vision_transformer_that_reads_the_number_of_samples_before_the_cut(to
 
 
 class Late(Growing):
-    """A sample that takes too long in a worker."""
+    """A sample that takes too long in a worker, once while the flag is there."""
 
-    late = -1
+    flag: Path
 
     def __getitem__(self, i: int) -> Any:
-        if i == self.late and get_worker_info() is not None:
+        if i == 8 and get_worker_info() is not None and self.flag.exists():
+            self.flag.unlink()
             time.sleep(3)
         return super().__getitem__(i)
 
 
-def test_a_loader_that_times_out_says_so_where_batches_are_read_in_part() -> None:
-    run = Run("fp32", dataset=Late(), shuffle=False, num_workers=1, timeout=1)
+def test_a_loader_that_times_out_says_so_where_batches_are_read_in_part(tmp_path: Path) -> None:
+    dataset = Late()
+    dataset.flag = tmp_path / "flag"
+    run = Run("fp32", dataset=dataset, shuffle=False, num_workers=1, timeout=1)
     run.losses(SMALL, SMALL)
     run.drop.refresh(range(0, SMALL, 4))
-    run.dataset.late = 8
+    dataset.flag.touch()
     with pytest.raises(RuntimeError, match="timed out"):
         run.losses(SMALL)

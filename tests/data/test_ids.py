@@ -272,14 +272,13 @@ def test_batches_may_use_the_memory_of_the_batch_before() -> None:
 def test_batches_of_uneven_shards_lose_no_sample_on_rows() -> None:
     class Uneven(Stream):
         def __iter__(self) -> Iterator[Any]:
-            for ids in torch.arange(24).split([8, 8, 2, 6]):
+            for ids in torch.arange(22).split([8, 2, 4, 8]):
                 yield self.images[ids], self.labels[ids], ids
             self.iterations += 1
 
     stream = Uneven()
-    stream.images, stream.labels = stream.images[:24], stream.labels[:24]
     drop, optimizer = begun(stream, {0: 2})
-    assert [sum(len(batch[2]) for batch in one) for one in epochs(drop, optimizer, 4)] == [24] * 4
+    assert [sum(len(batch[2]) for batch in one) for one in epochs(drop, optimizer, 4)] == [22] * 4
     assert stream.iterations == 1
 
 
