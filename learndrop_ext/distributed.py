@@ -16,11 +16,6 @@ def several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def process_rank() -> int:
-    """Return the rank of this process; 0 for a single process."""
-    return distributed.get_rank() if several_processes() else 0
-
-
 def from_rank_zero(value: T) -> T:
     """Return rank 0's value on every rank; the value itself for a single process. It must be picklable.
 

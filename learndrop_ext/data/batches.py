@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.utils.data import (
     BatchSampler,
     DistributedSampler,
@@ -24,7 +25,7 @@ from learndrop_ext.data.places import Places, Plan
 from learndrop_ext.data.reading import FAILED, id_of
 from learndrop_ext.data.share import Share
 from learndrop_ext.data.source import DatasetSource
-from learndrop_ext.distributed import process_rank, several_processes
+from learndrop_ext.distributed import several_processes
 from learndrop_ext.rows.rowset import RowSet
 from learndrop_ext.warn import warn
 
@@ -58,7 +59,7 @@ class PlannedBatches:
         self._source, self._rows, self._places = source, rows, places
         self._sampler: Any = source.loader.batch_sampler
         shares = several_processes() and rows.config.partition == "share"
-        self._share = Share(seed=rows.config.seed, rank=process_rank()) if shares else None
+        self._share = Share(seed=rows.config.seed, rank=distributed.get_rank()) if shares else None
         self._plans: deque[Plan] = deque()
         self._drawn: Iterator[Plan] = iter(())  # the plans of the epoch from which `_plans` are taken
         self._grown = False  # whether the dataset has, since the epoch before
@@ -250,10 +251,9 @@ class PassingBatches:
         """Yield the batches of `loader`."""
         for i, (ids, read, again) in enumerate(self._source.iterate(loader)):
             self._rows.follow_size(len(self._source))
-            batch = to_device(read, self._rows.device)
             if self._rows.stores and (i & (i + 1) == 0 or len(again)):  # 0, 1, 3, 7, ...
-                self._compare(batch, ids, again)
-            yield Plan.whole(ids), batch
+                self._compare(to_device(read, self._rows.device), ids, again)
+            yield Plan.whole(ids), read
 
     def rows(self) -> Iterator[Plan]:
         """Yield the plans of an epoch of all known samples, shuffled."""
