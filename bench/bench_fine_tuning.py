@@ -109,7 +109,6 @@ METHODS: dict[str, Method] = {
     "budget-2-views": budget(2.0, augment="flip", views=4),
     "budget-2-mirror": budget(2.0, mirror=True),
     "budget-2-uint8": budget(2.0, codec="uint8"),
-    "budget-2-fp32": budget(2.0, codec="fp32"),
 }
 
 

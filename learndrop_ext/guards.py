@@ -1,7 +1,7 @@
 """What rows rely on, looked at for as long as they are relied on.
 
 Each guard answers with a reason, or None if nothing has changed; the reaction to a reason is that rows are computed again,
-with a warning. What must not happen at all is a RuntimeError.
+with a warning. What must not happen at all raises a RuntimeError.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def training(self, trainer: Any, checkpoint: str | None) -> Iterator[None]:
-        """Follow a Trainer inside. On leaving, restore the model and free the rows; after an error, their files stay."""
+        """Follow a Trainer inside. On leaving, restore the model and free the rows; after an error a store keeps its own."""
         self._trainer, self._checkpoint = trainer, checkpoint
         try:
             with self._end:

@@ -162,7 +162,7 @@ class LearnDropCallback(_Callback):  # type: ignore[misc]
         self._end(None)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Do so; files of rows stay for a run that resumes from a checkpoint."""
+        """Do so; rows in a store stay for a run that resumes from a checkpoint."""
         self._end(type(exception))
 
     def state_dict(self) -> dict[str, Any]:

@@ -63,7 +63,8 @@ class DropScheduler:
         loader (Iterable): a DataLoader over a dataset with ids or, with `ids`, any object that gives batches each time it
             is iterated over.
         policy (Policy, optional): situation -> Decision, also asked before training. Default: `StoppedLearning()`
-        epochs (int, optional): number of `step()` calls in the run. If given, no drop comes too late to pay. Default: None
+        epochs (int, optional): number of `step()` calls in the run. `Budget` and rules by schedule need it; with it,
+            `StoppedLearning` makes no drop that comes too late to pay. Default: None
         cache (CacheConfig, str or None, optional): a configuration, the name of a codec, or None to keep no rows and run
             the frozen layers at each step. Default: "fp16"
         wrap (Callable, optional): applied to the live part of the model now and after every drop, such as `torch.compile`;
@@ -77,11 +78,13 @@ class DropScheduler:
             called on the first batch, to find the layers and to time them; of several images it calls the model on one.
             Default: `model(images)`, of several images the first
         ids (int, str or tuple, optional): position in a batch of the samples' ids, one int or str per sample: a key, an
-            index or a tuple of these. `loader` is read until all ids are known and have rows, then they are drawn.
+            index or a tuple of these. `loader` is read until all ids are known and have rows, then they are drawn. Default:
+            None
 
     Raises:
         TypeError, ValueError: before anything is changed, for a loader without ids, a batch that cannot be stored, a model
             without cuts, a policy whose target cannot be met, and all else in docs/errors.md.
+        RuntimeError: the model cannot be called as `call` says.
     """
 
     @torch.inference_mode(False)
@@ -365,7 +368,8 @@ class DropScheduler:
         """Compute the rows of samples again, and read their labels again, when they are next drawn.
 
         Args:
-            ids (iterable of int, optional): numbers of samples in the dataset. Default: all
+            ids (iterable of int, optional): numbers of samples in the dataset; of a loader with ids, in the order in which
+                they first came. Default: all
 
         Raises:
             IndexError: a number is not that of a sample.

@@ -300,7 +300,7 @@ SPEAKING = (
         "rows/rowset.py",
         "rows/run_store.py",
     ),
-    *("rows/store/store.py", "width/*.py"),
+    *("rows/store/store.py", "width/*.py", "distributed.py"),
     *("rows/config.py", "decide/policy.py", "decide/rules.py", "decide/timing.py", "lightning.py", "huggingface.py"),
 )
 

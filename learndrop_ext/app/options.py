@@ -128,9 +128,9 @@ TRAINING: dict[str, list[tuple[str, Any, str | None, Any, str]]] = {
         ("codec", CODECS, None, Recipe.codec, "how cached activations are stored"),
         (
             *("views", _count, "V", None),
-            "augmented views kept of each image (default: epochs / (2 speedup), at least 2; 1 without --augment)",
+            "augmented views kept of each image (default: epochs / (2 speedup), at least 2; 1 with --augment none)",
         ),
-        ("mirror", bool, None, False, "keep each image and its mirror image, without --augment"),
+        ("mirror", bool, None, False, "keep each image and its mirror image; needs --augment none"),
     ],
     "the policy stopped": [
         ("threshold", float, "X", Recipe.threshold, "score below which a layer has stopped"),

@@ -38,7 +38,7 @@ class Dropped:
     reason: str
     fill_seconds: float  # spent computing the rows, in the following epochs
     row_bytes: int
-    tier: str  # see `slowest_tier`
+    tier: str  # see `RowSet.tier`
 
 
 @dataclass

@@ -180,7 +180,7 @@ def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
 
 
 #: What `rebuilt` gives in the place of a batch. A worker sends it by value.
-FAILED = "drop.loader: collate_fn has raised an error"
+FAILED = "learndrop_ext: no batch"
 
 
 class _Collating:

@@ -26,7 +26,7 @@ from learndrop_ext.preserve import preserved
 from learndrop_ext.warn import warn
 
 #: Training steps. The first one also warms up; the shorter one counts, because other work on the machine only makes a step
-#: longer. With the optimizer's and the recorded forward, making a DropScheduler with `Budget` takes less than three steps.
+#: longer. With the optimizer's and the recorded forward, making a DropScheduler with `Budget` takes about three steps.
 STEPS = 2
 #: Bytes that an optimizer which cannot be timed is assumed to move for each parameter, in fp32: weight, gradient and two
 #: states are read, weight and states written.

@@ -25,13 +25,13 @@ class CacheConfig:
             `data.source.settle_views`. Default: "auto"
         budget_bytes (int or "auto", optional): limit on the bytes of rows on the model's device, and of the labels and all
             else in a batch that is kept beside them; "auto" is half of what is free when a drop is decided. Default: "auto"
-        host_bytes (int or "auto", optional): limit on the bytes of further rows in host memory, for a model on a GPU.
-            Default: 0
+        host_bytes (int or "auto", optional): limit on the bytes of further rows in host memory, for a model on a GPU;
+            "auto" is half of what is free. Default: 0
         store (str or Path, optional): a folder in which rows outlive the run, made if it is not there. They spill there if
             memory does not hold them, a run that resumes finds them there, and so does any other run with the same layers
             and images, see docs/memory-and-disk.md. Default: None
-        store_bytes (int or "auto", optional): limit on the bytes that this run adds to the store for the rows of one drop.
-            Default: "auto"
+        store_bytes (int or "auto", optional): limit on the bytes that this run adds to the store for the rows of one drop;
+            "auto" is half of what is free. Default: "auto"
         key (Callable, optional): index in the dataset -> str or int, the name of its sample in the store. It must be another
             one if the image is another one. Default: path, size and time of its file; the image's own values for a dataset
             in memory; else its index, for a dataset whose repr tells it from others

@@ -15,8 +15,6 @@ from learndrop_ext.decide.policy import Budget, Decision, Situation
 
 COSTS = four_layers()
 NAMES = ("stem", "block1", "block2", "fc")
-#: Three epochs of 26.6 s.
-FULL = 79.8
 
 
 def situation(epoch: int, past: tuple[int, ...] = (), **more: Any) -> Situation:
