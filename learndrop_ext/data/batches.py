@@ -20,9 +20,9 @@ from torch.utils.data import (
 )
 
 from learndrop_ext.data.extras import to_device
-from learndrop_ext.data.id_source import IdSource, length_of
+from learndrop_ext.data.id_source import END, IdSource, length_of
 from learndrop_ext.data.places import Places, Plan
-from learndrop_ext.data.reading import FAILED, id_of
+from learndrop_ext.data.reading import NoBatch, id_of
 from learndrop_ext.data.share import Share
 from learndrop_ext.data.source import DatasetSource
 from learndrop_ext.distributed import several_processes
@@ -31,7 +31,6 @@ from learndrop_ext.warn import warn
 
 #: Batches without an image to read after which those of an endless sampler are not drawn ahead any more.
 IDLE = 64
-_END: Any = object()
 
 
 def draws_at_once(batch_sampler: Any) -> bool:
@@ -107,13 +106,13 @@ class PlannedBatches:
         self._seeded = self._has_persistent_workers()
         read, plans = iter(loader), self._plans
         while True:
-            batch = next(read, _END)
+            batch = next(read, END)
             while plans and not len(plans[0].reads):
                 yield plans.popleft(), None
-            if batch is _END:
+            if batch is END:
                 break
             plan = plans.popleft()
-            if isinstance(batch, str) and batch == FAILED:
+            if batch is NoBatch:
                 # Those without rows alone may leave nothing to a collate_fn that leaves out what cannot be read.
                 plan.reads = torch.arange(len(plan.ids))
                 batch = self._source.read(plan.ids.tolist(), self._rows.epoch)

@@ -23,7 +23,8 @@ from learndrop_ext.rows.plan import lengthened
 
 #: The time to read a batch is the median over this many.
 TIMED_BATCHES = 32
-_END = object()
+#: What comes after the last batch.
+END: Any = object()
 
 #: Where ids are in a batch.
 IdKey = int | str | tuple[int | str, ...]
@@ -99,9 +100,9 @@ class IdSource:
         with left_alone(self.loader, self._seed):
             begin = time.perf_counter()
             iterator = iter(loader)
-            batch = next(iterator, _END)
+            batch = next(iterator, END)
             self._first_wait = time.perf_counter() - begin
-        if batch is _END:
+        if batch is END:
             raise ValueError("DropScheduler: loader must give batches, got none")
         count = len(input_of(batch, self._key))
         if not count:

@@ -14,7 +14,7 @@ import torch
 
 from learndrop_ext.data.batches import PassingBatches, PlannedBatches
 from learndrop_ext.data.extras import BatchExtras, InputKey, input_of, to_device, with_input
-from learndrop_ext.data.id_source import IdSource, length_of
+from learndrop_ext.data.id_source import END, IdSource, length_of
 from learndrop_ext.data.places import Places, Plan
 from learndrop_ext.data.reading import rebuilt
 from learndrop_ext.data.source import Source
@@ -31,7 +31,6 @@ FORWARDED = (
     *("dataset", "batch_size", "sampler", "batch_sampler", "num_workers", "drop_last", "collate_fn", "generator"),
     *("pin_memory", "persistent_workers", "prefetch_factor", "timeout", "worker_init_fn", "multiprocessing_context"),
 )
-_END: Any = object()
 
 
 class DropLoader:
@@ -138,8 +137,8 @@ class DropLoader:
         try:
             while True:
                 with normal_tensors():
-                    batch = next(batches, _END)
-                if batch is _END:
+                    batch = next(batches, END)
+                if batch is END:
                     return
                 given = time.perf_counter()
                 yield batch

@@ -170,8 +170,8 @@ def _halves(ids: Sequence[int]) -> list[Sequence[int]]:
 
 
 def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
-    """Return a loader like the user's, with another batch sampler. It gives `FAILED` in the place of a batch from which
-    `collate_fn` has made none."""
+    """Return a loader like the user's, with another batch sampler. It gives the class `NoBatch` in the place of a batch for
+    which `collate_fn` has raised an error."""
     like = copy.copy(loader)
     # Not by assignment, which a DataLoader refuses. `_iterator` holds the user's persistent workers. Plans wait in order.
     collate_fn = _Collating(loader.collate_fn)
@@ -179,8 +179,8 @@ def rebuilt(loader: DataLoader[Any], batch_sampler: Any) -> DataLoader[Any]:
     return like
 
 
-#: What `rebuilt` gives in the place of a batch. A worker sends it by value.
-FAILED = "learndrop_ext: no batch"
+class NoBatch:
+    """Stands, itself, for a batch that could not be made. A worker sends a class by its name."""
 
 
 class _Collating:
@@ -191,7 +191,7 @@ class _Collating:
         try:
             return self._collate(samples)
         except Exception:
-            return FAILED
+            return NoBatch
 
 
 class Kept:
