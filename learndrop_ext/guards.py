@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from learndrop_ext.cudnn import without_benchmark
 from learndrop_ext.data.extras import BatchExtras, InputKey, equal, input_of, one_key, some_of, to_device
 from learndrop_ext.data.source import Source
-from learndrop_ext.forward.bypass import Bypass
+from learndrop_ext.forward.bypass import Bypass, no_gradients
 from learndrop_ext.forward.chain import Chain
 from learndrop_ext.forward.images import Constant, Images, Operation, Standing, form_of
 from learndrop_ext.ops.digests import TensorDigests
@@ -212,6 +212,7 @@ class ForwardProbe:
 
     def _run(self, image: torch.Tensor, *, opened: bool = False) -> torch.Tensor:
         with attributes_preserved(self._bypass.model, tables=False), fork_rng(0), torch.no_grad():
+            self._bypass.model.eval()  # live modules may run before the cut, on other inputs
             return self._bypass.row(lambda: self._call(image), opened=opened)
 
 
@@ -245,10 +246,7 @@ class LoopGuard:
         """
         self.compare(images)
         if images.requires_grad:
-            raise RuntimeError(
-                "drop.loader: images must not require gradients while layers are dropped, because no gradient passes the "
-                "cut; call drop.undrop() before adversarial training"
-            )
+            raise no_gradients()
         if self.operations is None:
             for operand in pytree.tree_leaves(images.operations):
                 if isinstance(operand, Constant):
@@ -367,15 +365,17 @@ class Guards:
 
     def check_step(self, images: Images, trains: bool) -> None:
         """Look at a call on images, before its forward. See `LoopGuard.check` and `FrozenTensors.check_step`."""
+        standing, read = images.standing, images.count_read
+        row, at = standing.rows, standing.at
         if not trains:
             self.loop.compare(images)
+            if row is not None and autocast_of(images.device) is None:  # whatever the loop trains under
+                standing.rows = row.to(next(self._chain.parameters(at, at + 1)).dtype)
             return
         if self._tensors is not None:
             self._tensors.check_step()
         if reason := self.loop.check(images):
             self._discard("loader", reason)
-        standing, read = images.standing, images.count_read
-        row, at = standing.rows, standing.at
         if self.loop.autocast is None and row is not None and row.dtype != self._rows.dtype(at):
             # A batch that was given before its rows were discarded trains on them for the last time, whatever they are: in
             # the dtype of the weights behind them.

@@ -392,8 +392,8 @@ class DropScheduler:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._loader.close():
             return
-        if self._prefix:
-            self._release()
+        self._guards.release()  # without wrapping the model anew, where other ranks may have gone
+        self._follow_guards()
         # After an error, keep the rows that a checkpoint names.
         self._rows.close(keep=kind is not None)
 

@@ -57,11 +57,12 @@ class Bypass:
         self.calls = 0  # training calls on batches of drop.loader since `forget_calls`
         self._keep, self._watch = keep, watch
         self._current: Images | None = None  # the images whose rows are kept
+        self.differentiates = False  # whether the gradients of images are asked for, in eval mode
         self._end = 0  # the cut at which the forward ends
         self._opened = False  # whether it runs all modules before it
         self.passed: dict[int, int] = {}  # of the last trace, the number of operations before each cut
         self._traced: torch.Tensor | None = None
-        self._around: list[nn.Module] = []
+        self._across: list[nn.Module] = []  # modules that run on both sides of the last cut
         self._live_again: list[nn.Module] = []  # modules around the cut that were in train mode
         self._modes: dict[nn.Module, tuple[bool, bool]] = {}  # of frozen modules and the model, before they were
         self._placed: list[Any] = []  # what `put` has put into the model
@@ -71,10 +72,10 @@ class Bypass:
         self.leave()
         for one in self._placed:
             one.remove()
-        self.cuts, self._placed, self._around, self.frozen = tuple(cuts), [], [], ()
+        self.cuts, self._placed, self._across, self.frozen = tuple(cuts), [], [], ()
         if not cuts:
             return
-        self._around = self.recorded.around(cuts[-1])
+        self._across = self.recorded.across(cuts[-1])
         times = Counter(call.module for call in self.recorded.calls)
         within: dict[nn.Module, list[nn.Module]] = {}  # the modules in each one before the cut
         running = set()
@@ -91,7 +92,8 @@ class Bypass:
             return module in running
 
         calls = {call.module: call for call in self.recorded.calls_before(cuts[-1], cuts[:-1], runs)}
-        self.frozen = tuple(dict.fromkeys(m for module in calls for m in within[module]))
+        inner = (m for module in calls for m in within[module])
+        self.frozen = tuple(dict.fromkeys((*inner, *self.recorded.ended(cuts[-1]))))
         self._modes = {m: self._modes.get(m, (m.training, self.model.training)) for m in self.frozen}
         self._placed = [
             *(_Skipped(self, call, runs=call.module in running) for call in calls.values()),
@@ -179,7 +181,11 @@ class Bypass:
         images = images_in(args, kwargs)
         if images is None or images.standing.owner is not self:
             self.calls += trains
+            differentiates = torch.is_grad_enabled() and self._asks_gradients(args, kwargs)
+            if differentiates and self.model.training:
+                raise no_gradients()
             self._begin(images, keeps=False)
+            self.differentiates = differentiates
             return None
         if not images.standing.checked:
             self.check(images, trains)
@@ -193,12 +199,19 @@ class Bypass:
         changed: tuple[Any, Any] = pytree.tree_map_only(Images, lambda x: given if x is images else x, (args, kwargs))
         return changed
 
+    def _asks_gradients(self, args: Any, kwargs: Any) -> bool:
+        """Whether images that were read require gradients: a tensor like those that were recorded."""
+        like = self.recorded.image.shape
+        given = (x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.requires_grad)
+        return any(x.dim() == len(like) and x.shape[1:2] == like[1:2] for x in given)
+
     def _begin(self, images: Images | None, *, keeps: bool) -> None:
         """Begin a forward on images. keeps: whether rows are kept."""
-        if images is None or images.pixels is not None or any(module.training for module in self.frozen[:1]):
-            self._hold_eval()  # model.train() sets all of them
+        ends = self.frozen[:1] + self.frozen[-1:]  # model.train() sets all of them
+        if images is None or images.pixels is not None or self._opened or any(module.training for module in ends):
+            self._hold_eval()
         if self.model.training:
-            self._live_again = [module for module in self._around if module.training]
+            self._live_again = [module for module in self._across if module.training]
             for module in self._live_again:
                 module.__dict__["training"] = False
         self.inside = None if images is None else images.standing
@@ -238,7 +251,7 @@ class Bypass:
         if isinstance(x, Unread) and x.standing.trace is not None:
             self.passed[k] = len(x.standing.trace)
         if not isinstance(x, Unread):
-            x = x.detach()
+            x = x if self.differentiates else x.detach()
             if self._current is not None:
                 x = self._keep(k, self._current.standing.ids, x)
         elif x.standing.at == k:
@@ -256,7 +269,7 @@ class Bypass:
     def leave(self, *_: Any) -> None:
         """End a forward."""
         if self._traced is None:
-            self.inside = self._current = None
+            self.inside, self._current, self.differentiates = None, None, False
             self._restore()
 
     def _restore(self) -> None:
@@ -304,7 +317,7 @@ class _Skipped:
             self._spare = made if type(made) is Feature else None
             return made
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(bypass.differentiates):
                 return self._run(*args, **kwargs)
         except Exception:
             raise
@@ -352,6 +365,14 @@ def _nan(row: torch.Tensor, form: Form) -> torch.Tensor:
     """A tensor of this form that takes no memory, on the device of the row."""
     value = float("nan") if form.dtype.is_floating_point else 0
     return row.new_full((), value, dtype=form.dtype).expand(form.shape)
+
+
+def no_gradients() -> RuntimeError:
+    """Say that images must not require gradients."""
+    return RuntimeError(
+        "drop.loader: images must not require gradients while layers are dropped, because no gradient passes the cut; call "
+        "drop.undrop() before adversarial training, or before another network makes the images"
+    )
 
 
 def bypass_of(model: nn.Module) -> Bypass | None:

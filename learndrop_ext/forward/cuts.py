@@ -117,15 +117,35 @@ class Recorded:
     ) -> Iterator[ModuleCall]:
         """Yield the outermost calls that have ended at cut k, of modules that are not called later, with none of the cuts
         `within` inside them; and those inside calls that are `opened`."""
-        at, inner = self.cut(k).at, [self.cut(other).at for other in within]
-        last: dict[nn.Module, int] = {}
-        for call in self.calls:
-            last[call.module] = max(last.get(call.module, 0), call.end)
+        at, inner, spans = self.cut(k).at, [self.cut(other).at for other in within], self._spans
+        used = {name for layer in self.layers[:k] for name in layer.tensors}
         until = 0
         for call in self.calls:
-            if call.begin >= until and last[call.module] <= at and not any(map(call.has_within, inner)):
+            if call.begin < until or spans[call.module][1] > at or any(map(call.has_within, inner)):
+                continue
+            # One that runs first, on other inputs, may be a part of the layers behind the cut.
+            if call.sees_images or any(f"{call.path}.{name}" in used for name, _ in call.module.named_parameters()):
                 yield call
                 until = until if opened(call) else call.end
+
+    @property
+    def _spans(self) -> dict[nn.Module, tuple[int, int]]:
+        """When the first call of each module began, and the last one ended."""
+        spans: dict[nn.Module, tuple[int, int]] = {}
+        for call in self.calls:
+            begin, end = spans.get(call.module, (call.begin, 0))
+            spans[call.module] = begin, max(end, call.end)
+        return spans
+
+    def ended(self, k: int) -> list[nn.Module]:
+        """Return the modules that have seen the images and are not called any more, or not returned from, after cut k."""
+        seen = {call.module for call in self.calls if call.sees_images}
+        return [module for module, (_, end) in self._spans.items() if module in seen and end <= self.cut(k).at]
+
+    def across(self, k: int) -> list[nn.Module]:
+        """Return the modules that run before cut k and after it: those `around`, and others that are called twice."""
+        at = self.cut(k).at
+        return [module for module, (begin, end) in self._spans.items() if begin < at < end]
 
     def before(self, k: int) -> list[nn.Module]:
         """Return the outermost modules that only the first k layers run."""

@@ -384,7 +384,8 @@ def _known(func: Any, args: Any, kwargs: Any) -> _Known:
 @lru_cache(maxsize=1024)
 def _size_at(func: Any) -> int | None:
     """Which argument of an operation is the size of its result, of which the number of samples may be a part."""
-    return next((i for i, a in enumerate(func._schema.arguments) if a.name == "size"), None)
+    sizes = (i for i, a in enumerate(func._schema.arguments) if a.name == "size" and "List" in str(a.type))
+    return next(sizes, None)
 
 
 def _operation(func: Any, args: Any, kwargs: Any, x: Images, forms: Sequence[Form]) -> Operation:
@@ -395,11 +396,11 @@ def _operation(func: Any, args: Any, kwargs: Any, x: Images, forms: Sequence[For
             return tuple(map(word, a))
         return ("images" if a is x else a.operations) if type(a) is Images else _noted(a)
 
-    name = func.overloadpacket.__name__.rstrip("_")
-    if _size_at(func) is not None:
-        return name, forms[0].shape[1:], forms[0].stride[1:]
-    named = tuple((k, word(v)) for k, v in kwargs.items() if k not in ("device", "non_blocking"))
-    return (name, *map(word, args[1:] if args and args[0] is x else args), *named)
+    name, at = func.overloadpacket.__name__.rstrip("_"), _size_at(func)
+    named = tuple((k, word(v)) for k, v in kwargs.items() if k not in ("device", "non_blocking", "size"))
+    rest = (a for i, a in enumerate(args) if i != at and not (i == 0 and a is x))
+    sized = () if at is None else (forms[0].shape[1:], forms[0].stride[1:])
+    return (name, *sized, *map(word, rest), *named)
 
 
 def _called(

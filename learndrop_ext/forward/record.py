@@ -42,6 +42,7 @@ class ModuleCall:
 
     entry, exit: its first argument and its output, if they are single tensors of the images. output: what it returned, with
     a `Form` in the place of each tensor. is_plain: whether all tensors in it can be seen, so that others can stand for them.
+    sees_images: whether an operation within it used a value of the images.
     """
 
     path: str
@@ -52,6 +53,7 @@ class ModuleCall:
     exit: Passing | None = None
     output: Any = None
     is_plain: bool = False
+    sees_images: bool = False
 
     def has_within(self, at: int) -> bool:
         """Return whether operation `at` was the last one at some moment within this call."""
@@ -129,6 +131,8 @@ class Recording(TorchDispatchMode):
             names |= {RANDOM}
         if not ins.isdisjoint(self.made):
             self.last.update((s, self.now) for s in ins if s in self.made)
+            for call in self._stack:
+                call.sees_images = True
             for name in names:
                 self.uses[name].append(self.now)
             for tensor in outs:
